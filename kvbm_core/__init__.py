@@ -1,0 +1,85 @@
+"""Keeps the KV cache of a language model in an ordered stack of tiers.
+
+Backend authors start from `Tier` and `Backend`, engine authors from `Planner`, `Worker` and
+`Device`, or from `Stack`, which joins them in one process.
+"""
+
+from kvbm_core._planner import Planner, TierCounts
+from kvbm_core._registry import Registry
+from kvbm_core._stack import Stack
+from kvbm_core._worker import Worker, check_stack
+from kvbm_core.block import BlockKey, BlockState, Namespace, chain_keys, make_namespace, root_key
+from kvbm_core.config import ByteSize, StackConfig, load_config
+from kvbm_core.device import Device, Work
+from kvbm_core.errors import (
+    BackendError,
+    ConfigError,
+    KvbmError,
+    QueueFullError,
+    TierError,
+    TierOpenError,
+    TransitionError,
+)
+from kvbm_core.hookspecs import hookimpl
+from kvbm_core.plan import Load, Plan, Report, Store, TierStatus
+from kvbm_core.tier import (
+    CONTRACT_VERSION,
+    Addressable,
+    Backend,
+    Capabilities,
+    Completion,
+    Op,
+    Outcome,
+    Reason,
+    Region,
+    Tier,
+    TierConfig,
+    TierContext,
+    Transfer,
+)
+
+__all__ = [
+    "CONTRACT_VERSION",
+    "Addressable",
+    "Backend",
+    "BackendError",
+    "BlockKey",
+    "BlockState",
+    "ByteSize",
+    "Capabilities",
+    "Completion",
+    "ConfigError",
+    "Device",
+    "KvbmError",
+    "Load",
+    "Namespace",
+    "Op",
+    "Outcome",
+    "Plan",
+    "Planner",
+    "QueueFullError",
+    "Reason",
+    "Region",
+    "Registry",
+    "Report",
+    "Stack",
+    "StackConfig",
+    "Store",
+    "Tier",
+    "TierConfig",
+    "TierContext",
+    "TierCounts",
+    "TierError",
+    "TierOpenError",
+    "TierStatus",
+    "Transfer",
+    "TransitionError",
+    "Work",
+    "Worker",
+    "chain_keys",
+    "check_stack",
+    "hookimpl",
+    "load_config",
+    "make_namespace",
+    "root_key",
+]

@@ -1,0 +1,495 @@
+"""The worker's half: moves bytes between device blocks, host regions and tiers. Decides nothing.
+
+    store:  device ──gather──► region ──► every other tier of the plan
+    load:   tier ──► region ──scatter──► device
+
+A region is memory of the *lender*, the tier that lends its own (then nothing is copied twice), or
+of the staging pool. `submit` is the engine's thread, `poll` the mover's. They share a lock for the
+bookkeeping; copies happen outside it, and tiers work in threads of their own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from kvbm_core._staging import Staging
+from kvbm_core.block import BlockKey
+from kvbm_core.device import Device, Work
+from kvbm_core.errors import QueueFullError
+from kvbm_core.layers import DeadlineTier
+from kvbm_core.plan import Load, Plan, Report, Store
+from kvbm_core.tier import Addressable, Completion, Op, Outcome, Reason, Region, Tier, Transfer
+
+__all__ = ["Mover"]
+
+logger = logging.getLogger("kvbm_core")
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """A host region in use."""
+
+    region: Region
+    users: int = 0
+    when_free: list[Callable[[], None]] = field(default_factory=list)
+    """Run once nobody uses it: give it back, or let the lender forget it."""
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One operation of a plan."""
+
+    op: Store | Load
+    began_s: float
+    deadline_s: float
+    left: dict[int, int]
+    """Tier to blocks whose end there is not known yet."""
+    failures: dict[int, dict[int, Reason]] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class _Move:
+    """One block of a job on its way to or from one tier."""
+
+    job: _Job
+    at: int
+    """Position in the operation's keys."""
+    tier: int
+    slot: _Slot | None = None
+    fills: bool = False
+    """The slot is the lender's and shall be published."""
+
+    @property
+    def key(self) -> BlockKey:
+        return self.job.op.keys[self.at]
+
+
+@dataclass(slots=True, eq=False)
+class _Traffic:
+    """What is under way in one tier behind its layers."""
+
+    tier: DeadlineTier
+    queue: deque[_Move] = field(default_factory=deque)
+    """Not yet submitted: the tier's queue is full, or no region is free."""
+    open: dict[int, _Move] = field(default_factory=dict)
+    late: dict[int, _Move] = field(default_factory=dict)
+    """Given up, but the region is still the tier's."""
+
+
+class Mover:
+    """Carries out plans for one rank.
+
+    Args:
+        tiers: Fastest first. The first that is `Addressable` is the lender; every other one is a
+            `DeadlineTier`.
+        device: The engine's blocks.
+        staging: For blocks that pass through no lender. None if the lender is the only tier.
+        load_deadline_s: Seconds a load may take.
+        store_deadline_s: Seconds a store may take.
+    """
+
+    def __init__(
+        self,
+        tiers: Sequence[Tier],
+        device: Device,
+        staging: Staging | None,
+        *,
+        load_deadline_s: float,
+        store_deadline_s: float,
+    ) -> None:
+        self._tiers = list(tiers)
+        self._device = device
+        self._staging = staging
+        self._limits_s = {Load: load_deadline_s, Store: store_deadline_s}
+        self._lender_at, self._lender = _find_lender(tiers)
+        self._traffic = {i: _Traffic(t) for i, t in enumerate(tiers) if isinstance(t, DeadlineTier)}
+        self._lock = threading.Lock()
+        self._tickets = itertools.count(1)
+        self._lent: dict[BlockKey, _Slot] = {}
+        self._arrived: deque[_Job] = deque()
+        self._jobs: set[_Job] = set()
+        self._gathers: list[tuple[Work, list[_Move]]] = []
+        self._landed: list[_Move] = []
+        self._scatters: list[tuple[Work, list[_Move]]] = []
+        self._reports: list[Report] = []
+        self._broken = False
+
+    def __repr__(self) -> str:
+        ways = ", ".join(f"{i}: {len(t.open)} open {len(t.queue)} queued" for i, t in self._traffic.items())
+        return f"<Mover {len(self._jobs)} jobs; {ways}; {self._staging!r}>"
+
+    @property
+    def active(self) -> bool:
+        """Whether `poll` has work to look after."""
+        return bool(self._jobs or any(t.open or t.late for t in self._traffic.values()))
+
+    def submit(self, plan: Plan) -> None:
+        """Start a plan: drops, then stores (their blocks may be overwritten on return), then loads."""
+        with self._lock:
+            for tier, keys in plan.drops:
+                self._drop(tier, keys)
+        for store in plan.stores:
+            self._store(self._job(store, store.tiers))
+        for load in plan.loads:
+            job = self._job(load, [load.tier] if load.fill < 0 else [load.tier, load.fill])
+            self._arrived.append(job)
+
+    def poll(self) -> None:
+        """Bring everything forward as far as it goes without waiting."""
+        with self._lock:
+            while self._arrived:
+                self._start_load(self._arrived.popleft())
+            self._end_gathers()
+            for position in self._traffic:
+                self._collect(position)
+                self._feed(position)
+            landed, self._landed = self._landed, []
+        self._scatter(landed)
+        with self._lock:
+            self._end_scatters()
+
+    def take_reports(self) -> list[Report]:
+        """Take what has ended since the last call."""
+        with self._lock:
+            reports, self._reports = self._reports, []
+        return reports
+
+    def fail_all(self) -> None:
+        """Give up for good, after a bug: end every job and refuse all that comes."""
+        with self._lock:
+            self._broken = True
+            for job in list(self._jobs):
+                for tier in list(job.left):
+                    self._reports.append(_failed_report(job, tier))
+            self._jobs.clear()
+
+    def close(self) -> None:
+        """Close the tiers, then the device's memory."""
+        for tier in self._tiers:
+            tier.close()
+        if self._staging:
+            self._staging.close()
+        self._device.close()
+
+    # Plans in.
+
+    def _job(self, op: Store | Load, tiers: Sequence[int]) -> _Job:
+        now_s = time.monotonic()
+        job = _Job(op, now_s, now_s + self._limits_s[type(op)], dict.fromkeys(tiers, len(op.keys)))
+        with self._lock:
+            if self._broken:
+                self._reports += [_failed_report(job, tier) for tier in tiers]
+            else:
+                self._jobs.add(job)
+        return job
+
+    def _drop(self, position: int, keys: Sequence[BlockKey]) -> None:
+        if position != self._lender_at:
+            self._tiers[position].discard(keys)
+            return
+        in_use = [key for key in keys if key in self._lent]
+        for key in in_use:
+            self._lent[key].when_free.append(lambda key=key: self._tiers[position].discard([key]))  # type: ignore[misc]
+        self._tiers[position].discard([key for key in keys if key not in in_use])
+
+    def _store(self, job: _Job) -> None:
+        """Bring a store's blocks into host regions."""
+        with self._lock:
+            moves = [move for at in range(len(job.op.keys)) if (move := self._land(job, at))]
+        if not job.op.blocks:
+            with self._lock:
+                self._forward(moves)
+        elif moves:
+            self._gather(moves)
+
+    def _land(self, job: _Job, at: int) -> _Move | None:
+        """Find the region that a store's block goes through."""
+        op, key = job.op, job.op.keys[at]
+        assert isinstance(op, Store)
+        if not op.blocks:
+            slot, reason = self._borrow(key), Reason.MISSING
+        else:
+            slot, reason = (self._reserve(key) if self._lender_at in op.tiers else None), Reason.FULL
+            if slot:
+                slot.users += 1
+                return _Move(job, at, self._lender_at, slot, fills=True)
+            if self._lender_at in op.tiers:
+                self._end(job, at, self._lender_at, Reason.FULL)
+            others = [tier for tier in op.tiers if tier != self._lender_at]
+            slot = self._stage() if others else None
+        if slot is None:
+            for tier in op.tiers:
+                if tier != self._lender_at:
+                    self._end(job, at, tier, reason)
+            return None
+        slot.users += 1
+        return _Move(job, at, self._lender_at, slot)
+
+    def _gather(self, moves: list[_Move]) -> None:
+        job = moves[0].job
+        regions = [move.slot.region for move in moves if move.slot]
+        try:
+            work: Work = self._device.gather([job.op.blocks[move.at] for move in moves], regions)
+        except Exception:  # A device's error is as foreign as a tier's: it becomes an outcome.
+            logger.exception("gather failed")
+            work = _Failed()
+        with self._lock:
+            self._gathers.append((work, moves))
+
+    def _end_gathers(self) -> None:
+        still = []
+        for work, moves in self._gathers:
+            done = _done(work)
+            if done is None:
+                still.append((work, moves))
+            elif done:
+                self._publish(moves)
+                self._forward(moves)
+            else:
+                for move in moves:
+                    self._abandon(move)
+                    for tier in list(move.job.left):
+                        if not (tier == self._lender_at and not move.fills):
+                            self._end(move.job, move.at, tier, Reason.ERROR)
+                    self._release(move)
+        self._gathers = still
+
+    def _publish(self, moves: Sequence[_Move]) -> None:
+        assert self._lender or not any(move.fills for move in moves)
+        for move in moves:
+            if move.fills and self._lender:
+                self._lender.publish(move.key)
+                self._end(move.job, move.at, self._lender_at, Reason.NONE)
+
+    def _forward(self, moves: Sequence[_Move]) -> None:
+        """Queue blocks that lie in a host region for every other tier of their store."""
+        for move in moves:
+            assert isinstance(move.job.op, Store)
+            for tier in move.job.op.tiers:
+                if tier != self._lender_at and move.slot:
+                    move.slot.users += 1
+                    self._traffic[tier].queue.append(_Move(move.job, move.at, tier, move.slot))
+            self._release(move)
+
+    def _start_load(self, job: _Job) -> None:
+        assert isinstance(job.op, Load)
+        moves = [_Move(job, at, job.op.tier) for at in range(len(job.op.keys))]
+        if job.op.tier != self._lender_at:
+            self._traffic[job.op.tier].queue.extend(moves)
+            return
+        for move in moves:
+            move.slot = self._borrow(move.key)
+            if move.slot:
+                move.slot.users += 1
+                self._landed.append(move)
+            else:
+                self._end(job, move.at, move.tier, Reason.MISSING)
+
+    # Tiers.
+
+    def _feed(self, position: int) -> None:
+        """Submit what waits for a tier, as far as its queue and the regions go."""
+        traffic, now_s = self._traffic[position], time.monotonic()
+        room = traffic.tier.capabilities.queue_depth - len(traffic.open) - len(traffic.late)
+        batch: list[Transfer] = []
+        moves: dict[int, _Move] = {}
+        while traffic.queue and (len(batch) < room or traffic.queue[0].job.deadline_s <= now_s):
+            move = traffic.queue[0]
+            if move.job.deadline_s <= now_s:
+                self._fail(traffic.queue.popleft(), Reason.DEADLINE)
+                continue
+            if move.slot is None and not self._take_slot(move):
+                break
+            traffic.queue.popleft()
+            ticket = next(self._tickets)
+            op = Op.LOAD if isinstance(move.job.op, Load) else Op.STORE
+            assert move.slot
+            batch.append(Transfer(ticket, op, move.key, move.slot.region, move.job.deadline_s))
+            moves[ticket] = move
+        if batch:
+            self._send(traffic, batch, moves)
+
+    def _send(self, traffic: _Traffic, batch: list[Transfer], moves: dict[int, _Move]) -> None:
+        try:
+            traffic.tier.submit(batch)
+        except QueueFullError:
+            for move in moves.values():
+                self._fail(move, Reason.BUSY)
+        else:
+            traffic.open.update(moves)
+
+    def _take_slot(self, move: _Move) -> bool:
+        """Find the region that a load goes through."""
+        op = move.job.op
+        assert isinstance(op, Load)
+        if op.fill >= 0:
+            move.slot = self._reserve(move.key)
+            move.fills = move.slot is not None
+        if move.slot is None:
+            move.slot = self._stage()
+        if move.slot:
+            move.slot.users += 1
+        return move.slot is not None
+
+    def _collect(self, position: int) -> None:
+        """Take a tier's completions."""
+        traffic = self._traffic[position]
+        for completion in traffic.tier.poll():
+            move = traffic.open.pop(completion.ticket)
+            if completion.outcome is Outcome.DONE and isinstance(move.job.op, Load):
+                self._landed.append(move)
+            elif completion.outcome is Outcome.DONE:
+                self._end(move.job, move.at, position, Reason.NONE)
+                self._release(move)
+            else:
+                self._collect_failed(traffic, completion, move)
+        for ticket in traffic.tier.released():
+            # May come for a transfer that had failed in time; then nothing is left to do.
+            late = traffic.late.pop(ticket, None)
+            if late:
+                self._abandon(late)
+                self._release(late)
+
+    def _collect_failed(self, traffic: _Traffic, completion: Completion, move: _Move) -> None:
+        if traffic.tier.holds(completion.ticket):
+            traffic.late[completion.ticket] = move
+            self._end_move(move, completion.reason)
+        else:
+            self._fail(move, completion.reason)
+
+    # Device.
+
+    def _scatter(self, landed: list[_Move]) -> None:
+        """Start the copies into device blocks, one batch a job."""
+        batches: dict[_Job, list[_Move]] = {}
+        for move in landed:
+            batches.setdefault(move.job, []).append(move)
+        for job, moves in batches.items():
+            regions = [move.slot.region for move in moves if move.slot]
+            try:
+                work: Work = self._device.scatter(regions, [job.op.blocks[move.at] for move in moves])
+            except Exception:  # As in `_gather`.
+                logger.exception("scatter failed")
+                work = _Failed()
+            self._scatters.append((work, moves))
+
+    def _end_scatters(self) -> None:
+        still = []
+        for work, moves in self._scatters:
+            done = _done(work)
+            if done is None:
+                still.append((work, moves))
+                continue
+            for move in moves:
+                if not done:
+                    self._fail(move, Reason.ERROR)
+                    continue
+                self._publish([move])
+                op = move.job.op
+                if isinstance(op, Load) and op.fill >= 0 and not move.fills:
+                    self._end(move.job, move.at, op.fill, Reason.FULL)
+                self._end(move.job, move.at, move.tier, Reason.NONE)
+                self._release(move)
+        self._scatters = still
+
+    # Ends.
+
+    def _fail(self, move: _Move, reason: Reason) -> None:
+        """End a move whose region, if it has one, is ours again."""
+        self._end_move(move, reason)
+        self._abandon(move)
+        self._release(move)
+
+    def _end_move(self, move: _Move, reason: Reason) -> None:
+        op = move.job.op
+        if isinstance(op, Load) and op.fill >= 0:
+            self._end(move.job, move.at, op.fill, reason)
+        self._end(move.job, move.at, move.tier, reason)
+
+    def _end(self, job: _Job, at: int, tier: int, reason: Reason) -> None:
+        """Note how one block of a job ended in one tier."""
+        if job not in self._jobs:
+            return
+        if reason is not Reason.NONE:
+            job.failures.setdefault(tier, {})[at] = reason
+        job.left[tier] -= 1
+        if job.left[tier] == 0:
+            del job.left[tier]
+            seconds = time.monotonic() - job.began_s
+            self._reports.append(Report(job.op.op, tier, job.failures.get(tier, {}), seconds))
+        if not job.left:
+            self._jobs.discard(job)
+
+    # Regions.
+
+    def _reserve(self, key: BlockKey) -> _Slot | None:
+        region = self._lender.reserve(key) if self._lender and key not in self._lent else None
+        return self._lend_slot(key, region)
+
+    def _borrow(self, key: BlockKey) -> _Slot | None:
+        if key in self._lent:
+            return self._lent[key]
+        return self._lend_slot(key, self._lender.lend(key) if self._lender else None)
+
+    def _lend_slot(self, key: BlockKey, region: Region | None) -> _Slot | None:
+        if region is None:
+            return None
+        slot = self._lent[key] = _Slot(region)
+        slot.when_free.append(lambda: self._forget(key))
+        return slot
+
+    def _forget(self, key: BlockKey) -> None:
+        del self._lent[key]
+
+    def _stage(self) -> _Slot | None:
+        staging = self._staging
+        region = staging.take() if staging else None
+        if staging is None or region is None:
+            return None
+        return _Slot(region, when_free=[lambda: staging.give_back(region)])
+
+    def _abandon(self, move: _Move) -> None:
+        """Have the lender take back, once it is free, memory that was never filled."""
+        lender = self._lender
+        if move.fills and move.slot and lender:
+            move.slot.when_free.append(lambda: lender.abandon(move.key))
+
+    def _release(self, move: _Move) -> None:
+        slot = move.slot
+        if slot is None:
+            return
+        slot.users -= 1
+        if slot.users == 0:
+            for action in slot.when_free:
+                action()
+
+
+class _Failed(Work):
+    """A copy that could not be started."""
+
+    def done(self) -> bool:
+        raise RuntimeError("the copy could not be started")
+
+
+def _done(work: Work) -> bool | None:
+    """True: copied. False: failed. None: not yet."""
+    try:
+        return True if work.done() else None
+    except Exception:  # As in `Mover._gather`.
+        if not isinstance(work, _Failed):
+            logger.exception("a device copy failed")
+        return False
+
+
+def _failed_report(job: _Job, tier: int) -> Report:
+    return Report(job.op.op, tier, dict.fromkeys(range(len(job.op.keys)), Reason.ERROR), 0.0)
+
+
+def _find_lender(tiers: Sequence[Tier]) -> tuple[int, Addressable | None]:
+    return next(((i, t) for i, t in enumerate(tiers) if isinstance(t, Addressable)), (-1, None))

@@ -1,0 +1,393 @@
+"""The leader's half: knows where every block is, and plans what to move. No I/O, no clock.
+
+match ──► load ─┐                      ┌─► report (from every rank) ─► index
+store ──────────┴─► take: one Plan ────┘
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from kvbm_core._breaker import Breaker
+from kvbm_core._index import TierIndex
+from kvbm_core._policy import EvictionPolicy, Lru
+from kvbm_core.block import BlockKey, BlockState
+from kvbm_core.errors import ConfigError
+from kvbm_core.plan import Load, Plan, Report, Store, TierStatus
+from kvbm_core.tier import Reason
+
+__all__ = ["Planner", "TierCounts"]
+
+logger = logging.getLogger("kvbm_core")
+
+
+@dataclass(slots=True)
+class TierCounts:
+    """What has happened in one tier since the start, in blocks."""
+
+    stored: int = 0
+    loaded: int = 0
+    evicted: int = 0
+    dropped: int = 0
+    """Not even tried: the queue of blocks waiting to be stored here was full."""
+    failed: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By operation (``store``, ``load``) and reason."""
+
+
+@dataclass(slots=True)
+class _Tier:
+    name: str
+    index: TierIndex
+    lends: bool
+    breaker: Breaker = field(default_factory=Breaker)
+    counts: TierCounts = field(default_factory=TierCounts)
+    storing: int = 0
+    """Blocks on their way in."""
+    owed: OrderedDict[BlockKey, None] = field(default_factory=OrderedDict)
+    """Blocks the lender has and this tier shall get when fewer are on their way."""
+
+
+@dataclass(slots=True)
+class _Pending:
+    """An operation whose reports have not all come."""
+
+    op: Store | Load
+    waiting: dict[int, int]
+    """Tier to ranks still to report."""
+    failures: dict[int, dict[int, Reason]] = field(default_factory=dict)
+    """Tier to position to reason, over all ranks."""
+    doomed: bool = False
+    """A reset came in between: what arrives is dropped again."""
+
+
+class Planner:
+    """Decides what is loaded, stored and evicted, for one engine.
+
+    Args:
+        ranks: What each worker says of its tiers, fastest first.
+        max_store_blocks: Blocks on their way into a tier that does not lend its memory, at once.
+        policy: Makes the eviction order of one tier.
+
+    Raises:
+        ConfigError: If the ranks have different stacks; names rank and difference.
+    """
+
+    def __init__(
+        self,
+        ranks: Sequence[Sequence[TierStatus]],
+        *,
+        max_store_blocks: int = 512,
+        policy: Callable[[], EvictionPolicy] = Lru,
+    ) -> None:
+        _same_stack(ranks)
+        self._world_size = len(ranks)
+        self._max_store_blocks = max_store_blocks
+        self._tiers: list[_Tier] = []
+        self._drops: dict[int, list[BlockKey]] = {}
+        self._stores: list[Store] = []
+        self._loads: list[Load] = []
+        self._pending: dict[int, _Pending] = {}
+        self._ops = itertools.count(1)
+        for position, statuses in enumerate(zip(*ranks, strict=True)):
+            self._open(position, statuses, policy())
+        self._lender = next((i for i, tier in enumerate(self._tiers) if tier.lends), -1)
+        self.loading_blocks = 0
+        """Blocks on their way to the device."""
+
+    def __repr__(self) -> str:
+        tiers = ", ".join(f"{t.name} {len(t.index)}/{t.index.capacity_blocks}" for t in self._tiers)
+        return f"<Planner {tiers}; {len(self._pending)} operations pending, {self.loading_blocks} blocks loading>"
+
+    @property
+    def counts(self) -> dict[str, TierCounts]:
+        """What has happened so far, by the tier's name."""
+        return {tier.name: tier.counts for tier in self._tiers}
+
+    @property
+    def occupancy(self) -> dict[str, int]:
+        """Blocks in each tier, by its name."""
+        return {tier.name: len(tier.index) for tier in self._tiers}
+
+    def busy(self, now_s: float) -> bool:
+        """Say whether something is under way, or would be if `take` were called."""
+        return bool(
+            self._pending or self._drops or any(t.owed and t.breaker.closed(now_s) for t in self._tiers)
+        )
+
+    def match(self, keys: Sequence[BlockKey], now_s: float) -> list[int]:
+        """Find the longest prefix that can be loaded.
+
+        Args:
+            keys: Of consecutive blocks.
+            now_s: The time, in seconds, on any clock that does not go back.
+
+        Returns:
+            For each block of that prefix the tier to load it from. Empty if there is none.
+        """
+        usable = [(i, t.index) for i, t in enumerate(self._tiers) if t.breaker.closed(now_s)]
+        found: list[int] = []
+        for key in keys:
+            for position, index in usable:
+                if key in index:
+                    found.append(position)
+                    break
+            else:
+                break
+        return found
+
+    def load(
+        self, request: str, keys: Sequence[BlockKey], blocks: Sequence[int], tiers: Sequence[int]
+    ) -> None:
+        """Plan to load blocks, and keep them from being evicted until that is done.
+
+        Args:
+            request: Whose they are.
+            keys: Of consecutive blocks.
+            blocks: The device blocks to fill, one a key.
+            tiers: As `match` found them in this step, one a key.
+        """
+        for key, tier in zip(keys, tiers, strict=True):
+            self._tiers[tier].index.pin(key)
+        fills = self._plan_fills(keys, tiers)
+        start = 0
+        for stop in range(1, len(keys) + 1):
+            if stop == len(keys) or (tiers[stop], fills[stop]) != (tiers[start], fills[start]):
+                op = Load(
+                    next(self._ops), request, tiers[start], fills[start],
+                    list(keys[start:stop]), list(blocks[start:stop]),
+                )  # fmt: skip
+                self._loads.append(op)
+                self._expect(op, [op.tier] if op.fill < 0 else [op.tier, op.fill])
+                start = stop
+        self.loading_blocks += len(keys)
+
+    def store(
+        self, keys: Sequence[BlockKey], blocks: Sequence[int], ancestors: Sequence[BlockKey], now_s: float
+    ) -> None:
+        """Plan to write blocks through to every tier that has them not.
+
+        Args:
+            keys: Of consecutive blocks that are complete in device memory.
+            blocks: The device blocks, one a key.
+            ancestors: The keys before, of the same prefix.
+            now_s: The time, as in `match`.
+        """
+        targets: dict[BlockKey, list[int]] = {key: [] for key in keys}
+        for position, tier in enumerate(self._tiers):
+            for key in keys:
+                tier.index.touch(key)
+            if not tier.breaker.closed(now_s):
+                continue
+            wanted = [key for key in keys if tier.index.state(key) is BlockState.ABSENT]
+            if not tier.lends:
+                wanted = self._admit(tier, wanted)
+            for key in self._reserve(position, wanted, ancestors):
+                targets[key].append(position)
+        self._group(targets, dict(zip(keys, blocks, strict=True)))
+
+    def take(self, now_s: float) -> Plan:
+        """Take everything planned since the last call."""
+        if self._lender >= 0:
+            for position in range(len(self._tiers)):
+                self._pay(position, now_s)
+        drops, self._drops = self._drops, {}
+        stores, self._stores = self._stores, []
+        loads, self._loads = self._loads, []
+        return Plan(list(drops.items()), stores, loads)
+
+    def report(self, reports: Iterable[Report], now_s: float) -> list[tuple[Load, dict[int, Reason]]]:
+        """Take in what the ranks report.
+
+        Returns:
+            The loads that are complete now, each with the positions that failed and why.
+        """
+        finished = []
+        for report in reports:
+            pending = self._pending[report.op]
+            pending.failures.setdefault(report.tier, {}).update(report.failures)
+            pending.waiting[report.tier] -= 1
+            if pending.waiting[report.tier] == 0:
+                del pending.waiting[report.tier]
+                self._end_leg(pending, report.tier, now_s)
+            if not pending.waiting:
+                del self._pending[report.op]
+                self._end(pending)
+                if isinstance(pending.op, Load):
+                    finished.append((pending.op, pending.failures[pending.op.tier]))
+        return finished
+
+    def reset(self) -> None:
+        """Forget every block in every tier, those on their way too."""
+        for pending in self._pending.values():
+            pending.doomed = True
+        for position, tier in enumerate(self._tiers):
+            tier.owed.clear()
+            for key in tier.index.ready():
+                self._drop(position, key)
+
+    def _open(self, position: int, statuses: Sequence[TierStatus], policy: EvictionPolicy) -> None:
+        """Start a tier's index with the blocks that every rank found, and have the others dropped."""
+        limits = [s.capabilities.capacity_blocks for s in statuses]
+        bounded = [limit for limit in limits if limit is not None]
+        index = TierIndex(min(bounded) if bounded else None, policy)
+        common = set.intersection(*(set(status.inventory) for status in statuses))
+        ordered = [key for key in statuses[0].inventory if key in common]
+        keep = ordered[-index.capacity_blocks :] if index.capacity_blocks is not None else ordered
+        for key in keep:
+            index.found(key)
+        orphans = set().union(*(status.inventory for status in statuses)).difference(keep)
+        if orphans:
+            self._drops[position] = list(orphans)
+        self._tiers.append(_Tier(statuses[0].name, index, statuses[0].capabilities.addressable))
+
+    def _plan_fills(self, keys: Sequence[BlockKey], tiers: Sequence[int]) -> list[int]:
+        """Choose which blocks the lender keeps as they pass through its memory."""
+        lender = self._lender
+        lower = [key for key, tier in zip(keys, tiers, strict=True) if tier > lender >= 0]
+        if not lower:
+            return [-1] * len(keys)
+        kept = set(self._reserve(lender, lower, [k for k, t in zip(keys, tiers, strict=True) if t == lender]))
+        return [lender if key in kept else -1 for key in keys]
+
+    def _reserve(
+        self, position: int, keys: Sequence[BlockKey], ancestors: Sequence[BlockKey]
+    ) -> list[BlockKey]:
+        tier = self._tiers[position]
+        filling, evicted = tier.index.reserve(keys, ancestors)
+        if evicted:
+            self._drops.setdefault(position, []).extend(evicted)
+            tier.counts.evicted += len(evicted)
+        return filling
+
+    def _admit(self, tier: _Tier, keys: list[BlockKey]) -> list[BlockKey]:
+        """Choose what is written from the device now.
+
+        What the lender has already is owed, because it need not be gathered again; so is what is
+        too much at once. Without a lender the surplus is dropped.
+        """
+        room = max(0, self._max_store_blocks - tier.storing)
+        if self._lender < 0:
+            tier.counts.dropped += len(keys[room:])
+            return keys[:room]
+        lent = self._tiers[self._lender].index
+        fresh = [key for key in keys if key not in lent]
+        self._owe(tier, [*fresh[room:], *(key for key in keys if key in lent)])
+        return fresh[:room]
+
+    def _owe(self, tier: _Tier, keys: Iterable[BlockKey]) -> None:
+        for key in keys:
+            tier.owed[key] = None
+        while len(tier.owed) > self._max_store_blocks:
+            tier.owed.popitem(last=False)
+            tier.counts.dropped += 1
+
+    def _pay(self, position: int, now_s: float) -> None:
+        """Plan the copies from the lender that are owed to a tier."""
+        tier, lender = self._tiers[position], self._tiers[self._lender]
+        if not tier.owed or not tier.breaker.closed(now_s):
+            return
+        keys: list[BlockKey] = []
+        while tier.owed and tier.storing + len(keys) < self._max_store_blocks:
+            key = next(iter(tier.owed))
+            state = lender.index.state(key)
+            if state is BlockState.FILLING:
+                break
+            del tier.owed[key]
+            if state is BlockState.READY:
+                keys.append(key)
+            elif key not in tier.index:
+                tier.counts.dropped += 1
+        keys = self._reserve(position, keys, ())
+        for key in keys:
+            lender.index.pin(key)
+        if keys:
+            self._plan_store(keys, [], [position])
+
+    def _group(self, targets: dict[BlockKey, list[int]], blocks: dict[BlockKey, int]) -> None:
+        """Plan one store for each set of tiers."""
+        groups: dict[tuple[int, ...], list[BlockKey]] = {}
+        for key, tiers in targets.items():
+            if tiers:
+                groups.setdefault(tuple(tiers), []).append(key)
+        for group, keys in groups.items():
+            self._plan_store(keys, [blocks[key] for key in keys], list(group))
+
+    def _plan_store(self, keys: list[BlockKey], blocks: list[int], tiers: list[int]) -> None:
+        op = Store(next(self._ops), keys, blocks, tiers)
+        self._stores.append(op)
+        for tier in tiers:
+            self._tiers[tier].storing += len(keys)
+        self._expect(op, tiers)
+
+    def _expect(self, op: Store | Load, tiers: Sequence[int]) -> None:
+        self._pending[op.op] = _Pending(op, dict.fromkeys(tiers, self._world_size))
+
+    def _end_leg(self, pending: _Pending, position: int, now_s: float) -> None:
+        """One operation has ended in one tier on every rank."""
+        tier, op = self._tiers[position], pending.op
+        failures = pending.failures[position]
+        loading = isinstance(op, Load) and position == op.tier
+        kind = "load" if loading else "store"
+        tier.counts.failed.update((kind, reason.value) for reason in failures.values())
+        if loading:
+            tier.counts.loaded += len(op.keys) - len(failures)
+            self._end_load(pending, position)
+        else:
+            tier.counts.stored += len(op.keys) - len(failures)
+            self._end_store(pending, position)
+        worst = next(iter(failures.values()), Reason.NONE) if len(failures) == len(op.keys) else Reason.NONE
+        if tier.breaker.note(worst, now_s):
+            logger.warning(
+                "tier %s fails (%s) and is left alone for a while: %r", tier.name, worst.value, tier.breaker
+            )
+
+    def _end_load(self, pending: _Pending, position: int) -> None:
+        op, index = pending.op, self._tiers[position].index
+        self.loading_blocks -= len(op.keys)
+        # The head of a prefix is unpinned last and so evicted last.
+        for key in reversed(op.keys):
+            if index.unpin(key):
+                self._drops.setdefault(position, []).append(key)
+        for at, reason in pending.failures[position].items():
+            if reason in (Reason.CORRUPT, Reason.MISSING):
+                self._drop(position, op.keys[at])
+
+    def _end_store(self, pending: _Pending, position: int) -> None:
+        op, tier = pending.op, self._tiers[position]
+        if isinstance(op, Store):
+            tier.storing -= len(op.keys)
+        failures = pending.failures[position]
+        for at in reversed(range(len(op.keys))):
+            if at in failures:
+                tier.index.not_stored(op.keys[at])
+            else:
+                tier.index.stored(op.keys[at])
+                if pending.doomed:
+                    self._drop(position, op.keys[at])
+
+    def _end(self, pending: _Pending) -> None:
+        """An operation has ended in all its tiers."""
+        op = pending.op
+        if isinstance(op, Store) and not op.blocks:
+            for key in op.keys:
+                if self._tiers[self._lender].index.unpin(key):
+                    self._drops.setdefault(self._lender, []).append(key)
+
+    def _drop(self, position: int, key: BlockKey) -> None:
+        if self._tiers[position].index.drop(key):
+            self._drops.setdefault(position, []).append(key)
+
+
+def _same_stack(ranks: Sequence[Sequence[TierStatus]]) -> None:
+    """Refuse workers whose stacks differ."""
+    first = [status.name for status in ranks[0]]
+    for rank, statuses in enumerate(ranks):
+        names = [status.name for status in statuses]
+        if names != first:
+            raise ConfigError(
+                f"rank {rank} has the tiers {names}, rank 0 has {first}; give every worker the same configuration"
+            )

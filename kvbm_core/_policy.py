@@ -1,0 +1,73 @@
+"""Which block goes when room is wanted."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from kvbm_core.block import BlockKey
+
+__all__ = ["EvictionPolicy", "Lru"]
+
+
+class EvictionPolicy(ABC):
+    """The blocks of one tier that may be evicted, in an order of its own.
+
+    A block that is pinned is taken out and comes back, as the most recently used, when it is not.
+    """
+
+    @abstractmethod
+    def add(self, key: BlockKey) -> None:
+        """Take a block in, as the most recently used."""
+
+    @abstractmethod
+    def remove(self, key: BlockKey) -> bool:
+        """Take a block out. False if it was not there."""
+
+    @abstractmethod
+    def victim(self) -> BlockKey | None:
+        """Take out the block to be evicted next. None if there is none."""
+
+    @abstractmethod
+    def keys(self) -> Iterable[BlockKey]:
+        """List the blocks, the next victim first."""
+
+    @abstractmethod
+    def __contains__(self, key: object) -> bool: ...
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+
+class Lru(EvictionPolicy):
+    """Least recently used first. Every operation takes the same time at any size."""
+
+    def __init__(self) -> None:
+        self._order: OrderedDict[BlockKey, None] = OrderedDict()
+
+    def add(self, key: BlockKey) -> None:
+        """See `EvictionPolicy.add`."""
+        self._order[key] = None
+        self._order.move_to_end(key)
+
+    def remove(self, key: BlockKey) -> bool:
+        """See `EvictionPolicy.remove`."""
+        if key not in self._order:
+            return False
+        del self._order[key]
+        return True
+
+    def victim(self) -> BlockKey | None:
+        """See `EvictionPolicy.victim`."""
+        return self._order.popitem(last=False)[0] if self._order else None
+
+    def keys(self) -> Iterable[BlockKey]:
+        """See `EvictionPolicy.keys`."""
+        return list(self._order)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._order
+
+    def __len__(self) -> int:
+        return len(self._order)

@@ -1,0 +1,52 @@
+"""Host memory for blocks on their way: a fixed number of equal, page-aligned slots."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Callable
+
+from kvbm_core.tier import Region
+
+__all__ = ["Staging"]
+
+
+class Staging:
+    """A bounded pool of regions. What nobody has used yet costs no memory.
+
+    Args:
+        nbytes: Memory to take at most; at least one slot is made.
+        region_bytes: Bytes of each region.
+        pin: Page-locks ``(address, nbytes)``, see `TierContext.pin`.
+    """
+
+    def __init__(
+        self, nbytes: int, region_bytes: int, pin: Callable[[int, int], Callable[[], None]] | None = None
+    ) -> None:
+        slot_bytes = -(-region_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._count = max(1, nbytes // slot_bytes)
+        self._memory = mmap.mmap(-1, self._count * slot_bytes)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self._unpin = pin(base, self._count * slot_bytes) if pin else None
+        # Last in, first out: a slot just used is warm in the processor's cache.
+        self._free = [
+            Region(base + i * slot_bytes, region_bytes, owner=self._memory)
+            for i in reversed(range(self._count))
+        ]
+
+    def __repr__(self) -> str:
+        return f"<Staging {self._count - len(self._free)}/{self._count} in use>"
+
+    def take(self) -> Region | None:
+        """Give a region, or None if all are in use."""
+        return self._free.pop() if self._free else None
+
+    def give_back(self, region: Region) -> None:
+        """Take back a region that nobody reads or writes any more."""
+        self._free.append(region)
+
+    def close(self) -> None:
+        """Undo the page lock. The memory goes with the last region."""
+        if self._unpin:
+            self._unpin()
+            self._unpin = None

@@ -1,0 +1,210 @@
+"""One rank: its tiers, each behind its layers, the mover, and the thread that drives it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Sequence
+
+from kvbm_core._mover import Mover
+from kvbm_core._registry import Registry
+from kvbm_core._staging import Staging
+from kvbm_core.block import Namespace
+from kvbm_core.config import StackConfig, TierEntry, convert
+from kvbm_core.device import Device
+from kvbm_core.errors import KvbmError, TierOpenError
+from kvbm_core.layers import FOOTER_BYTES, CheckedTier, DeadlineTier
+from kvbm_core.plan import Plan, Report, TierStatus
+from kvbm_core.tier import Addressable, Backend, Capabilities, Tier, TierConfig, TierContext
+
+__all__ = ["Worker", "check_stack"]
+
+logger = logging.getLogger("kvbm_core")
+
+
+def check_stack(
+    config: StackConfig, registry: Registry | None = None, block_bytes: int | None = None
+) -> None:
+    """Find mistakes before anything starts: loads every backend and has it look at its settings.
+
+    Args:
+        config: The stack.
+        registry: Where backends are found; by default the installed ones.
+        block_bytes: Of a block over all ranks, if that is known already.
+
+    Raises:
+        ConfigError: For an unknown backend or a wrong setting.
+        TierOpenError: For what the backend finds at the place itself.
+    """
+    for entry, backend, settings in _resolve(config, registry or Registry()):
+        capacity = getattr(settings, "capacity", None)
+        if block_bytes and isinstance(capacity, int) and capacity < block_bytes:
+            raise TierOpenError(
+                f"tier {entry.name}: capacity {entry.settings['capacity']!r} is smaller than one block of "
+                f"{block_bytes:,} bytes: write a larger capacity",
+                operation="check", tier=entry.name,
+            )  # fmt: skip
+        backend.check(settings)
+
+
+class Worker:
+    """Moves one rank's blocks, as planned, in a thread of its own.
+
+    Args:
+        config: The stack.
+        device: The engine's blocks; closed with the worker.
+        namespace: 16 bytes, see `kvbm_core.block`.
+        rank: Of this worker.
+        world_size: Workers the engine has.
+        registry: Where backends are found; by default the installed ones.
+
+    Raises:
+        ConfigError: For a mistake in the configuration.
+        TierOpenError: If a tier cannot be opened; those already open are closed again.
+    """
+
+    _TICK_S = 0.001
+    """How often the mover looks while something is in flight that wakes nobody, a device copy."""
+
+    def __init__(
+        self,
+        config: StackConfig,
+        device: Device,
+        namespace: Namespace,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        registry: Registry | None = None,
+    ) -> None:
+        self._event = threading.Event()
+        self._progress = threading.Event()
+        context = TierContext(
+            namespace, device.block_bytes + FOOTER_BYTES, rank, world_size, self._event.set, device.pinner()
+        )
+        self._names = [entry.name for entry in config.tiers]
+        self._tiers = _open_tiers(config, context, registry or Registry())
+        self._mover = Mover(
+            self._tiers, device, _staging(config, self._tiers, context),
+            load_deadline_s=config.load_deadline_s, store_deadline_s=config.store_deadline_s,
+        )  # fmt: skip
+        self._status: list[TierStatus] | None = None
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="kvbm-mover", daemon=True)
+
+    def __repr__(self) -> str:
+        return f"<Worker {', '.join(self._names)}; {self._mover!r}>"
+
+    def status(self) -> list[TierStatus]:
+        """Say what each tier can do and holds, fastest first. As found at open, also when asked later."""
+        if self._status is None:
+            self._status = [
+                TierStatus(name, tier.capabilities, list(tier.inventory()))
+                for name, tier in zip(self._names, self._tiers, strict=True)
+            ]
+        return self._status
+
+    def submit(self, plan: Plan) -> None:
+        """Start a plan. On return the blocks to be stored may be overwritten.
+
+        Drops come first, then stores, then loads. Nothing is waited for but the device's `gather`.
+        """
+        self.status()
+        if not self._thread.is_alive() and not self._closing:
+            self._thread.start()
+        try:
+            self._mover.submit(plan)
+        except Exception:  # A bug of ours must not end the engine.
+            logger.exception("the mover failed; nothing is stored or loaded from here on")
+            self._mover.fail_all()
+        self._event.set()
+
+    def reports(self) -> list[Report]:
+        """Take what has ended since the last call."""
+        self._progress.clear()
+        return self._mover.take_reports()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until `reports` may have something. False if it took too long."""
+        return self._progress.wait(timeout_s)
+
+    def close(self) -> None:
+        """Finish or fail what is under way and close the tiers. May be called twice."""
+        if self._closing:
+            return
+        self._closing = True
+        self._event.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10)
+        self._mover.close()
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._event.wait(self._TICK_S if self._mover.active else None)
+            self._event.clear()
+            try:
+                self._mover.poll()
+            except Exception:  # As in `submit`.
+                logger.exception("the mover failed; nothing is stored or loaded from here on")
+                self._mover.fail_all()
+                return
+            finally:
+                self._progress.set()
+
+
+def _resolve(config: StackConfig, registry: Registry) -> list[tuple[TierEntry, Backend, TierConfig]]:
+    resolved = []
+    for position, entry in enumerate(config.tiers):
+        backend = registry.backend(entry.backend)
+        where = f"tiers[{position}] ({entry.name})"
+        resolved.append((entry, backend, convert(entry.settings, backend.config_type, where)))
+    return resolved
+
+
+def _open_tiers(config: StackConfig, context: TierContext, registry: Registry) -> list[Tier]:
+    tiers: list[Tier] = []
+    lends = False
+    try:
+        for entry, backend, settings in _resolve(config, registry):
+            tier = _open_tier(entry, backend, settings, context, first_lender=not lends)
+            lends = lends or isinstance(tier, Addressable)
+            tiers.append(tier)
+    except KvbmError:
+        for tier in tiers:
+            tier.close()
+        raise
+    return tiers
+
+
+def _open_tier(
+    entry: TierEntry, backend: Backend, settings: TierConfig, context: TierContext, *, first_lender: bool
+) -> Tier:
+    """Open a tier and put its layers around it. The lender gets none: its memory is used directly."""
+    woken = threading.Event()
+    tier = backend.open(settings, dataclasses.replace(context, wake=woken.set))
+    _check_capacity(tier.capabilities, entry, context)
+    lends = isinstance(tier, Addressable)
+    if lends and first_lender and not entry.checked:
+        return tier
+    if entry.checked or (entry.checked is None and not lends):
+        tier = CheckedTier(tier, context.namespace)
+    return DeadlineTier(tier, woken, entry.name, context.wake)
+
+
+def _check_capacity(capabilities: Capabilities, entry: TierEntry, context: TierContext) -> None:
+    if capabilities.capacity_blocks is not None and capabilities.capacity_blocks < 1:
+        raise TierOpenError(
+            f"tier {entry.name}: capacity {entry.settings.get('capacity')!r} holds no block; a block is "
+            f"{context.block_bytes:,} bytes on each of {context.world_size} ranks: write a larger capacity",
+            operation="open", tier=entry.name,
+        )  # fmt: skip
+
+
+def _staging(config: StackConfig, tiers: Sequence[Tier], context: TierContext) -> Staging | None:
+    """Make the memory for blocks that pass through no lender; only a little where there is one."""
+    if len(tiers) == 1 and isinstance(tiers[0], Addressable):
+        return None
+    nbytes = int(config.staging) // context.world_size
+    if any(isinstance(tier, Addressable) for tier in tiers):
+        nbytes = min(nbytes, 64 * context.block_bytes)
+    return Staging(nbytes, context.block_bytes, context.pin)

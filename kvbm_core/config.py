@@ -1,0 +1,208 @@
+"""The configuration: one mapping, in a YAML file or inline, checked before anything starts.
+
+    tiers:                                # fastest first
+      - {backend: cpu,  capacity: 8GiB}
+      - {backend: lmdb, capacity: 200GiB, path: /nvme/kvbm}
+    load_deadline_s: 5
+
+A tier's keys are ``backend``, ``name``, ``checked`` and whatever its backend's own type declares.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import msgspec
+import yaml
+
+from kvbm_core.errors import ConfigError
+
+__all__ = ["ByteSize", "StackConfig", "TierEntry", "convert", "load_config", "parse_size"]
+
+_UNITS: Final[Mapping[str, int]] = {
+    "": 1, "B": 1,
+    "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
+}  # fmt: skip
+_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+T = TypeVar("T")
+
+
+class ByteSize(int):
+    """A number of bytes, written as a number or like ``8GiB``, ``500MB``."""
+
+    __slots__ = ()
+
+
+class TierEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One tier of the stack, as written; `settings` are for the backend's own type."""
+
+    backend: str
+    """The backend's name: that of its entry point."""
+    name: str
+    """What logs, counters and errors call this tier; by default the backend's name."""
+    checked: bool | None
+    """Add a footer with namespace, key and checksum to each block and verify it on every load.
+    None: for every tier but one that lends its memory (nothing outside the process can change it
+    there, and a checksum costs a fifth of a memory copy)."""
+    settings: Mapping[str, Any]
+
+
+class StackConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything an operator can say about a stack."""
+
+    tiers: tuple[TierEntry, ...]
+    """Fastest first, at least one."""
+    load_deadline_s: float = 5.0
+    """A load that takes longer is given up and the tokens are computed. Seconds, above 0."""
+    store_deadline_s: float = 30.0
+    """A store that takes longer is counted as failed. Seconds, above 0."""
+    max_load_fraction: float = 0.5
+    """Largest part of the engine's KV blocks that may be waiting for loads at once, above 0, at
+    most 1. Blocks that wait cannot be used by a running request."""
+    max_store_blocks: int = 512
+    """Blocks on their way into tiers below the first at once; more wait in a queue of the same
+    length, and the oldest of that queue are dropped. At least 1."""
+    staging: ByteSize = ByteSize(256 << 20)
+    """Host memory for blocks on their way, used only when no tier lends its own."""
+    weights_id: str | None = None
+    """Names the model's weights, in place of the digest of their files. Give it where the files
+    cannot be read by the engine, and change it whenever the weights change."""
+
+
+def parse_size(value: object, key: str = "size") -> ByteSize:
+    """Read a size like ``8GiB``, ``500MB`` or a plain number of bytes.
+
+    Raises:
+        ConfigError: If it is not a size; names `key` and the value.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return ByteSize(value)
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if match is None or match[2] not in _UNITS:
+        units = ", ".join(u for u in _UNITS if u)
+        raise ConfigError(f"{key}: {value!r} is not a size; write a number and a unit ({units}), like 8GiB")
+    return ByteSize(math.floor(float(match[1]) * _UNITS[match[2]]))
+
+
+def convert(value: Mapping[str, Any], to: type[T], where: str) -> T:
+    """Turn a mapping into a typed, frozen configuration.
+
+    Args:
+        value: As written by the user.
+        to: A msgspec structure.
+        where: Names the place in messages, for example ``tiers[1] (lmdb)``.
+
+    Raises:
+        ConfigError: For an unknown key (with the nearest known one), a missing key, or a value of
+            the wrong type; names key and value.
+    """
+    fields = {f.name for f in msgspec.structs.fields(to)}  # type: ignore[arg-type]
+    refuse_unknown(value, fields, where)
+    try:
+        return msgspec.convert(dict(value), to, dec_hook=_decode)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(str(error), value)}") from error
+
+
+def refuse_unknown(keys: Iterable[object], known: Iterable[str], where: str) -> None:
+    """Raise a `ConfigError` for the first key that is not known, naming the nearest that is."""
+    known = sorted(known)
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def load_config(source: Mapping[str, Any] | str | Path) -> StackConfig:
+    """Read a stack's configuration.
+
+    Args:
+        source: The mapping itself, or the path of a YAML file that holds it.
+
+    Raises:
+        ConfigError: If it cannot be read or something in it is wrong.
+    """
+    if isinstance(source, Mapping):
+        return _stack(source, "configuration")
+    path = Path(source).expanduser()
+    try:
+        value = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"configuration file {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"configuration file {path} is not YAML: {error}") from error
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"configuration file {path}: expected keys like 'tiers:', found {value!r}")
+    return _stack(value, str(path))
+
+
+def _stack(value: Mapping[str, Any], where: str) -> StackConfig:
+    refuse_unknown(value, StackConfig.__struct_fields__, where)
+    tiers = value.get("tiers")
+    if not isinstance(tiers, list | tuple) or not tiers:
+        raise ConfigError(f"{where}: tiers: {tiers!r}; write a list of at least one tier, fastest first, "
+                          "like [{backend: cpu, capacity: 8GiB}]")  # fmt: skip
+    entries = tuple(_tier_entry(index, tier, where) for index, tier in enumerate(tiers))
+    names = [entry.name for entry in entries]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{where}: two tiers are called {name!r}; give each a 'name' of its own")
+    config = convert({**value, "tiers": ()}, StackConfig, where)
+    config = msgspec.structs.replace(config, tiers=entries)
+    _check_ranges(config, where)
+    return config
+
+
+def _tier_entry(index: int, tier: object, where: str) -> TierEntry:
+    where = f"{where}: tiers[{index}]"
+    if not isinstance(tier, Mapping) or not isinstance(tier.get("backend"), str):
+        raise ConfigError(f"{where}: {tier!r}; write a mapping with a 'backend', like "
+                          "{backend: cpu, capacity: 8GiB}")  # fmt: skip
+    settings = {k: v for k, v in tier.items() if k not in ("backend", "name", "checked")}
+    checked = tier.get("checked")
+    if checked not in (None, True, False):
+        raise ConfigError(f"{where}: checked: {checked!r}; write true or false, or leave it out")
+    return TierEntry(
+        backend=tier["backend"],
+        name=str(tier.get("name", tier["backend"])),
+        checked=checked,
+        settings=settings,
+    )
+
+
+def _check_ranges(config: StackConfig, where: str) -> None:
+    for key in ("load_deadline_s", "store_deadline_s"):
+        if not 0 < getattr(config, key) < math.inf:
+            raise ConfigError(f"{where}: {key}: {getattr(config, key)!r}; write seconds above 0")
+    if not 0 < config.max_load_fraction <= 1:
+        raise ConfigError(
+            f"{where}: max_load_fraction: {config.max_load_fraction!r}; write a number above 0, at most 1"
+        )
+    if config.max_store_blocks < 1:
+        raise ConfigError(f"{where}: max_store_blocks: {config.max_store_blocks!r}; write at least 1")
+
+
+def _decode(to: type[Any], value: object) -> object:
+    if to is ByteSize:
+        try:
+            return parse_size(value)
+        except ConfigError as error:
+            # msgspec adds the key to a ValueError's message.
+            raise ValueError(str(error)) from error
+    raise NotImplementedError(to)
+
+
+def _explain(message: str, value: Mapping[str, Any]) -> str:
+    """Turn msgspec's ``… - at `$.key` `` into ``key: value: …``."""
+    text, _, path = message.partition(" - at `$.")
+    key = path.rstrip("`")
+    text = text.removeprefix("size: ")
+    return f"{key}: {text} (got {value.get(key)!r})" if key else text

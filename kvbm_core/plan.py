@@ -1,0 +1,70 @@
+"""What the leader wants moved, and what came of it: values that travel between processes.
+
+Planner ── Plan(drops, stores, loads) ──► Mover
+Planner ◄── Report(op, tier, failures) ── Mover        (from every rank)
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvbm_core.block import BlockKey
+from kvbm_core.tier import Capabilities, Reason
+
+__all__ = ["Load", "Plan", "Report", "Store", "TierStatus"]
+
+
+class Store(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Blocks to be written into tiers."""
+
+    op: int
+    """Number of the operation; the mover reports once for each of `tiers`."""
+    keys: list[BlockKey]
+    blocks: list[int]
+    """Device blocks to gather, one a key. Empty: the blocks are in the tier that lends its memory."""
+    tiers: list[int]
+    """Positions in the stack, 0 the fastest."""
+
+
+class Load(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Neighbouring blocks of one request to be read from one tier into device blocks."""
+
+    op: int
+    request: str
+    """Whose prefix it is; its loads are complete together."""
+    tier: int
+    fill: int
+    """The tier that keeps what is read: the one that lends its memory; -1 for none."""
+    keys: list[BlockKey]
+    blocks: list[int]
+
+
+class Plan(msgspec.Struct, frozen=True, array_like=True):
+    """What to do next. Drops come before stores, stores before loads."""
+
+    drops: list[tuple[int, list[BlockKey]]] = []
+    """Tier and the keys it shall forget."""
+    stores: list[Store] = []
+    loads: list[Load] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.drops or self.stores or self.loads)
+
+
+class Report(msgspec.Struct, frozen=True, array_like=True):
+    """How one operation ended in one tier, on one rank."""
+
+    op: int
+    tier: int
+    failures: dict[int, Reason] = {}
+    """Position in the operation's keys to why it did not work; all others did."""
+    seconds: float = 0.0
+    """From the plan's arrival to the end."""
+
+
+class TierStatus(msgspec.Struct, frozen=True):
+    """What a worker says of one of its tiers when it has opened it."""
+
+    name: str
+    capabilities: Capabilities
+    inventory: list[BlockKey]

@@ -1,0 +1,270 @@
+"""The contract between the core and a backend: what a tier is, and the values that cross it.
+
+    core ── submit(transfers) ──► tier ── its own threads, disks, networks
+    core ◄── poll() completions ── tier ── wake() when there is something to poll
+
+A tier holds blocks by key. It decides nothing: what to keep, where and for how long is planned
+elsewhere, and a tier is told. Everything that takes time is submitted and polled, in batches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgspec
+
+from kvbm_core.block import BlockKey, Namespace
+
+__all__ = [
+    "CONTRACT_VERSION",
+    "Addressable",
+    "Backend",
+    "Capabilities",
+    "Completion",
+    "Op",
+    "Outcome",
+    "Reason",
+    "Region",
+    "Tier",
+    "TierConfig",
+    "TierContext",
+    "Transfer",
+]
+
+CONTRACT_VERSION: Final = 1
+"""Raised when a backend written for the old contract would no longer be correct."""
+
+
+class Op(enum.Enum):
+    """What a transfer asks of a tier."""
+
+    STORE = "store"
+    """Write the region's bytes under the key."""
+    LOAD = "load"
+    """Fill the region with the bytes under the key."""
+    LOOKUP = "lookup"
+    """Say whether the key is there: DONE or MISSING. No region. A lookup is submitted and polled
+    like any other operation, because on a remote tier it takes as long."""
+
+
+class Outcome(enum.Enum):
+    """How a transfer ended."""
+
+    DONE = "done"
+    MISSING = "missing"
+    """There is no such block. After a LOAD the region is as it was."""
+    FAILED = "failed"
+    """It did not work; `Completion.reason` says why. After a LOAD the region holds anything."""
+
+
+class Reason(enum.Enum):
+    """Why a transfer did not end DONE. The words are also the labels of the counters."""
+
+    NONE = "none"
+    MISSING = "missing"
+    CORRUPT = "corrupt"
+    """Bytes came back, but not those that were stored."""
+    FULL = "full"
+    """No room: no slot, no space on the disk, no staging memory."""
+    BUSY = "busy"
+    """Refused for now: the queue is full, or the key is being written."""
+    DEADLINE = "deadline"
+    """It took too long."""
+    ERROR = "error"
+    """Anything else; the log has the message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Contiguous memory that a transfer reads or writes."""
+
+    address: int
+    """Of the first byte."""
+    nbytes: int
+    on_device: bool = False
+    """False: host memory. True: memory of the accelerator, for tiers that are `device_direct`."""
+    owner: Any = field(default=None, repr=False, compare=False)
+    """Whatever must stay referenced for the address to stay valid."""
+
+    def view(self) -> memoryview:
+        """Give the bytes as a writable view. Only for host memory."""
+        array_type = ctypes.c_ubyte * self.nbytes
+        return memoryview(array_type.from_address(self.address)).cast("B")
+
+    def part(self, offset: int, nbytes: int) -> Region:
+        """Give `nbytes` of this region, starting at byte `offset`."""
+        assert offset >= 0
+        assert offset + nbytes <= self.nbytes
+        return Region(self.address + offset, nbytes, self.on_device, self.owner)
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One block's move to or from a tier."""
+
+    ticket: int
+    """Chosen by the core, unique among the transfers in flight in this tier."""
+    op: Op
+    key: BlockKey
+    region: Region | None = None
+    """``TierContext.block_bytes`` long. The tier's own from submit to completion. None for LOOKUP."""
+    deadline_s: float = float("inf")
+    """On the clock of ``time.monotonic``: nobody waits longer. A tier may use it; the deadline
+    layer enforces it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """How one transfer ended."""
+
+    ticket: int
+    outcome: Outcome
+    reason: Reason = Reason.NONE
+    """NONE when DONE, MISSING when MISSING."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a tier can do. Constant from open to close; the core obeys it, the suite selects by it."""
+
+    capacity_blocks: int | None
+    """How many blocks of ``block_bytes`` it holds for this namespace. None: no limit of its own."""
+    queue_depth: int = 64
+    """Transfers it accepts before it refuses a batch."""
+    alignment_bytes: int = 1
+    """What addresses of regions must be a multiple of."""
+    durable: bool = False
+    """It serves the same blocks after a ``kill -9`` of the process."""
+    addressable: bool = False
+    """It is `Addressable`: it lends the memory its blocks lie in."""
+    device_direct: bool = False
+    """It takes regions in device memory."""
+    shared: bool = False
+    """Other engines store here too, so a key may be there that nobody here stored."""
+    remote_lookup: bool = False
+    """It cannot list its blocks at open: `inventory` is empty, ask with LOOKUP."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierContext:
+    """What a tier is told when it is opened."""
+
+    namespace: Namespace
+    """16 bytes. Blocks of another namespace are not this tier's to serve."""
+    block_bytes: int
+    """Bytes of every region: the payload and, if the tier is checked, its footer."""
+    rank: int = 0
+    """Which worker this is. Each rank keeps its own shard of every block."""
+    world_size: int = 1
+    """Ranks an engine has. A `capacity` in the configuration is for all of them together."""
+    wake: Callable[[], None] = lambda: None
+    """Call it, from any thread, when `poll` has something to return. Without it the core still
+    polls, but later."""
+    pin: Callable[[int, int], Callable[[], None]] | None = None
+    """Page-lock ``(address, nbytes)`` for DMA; returns what undoes it. None without an accelerator."""
+
+
+class Tier(ABC):
+    """A place where complete blocks are kept.
+
+    **Requires**: calls never overlap. No method waits for I/O; a tier may own threads, and speaks
+    only through `poll`.
+    """
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """What this tier can do. The same value from open to close."""
+
+    @abstractmethod
+    def inventory(self) -> Iterable[BlockKey]:
+        """List the keys found at open, oldest first where the tier knows.
+
+        Behaviour:
+            - Keys of another namespace are not listed.
+            - A tier that is not durable, or has `remote_lookup`, lists nothing.
+        """
+
+    @abstractmethod
+    def submit(self, transfers: Sequence[Transfer]) -> None:
+        """Start transfers.
+
+        Behaviour:
+            - Each ticket completes exactly once, in any order.
+            - Storing a key that is present completes DONE and writes nothing.
+            - Loading a key that is absent completes MISSING and leaves the region as it was.
+            - A torn or short block completes FAILED or MISSING, never DONE.
+            - The region belongs to the tier from here to the completion.
+
+        Raises:
+            QueueFullError: If the batch does not fit the queue; nothing of it was started.
+        """
+
+    @abstractmethod
+    def poll(self) -> Sequence[Completion]:
+        """Take the completions that have come since the last call. Empty if there are none."""
+
+    @abstractmethod
+    def discard(self, keys: Sequence[BlockKey]) -> None:
+        """Forget blocks. A key that is absent is ignored.
+
+        Behaviour:
+            - A transfer submitted later does not see the block.
+            - The room is free again for a STORE submitted later.
+            - Never called for a key that has a transfer in flight.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Finish or fail what is in flight, then let go of everything. May be called twice."""
+
+
+class Addressable(ABC):
+    """What a tier adds when it can lend the memory its blocks lie in, so that no copy is needed.
+
+    Regions are ``TierContext.block_bytes`` long. All four return at once.
+    """
+
+    @abstractmethod
+    def reserve(self, key: BlockKey) -> Region | None:
+        """Set memory aside for a block about to be written; it is not loadable before `publish`.
+
+        Returns:
+            None if there is no room, or the key is known already.
+        """
+
+    @abstractmethod
+    def publish(self, key: BlockKey) -> None:
+        """Say that a reserved block is complete."""
+
+    @abstractmethod
+    def abandon(self, key: BlockKey) -> None:
+        """Give a reserved block's memory back."""
+
+    @abstractmethod
+    def lend(self, key: BlockKey) -> Region | None:
+        """Give the memory of a published block; valid until `discard`. None if it is absent."""
+
+
+class TierConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every backend's configuration: one frozen type with at most ten keys."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What a backend package registers: how tiers of its kind are configured, checked and opened."""
+
+    name: str
+    """As written after ``backend:`` in the configuration, and the name of the entry point."""
+    config_type: type[TierConfig]
+    open: Callable[[Any, TierContext], Tier]
+    """``open(config, context)``. Raises `TierOpenError`."""
+    check: Callable[[Any], None] = lambda config: None
+    """Find mistakes early, before an engine loads its model: a path that cannot be written, a
+    directory in use. Changes nothing. Raises `TierOpenError`."""
+    contract_version: int = CONTRACT_VERSION

@@ -1,0 +1,173 @@
+"""The class vLLM makes: one object in the scheduler, one in each worker."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+
+from kvbm_core import TierCounts
+from kvbm_vllm._scheduler import SchedulerHalf
+from kvbm_vllm._settings import read_settings
+from kvbm_vllm._stats import KvbmPromMetrics, KvbmStats
+from kvbm_vllm._values import Handshake, Outcomes, StepPlan
+from kvbm_vllm._worker import WorkerHalf
+
+__all__ = ["KvbmConnector"]
+
+logger = logging.getLogger("kvbm_vllm")
+
+
+class KvbmConnector(KVConnectorBase_V1):  # type: ignore[misc]
+    """Stores every complete block into the stack and loads what vLLM's prefix cache has lost.
+
+    Loads are asynchronous, stores are snapshots: vLLM's blocks are never held back. What fails is
+    computed. Works with vLLM 0.28 to 0.33.
+    """
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        config = read_settings(vllm_config)
+        self._leader: SchedulerHalf | None = None
+        self._mover: WorkerHalf | None = None
+        if role is KVConnectorRole.SCHEDULER:
+            _recompute_failures(vllm_config.kv_transfer_config)
+            self._leader = SchedulerHalf(config, kv_cache_config)
+        else:
+            self._mover = WorkerHalf(config, vllm_config, kv_cache_config)
+
+    def __repr__(self) -> str:
+        return f"<KvbmConnector {self._leader or self._mover!r}>"
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A store that is dropped is a miss later, so nobody has to wait for one."""
+        return False
+
+    @property
+    def supports_sleep_mode(self) -> bool:
+        """The workers keep addresses of the KV tensors, which sleep mode would free."""
+        return False
+
+    @property
+    def counts(self) -> dict[str, TierCounts]:
+        """What has happened so far, by the tier's name. Only in the scheduler."""
+        return self._scheduler().counts
+
+    # In the scheduler.
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Any]) -> None:
+        """Take in what every worker says of its tiers, once."""
+        self._scheduler().start([each for each in metadata.values() if isinstance(each, Handshake)])
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Say how many tokens can be loaded beyond those vLLM has; loads are asynchronous."""
+        return self._scheduler().match(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Learn the blocks vLLM has given to a request, and plan its load."""
+        self._scheduler().allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> StepPlan:
+        """Plan this step."""
+        return self._scheduler().step(scheduler_output)
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Plan to store what is left. vLLM may free the blocks at once."""
+        self._scheduler().finished(request)
+        return False, None
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """Take in what the workers report."""
+        self._scheduler().outcomes(connector_output.kv_connector_worker_meta)
+
+    def has_pending_push_work(self) -> bool:
+        """Keep an idle engine stepping while something is under way."""
+        return self._scheduler().busy()
+
+    def reset_cache(self) -> bool:
+        """Forget every block in every tier, as after a change of weights."""
+        self._scheduler().reset()
+        return True
+
+    # In a worker.
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        """Take over the KV tensors and open the tiers."""
+        self._worker().register(kv_caches)
+
+    def get_handshake_metadata(self) -> Handshake | None:
+        """Tell the scheduler what the tiers can do and hold."""
+        return self._worker().handshake()
+
+    def handle_preemptions(self, kv_connector_metadata: Any) -> None:
+        """Start the step's plan: called in every step, before anything is computed."""
+        self._worker().begin(kv_connector_metadata)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Start the step's plan where `handle_preemptions` was not called."""
+        self._worker().begin(self._connector_metadata)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads are asynchronous: a request is not computed before they have ended."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """Blocks are stored whole, by the plan."""
+
+    def wait_for_save(self) -> None:
+        """Stores are snapshots taken when the plan starts."""
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Name the requests whose loads have ended. Nothing is ever sent."""
+        return None, self._worker().collect() or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Name the blocks that must be computed after all."""
+        return self._worker().take_failed_blocks()
+
+    def build_connector_worker_meta(self) -> Outcomes | None:
+        """Report to the scheduler."""
+        return self._worker().take_outcomes()
+
+    # In both, and in the frontend.
+
+    def get_kv_connector_stats(self) -> KvbmStats | None:
+        """Give what was counted since the last call; the scheduler counts for all."""
+        return self._leader.take_stats() if self._leader else None
+
+    def shutdown(self) -> None:
+        """Close the tiers."""
+        if self._mover:
+            self._mover.close()
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KvbmStats:
+        """Make the statistics that vLLM logs."""
+        return KvbmStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any
+    ) -> KvbmPromMetrics:
+        """Make the Prometheus metrics."""
+        return KvbmPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def _scheduler(self) -> SchedulerHalf:
+        assert self._leader is not None, "only in the scheduler"
+        return self._leader
+
+    def _worker(self) -> WorkerHalf:
+        assert self._mover is not None, "only in a worker"
+        return self._mover
+
+
+def _recompute_failures(transfer: Any) -> None:
+    """Have vLLM compute what could not be loaded.
+
+    vLLM's default, made for prefill and decode on different machines, ends the request with an
+    error. A cache must never do that. vLLM reads this setting after it has made the connector.
+    """
+    if transfer.kv_load_failure_policy != "recompute":
+        logger.info("kv_load_failure_policy is set to 'recompute': what cannot be loaded is computed")
+        transfer.kv_load_failure_policy = "recompute"

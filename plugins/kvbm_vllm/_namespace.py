@@ -1,0 +1,85 @@
+"""Everything that makes one engine's stored bytes comparable with another's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import vllm
+
+from kvbm_core import Namespace, make_namespace
+from kvbm_vllm._weights import weights_digest
+
+__all__ = ["engine_namespace"]
+
+_FORMAT: Final = 1
+"""Raise it when the order of bytes in a block changes."""
+
+_NOT_CONTENT: Final = ("_name_or_path", "transformers_version", "name_or_path")
+
+
+def engine_namespace(
+    vllm_config: Any, kv_caches: Mapping[str, Any], num_blocks: int, weights_id: str | None
+) -> Namespace:
+    """Make one rank's namespace.
+
+    Args:
+        vllm_config: vLLM's configuration in the worker.
+        kv_caches: Layer name to KV tensor (or tensors), as registered.
+        num_blocks: KV blocks the engine has; not part of the namespace.
+        weights_id: As in the configuration.
+
+    Returns:
+        16 bytes.
+    """
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    facts = {
+        "format": _FORMAT,
+        # Releases have laid out the same shapes differently.
+        "vllm": ".".join(vllm.__version__.split(".")[:2]),
+        "models": [_model_facts(vllm_config, model, weights_id) for model in _models(vllm_config)],
+        "cache_dtype": str(cache.cache_dtype),
+        "block_tokens": cache.block_size,
+        "layers": [_layer_facts(name, tensors, num_blocks) for name, tensors in kv_caches.items()],
+        "ranks": [parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.rank],
+    }
+    return make_namespace(facts)
+
+
+def _models(vllm_config: Any) -> list[Any]:
+    """List the models that write into the KV cache: a drafting model does, beside the main one."""
+    drafting = getattr(vllm_config.speculative_config, "draft_model_config", None)
+    return [model for model in (vllm_config.model_config, drafting) if model is not None]
+
+
+def _model_facts(vllm_config: Any, model: Any, weights_id: str | None) -> dict[str, Any]:
+    config = {k: v for k, v in model.hf_config.to_dict().items() if k not in _NOT_CONTENT}
+    load_format = str(vllm_config.load_config.load_format)
+    return {
+        "config": json.dumps(config, sort_keys=True, default=str),
+        "dtype": str(model.dtype),
+        "quantization": str(model.quantization),
+        # Some ways to scale positions depend on it.
+        "max_model_len": model.max_model_len if _scales_positions(config) else None,
+        # Random weights come from the seed, not from files.
+        "weights": f"random:{model.seed}"
+        if load_format == "dummy"
+        else weights_digest(model.model, model.revision, weights_id),
+    }
+
+
+def _scales_positions(config: Mapping[str, Any]) -> bool:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return isinstance(rope, Mapping) and (rope.get("rope_type") or rope.get("type") or "default") != "default"
+
+
+def _layer_facts(name: str, tensors: Any, num_blocks: int) -> list[Any]:
+    """Describe a layer's geometry, without the number of blocks and without addresses."""
+    parts: Sequence[Any] = tensors if isinstance(tensors, list | tuple) else [tensors]
+    facts: list[Any] = [name]
+    for part in parts:
+        shape = [size for size in part.shape if size % num_blocks or num_blocks == 1]
+        order = sorted(range(part.dim()), key=part.stride, reverse=True)
+        facts.append([str(part.dtype), shape, order])
+    return facts

@@ -1,0 +1,217 @@
+"""The leader's half of the connector, in vLLM's scheduler: decides what is loaded and stored.
+
+When is a block stored? Its tokens must be final and its KV written. Both are certain one step after
+the step that computed it, so that is when it is planned:
+
+    step k    schedules tokens up to n          (their KV will be written)
+    step k+1  plans blocks below n // block     (worker gathers *before* anything of k+1 is computed)
+
+Therefore vLLM may give the blocks away in step k+1, to a finished or preempted request's successor,
+and nothing has to be held back or waited for.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvbm_core import Planner, StackConfig, TierCounts
+from kvbm_vllm._keys import RequestKeys, cacheable
+from kvbm_vllm._settings import single_group
+from kvbm_vllm._stats import KvbmStats, flatten
+from kvbm_vllm._values import Handshake, Outcomes, StepPlan
+from kvbm_vllm._weights import AdapterDigests
+
+__all__ = ["SchedulerHalf"]
+
+logger = logging.getLogger("kvbm_vllm")
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """What is known of one unfinished request."""
+
+    request: Any
+    keys: RequestKeys
+    blocks: list[int] = field(default_factory=list)
+    """Device blocks, in order of the tokens."""
+    computed_tokens: int = 0
+    """Tokens whose KV is written once the last scheduled step has run."""
+    offered_blocks: int = 0
+    """Blocks the planner was offered for storing."""
+    match_start: int = 0
+    match_tiers: list[int] = field(default_factory=list)
+    """The last match: first block, and for each block the tier it was found in."""
+    may_load: bool = True
+    """False after a load that failed: the request computes, so that it cannot fail in a circle."""
+    may_store: bool = True
+    """False after a reset: its KV may come from before."""
+
+
+class SchedulerHalf:
+    """Plans for one engine.
+
+    Args:
+        config: The stack.
+        kv_cache_config: vLLM's, with one group of layers.
+    """
+
+    def __init__(self, config: StackConfig, kv_cache_config: Any) -> None:
+        self._config = config
+        self._block_tokens: int = single_group(kv_cache_config).kv_cache_spec.block_size
+        self._max_load_blocks = max(1, int(kv_cache_config.num_blocks * config.max_load_fraction))
+        self._adapters = AdapterDigests()
+        self._planner: Planner | None = None
+        self._block_bytes = 0
+        self._sequences: dict[str, _Sequence] = {}
+        self._running: set[str] = set()
+        """Requests scheduled in the last step."""
+        self._reported: dict[str, int] = {}
+
+    def __repr__(self) -> str:
+        return f"<SchedulerHalf {len(self._sequences)} requests; {self._planner!r}>"
+
+    @property
+    def counts(self) -> dict[str, TierCounts]:
+        """What has happened so far, by the tier's name."""
+        return self._planner.counts if self._planner else {}
+
+    def start(self, handshakes: list[Handshake]) -> None:
+        """Take in what the workers say of their tiers.
+
+        Raises:
+            ConfigError: If their stacks differ.
+        """
+        ranks = sorted(handshakes, key=lambda handshake: handshake.rank)
+        self._planner = Planner(
+            [handshake.status for handshake in ranks], max_store_blocks=self._config.max_store_blocks
+        )
+        self._block_bytes = sum(handshake.block_bytes for handshake in ranks)
+        logger.info("KvbmConnector is ready: %r", self._planner)
+
+    def match(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Say how many tokens after `num_computed_tokens` can be loaded; None: ask again."""
+        sequence, planner = self._sequence(request), self._planner
+        if sequence is None or planner is None or not sequence.may_load:
+            return 0, False
+        if num_computed_tokens % self._block_tokens or getattr(request, "skip_reading_prefix_cache", False):
+            return 0, False
+        start = num_computed_tokens // self._block_tokens
+        # At least one token must be computed, so that there is something to sample from.
+        stop = (request.num_tokens - 1) // self._block_tokens
+        if stop <= start:
+            return 0, False
+        tiers = planner.match(sequence.keys.first(stop)[start:], time.monotonic())
+        if not tiers:
+            return 0, False
+        if planner.loading_blocks and planner.loading_blocks + len(tiers) > self._max_load_blocks:
+            # Blocks that wait for loads cannot be preempted. Loads end by their deadline, so does this.
+            return None, False
+        sequence.match_start, sequence.match_tiers = start, tiers
+        return len(tiers) * self._block_tokens, True
+
+    def allocated(self, request: Any, blocks: list[int], num_external_tokens: int) -> None:
+        """Plan the load that was matched, into the blocks vLLM has given to the request."""
+        sequence = self._sequence(request)
+        if sequence is None or self._planner is None:
+            return
+        sequence.blocks = list(blocks)
+        if num_external_tokens:
+            count = num_external_tokens // self._block_tokens
+            start = sequence.match_start
+            self._planner.load(
+                request.request_id,
+                sequence.keys.first(start + count)[start:],
+                blocks[start : start + count],
+                sequence.match_tiers[:count],
+            )
+
+    def step(self, output: Any) -> StepPlan:
+        """Plan one step, given what vLLM has scheduled for it."""
+        now_s = time.monotonic()
+        for request_id in self._running:
+            self._offer(self._sequences[request_id], now_s)
+        self._running.clear()
+        self._follow(output)
+        if self._planner is None:
+            return StepPlan()
+        return StepPlan(self._planner.take(now_s), idle=output.total_num_scheduled_tokens == 0)
+
+    def finished(self, request: Any) -> None:
+        """Plan to store what the request has computed last, and forget it."""
+        sequence = self._sequences.pop(request.request_id, None)
+        if sequence and request.request_id in self._running:
+            self._running.discard(request.request_id)
+            self._offer(sequence, time.monotonic())
+
+    def outcomes(self, outcomes: Any) -> None:
+        """Take in what the workers report."""
+        if not isinstance(outcomes, Outcomes) or self._planner is None:
+            return
+        for op, failures in self._planner.report(outcomes.reports, time.monotonic()):
+            if failures and op.request in self._sequences:
+                self._sequences[op.request].may_load = False
+
+    def busy(self) -> bool:
+        """Say whether steps are needed although no request runs."""
+        return self._planner is not None and self._planner.busy(time.monotonic())
+
+    def reset(self) -> None:
+        """Forget every block in every tier; what runs now is not stored."""
+        for sequence in self._sequences.values():
+            sequence.may_store = False
+        if self._planner:
+            self._planner.reset()
+
+    def take_stats(self) -> KvbmStats | None:
+        """Give what was counted since the last call."""
+        flat = flatten(self.counts, self._block_bytes)
+        news = {key: value - self._reported.get(key, 0) for key, value in flat.items()}
+        self._reported = flat
+        news = {key: value for key, value in news.items() if value}
+        return KvbmStats(data=news) if news else None
+
+    def _sequence(self, request: Any) -> _Sequence | None:
+        sequence = self._sequences.get(request.request_id)
+        if sequence is None and cacheable(request):
+            keys = RequestKeys(request, self._block_tokens, self._adapters)
+            sequence = self._sequences[request.request_id] = _Sequence(request, keys)
+        return sequence
+
+    def _follow(self, output: Any) -> None:
+        """Note which blocks and tokens this step gives to whom."""
+        for new in output.scheduled_new_reqs:
+            self._advance(output, new.req_id, new.num_computed_tokens, new.block_ids, replace=True)
+        cached = output.scheduled_cached_reqs
+        for at, request_id in enumerate(cached.req_ids):
+            self._advance(
+                output, request_id, cached.num_computed_tokens[at], cached.new_block_ids[at],
+                replace=request_id in cached.resumed_req_ids,
+            )  # fmt: skip
+
+    def _advance(
+        self, output: Any, request_id: str, computed_tokens: int, groups: Any, *, replace: bool
+    ) -> None:
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return
+        if replace:
+            sequence.blocks = []
+        if groups:
+            sequence.blocks += groups[0]
+        sequence.computed_tokens = computed_tokens + output.num_scheduled_tokens[request_id]
+        self._running.add(request_id)
+
+    def _offer(self, sequence: _Sequence, now_s: float) -> None:
+        """Offer the blocks that are complete now and were not offered before."""
+        # The last token's KV is not computed yet, and tokens a drafting model proposed are not in
+        # the request before they are accepted.
+        tokens = min(sequence.computed_tokens, sequence.request.num_tokens - 1)
+        complete, offered = tokens // self._block_tokens, sequence.offered_blocks
+        if complete <= offered or not sequence.may_store or self._planner is None:
+            return
+        keys = sequence.keys.first(complete)
+        self._planner.store(keys[offered:], sequence.blocks[offered:complete], keys[:offered], now_s)
+        sequence.offered_blocks = complete

@@ -1,0 +1,46 @@
+"""What travels between the two halves of the connector, in vLLM's own envelopes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+from kvbm_core import Plan, Report, TierStatus
+
+__all__ = ["Handshake", "Outcomes", "StepPlan"]
+
+
+@dataclass
+class Handshake(KVConnectorHandshakeMetadata):
+    """What a worker tells the leader once, before the first request."""
+
+    rank: int
+    status: list[TierStatus]
+    block_bytes: int
+    """Of this rank's part of a block."""
+
+
+@dataclass
+class StepPlan(KVConnectorMetadata):
+    """What the leader tells every worker in each step."""
+
+    plan: Plan = field(default_factory=Plan)
+    idle: bool = False
+    """Nothing is computed in this step: it only polls."""
+
+
+@dataclass
+class Outcomes(KVConnectorWorkerMetadata):
+    """What the workers tell the leader, collected over ranks by vLLM."""
+
+    reports: list[Report]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """Put the reports of two workers together; the planner counts them."""
+        assert isinstance(other, Outcomes)
+        return Outcomes(self.reports + other.reports)

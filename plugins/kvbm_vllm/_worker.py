@@ -1,0 +1,122 @@
+"""The worker's half of the connector: carries out the leader's plans on one rank."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Final
+
+from kvbm_core import Load, Report, StackConfig, Worker
+from kvbm_device import open_device
+from kvbm_vllm._namespace import engine_namespace
+from kvbm_vllm._settings import single_group
+from kvbm_vllm._values import Handshake, Outcomes, StepPlan
+
+__all__ = ["WorkerHalf"]
+
+logger = logging.getLogger("kvbm_vllm")
+
+
+class WorkerHalf:
+    """Moves one rank's blocks.
+
+    Args:
+        config: The stack.
+        vllm_config: vLLM's configuration.
+        kv_cache_config: vLLM's, with one group of layers.
+    """
+
+    _IDLE_WAIT_S: Final = 0.005
+    """How long a step in which nothing is computed waits for progress, so that an engine that only
+    waits for a disk does not burn a core."""
+
+    def __init__(self, config: StackConfig, vllm_config: Any, kv_cache_config: Any) -> None:
+        single_group(kv_cache_config)
+        self._config = config
+        self._vllm_config = vllm_config
+        self._num_blocks: int = kv_cache_config.num_blocks
+        self._worker: Worker | None = None
+        self._block_bytes = 0
+        self._begun: StepPlan | None = None
+        self._loads: dict[int, Load] = {}
+        self._open_loads: dict[str, set[int]] = {}
+        self._finished: set[str] = set()
+        self._failed_blocks: set[int] = set()
+        self._reports: list[Report] = []
+
+    def __repr__(self) -> str:
+        return f"<WorkerHalf {len(self._open_loads)} requests loading; {self._worker!r}>"
+
+    def register(self, kv_caches: Mapping[str, Any]) -> None:
+        """Take over the engine's KV tensors and open the tiers.
+
+        Raises:
+            ConfigError: For tensors of an unknown shape.
+            TierOpenError: If a tier cannot be opened.
+        """
+        parallel = self._vllm_config.parallel_config
+        device = open_device(kv_caches, self._num_blocks)
+        self._block_bytes = device.block_bytes
+        namespace = engine_namespace(self._vllm_config, kv_caches, self._num_blocks, self._config.weights_id)
+        self._worker = Worker(
+            self._config, device, namespace, rank=parallel.rank, world_size=parallel.world_size
+        )
+
+    def handshake(self) -> Handshake | None:
+        """Say what the tiers can do and hold."""
+        if self._worker is None:
+            return None
+        return Handshake(self._vllm_config.parallel_config.rank, self._worker.status(), self._block_bytes)
+
+    def begin(self, step: object) -> None:
+        """Start a step's plan, once, before anything of the step is computed."""
+        if self._worker is None or not isinstance(step, StepPlan) or step is self._begun:
+            return
+        self._begun = step
+        for load in step.plan.loads:
+            self._loads[load.op] = load
+            self._open_loads.setdefault(load.request, set()).add(load.op)
+        if step.plan:
+            self._worker.submit(step.plan)
+
+    def collect(self) -> set[str]:
+        """Take in what has ended.
+
+        Returns:
+            The requests whose loads have all ended, well or not. Each is named once.
+        """
+        if self._worker is None:
+            return set()
+        if self._begun and self._begun.idle:
+            self._worker.wait(self._IDLE_WAIT_S)
+        for report in self._worker.reports():
+            self._reports.append(report)
+            load = self._loads.get(report.op)
+            if load and report.tier == load.tier:
+                self._end(load, report)
+        finished, self._finished = self._finished, set()
+        return finished
+
+    def take_failed_blocks(self) -> set[int]:
+        """Take the device blocks that were not loaded, of the requests named and to be named."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def take_outcomes(self) -> Outcomes | None:
+        """Take what the leader must know."""
+        reports, self._reports = self._reports, []
+        return Outcomes(reports) if reports else None
+
+    def close(self) -> None:
+        """Close the tiers. May be called twice."""
+        if self._worker:
+            self._worker.close()
+
+    def _end(self, load: Load, report: Report) -> None:
+        del self._loads[load.op]
+        self._failed_blocks.update(load.blocks[at] for at in report.failures)
+        still_open = self._open_loads[load.request]
+        still_open.discard(load.op)
+        if not still_open:
+            del self._open_loads[load.request]
+            self._finished.add(load.request)

@@ -1,0 +1,103 @@
+"""Real engines for tests: a small random Llama whose output depends on its context, and vLLM around it."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+BLOCK_TOKENS = 32
+VOCABULARY = 2000
+
+
+def make_random_llama(folder: Path, seed: int = 0) -> Path:
+    """Write a randomly initialised Llama. Its weights are large enough that each token of the context
+    changes what comes out (checked by `test_output_depends_on_the_context`)."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=256, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=8192,
+        initializer_range=0.15, bos_token_id=0, eos_token_id=1, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_engine(model: Path, tiers: list[dict[str, Any]] | None, **options: Any) -> Any:
+    """Start vLLM in this process, with the connector unless `tiers` is None."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from vllm import LLM
+    from vllm.config import KVTransferConfig
+
+    extra = options.pop("extra", {})
+    if tiers is not None:
+        options["kv_transfer_config"] = KVTransferConfig(
+            kv_connector="KvbmConnector", kv_role="kv_both", kv_connector_extra_config={"tiers": tiers, **extra}
+        )
+    defaults = {
+        "enforce_eager": True, "dtype": "bfloat16", "skip_tokenizer_init": True, "max_model_len": 8192,
+        "block_size": BLOCK_TOKENS, "num_gpu_blocks_override": 600, "max_num_seqs": 16, "seed": 0,
+        "disable_log_stats": True,
+    }  # fmt: skip
+    return LLM(model=str(model), **{**defaults, **options})
+
+
+def connector(llm: Any) -> Any:
+    """Give the scheduler's half of an in-process engine's connector."""
+    return llm.llm_engine.engine_core.engine_core.scheduler.get_kv_connector()
+
+
+def generate(llm: Any, prompts: list[list[int]], max_tokens: int = 32) -> list[tuple[int, ...]]:
+    """Greedy tokens for prompts of token ids, all in one batch."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    return [tuple(output.outputs[0].token_ids) for output in outputs]
+
+
+def drain(llm: Any) -> None:
+    """Step the idle engine until everything that was planned has ended."""
+    core = llm.llm_engine.engine_core.engine_core
+    while core.scheduler.has_requests():
+        llm.llm_engine.step()
+
+
+def forget(llm: Any) -> None:
+    """Empty vLLM's own prefix cache, and only that."""
+    drain(llm)
+    assert llm.reset_prefix_cache(), "vLLM's prefix cache was not emptied"
+
+
+def loaded(llm: Any) -> dict[str, int]:
+    """Blocks loaded so far, by tier."""
+    return {tier: counts.loaded for tier, counts in connector(llm).counts.items()}
+
+
+def make_prompts(count: int, seed: int, longest: int = 4000) -> list[list[int]]:
+    """Prompts of 1 to `longest` tokens: some share prefixes, some end at a block's edge, some just beyond."""
+    rng = random.Random(seed)
+    edges = [1, 2, 31, 32, 33, 63, 64, 65, 96, 97]
+    shared = [rng.randrange(2, VOCABULARY) for _ in range(longest)]
+    prompts = []
+    for number in range(count):
+        if number < len(edges):
+            length = edges[number]
+        elif number % 4 == 0:
+            length = BLOCK_TOKENS * rng.randint(1, longest // BLOCK_TOKENS)
+        else:
+            length = min(longest, int(rng.expovariate(1 / (longest / 6))) + 1)
+        prompt = [rng.randrange(2, VOCABULARY) for _ in range(length)]
+        if number % 3 == 0 and length > 40:
+            common = rng.randint(33, length - 1)
+            prompt[:common] = shared[:common]
+        prompts.append(prompt)
+    prompts[-1] = [rng.randrange(2, VOCABULARY) for _ in range(longest)]
+    return prompts
