@@ -19,7 +19,7 @@ __all__ = ["KvbmConnector"]
 logger = logging.getLogger("kvbm_vllm")
 
 
-class KvbmConnector(KVConnectorBase_V1):  # type: ignore[misc]
+class KvbmConnector(KVConnectorBase_V1):
     """Stores every complete block into the stack and loads what vLLM's prefix cache has lost.
 
     Loads are asynchronous, stores are snapshots: vLLM's blocks are never held back. What fails is

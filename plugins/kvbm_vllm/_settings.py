@@ -26,7 +26,8 @@ def read_settings(vllm_config: Any) -> StackConfig:
     path = extra.pop(_FILE_KEY)
     if extra:
         raise ConfigError(
-            f"kv_connector_extra_config: 'config': {path!r} names a file, so {sorted(extra)} must be written there"
+            f"kv_connector_extra_config: 'config': {path!r} names a file, so {sorted(extra)} must be "
+            "written there"
         )
     return load_config(str(path))
 
@@ -53,8 +54,8 @@ def single_group(kv_cache_config: Any) -> Any:
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         raise ConfigError(
-            f"the model's KV cache has {len(groups)} groups of layers; KvbmConnector supports models with one. "
-            "Serve this model without it"
+            f"the model's KV cache has {len(groups)} groups of layers; KvbmConnector supports models "
+            "with one. Serve this model without it"
         )
     return groups[0]
 

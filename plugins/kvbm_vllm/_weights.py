@@ -70,7 +70,10 @@ def find_files(model: str, revision: str | None = None) -> list[Path]:
 
 
 def digest_files(files: Sequence[Path]) -> str:
-    """Digest contents, reading with several threads; a file the hub stored under its own digest is not read."""
+    """Digest contents, reading with several threads.
+
+    A file that the hub's cache stores under its own digest is named by that and not read.
+    """
     with ThreadPoolExecutor(_THREADS) as pool:
         parts = [part for file in files for part in _parts(file, pool)]
         whole = xxhash.xxh3_128()

@@ -25,11 +25,11 @@ def register() -> None:
     KVConnectorFactory.register_connector("KvbmConnector", "kvbm_vllm", "KvbmConnector")
     check_vllm = VllmConfig.__post_init__
 
-    def __post_init__(self: Any) -> None:
+    def check_both(self: Any) -> None:
         check_vllm(self)
         _check(self)
 
-    VllmConfig.__post_init__ = __post_init__
+    VllmConfig.__post_init__ = check_both
 
 
 def _check(vllm_config: Any) -> None:

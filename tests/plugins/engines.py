@@ -39,7 +39,9 @@ def make_engine(model: Path, tiers: list[dict[str, Any]] | None, **options: Any)
     extra = options.pop("extra", {})
     if tiers is not None:
         options["kv_transfer_config"] = KVTransferConfig(
-            kv_connector="KvbmConnector", kv_role="kv_both", kv_connector_extra_config={"tiers": tiers, **extra}
+            kv_connector="KvbmConnector",
+            kv_role="kv_both",
+            kv_connector_extra_config={"tiers": tiers, **extra},
         )
     defaults = {
         "enforce_eager": True, "dtype": "bfloat16", "skip_tokenizer_init": True, "max_model_len": 8192,

@@ -1,0 +1,85 @@
+"""Lives of an engine that is killed: forked from a process that has vLLM imported, one after another.
+
+Protocol on stdin and stdout, one JSON line each: ``go`` starts a life; the life says its process
+and how many committed blocks it does not find; when it was killed, how many answers were wrong.
+"""
+
+import json
+import os
+import random
+import sys
+
+from engines import connector, drain, forget, generate, loaded, make_engine
+
+
+def live(job, life, pipe):
+    def say(words):
+        pipe.write(json.dumps(words) + "\n")
+        pipe.flush()
+
+    llm = make_engine(job["model"], job["tiers"])
+    planner = connector(llm)._leader._planner
+    at = next(i for i, tier in enumerate(planner._tiers) if tier.name == "lmdb")
+    with open(job["acknowledged"], "a+") as log:
+        log.seek(0)
+        committed = {bytes.fromhex(line.strip()) for line in log if len(line) == 65}
+        lost = sum(key not in planner._tiers[at].index for key in committed)
+        watch(planner, at, log)
+        say({"pid": os.getpid(), "lost": lost})
+        rng = random.Random(life)
+        while True:
+            number = rng.randrange(len(job["prompts"]))
+            right = generate(llm, [job["prompts"][number]], 16)[0] == tuple(job["answers"][number])
+            say({"right": right, "loaded": sum(loaded(llm).values())})
+            if rng.random() < 0.3:
+                forget(llm)
+                drain(llm)
+
+
+def watch(planner, at, log):
+    """Write down every block that the tier says it has stored."""
+    end_store = planner._end_store
+
+    def end(pending, position):
+        if position == at:
+            failed = pending.failures[position]
+            for i, key in enumerate(pending.op.keys):
+                if i not in failed:
+                    log.write(key.hex() + "\n")
+            log.flush()
+        end_store(pending, position)
+
+    planner._end_store = end
+
+
+def main():
+    with open(sys.argv[1]) as file:
+        job = json.load(file)
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # vLLM prints to stdout.
+    import vllm  # noqa: F401 - imported once, for every life.
+
+    for life, _ in enumerate(sys.stdin):
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(read)
+            live(job, life, os.fdopen(write, "w"))
+        os.close(write)
+        wrong = count = 0
+        with os.fdopen(read) as pipe:
+            for line in pipe:
+                if not line.endswith("\n"):
+                    break
+                words = json.loads(line)
+                if "pid" in words:
+                    print(json.dumps(words), file=out, flush=True)
+                else:
+                    wrong += not words["right"]
+                    count = words["loaded"]
+        os.waitpid(pid, 0)
+        print(json.dumps({"wrong": wrong, "loaded": count}), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Whatever a tier does, a request completes with the right answer and the engine lives."""
+
+import pytest
+from engines import connector, drain, forget, generate, loaded, make_prompts
+
+from kvbm_core import Op
+
+pytestmark = pytest.mark.engine
+
+
+def failures(llm, tier):
+    counts = connector(llm).counts[tier].failed
+    return {reason: n for (operation, reason), n in counts.items() if operation == "load"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("error", "error"),
+        ("hang", "deadline"),
+        ("raise", "error"),
+        ("block", "deadline"),
+        ("lie", "corrupt"),
+        ("flip", "corrupt"),
+    ],
+)
+def test_a_tier_that_fails_costs_a_load_and_nothing_else(faulty, llama, start, fault, reason):
+    prompts = [p for p in make_prompts(30, seed=11, longest=900) if len(p) > 100][:4]
+    llm = start(llama, [{"backend": "faulty", "capacity": "64MiB"}], extra={"load_deadline_s": 0.5})
+    answers = [generate(llm, [p])[0] for p in prompts]
+    forget(llm)
+    faulty.fault = lambda transfer: fault if transfer.op is Op.LOAD else None
+    assert [generate(llm, [p])[0] for p in prompts] == answers
+    assert failures(llm, "faulty")[reason] > 0
+    assert loaded(llm)["faulty"] == 0
+
+    faulty.fault = None
+    fresh = make_prompts(1, seed=12, longest=300)[-1]
+    answer = generate(llm, [fresh])[0]
+    forget(llm)
+    assert generate(llm, [fresh])[0] == answer
+
+
+def test_only_the_part_before_a_failed_block_is_used(faulty, llama, start):
+    prompt = make_prompts(1, seed=13, longest=640)[-1]
+    llm = start(llama, [{"backend": "faulty", "capacity": "64MiB"}])
+    answer = generate(llm, [prompt])[0]
+    forget(llm)
+    seen = []
+
+    def tenth_fails(transfer):
+        seen.append(transfer)
+        return "error" if transfer.op is Op.LOAD and len(seen) == 10 else None
+
+    faulty.fault = tenth_fails
+    assert generate(llm, [prompt])[0] == answer
+    assert failures(llm, "faulty") == {"error": 1}
+
+
+def test_an_inventory_that_lies_costs_a_load(faulty, llama, start):
+    from kvbm_vllm._keys import RequestKeys
+    from kvbm_vllm._weights import AdapterDigests
+
+    prompt = make_prompts(1, seed=14, longest=320)[-1]
+
+    class Request:
+        all_token_ids, lora_request, cache_salt, mm_features = prompt, None, None, None
+
+    faulty.claims = RequestKeys(Request, 32, AdapterDigests()).first(9)
+    answer = generate(start(llama, None), [prompt])[0]
+    llm = start(llama, [{"backend": "faulty", "capacity": "64MiB"}])
+    assert generate(llm, [prompt])[0] == answer
+    assert failures(llm, "faulty") == {"missing": 9}
+
+
+def test_stores_that_fail_are_counted_and_change_nothing(faulty, llama, start):
+    prompt = make_prompts(1, seed=15, longest=320)[-1]
+    faulty.fault = lambda transfer: "error" if transfer.op is Op.STORE else None
+    llm = start(llama, [{"backend": "faulty", "capacity": "64MiB"}])
+    answer = generate(llm, [prompt])[0]
+    forget(llm)
+    assert generate(llm, [prompt])[0] == answer
+    assert loaded(llm)["faulty"] == 0
+    assert connector(llm).counts["faulty"].failed["store", "error"] >= 9
+
+
+def test_an_aborted_load_leaves_nothing_behind(faulty, llama, start):
+    prompt = make_prompts(1, seed=16, longest=640)[-1]
+    llm = start(llama, [{"backend": "faulty", "capacity": "64MiB"}])
+    answer = generate(llm, [prompt])[0]
+    forget(llm)
+    faulty.fault = lambda transfer: "late" if transfer.op is Op.LOAD else None
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    request_id = engine.add_request("gone", {"prompt_token_ids": prompt}, SamplingParams(max_tokens=4))
+    for _ in range(3):
+        engine.step()
+    engine.abort_request([request_id or "gone"])
+    drain(llm)
+    scheduler = engine.engine_core.engine_core.scheduler
+    assert not scheduler.requests
+    faulty.fault = None
+    forget(llm)
+    assert generate(llm, [prompt])[0] == answer
+
+
+def test_reset_forgets_every_tier(llama, start, tmp_path):
+    tiers = [{"backend": "cpu", "capacity": "64MiB"},
+             {"backend": "lmdb", "capacity": "64MiB", "path": str(tmp_path / "lmdb")}]  # fmt: skip
+    prompt = make_prompts(1, seed=17, longest=640)[-1]
+    llm = start(llama, tiers)
+    answer = generate(llm, [prompt])[0]
+    drain(llm)
+    assert llm.llm_engine.engine_core.engine_core.reset_prefix_cache(reset_connector=True)
+    drain(llm)
+    assert generate(llm, [prompt])[0] == answer
+    assert loaded(llm) == {"cpu": 0, "lmdb": 0}
+    assert connector(llm)._leader._planner.occupancy == {"cpu": 20, "lmdb": 20}

@@ -1,0 +1,123 @@
+"""Keys name tokens and all else that a block's KV depends on, alike in every process."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("vllm")
+from kvbm_vllm._keys import RequestKeys, cacheable
+from kvbm_vllm._weights import AdapterDigests, digest_files, find_files, weights_digest
+
+
+def request(tokens, lora=None, salt=None, features=()):
+    return SimpleNamespace(
+        all_token_ids=tokens, lora_request=lora, cache_salt=salt, mm_features=features, prompt_embeds=None
+    )
+
+
+def keys(*args, **kwargs):
+    return RequestKeys(request(*args, **kwargs), 4, AdapterDigests()).first(2)
+
+
+def image(name, offset, length=3):
+    return SimpleNamespace(identifier=name, mm_position=SimpleNamespace(offset=offset, length=length))
+
+
+def lora(name, path):
+    return SimpleNamespace(lora_name=name, lora_int_id=1, lora_path=str(path))
+
+
+TOKENS = [5, 6, 7, 8, 9, 10, 11, 12]
+
+
+def test_keys_are_the_same_in_every_process():
+    program = (
+        "from types import SimpleNamespace as N; from kvbm_vllm._keys import RequestKeys; "
+        "from kvbm_vllm._weights import AdapterDigests; "
+        f"r = N(all_token_ids={TOKENS}, lora_request=None, cache_salt='s', mm_features=()); "
+        "print(RequestKeys(r, 4, AdapterDigests()).first(2)[1].hex())"
+    )
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", program], check=True, capture_output=True, text=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout.strip()
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert seen == {keys(TOKENS, salt="s")[1].hex()}
+
+
+def test_keys_made_as_tokens_come_equal_keys_made_at_once():
+    tokens = TOKENS[:5]
+    growing = RequestKeys(request(tokens), 4, AdapterDigests())
+    first = growing.first(1)
+    tokens += TOKENS[5:]
+    assert growing.first(2) == [*first, keys(TOKENS)[1]] == keys(TOKENS)
+
+
+def test_salt_adapter_and_image_change_every_key_after_them(tmp_path):
+    (tmp_path / "adapter.safetensors").write_bytes(b"weights")
+    plain = keys(TOKENS)
+    salted = keys(TOKENS, salt="x")
+    adapted = keys(TOKENS, lora=lora("x", tmp_path))
+    seen = [
+        plain,
+        salted,
+        adapted,
+        keys(TOKENS, features=[image("a", 1)]),
+        keys(TOKENS, features=[image("b", 1)]),
+    ]
+    seen.append(keys(TOKENS, features=[image("a", 0)]))
+    assert len({block for pair in seen for block in pair}) == 2 * len(seen)
+
+
+def test_an_image_in_the_second_block_leaves_the_first_key_alone():
+    with_image, plain = keys(TOKENS, features=[image("a", 5, 2)]), keys(TOKENS)
+    assert with_image[0] == plain[0]
+    assert with_image[1] != plain[1]
+
+
+def test_an_adapter_is_named_by_its_weights(tmp_path):
+    for folder, content in (("one", b"1"), ("copy", b"1"), ("two", b"2")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "adapter.safetensors").write_bytes(content)
+    one, copy, two = (keys(TOKENS, lora=lora("x", tmp_path / name)) for name in ("one", "copy", "two"))
+    assert one == copy
+    assert one != two
+
+
+def test_requests_whose_tokens_say_nothing_are_left_alone():
+    assert cacheable(request(TOKENS))
+    embeds = request(TOKENS)
+    embeds.prompt_embeds = object()
+    assert not cacheable(embeds)
+    session = request(TOKENS)
+    session.resumable = True
+    assert not cacheable(session)
+
+
+def test_one_changed_byte_anywhere_changes_the_digest(tmp_path):
+    file = tmp_path / "model.safetensors"
+    content = bytearray(1 << 20)
+    file.write_bytes(content)
+    before = digest_files([file])
+    content[777_777] = 1
+    file.write_bytes(content)
+    assert digest_files([file]) != before
+
+
+def test_equal_weights_are_equal_wherever_they_lie(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"w" * 1000)
+    assert weights_digest(str(tmp_path / "a"), None, None) == weights_digest(str(tmp_path / "b"), None, None)
+
+
+def test_weights_that_cannot_be_read_are_never_shared(tmp_path):
+    missing = str(tmp_path / "missing")
+    assert find_files(missing) == []
+    assert weights_digest(missing, None, None) != weights_digest(missing, None, None)
+    assert weights_digest(missing, None, "v1") == weights_digest(missing, None, "v1") == "id:v1"
