@@ -9,7 +9,7 @@ READY blocks without a pin stand in the policy's order and can be evicted; with 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from kvbm_core._policy import EvictionPolicy
 from kvbm_core.block import BlockEvent, BlockKey, BlockState, next_state
@@ -55,16 +55,19 @@ class TierIndex:
 
     def touch(self, key: BlockKey) -> None:
         """Make a READY block the most recently used."""
-        if self._idle.remove(key):
+        if key in self._idle:
             self._idle.add(key)
 
-    def pin(self, key: BlockKey) -> None:
-        """Keep a READY block from being evicted until `unpin`."""
-        pins = self._pins.get(key)
-        if pins is None:
-            assert self._idle.remove(key), "only a READY block can be pinned"
-            pins = 0
-        self._pins[key] = pins + 1
+    def pin(self, keys: Iterable[BlockKey]) -> None:
+        """Keep READY blocks from being evicted until `unpin`."""
+        idle, pins = self._idle, self._pins
+        for key in keys:
+            if key in pins:
+                pins[key] += 1
+                continue
+            was_idle = idle.remove(key)
+            assert was_idle, "only a READY block can be pinned"
+            pins[key] = 1
 
     def unpin(self, key: BlockKey) -> bool:
         """Take one pin back. True if the block was LEAVING and is gone with it."""
@@ -95,16 +98,16 @@ class TierIndex:
             The keys that are FILLING now: a leading part of those that were ABSENT; and the keys
             evicted for them.
         """
-        wanted = [key for key in dict.fromkeys(keys) if self.state(key) is BlockState.ABSENT]
+        known = (self._idle, self._pins, self._filling, self._leaving)
+        wanted = [key for key in dict.fromkeys(keys) if not any(key in part for part in known)]
         evicted: list[BlockKey] = []
         if self.capacity_blocks is not None:
             missing = len(self) + len(wanted) - self.capacity_blocks
             if missing > 0:
                 evicted = self._evict(missing, ancestors)
                 wanted = wanted[: max(0, self.capacity_blocks - len(self))]
-        for key in wanted:
-            self._move(key, BlockEvent.RESERVE)
-            self._filling.add(key)
+        next_state(BlockState.ABSENT, BlockEvent.RESERVE)
+        self._filling.update(wanted)
         return wanted, evicted
 
     def _evict(self, count: int, ancestors: Sequence[BlockKey]) -> list[BlockKey]:
@@ -113,11 +116,11 @@ class TierIndex:
             self.touch(key)
         family = set(ancestors)
         evicted: list[BlockKey] = []
+        next_state(BlockState.READY, BlockEvent.EVICT)
         while len(evicted) < count and (victim := self._idle.victim()) is not None:
             if victim in family:  # Only family is left.
                 self._idle.add(victim)
                 break
-            next_state(BlockState.READY, BlockEvent.EVICT)
             evicted.append(victim)
         return evicted
 

@@ -150,19 +150,17 @@ class Planner:
             blocks: The device blocks to fill, one a key.
             tiers: As `match` found them in this step, one a key.
         """
-        for key, tier in zip(keys, tiers, strict=True):
-            self._tiers[tier].index.pin(key)
+        for position in set(tiers):
+            there = [key for key, tier in zip(keys, tiers, strict=True) if tier == position]
+            self._tiers[position].index.pin(there)
         fills = self._plan_fills(keys, tiers)
         start = 0
-        for stop in range(1, len(keys) + 1):
-            if stop == len(keys) or (tiers[stop], fills[stop]) != (tiers[start], fills[start]):
-                op = Load(
-                    next(self._ops), request, tiers[start], fills[start],
-                    list(keys[start:stop]), list(blocks[start:stop]),
-                )  # fmt: skip
-                self._loads.append(op)
-                self._expect(op, [op.tier] if op.fill < 0 else [op.tier, op.fill])
-                start = stop
+        for (tier, fill), run in itertools.groupby(zip(tiers, fills, strict=True)):
+            stop = start + len(list(run))
+            op = Load(next(self._ops), request, tier, fill, list(keys[start:stop]), list(blocks[start:stop]))
+            self._loads.append(op)
+            self._expect(op, [tier] if fill < 0 else [tier, fill])
+            start = stop
         self.loading_blocks += len(keys)
 
     def store(
@@ -250,7 +248,8 @@ class Planner:
         lower = [key for key, tier in zip(keys, tiers, strict=True) if tier > lender >= 0]
         if not lower:
             return [-1] * len(keys)
-        kept = set(self._reserve(lender, lower, [k for k, t in zip(keys, tiers, strict=True) if t == lender]))
+        # Their ancestors need no mention: `load` has pinned them.
+        kept = set(self._reserve(lender, lower, ()))
         return [lender if key in kept else -1 for key in keys]
 
     def _reserve(
@@ -302,8 +301,7 @@ class Planner:
             elif key not in tier.index:
                 tier.counts.dropped += 1
         keys = self._reserve(position, keys, ())
-        for key in keys:
-            lender.index.pin(key)
+        lender.index.pin(keys)
         if keys:
             self._plan_store(keys, [], [position])
 

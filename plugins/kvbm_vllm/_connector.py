@@ -8,6 +8,7 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
 from kvbm_core import TierCounts
+from kvbm_vllm._logging import share_log
 from kvbm_vllm._scheduler import SchedulerHalf
 from kvbm_vllm._settings import read_settings
 from kvbm_vllm._stats import KvbmPromMetrics, KvbmStats
@@ -28,6 +29,7 @@ class KvbmConnector(KVConnectorBase_V1):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        share_log()
         config = read_settings(vllm_config)
         self._leader: SchedulerHalf | None = None
         self._mover: WorkerHalf | None = None

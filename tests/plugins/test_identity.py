@@ -161,3 +161,26 @@ def test_preempted_requests_restore_and_answer_as_without_the_connector(llama, s
         assert generate(llm, prompts, 150) == reference
     assert preempted
     assert sum(loaded(llm).values()) > 0
+
+
+def test_a_dozen_prompts_with_smollm2(start, tmp_path, monkeypatch):
+    """A real model and real text: prefixes of one story, so that later prompts share what earlier ones stored."""
+    from importlib.resources import files
+
+    from tokenizers import Tokenizer
+
+    from kvbm_cli._model import prepare_model
+
+    model = prepare_model()
+    story = files("kvbm_cli").joinpath("story.txt").read_text()
+    tokens = Tokenizer.from_file(str(model / "tokenizer.json")).encode(story).ids
+    prompts = [tokens[at : at + length] for at, length in (
+        (0, 33), (0, 64), (0, 65), (0, 200), (0, 416), (0, 700), (0, 1000), (50, 100), (50, 320), (99, 555), (7, 31), (7, 802)
+    )]  # fmt: skip
+    pages = Pages(monkeypatch)
+    llm = start(model, stack(tmp_path), num_gpu_blocks_override=300, max_model_len=2048)
+    own = own_answers(llm, prompts)
+    already = pages.compared
+    assert_restored(prompts, own, restore(llm, prompts))
+    assert pages.compared - already == sum((len(p) - 1) // BLOCK_TOKENS for p in prompts)
+    assert pages.different == 0

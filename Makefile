@@ -1,0 +1,41 @@
+# Everything here works in a fresh clone with Python 3.11 or newer, make and git.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench compat clean setup-demo setup-dev
+
+help: ## show this list
+	@echo "make TARGET [PYTHON=python3.12]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# The demo's environment is enough for the demo; an environment with the tools of the tests serves it as well.
+setup-demo:
+	@test -e $(VENV)/kvbm-setup-dev || $(PYTHON) tools/setup.py --venv $(VENV) --extras vllm,cli
+
+setup-dev:
+	@$(PYTHON) tools/setup.py --venv $(VENV) --extras dev
+
+demo: setup-demo ## set up, then show time to first token cold, from memory and from LMDB (ARGS="--help")
+	@$(BIN)/kvbm demo $(ARGS)
+
+test: setup-dev ## set up, then run all tests (ARGS="-k name")
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: setup-dev ## check style, types and who may import whom
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: setup-dev ## run the benchmarks, one after the other
+	@set -e; for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+compat: ## run the identity test with each version of vLLM that is promised
+	@$(PYTHON) tools/compat.py $(ARGS)
+
+clean: ## remove environments and caches
+	rm -rf .venv .venv-compat-* build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,11 @@
+"""The engine's KV blocks as byte views, copied to and from contiguous regions.
+
+engine's tensors ──page_views──► ``PageView``, ... ──open_device──► ``Device``: gather, scatter
+"""
+
+from __future__ import annotations
+
+from kvbm_device._host import HostDevice, open_device
+from kvbm_device._views import PageView, page_views
+
+__all__ = ["HostDevice", "PageView", "open_device", "page_views"]

@@ -1,0 +1,195 @@
+"""Gather and scatter in host memory, by numpy.
+
+Not by torch: its copies start a team of OpenMP threads beside the engine's, and the two fight for the
+cores. ``numpy.copyto`` copies in the calling thread and lets other Python threads run meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from kvbm_core.device import Device, Work
+from kvbm_core.errors import KvbmError
+from kvbm_core.tier import Region
+from kvbm_device._views import PageView, page_views
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["HostDevice", "open_device"]
+
+_Bytes: TypeAlias = npt.NDArray[np.uint8]
+
+
+def open_device(tensors: Mapping[str, torch.Tensor | Sequence[torch.Tensor]], num_blocks: int) -> Device:
+    """Open the engine's KV tensors with the implementation for the memory they lie in.
+
+    Args:
+        tensors: By layer, in the engine's order.
+        num_blocks: Blocks the engine has, counted as its scheduler counts them.
+
+    Raises:
+        ConfigError: If a tensor's blocks cannot be told apart.
+        KvbmError: If the tensors are not in host memory.
+    """
+    views = page_views(tensors, num_blocks)
+    where = {view.on_device for view in views}
+    if where == {True, False}:
+        raise KvbmError(
+            "some KV tensors are in host memory and some on an accelerator: register one kind",
+            operation="open",
+        )
+    if where == {True}:
+        raise KvbmError(
+            "KV tensors on an accelerator need the CUDA path, which is not in this release; "
+            "run the engine on CPU",
+            operation="open",
+        )
+    # The tensors, not the mapping: the caller may change that.
+    owner = [list(value) if isinstance(value, Sequence) else value for value in tensors.values()]
+    return HostDevice(views, num_blocks, owner=owner)
+
+
+class _Finished(Work):
+    """A copy that was complete when it was returned."""
+
+    def done(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Fold:
+    """Views of one size, at equal distances, copied by one call a block.
+
+    views 0, 1, 2 of LBHNC:   │ b0 b1 b2 ... │ b0 b1 b2 ... │ b0 b1 b2 ... │
+    block 1 of the fold:           ▲              ▲              ▲          shape (3, page)
+    """
+
+    pages: _Bytes
+    """``(num_blocks, views, page_bytes)``, over the engine's memory."""
+    part: slice
+    """Where these pages lie in a stored block, in bytes."""
+
+
+class HostDevice(Device):
+    """Blocks in host memory. A copy is complete when `gather` or `scatter` returns.
+
+    **Requires**: views in host memory, valid as long as `owner` is referenced or until `close`.
+    """
+
+    def __init__(self, views: Sequence[PageView], num_blocks: int, owner: Any = None) -> None:
+        if any(view.on_device for view in views):
+            raise KvbmError("a view is not in host memory", operation="open")
+        self._num_blocks = num_blocks
+        self._block_bytes = sum(view.page_bytes for view in views)
+        self._num_views = len(views)
+        self._folds = _fold(views, num_blocks)
+        self._owner = owner
+        self._closed = False
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{self._num_views} pages in {len(self._folds)} copies"
+        return f"<HostDevice {self._num_blocks} blocks of {self._block_bytes} bytes, {state}>"
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block: all pages of all layers."""
+        return self._block_bytes
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks the engine has."""
+        return self._num_blocks
+
+    def gather(self, blocks: Sequence[int], regions: Sequence[Region]) -> Work:
+        """Copy blocks into regions, one each.
+
+        Behaviour:
+            - Fills the first `block_bytes` of a region and leaves the rest alone.
+            - Checks all arguments before it copies anything.
+
+        Raises:
+            IndexError: If there is no such block.
+            ValueError: If a region is too short or not in host memory, or the lengths differ.
+            KvbmError: If the device is closed.
+        """
+        self._check("gather", blocks, regions)
+        for pages, stored in self._pairs(blocks, regions):
+            np.copyto(stored, pages)
+        return _Finished()
+
+    def scatter(self, regions: Sequence[Region], blocks: Sequence[int]) -> Work:
+        """Copy the first `block_bytes` of regions into blocks, one each. Checks and raises as `gather`."""
+        self._check("scatter", blocks, regions)
+        for pages, stored in self._pairs(blocks, regions):
+            np.copyto(pages, stored)
+        return _Finished()
+
+    def pinner(self) -> Callable[[int, int], Callable[[], None]] | None:
+        """None: a copy in host memory gains nothing from page-locking."""
+        return None
+
+    def close(self) -> None:
+        """Let go of the engine's memory."""
+        self._closed = True
+        self._folds = []
+        self._owner = None
+
+    def _check(self, operation: str, blocks: Sequence[int], regions: Sequence[Region]) -> None:
+        if self._closed:
+            raise KvbmError(f"{operation} on a closed device", operation=operation)
+        if len(blocks) != len(regions):
+            raise ValueError(f"{operation} of {len(blocks)} blocks and {len(regions)} regions")
+        for block in blocks:
+            if not 0 <= block < self._num_blocks:
+                raise IndexError(f"{operation} of block {block}; there are {self._num_blocks}")
+        for region in regions:
+            if region.on_device or region.nbytes < self._block_bytes:
+                raise ValueError(f"{operation} needs {self._block_bytes} bytes of host memory, got {region}")
+
+    def _pairs(self, blocks: Sequence[int], regions: Sequence[Region]) -> Iterator[tuple[_Bytes, _Bytes]]:
+        """Give the two sides of each copy, both ``(views, page_bytes)``: engine's and region's."""
+        for block, region in zip(blocks, regions, strict=True):
+            stored = np.frombuffer(region.view(), dtype=np.uint8)
+            for fold in self._folds:
+                pages = fold.pages[block]
+                yield pages, stored[fold.part].reshape(pages.shape)
+
+
+def _fold(views: Sequence[PageView], num_blocks: int) -> list[_Fold]:
+    folds: list[_Fold] = []
+    offset_bytes = first = 0
+    while first < len(views):
+        count = _equally_spaced(views, first)
+        view = views[first]
+        spacing_bytes = views[first + 1].address - view.address if count > 1 else view.page_bytes
+        shape = (num_blocks, count, view.page_bytes)
+        pages = _array(view.address, shape, (view.block_stride_bytes, spacing_bytes, 1))
+        end_bytes = offset_bytes + count * view.page_bytes
+        folds.append(_Fold(pages, slice(offset_bytes, end_bytes)))
+        offset_bytes, first = end_bytes, first + count
+    return folds
+
+
+def _equally_spaced(views: Sequence[PageView], first: int) -> int:
+    """Count the views from `first` on that are alike and at equal distances."""
+    count = 1
+    for before, view in zip(views[first:], views[first + 1 :], strict=False):
+        alike = (before.page_bytes, before.block_stride_bytes) == (view.page_bytes, view.block_stride_bytes)
+        spacing_bytes = views[first + 1].address - views[first].address
+        if not alike or view.address - before.address != spacing_bytes:
+            break
+        count += 1
+    return count
+
+
+def _array(address: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> _Bytes:
+    """Lay an array of bytes over memory. The caller keeps the memory alive."""
+    interface = {"data": (address, False), "shape": shape, "strides": strides, "typestr": "|u1", "version": 3}
+    return np.asarray(SimpleNamespace(__array_interface__=interface))

@@ -1,0 +1,344 @@
+"""The directory of one rank: who may use it, how much fits, what was found in it.
+
+    <path>/rank0/          0700
+        engine.lock        flock held by the engine that uses the directory; holds its pid
+        data.mdb           two databases, written in the same transactions:
+                             blocks  namespace (16) + key (32) → the block's bytes
+                             index   namespace (16) + key (32) → sequence (8) + length (8), little endian
+        lock.mdb           LMDB's table of readers
+
+The index exists because py-lmdb reads every value it passes, even when asked for keys alone: listing
+200 GiB by walking `blocks` would read 200 GiB.
+"""
+
+from __future__ import annotations
+
+import bisect
+import fcntl
+import logging
+import os
+import shutil
+import struct
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import lmdb
+
+from kvbm_core.block import KEY_BYTES, NAMESPACE_BYTES
+from kvbm_core.errors import TierOpenError
+from kvbm_lmdb._config import LmdbConfig
+
+__all__ = ["Directory", "Entry", "Sizing", "Store", "check", "open_store", "plan_sizing"]
+
+_log = logging.getLogger("kvbm_lmdb")
+
+INDEX_ROW: Final = struct.Struct("<QQ")
+DAMAGE: Final = (lmdb.CorruptedError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.PageNotFoundError)
+"""What LMDB raises when the file is not, or no longer, a sound environment."""
+
+_PAGE_BYTES: Final = 4096
+_PAGE_HEADER_BYTES: Final = 16
+"""Ahead of a large value, which lies in pages of its own, next to each other."""
+_BATCH_BYTES: Final = 2 << 20
+"""Written in one transaction. LMDB allocates the whole transaction before it writes; above about
+2 MiB the C library gives that memory back and faults it in anew each time, and stores run at a
+quarter of the speed (measured: 0.9 against 4 GB/s)."""
+_BATCH_BLOCKS: Final = 64
+ERASE_BLOCKS: Final = 256
+"""Blocks erased in one transaction; bounds the list of free pages that the transaction writes."""
+_LAG_TRANSACTIONS: Final = 6
+"""Pages freed by a transaction are used again by the third after it (measured), and a transaction's
+readers hold them for as long as they read: three more."""
+_FRAGMENTATION: Final = 1.03
+"""Small pages (of trees and lists) break runs of free pages that a value would have fitted in."""
+_TREE_PAGES_PER_BLOCK: Final = 0.08
+"""Both trees, leaves half full: 66 + 74 bytes a block in pages of 4080, twice."""
+_FIXED_PAGES: Final = 24
+_OTHER_FILES_BYTES: Final = 64 << 10
+"""The directory itself, its parent, the two lock files."""
+_LOCK_WAIT_S: Final = 2.0
+"""An engine that is being restarted lets go within this time."""
+_FILE_MODE: Final = 0o600
+_DIRECTORY_MODE: Final = 0o700
+"""A KV cache holds people's prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizing:
+    """What fits into a rank's share of the capacity."""
+
+    map_bytes: int
+    """The data file never grows beyond it."""
+    block_pages: int
+    """Pages of 4096 bytes that one block takes."""
+    capacity_blocks: int
+    batch_blocks: int
+    """Blocks stored in one transaction, at most."""
+
+    @property
+    def budget_pages(self) -> int:
+        """Pages that blocks of all namespaces may take together."""
+        return self.capacity_blocks * self.block_pages
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A block found at open."""
+
+    full_key: bytes
+    """Namespace and key."""
+    sequence: int
+    """Stored later: higher."""
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """An open environment, its two databases and what was found in them, oldest first."""
+
+    env: Any
+    blocks: Any
+    index: Any
+    entries: list[Entry]
+
+
+def pages_of(nbytes: int) -> int:
+    """Say how many pages a value of `nbytes` takes."""
+    return -(-(nbytes + _PAGE_HEADER_BYTES) // _PAGE_BYTES)
+
+
+def plan_sizing(share_bytes: int, block_bytes: int) -> Sizing | None:
+    """Work out what fits.
+
+    Args:
+        share_bytes: Of the capacity, for this rank: everything `du` counts.
+        block_bytes: Of one value.
+
+    Returns:
+        None if not even one block fits.
+    """
+    map_bytes = _map_bytes(share_bytes)
+    pages, block_pages = map_bytes // _PAGE_BYTES, pages_of(block_bytes)
+    batch_blocks = min(_BATCH_BLOCKS, _BATCH_BYTES // block_bytes, pages // (32 * block_pages))
+    batch_blocks = max(1, batch_blocks)
+    counts = range(max(0, pages // block_pages) + 1)
+    fits = bisect.bisect_right(counts, pages, key=lambda n: _needed_pages(n, block_pages, batch_blocks))
+    capacity = fits - 1
+    return Sizing(map_bytes, block_pages, capacity, batch_blocks) if capacity > 0 else None
+
+
+def least_share_bytes(block_bytes: int) -> int:
+    """Say how many bytes a rank needs to hold one block."""
+    map_bytes = _needed_pages(1, pages_of(block_bytes), 1) * _PAGE_BYTES
+    # The inverse of `_map_bytes`, rounded up generously.
+    return (map_bytes + _OTHER_FILES_BYTES + 2 * _PAGE_BYTES) * 1024 // 1023 + _PAGE_BYTES
+
+
+def _map_bytes(share_bytes: int) -> int:
+    # A file in many pieces has blocks of its own that list them; ext4 counts these as the file's.
+    return max(0, share_bytes - share_bytes // 1024 - _OTHER_FILES_BYTES) // _PAGE_BYTES * _PAGE_BYTES
+
+
+def _needed_pages(blocks: int, block_pages: int, batch_blocks: int) -> int:
+    tree = int(blocks * _TREE_PAGES_PER_BLOCK) + _FIXED_PAGES
+    # A transaction copies the tree pages it touches: at worst one in each tree for each block.
+    touched = min(tree, 2 * (ERASE_BLOCKS + batch_blocks) + _FIXED_PAGES)
+    lag = _LAG_TRANSACTIONS * (batch_blocks * block_pages + touched)
+    return int(blocks * block_pages * _FRAGMENTATION) + tree + lag
+
+
+class Directory:
+    """A rank's directory, held by this engine alone from construction to `release`."""
+
+    def __init__(self, config: LmdbConfig, rank: int) -> None:
+        self.path = _root(config) / f"rank{rank}"
+        try:
+            _make_directories(self.path)
+            self._lock = os.open(self.path / "engine.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _FILE_MODE)
+        except OSError as error:
+            raise _unusable(self.path, error) from error
+        try:
+            self._acquire()
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def release(self) -> None:
+        """Let another engine have the directory."""
+        os.close(self._lock)
+
+    def free_bytes(self) -> int:
+        """Say how much the file system still takes."""
+        return _free_bytes(self.path)
+
+    def drop(self) -> None:
+        """Delete everything stored here. Only while no environment is open."""
+        for name in ("data.mdb", "lock.mdb"):
+            (self.path / name).unlink(missing_ok=True)
+
+    def _acquire(self) -> None:
+        give_up_s = time.monotonic() + _LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > give_up_s:
+                    raise _in_use(self.path) from error
+            except OSError as error:
+                raise _unusable(self.path, error) from error
+            time.sleep(0.05)
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+
+
+def check(config: LmdbConfig) -> None:
+    """Find what would keep an engine from opening its directories. Changes nothing.
+
+    Raises:
+        TierOpenError: If the path is no directory, cannot be written, is in use by another engine,
+            or lies on a file system with too little room.
+    """
+    root = _root(config)
+    rank0 = root / "rank0"
+    existing = next(folder for folder in (rank0, *rank0.parents) if os.path.lexists(folder))
+    try:
+        # Permission bits do not tell everything (read-only mounts, /proc): try it, and clean up.
+        os.rmdir(tempfile.mkdtemp(prefix=".kvbm-check-", dir=existing))
+    except OSError as error:
+        raise _unusable(existing, error) from error
+    _check_unlocked(rank0)
+    used_bytes = sum(_du_bytes(folder) for folder in root.glob("rank*"))
+    free_bytes = _free_bytes(existing)
+    if config.capacity - used_bytes > free_bytes:
+        raise TierOpenError(
+            f"capacity: {int(config.capacity)} bytes, of which {used_bytes} are stored in {root} already, "
+            f"but its file system has only {free_bytes} bytes free; write at most {used_bytes + free_bytes} "
+            "or choose another path",
+            operation="check",
+            tier="lmdb",
+        )
+
+
+def open_store(directory: Directory, sizing: Sizing, readers: int) -> Store:
+    """Open the environment; drop one that is damaged or larger than it may be, and start empty.
+
+    Raises:
+        TierOpenError: If even an empty one cannot be opened.
+    """
+    data = directory.path / "data.mdb"
+    if data.exists() and data.stat().st_size > sizing.map_bytes:
+        _log.warning(
+            "%s is %d bytes and may now be %d: the capacity was lowered. LMDB cannot shrink a file: "
+            "dropping it and starting empty.",
+            data,
+            data.stat().st_size,
+            sizing.map_bytes,
+        )
+        directory.drop()
+    try:
+        return _open(data, sizing, readers)
+    except DAMAGE as error:
+        _log.warning("%s is damaged (%s): dropping it and starting empty.", data, error)
+    except (lmdb.Error, OSError) as error:
+        raise _unusable(directory.path, error) from error
+    directory.drop()
+    try:
+        return _open(data, sizing, readers)
+    except (lmdb.Error, OSError) as error:
+        raise _unusable(directory.path, error) from error
+
+
+def _open(data: Path, sizing: Sizing, readers: int) -> Store:
+    # Not writemap: slower for large values, and damaged by a power cut more often. Not
+    # readahead=False: cold reads would fault page by page, at a tenth of the speed.
+    env = lmdb.open(
+        str(data.parent),
+        map_size=sizing.map_bytes,
+        sync=False,
+        mode=_FILE_MODE,
+        max_dbs=2,
+        max_readers=readers + 8,
+    )
+    try:
+        _require_whole(env, data)
+        blocks, index = env.open_db(b"blocks"), env.open_db(b"index")
+        return Store(env, blocks, index, _entries(env, index))
+    except BaseException:
+        env.close()
+        raise
+
+
+def _require_whole(env: Any, data: Path) -> None:
+    # Reading a page beyond the end of the file would kill the process (SIGBUS).
+    if (env.info()["last_pgno"] + 1) * _PAGE_BYTES > data.stat().st_size:
+        raise lmdb.CorruptedError("the file was cut short")
+
+
+def _entries(env: Any, index: Any) -> list[Entry]:
+    found = []
+    with env.begin(db=index) as txn:
+        for full_key, row in txn.cursor():
+            if len(full_key) == NAMESPACE_BYTES + KEY_BYTES and len(row) == INDEX_ROW.size:
+                sequence, nbytes = INDEX_ROW.unpack(row)
+                found.append(Entry(full_key, sequence, nbytes))
+    found.sort(key=lambda entry: entry.sequence)
+    return found
+
+
+def _root(config: LmdbConfig) -> Path:
+    return Path(config.path).expanduser().absolute()
+
+
+def _make_directories(path: Path) -> None:
+    # Path.mkdir(parents=True) makes the parents with the default mode.
+    for folder in reversed((path, *path.parents)):
+        if not folder.exists():
+            folder.mkdir(mode=_DIRECTORY_MODE, exist_ok=True)
+
+
+def _check_unlocked(rank_path: Path) -> None:
+    try:
+        lock = os.open(rank_path / "engine.lock", os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise _unusable(rank_path, error) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise _in_use(rank_path) from error
+    finally:
+        os.close(lock)
+
+
+def _in_use(path: Path) -> TierOpenError:
+    try:
+        owner = (path / "engine.lock").read_text().strip() or "unknown"
+    except OSError:
+        owner = "unknown"
+    return TierOpenError(
+        f"path: {path} is in use by another engine (pid {owner}); give each engine its own 'path'",
+        operation="open",
+        tier="lmdb",
+    )
+
+
+def _unusable(path: Path, error: Exception) -> TierOpenError:
+    return TierOpenError(
+        f"path: {path} cannot be used by uid {os.getuid()} ({error}); write a directory on a local disk "
+        "that this user may write",
+        operation="open",
+        tier="lmdb",
+    )
+
+
+def _du_bytes(folder: Path) -> int:
+    return sum(file.stat().st_blocks * 512 for file in folder.iterdir()) if folder.is_dir() else 0
+
+
+def _free_bytes(path: Path) -> int:
+    return shutil.disk_usage(path).free

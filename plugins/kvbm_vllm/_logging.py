@@ -1,0 +1,21 @@
+"""Our log lines in vLLM's format, where vLLM's go."""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+__all__ = ["share_log"]
+
+_OURS: Final = ("kvbm_core", "kvbm_cpu", "kvbm_lmdb", "kvbm_vllm")
+
+
+def share_log() -> None:
+    """Give our loggers vLLM's handlers; vLLM sets none on the root, so ours would be silent."""
+    theirs = logging.getLogger("vllm")
+    for name in _OURS:
+        ours = logging.getLogger(name)
+        ours.setLevel(theirs.level)
+        for handler in theirs.handlers:
+            if handler not in ours.handlers:
+                ours.addHandler(handler)

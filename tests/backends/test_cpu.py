@@ -1,0 +1,308 @@
+"""The contract, over both in-tree storage backends, and what is the host-memory tier's own."""
+
+import ctypes
+import gc
+import hashlib
+import logging
+import mmap
+import threading
+import time
+import weakref
+
+import pytest
+
+from kvbm_core.config import ByteSize, convert
+from kvbm_core.errors import ConfigError, QueueFullError, TierError, TierOpenError, TransitionError
+from kvbm_core.tier import Op, Outcome, Reason, Region, TierContext, Transfer
+from kvbm_cpu import CpuConfig, CpuTier
+from kvbm_cpu._tier import available_memory
+from kvbm_lmdb import LmdbConfig, LmdbTier
+
+BLOCK = 64 * 1024 + 96
+NAMESPACE = b"n" * 16
+
+
+def key(number):
+    return hashlib.sha256(str(number).encode()).digest()
+
+
+def content(number, nbytes=BLOCK):
+    return hashlib.shake_128(str(number).encode()).digest(nbytes)
+
+
+def region(data=None, nbytes=BLOCK):
+    memory = mmap.mmap(-1, nbytes)
+    if data is not None:
+        memory[: len(data)] = data
+    return Region(ctypes.addressof(ctypes.c_char.from_buffer(memory)), nbytes, owner=memory)
+
+
+def run(tier, transfers, timeout_s=20):
+    """Submit, wait, and give {ticket: completion}; each ticket exactly once."""
+    tier.submit(transfers)
+    done, give_up_s = [], time.monotonic() + timeout_s
+    while len(done) < len(transfers):
+        assert time.monotonic() < give_up_s, (tier, done)
+        done += tier.poll()
+        time.sleep(0.0002)
+    assert sorted(c.ticket for c in done) == sorted(t.ticket for t in transfers)
+    return {c.ticket: c for c in done}
+
+
+def store(tier, number, ticket=1, nbytes=BLOCK):
+    return run(tier, [Transfer(ticket, Op.STORE, key(number), region(content(number, nbytes), nbytes))])[ticket]
+
+
+def load(tier, number, nbytes=BLOCK):
+    target = region(b"\xaa" * nbytes, nbytes)
+    return run(tier, [Transfer(1, Op.LOAD, key(number), target)])[1], bytes(target.view())
+
+
+def lookup(tier, number):
+    return run(tier, [Transfer(1, Op.LOOKUP, key(number))])[1].outcome
+
+
+@pytest.fixture(params=["cpu", "lmdb"])
+def open_tier(request, tmp_path):
+    opened = []
+
+    def open_(capacity=8 << 20, **context):
+        facts = TierContext(NAMESPACE, BLOCK, **context)
+        if request.param == "cpu":
+            tier = CpuTier(CpuConfig(capacity=ByteSize(capacity)), facts)
+        else:
+            tier = LmdbTier(LmdbConfig(path=str(tmp_path / "kv"), capacity=ByteSize(capacity)), facts)
+        opened.append(tier)
+        return tier
+
+    yield open_
+    for tier in opened:
+        tier.close()
+
+
+class TestContract:
+    def test_a_stored_block_is_loaded_with_the_same_bytes(self, open_tier):
+        tier = open_tier()
+        transfers = [Transfer(n, Op.STORE, key(n), region(content(n))) for n in range(10)]
+        assert {c.outcome for c in run(tier, transfers).values()} == {Outcome.DONE}
+        for n in range(10):
+            completion, data = load(tier, n)
+            assert (completion.outcome, completion.reason, data) == (Outcome.DONE, Reason.NONE, content(n))
+
+    def test_storing_a_present_key_completes_done_and_writes_nothing(self, open_tier):
+        tier = open_tier()
+        store(tier, 1)
+        other = Transfer(2, Op.STORE, key(1), region(b"x" * BLOCK))
+        assert run(tier, [other])[2].outcome is Outcome.DONE
+        assert load(tier, 1)[1] == content(1)
+
+    def test_each_ticket_of_two_stores_of_one_key_completes_once(self, open_tier):
+        tier = open_tier()
+        same = [Transfer(n, Op.STORE, key(1), region(content(1))) for n in range(3)]
+        assert {c.outcome for c in run(tier, same).values()} == {Outcome.DONE}
+        assert load(tier, 1)[1] == content(1)
+
+    def test_loading_an_absent_key_completes_missing_and_leaves_the_region_as_it_was(self, open_tier):
+        completion, data = load(open_tier(), 1)
+        assert (completion.outcome, completion.reason) == (Outcome.MISSING, Reason.MISSING)
+        assert data == b"\xaa" * BLOCK
+
+    def test_lookup_says_done_or_missing(self, open_tier):
+        tier = open_tier()
+        store(tier, 1)
+        assert (lookup(tier, 1), lookup(tier, 2)) == (Outcome.DONE, Outcome.MISSING)
+
+    def test_a_transfer_after_discard_does_not_see_the_block(self, open_tier):
+        tier = open_tier()
+        store(tier, 1)
+        tier.discard([key(1), key(99)])
+        assert lookup(tier, 1) is Outcome.MISSING
+        assert load(tier, 1)[0].outcome is Outcome.MISSING
+
+    def test_a_discarded_block_can_be_stored_again_at_once(self, open_tier):
+        tier = open_tier()
+        for _ in range(20):
+            assert store(tier, 1).outcome is Outcome.DONE
+            assert load(tier, 1)[1] == content(1)
+            tier.discard([key(1)])
+
+    def test_the_room_of_a_discarded_block_is_free_for_a_later_store(self, open_tier):
+        tier = open_tier()
+        capacity = tier.capabilities.capacity_blocks
+        for n in range(capacity):
+            assert store(tier, n).outcome is Outcome.DONE
+        full = store(tier, capacity)
+        assert (full.outcome, full.reason) == (Outcome.FAILED, Reason.FULL)
+        tier.discard([key(0)])
+        assert store(tier, capacity).outcome is Outcome.DONE
+        assert load(tier, capacity)[1] == content(capacity)
+
+    def test_a_batch_that_does_not_fit_the_queue_is_refused_whole(self, open_tier):
+        tier = open_tier()
+        depth = tier.capabilities.queue_depth
+        shared = region(content(0))
+        batch = [Transfer(n, Op.STORE, key(n), shared) for n in range(depth + 1)]
+        with pytest.raises(QueueFullError, match=f"queue takes {depth}"):
+            tier.submit(batch)
+        time.sleep(0.05)
+        assert list(tier.poll()) == []
+        assert lookup(tier, 0) is Outcome.MISSING
+
+    def test_wake_is_called_when_there_is_something_to_poll(self, open_tier):
+        woken = threading.Event()
+        tier = open_tier(wake=woken.set)
+        tier.submit([Transfer(1, Op.STORE, key(1), region(content(1)))])
+        assert woken.wait(5)
+        assert [c.ticket for c in tier.poll()] == [1]
+
+    def test_close_finishes_or_fails_what_is_in_flight_and_may_be_called_twice(self, open_tier):
+        tier = open_tier()
+        regions = [region(content(n)) for n in range(40)]
+        tier.submit([Transfer(n, Op.STORE, key(n), r) for n, r in enumerate(regions)])
+        tier.close()
+        tier.close()
+        assert sorted(c.ticket for c in tier.poll()) == list(range(40))
+        assert "closed" in repr(tier)
+
+    def test_submit_after_close_raises(self, open_tier):
+        tier = open_tier()
+        tier.close()
+        with pytest.raises(TierError, match="closed"):
+            tier.submit([Transfer(1, Op.LOOKUP, key(1))])
+
+    def test_capacity_is_shared_by_the_ranks(self, open_tier):
+        whole = open_tier(32 << 20).capabilities.capacity_blocks
+        shard = open_tier(32 << 20, rank=1, world_size=2).capabilities.capacity_blocks
+        assert 0 < shard <= whole // 2
+
+    def test_a_capacity_below_one_block_is_refused_with_the_least_that_works(self, open_tier):
+        with pytest.raises(TierOpenError, match="capacity: 4096 bytes") as caught:
+            open_tier(4096)
+        least = int(str(caught.value).rsplit(" ", 1)[1])
+        assert open_tier(least).capabilities.capacity_blocks >= 1
+
+    def test_the_capabilities_are_the_same_from_open_to_close(self, open_tier):
+        tier = open_tier()
+        before = tier.capabilities
+        store(tier, 1)
+        tier.close()
+        assert tier.capabilities == before
+
+
+@pytest.fixture
+def cpu():
+    tier = CpuTier(CpuConfig(capacity=ByteSize(1 << 20)), TierContext(NAMESPACE, BLOCK))
+    yield tier
+    tier.close()
+
+
+def test_a_reserved_block_is_not_loadable_before_publish(cpu):
+    lent = cpu.reserve(key(1))
+    assert lent.nbytes == BLOCK
+    assert lent.address % 4096 == 0
+    assert cpu.reserve(key(1)) is None
+    assert cpu.lend(key(1)) is None
+    assert lookup(cpu, 1) is Outcome.MISSING
+    assert store(cpu, 1).reason is Reason.BUSY
+    lent.view()[:] = content(1)
+    cpu.publish(key(1))
+    assert cpu.reserve(key(1)) is None
+    assert cpu.lend(key(1)) == lent
+    assert load(cpu, 1)[1] == content(1)
+
+
+def test_reserve_gives_none_when_full_and_abandon_gives_the_memory_back(cpu):
+    slots = cpu.capabilities.capacity_blocks
+    lent = [cpu.reserve(key(n)) for n in range(slots)]
+    assert len({r.address for r in lent}) == slots
+    assert cpu.reserve(key(slots)) is None
+    cpu.abandon(key(3))
+    # The memory freed last is the warmest.
+    assert cpu.reserve(key(slots)).address == lent[3].address
+
+
+@pytest.mark.parametrize("call", ["publish", "abandon"])
+def test_a_block_that_is_not_reserved_cannot_be_published_or_abandoned(cpu, call):
+    with pytest.raises(TransitionError, match="is not reserved"):
+        getattr(cpu, call)(key(1))
+
+
+def test_more_memory_than_there_is_is_refused_with_both_sizes():
+    config = CpuConfig(capacity=ByteSize(1 << 50))
+    with pytest.raises(TierOpenError, match=r"1048576\.0 GiB.*are available; write a smaller capacity"):
+        CpuTier(config, TierContext(NAMESPACE, BLOCK))
+
+
+def test_available_memory_obeys_every_enclosing_cgroup(tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemFree: 1 kB\nMemAvailable:   1000 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("4:memory:/x\n0::/outer/inner\n")
+    for name, limit, used in (("outer", "600000", 200000), ("outer/inner", "max", 100)):
+        folder = tmp_path / "cgroup" / name
+        folder.mkdir(parents=True)
+        (folder / "memory.max").write_text(limit + "\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text("anon 5\ninactive_file 30000\nactive_file 20000\n")
+    assert available_memory(tmp_path / "proc", tmp_path / "cgroup") == 600000 - 200000 + 50000
+    (tmp_path / "cgroup/outer/memory.max").write_text("max\n")
+    assert available_memory(tmp_path / "proc", tmp_path / "cgroup") == 1000 * 1024
+
+
+def test_the_arena_is_resident_from_open():
+    def resident_bytes():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    before = resident_bytes()
+    tier = CpuTier(CpuConfig(capacity=ByteSize(64 << 20)), TierContext(NAMESPACE, BLOCK))
+    assert resident_bytes() - before > 60 << 20
+    tier.close()
+
+
+def test_the_arena_is_pinned_until_close():
+    calls = []
+
+    def pin(address, nbytes):
+        calls.append(("pin", nbytes))
+        return lambda: calls.append(("unpin", nbytes))
+
+    tier = CpuTier(CpuConfig(capacity=ByteSize(1 << 20)), TierContext(NAMESPACE, BLOCK, pin=pin))
+    nbytes = tier.capabilities.capacity_blocks * 69632
+    assert "pinned" in repr(tier)
+    tier.close()
+    tier.close()
+    assert calls == [("pin", nbytes), ("unpin", nbytes)]
+
+
+def test_refused_pinning_is_said_loudly_and_the_tier_works(caplog):
+    def pin(address, nbytes):
+        raise RuntimeError("cudaHostRegister: out of memory")
+
+    with caplog.at_level(logging.WARNING):
+        tier = CpuTier(CpuConfig(capacity=ByteSize(1 << 20)), TierContext(NAMESPACE, BLOCK, pin=pin))
+    assert "cudaHostRegister: out of memory" in caplog.text
+    assert "pageable" in repr(tier)
+    assert store(tier, 1).outcome is Outcome.DONE
+    tier.close()
+
+
+def test_the_memory_goes_with_close_but_not_under_a_lent_region():
+    tier = CpuTier(CpuConfig(capacity=ByteSize(1 << 20)), TierContext(NAMESPACE, BLOCK))
+    arena = weakref.ref(tier._arena)
+    lent = tier.reserve(key(1))
+    tier.close()
+    lent.view()[:] = content(1)
+    del lent
+    gc.collect()
+    assert arena() is None
+
+
+def test_the_state_in_one_line(cpu):
+    store(cpu, 1)
+    cpu.reserve(key(2))
+    assert repr(cpu) == "<CpuTier 1/15 blocks, 1 reserved, pageable>"
+
+
+def test_a_capacity_of_nothing_is_refused():
+    with pytest.raises(ConfigError, match="capacity: 0.*like 8GiB"):
+        convert({"capacity": 0}, CpuConfig, "tiers[0] (cpu)")

