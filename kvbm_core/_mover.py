@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from kvbm_core._staging import Staging
 from kvbm_core.block import BlockKey
@@ -75,11 +76,18 @@ class _Traffic:
     """What is under way in one tier behind its layers."""
 
     tier: DeadlineTier
-    queue: deque[_Move] = field(default_factory=deque)
+    loads: deque[_Move] = field(default_factory=deque)
     """Not yet submitted: the tier's queue is full, or no region is free."""
+    stores: deque[_Move] = field(default_factory=deque)
+    """Likewise. They wait for the loads, and leave half of the tier's queue to them."""
     open: dict[int, _Move] = field(default_factory=dict)
     late: dict[int, _Move] = field(default_factory=dict)
     """Given up, but the region is still the tier's."""
+
+    def busy_with(self, key: BlockKey) -> bool:
+        """Say whether a transfer of this block is under way."""
+        moves = itertools.chain(self.open.values(), self.late.values(), self.loads, self.stores)
+        return any(move.key == key for move in moves)
 
 
 class Mover:
@@ -121,7 +129,9 @@ class Mover:
         self._broken = False
 
     def __repr__(self) -> str:
-        ways = ", ".join(f"{i}: {len(t.open)} open {len(t.queue)} queued" for i, t in self._traffic.items())
+        ways = ", ".join(
+            f"{i}: {len(t.open)} open {len(t.loads) + len(t.stores)} queued" for i, t in self._traffic.items()
+        )
         return f"<Mover {len(self._jobs)} jobs; {ways}; {self._staging!r}>"
 
     @property
@@ -190,13 +200,17 @@ class Mover:
         return job
 
     def _drop(self, position: int, keys: Sequence[BlockKey]) -> None:
+        """Have a tier forget blocks; those still in use, as soon as they are not."""
         if position != self._lender_at:
-            self._tiers[position].discard(keys)
+            late = {move.key for move in self._traffic[position].late.values()}
+            self._tiers[position].discard([key for key in keys if key not in late])
             return
-        in_use = [key for key in keys if key in self._lent]
-        for key in in_use:
-            self._lent[key].when_free.append(lambda key=key: self._tiers[position].discard([key]))  # type: ignore[misc]
-        self._tiers[position].discard([key for key in keys if key not in in_use])
+        for key in keys:
+            forget = partial(self._tiers[position].discard, [key])
+            if key in self._lent:
+                self._lent[key].when_free.append(forget)
+            else:
+                forget()
 
     def _store(self, job: _Job) -> None:
         """Bring a store's blocks into host regions."""
@@ -274,14 +288,14 @@ class Mover:
             for tier in move.job.op.tiers:
                 if tier != self._lender_at and move.slot:
                     move.slot.users += 1
-                    self._traffic[tier].queue.append(_Move(move.job, move.at, tier, move.slot))
+                    self._traffic[tier].stores.append(_Move(move.job, move.at, tier, move.slot))
             self._release(move)
 
     def _start_load(self, job: _Job) -> None:
         assert isinstance(job.op, Load)
         moves = [_Move(job, at, job.op.tier) for at in range(len(job.op.keys))]
         if job.op.tier != self._lender_at:
-            self._traffic[job.op.tier].queue.extend(moves)
+            self._traffic[job.op.tier].loads.extend(moves)
             return
         for move in moves:
             move.slot = self._borrow(move.key)
@@ -294,26 +308,28 @@ class Mover:
     # Tiers.
 
     def _feed(self, position: int) -> None:
-        """Submit what waits for a tier, as far as its queue and the regions go."""
-        traffic, now_s = self._traffic[position], time.monotonic()
-        room = traffic.tier.capabilities.queue_depth - len(traffic.open) - len(traffic.late)
-        batch: list[Transfer] = []
+        """Submit what waits for a tier, as far as its queue and the regions go; loads first."""
+        traffic = self._traffic[position]
+        depth = traffic.tier.capabilities.queue_depth
+        room = depth - len(traffic.open) - len(traffic.late)
+        room -= self._feed_from(traffic, traffic.loads, room)
+        stores = sum(isinstance(move.job.op, Store) for move in traffic.open.values())
+        self._feed_from(traffic, traffic.stores, min(room, max(1, depth // 2) - stores))
+
+    def _feed_from(self, traffic: _Traffic, queue: deque[_Move], room: int) -> int:
+        """Submit up to `room` moves and return how many."""
+        now_s = time.monotonic()
         moves: dict[int, _Move] = {}
-        while traffic.queue and (len(batch) < room or traffic.queue[0].job.deadline_s <= now_s):
-            move = traffic.queue[0]
-            if move.job.deadline_s <= now_s:
-                self._fail(traffic.queue.popleft(), Reason.DEADLINE)
-                continue
-            if move.slot is None and not self._take_slot(move):
+        while queue and (len(moves) < room or queue[0].job.deadline_s <= now_s):
+            if queue[0].job.deadline_s <= now_s:
+                self._fail(queue.popleft(), Reason.DEADLINE)
+            elif queue[0].slot is None and not self._take_slot(queue[0]):
                 break
-            traffic.queue.popleft()
-            ticket = next(self._tickets)
-            op = Op.LOAD if isinstance(move.job.op, Load) else Op.STORE
-            assert move.slot
-            batch.append(Transfer(ticket, op, move.key, move.slot.region, move.job.deadline_s))
-            moves[ticket] = move
-        if batch:
-            self._send(traffic, batch, moves)
+            else:
+                moves[next(self._tickets)] = queue.popleft()
+        if moves:
+            self._send(traffic, [_transfer(ticket, move) for ticket, move in moves.items()], moves)
+        return len(moves)
 
     def _send(self, traffic: _Traffic, batch: list[Transfer], moves: dict[int, _Move]) -> None:
         try:
@@ -355,6 +371,9 @@ class Mover:
             if late:
                 self._abandon(late)
                 self._release(late)
+                if isinstance(late.job.op, Store) and not traffic.busy_with(late.key):
+                    # It may be there after all, and nobody knows.
+                    traffic.tier.discard([late.key])
 
     def _collect_failed(self, traffic: _Traffic, completion: Completion, move: _Move) -> None:
         if traffic.tier.holds(completion.ticket):
@@ -485,6 +504,12 @@ def _done(work: Work) -> bool | None:
         if not isinstance(work, _Failed):
             logger.exception("a device copy failed")
         return False
+
+
+def _transfer(ticket: int, move: _Move) -> Transfer:
+    assert move.slot
+    op = Op.LOAD if isinstance(move.job.op, Load) else Op.STORE
+    return Transfer(ticket, op, move.key, move.slot.region, move.job.deadline_s)
 
 
 def _failed_report(job: _Job, tier: int) -> Report:

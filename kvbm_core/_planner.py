@@ -362,6 +362,8 @@ class Planner:
         for at in reversed(range(len(op.keys))):
             if at in failures:
                 tier.index.not_stored(op.keys[at])
+                if self._world_size > 1:  # Other ranks may have it.
+                    self._drops.setdefault(position, []).append(op.keys[at])
             else:
                 tier.index.stored(op.keys[at])
                 if pending.doomed:

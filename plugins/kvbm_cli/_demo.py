@@ -139,7 +139,7 @@ class _Demo:
             self._wait_for_stores(client)
             self.screen.heading("2. vLLM's own prefix cache is emptied, and the same prompt is sent again")
             client.reset_prefix_cache()
-            memory = self._ask(client, "from host memory", "cpu")
+            memory = self._ask(client, "host memory", "cpu")
             self._wait_for_stores(client)
         return [cold, memory]
 
@@ -147,7 +147,7 @@ class _Demo:
         self.screen.heading("3. vLLM was stopped; a new process with empty memory opens the same LMDB folder")
         with self._serving() as client:
             self._warm_up(client)
-            return self._ask(client, "from LMDB after a restart", "lmdb")
+            return self._ask(client, "LMDB, new process", "lmdb")
 
     def _tiers(self) -> list[dict[str, str]]:
         path = self.settings.lmdb_path or self.folder / "lmdb"

@@ -70,11 +70,11 @@ def make_table(report: Report) -> Table:
     prompt_tokens = report.runs[0].reply.prompt_tokens
     table = Table(title=f"The same prompt of {prompt_tokens:,} tokens, three times")
     table.add_column("Run")
-    table.add_column("Time to first token", justify="right")
+    table.add_column("First token", justify="right")
     table.add_column("Speed-up", justify="right")
     for tier in report.tiers:
-        table.add_column(f"Loaded from {tier}", justify="right")
-    table.add_column("Same answer as cold")
+        table.add_column(f"Blocks from {tier}", justify="right")
+    table.add_column("Same answer")
     for run in report.runs:
         table.add_row(
             run.name,
@@ -90,7 +90,7 @@ def _loaded(counters: TierCounters, tier: str) -> str:
     blocks = counters.loaded_blocks.get(tier, 0)
     if not blocks:
         return "-"
-    return f"{blocks} blocks, {counters.loaded_bytes.get(tier, 0) / (1 << 20):.1f} MiB"
+    return f"{blocks} ({counters.loaded_bytes.get(tier, 0) / (1 << 20):.1f} MiB)"
 
 
 def to_json(report: Report) -> str:

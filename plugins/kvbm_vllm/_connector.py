@@ -35,7 +35,7 @@ class KvbmConnector(KVConnectorBase_V1):
         self._mover: WorkerHalf | None = None
         if role is KVConnectorRole.SCHEDULER:
             _recompute_failures(vllm_config.kv_transfer_config)
-            self._leader = SchedulerHalf(config, kv_cache_config)
+            self._leader = SchedulerHalf(config, vllm_config, kv_cache_config)
         else:
             self._mover = WorkerHalf(config, vllm_config, kv_cache_config)
 
@@ -89,9 +89,11 @@ class KvbmConnector(KVConnectorBase_V1):
         return self._scheduler().busy()
 
     def reset_cache(self) -> bool:
-        """Forget every block in every tier, as after a change of weights."""
-        self._scheduler().reset()
-        return True
+        """Forget every block in every tier, as after a change of weights.
+
+        False, so that the caller tries again, if a request is loading from before.
+        """
+        return self._scheduler().reset()
 
     # In a worker.
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from kvbm_core import Planner, StackConfig, TierCounts
 from kvbm_vllm._keys import RequestKeys, cacheable
-from kvbm_vllm._settings import single_group
+from kvbm_vllm._settings import block_tokens
 from kvbm_vllm._stats import KvbmStats, flatten
 from kvbm_vllm._values import Handshake, Outcomes, StepPlan
 from kvbm_vllm._weights import AdapterDigests
@@ -55,12 +55,16 @@ class SchedulerHalf:
 
     Args:
         config: The stack.
-        kv_cache_config: vLLM's, with one group of layers.
+        vllm_config: vLLM's configuration.
+        kv_cache_config: How vLLM keeps the KV of this model.
+
+    Raises:
+        ConfigError: If the model's blocks cannot be stored.
     """
 
-    def __init__(self, config: StackConfig, kv_cache_config: Any) -> None:
+    def __init__(self, config: StackConfig, vllm_config: Any, kv_cache_config: Any) -> None:
         self._config = config
-        self._block_tokens: int = single_group(kv_cache_config).kv_cache_spec.block_size
+        self._block_tokens = block_tokens(vllm_config, kv_cache_config)
         self._max_load_blocks = max(1, int(kv_cache_config.num_blocks * config.max_load_fraction))
         self._adapters = AdapterDigests()
         self._planner: Planner | None = None
@@ -158,12 +162,18 @@ class SchedulerHalf:
         """Say whether steps are needed although no request runs."""
         return self._planner is not None and self._planner.busy(time.monotonic())
 
-    def reset(self) -> None:
-        """Forget every block in every tier; what runs now is not stored."""
+    def reset(self) -> bool:
+        """Forget every block in every tier; what runs now is not stored.
+
+        Returns:
+            False if a request is loading right now what was to be forgotten.
+        """
         for sequence in self._sequences.values():
             sequence.may_store = False
-        if self._planner:
-            self._planner.reset()
+        if self._planner is None:
+            return True
+        self._planner.reset()
+        return self._planner.loading_blocks == 0
 
     def take_stats(self) -> KvbmStats | None:
         """Give what was counted since the last call."""

@@ -7,11 +7,14 @@ from typing import Any
 
 from kvbm_core import ConfigError, StackConfig, check_stack, load_config
 
-__all__ = ["check_settings", "read_settings", "single_group"]
+__all__ = ["block_tokens", "check_settings", "read_settings"]
 
 logger = logging.getLogger("kvbm_vllm")
 
 _FILE_KEY = "config"
+
+_PARTIAL_KINDS = ("Mamba", "SlidingWindow", "ChunkedLocal", "CrossAttention", "SinkFullAttention")
+"""How the names of vLLM's specifications begin whose blocks do not hold every token's KV."""
 
 
 def read_settings(vllm_config: Any) -> StackConfig:
@@ -45,19 +48,24 @@ def check_settings(vllm_config: Any) -> None:
     check_stack(read_settings(vllm_config), block_bytes=_block_bytes(vllm_config))
 
 
-def single_group(kv_cache_config: Any) -> Any:
-    """Give the KV cache's one group of layers.
+def block_tokens(vllm_config: Any, kv_cache_config: Any) -> int:
+    """Give the tokens of a block, of a model whose blocks can be stored.
 
     Raises:
-        ConfigError: If the model has several, as models with Mamba layers do.
+        ConfigError: If the model's layers do not all keep the KV of every token, as models with
+            Mamba layers or sliding windows do, or if a block is divided over ranks by tokens.
     """
     groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
+    kinds = [type(group.kv_cache_spec).__name__ for group in groups]
+    if len(groups) != 1 or any(kind.startswith(_PARTIAL_KINDS) for kind in kinds):
         raise ConfigError(
-            f"the model's KV cache has {len(groups)} groups of layers; KvbmConnector supports models "
-            "with one. Serve this model without it"
+            f"the layers of the model keep their KV in ways that KvbmConnector does not support: {kinds}; it "
+            "supports full attention in all layers. Serve this model without it"
         )
-    return groups[0]
+    for key in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(vllm_config.parallel_config, key, 1) > 1:
+            raise ConfigError(f"{key}: KvbmConnector does not support more than 1; leave it out")
+    return int(groups[0].kv_cache_spec.block_size)
 
 
 def _block_bytes(vllm_config: Any) -> int | None:

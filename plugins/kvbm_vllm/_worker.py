@@ -9,7 +9,7 @@ from typing import Any, Final
 from kvbm_core import Load, Report, StackConfig, Worker
 from kvbm_device import open_device
 from kvbm_vllm._namespace import engine_namespace
-from kvbm_vllm._settings import single_group
+from kvbm_vllm._settings import block_tokens
 from kvbm_vllm._values import Handshake, Outcomes, StepPlan
 
 __all__ = ["WorkerHalf"]
@@ -23,7 +23,10 @@ class WorkerHalf:
     Args:
         config: The stack.
         vllm_config: vLLM's configuration.
-        kv_cache_config: vLLM's, with one group of layers.
+        kv_cache_config: How vLLM keeps the KV of this model.
+
+    Raises:
+        ConfigError: If the model's blocks cannot be stored.
     """
 
     _IDLE_WAIT_S: Final = 0.005
@@ -31,7 +34,7 @@ class WorkerHalf:
     waits for a disk does not burn a core."""
 
     def __init__(self, config: StackConfig, vllm_config: Any, kv_cache_config: Any) -> None:
-        single_group(kv_cache_config)
+        block_tokens(vllm_config, kv_cache_config)
         self._config = config
         self._vllm_config = vllm_config
         self._num_blocks: int = kv_cache_config.num_blocks

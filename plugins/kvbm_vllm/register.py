@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from typing import Any
 
 __all__ = ["register"]
@@ -34,6 +35,9 @@ def register() -> None:
 
 def _check(vllm_config: Any) -> None:
     transfer = vllm_config.kv_transfer_config
+    if multiprocessing.parent_process() is not None:
+        # An engine's process, where vLLM checks once more when the tiers are open already.
+        return
     if transfer is None or transfer.kv_connector != "KvbmConnector" or transfer.engine_id in _checked:
         return
     from kvbm_vllm._settings import check_settings
