@@ -137,7 +137,7 @@ class Mover:
     @property
     def active(self) -> bool:
         """Whether `poll` has work to look after."""
-        return bool(self._jobs or any(t.open or t.late for t in self._traffic.values()))
+        return not self._broken and bool(self._jobs or any(t.open or t.late for t in self._traffic.values()))
 
     def submit(self, plan: Plan) -> None:
         """Start a plan: drops, then stores (their blocks may be overwritten on return), then loads."""
@@ -145,13 +145,17 @@ class Mover:
             for tier, keys in plan.drops:
                 self._drop(tier, keys)
         for store in plan.stores:
-            self._store(self._job(store, store.tiers))
+            job = self._job(store, store.tiers)
+            if not self._broken:
+                self._store(job)
         for load in plan.loads:
             job = self._job(load, [load.tier] if load.fill < 0 else [load.tier, load.fill])
             self._arrived.append(job)
 
     def poll(self) -> None:
         """Bring everything forward as far as it goes without waiting."""
+        if self._broken:
+            return
         with self._lock:
             while self._arrived:
                 self._start_load(self._arrived.popleft())

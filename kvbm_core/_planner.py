@@ -100,7 +100,8 @@ class Planner:
 
     def __repr__(self) -> str:
         tiers = ", ".join(f"{t.name} {len(t.index)}/{t.index.capacity_blocks}" for t in self._tiers)
-        return f"<Planner {tiers}; {len(self._pending)} operations pending, {self.loading_blocks} blocks loading>"
+        flights = f"{len(self._pending)} operations pending, {self.loading_blocks} blocks loading"
+        return f"<Planner {tiers}; {flights}>"
 
     @property
     def counts(self) -> dict[str, TierCounts]:
@@ -389,5 +390,6 @@ def _same_stack(ranks: Sequence[Sequence[TierStatus]]) -> None:
         names = [status.name for status in statuses]
         if names != first:
             raise ConfigError(
-                f"rank {rank} has the tiers {names}, rank 0 has {first}; give every worker the same configuration"
+                f"rank {rank} has the tiers {names}, rank 0 has {first}; "
+                "give every worker the same configuration"
             )

@@ -88,7 +88,8 @@ def _accept(offered: list[object], name: str, owner: str) -> Backend:
             if backend.contract_version != CONTRACT_VERSION:
                 raise BackendError(
                     f"backend {name!r} of {owner} was written for contract version "
-                    f"{backend.contract_version}, this kvbm-core has {CONTRACT_VERSION}; install a matching release"
+                    f"{backend.contract_version}, this kvbm-core has {CONTRACT_VERSION}; "
+                    "install a matching release"
                 )
             if not (isinstance(backend.config_type, type) and issubclass(backend.config_type, TierConfig)):
                 raise BackendError(f"backend {name!r} of {owner}: config_type must be a kvbm_core.TierConfig")

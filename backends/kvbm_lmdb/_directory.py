@@ -39,7 +39,7 @@ INDEX_ROW: Final = struct.Struct("<QQ")
 DAMAGE: Final = (lmdb.CorruptedError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.PageNotFoundError)
 """What LMDB raises when the file is not, or no longer, a sound environment."""
 
-_PAGE_BYTES: Final = 4096
+PAGE_BYTES: Final = 4096
 _PAGE_HEADER_BYTES: Final = 16
 """Ahead of a large value, which lies in pages of its own, next to each other."""
 _BATCH_BYTES: Final = 2 << 20
@@ -83,6 +83,10 @@ class Sizing:
         """Pages that blocks of all namespaces may take together."""
         return self.capacity_blocks * self.block_pages
 
+    def needed_pages(self, blocks: int, batch_blocks: int) -> int:
+        """Say how many pages hold so many blocks that come and go `batch_blocks` at a time."""
+        return _needed_pages(blocks, self.block_pages, batch_blocks)
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -107,7 +111,7 @@ class Store:
 
 def pages_of(nbytes: int) -> int:
     """Say how many pages a value of `nbytes` takes."""
-    return -(-(nbytes + _PAGE_HEADER_BYTES) // _PAGE_BYTES)
+    return -(-(nbytes + _PAGE_HEADER_BYTES) // PAGE_BYTES)
 
 
 def plan_sizing(share_bytes: int, block_bytes: int) -> Sizing | None:
@@ -121,7 +125,7 @@ def plan_sizing(share_bytes: int, block_bytes: int) -> Sizing | None:
         None if not even one block fits.
     """
     map_bytes = _map_bytes(share_bytes)
-    pages, block_pages = map_bytes // _PAGE_BYTES, pages_of(block_bytes)
+    pages, block_pages = map_bytes // PAGE_BYTES, pages_of(block_bytes)
     batch_blocks = min(_BATCH_BLOCKS, _BATCH_BYTES // block_bytes, pages // (32 * block_pages))
     batch_blocks = max(1, batch_blocks)
     counts = range(max(0, pages // block_pages) + 1)
@@ -132,14 +136,14 @@ def plan_sizing(share_bytes: int, block_bytes: int) -> Sizing | None:
 
 def least_share_bytes(block_bytes: int) -> int:
     """Say how many bytes a rank needs to hold one block."""
-    map_bytes = _needed_pages(1, pages_of(block_bytes), 1) * _PAGE_BYTES
+    map_bytes = _needed_pages(1, pages_of(block_bytes), 1) * PAGE_BYTES
     # The inverse of `_map_bytes`, rounded up generously.
-    return (map_bytes + _OTHER_FILES_BYTES + 2 * _PAGE_BYTES) * 1024 // 1023 + _PAGE_BYTES
+    return (map_bytes + _OTHER_FILES_BYTES + 2 * PAGE_BYTES) * 1024 // 1023 + PAGE_BYTES
 
 
 def _map_bytes(share_bytes: int) -> int:
     # A file in many pieces has blocks of its own that list them; ext4 counts these as the file's.
-    return max(0, share_bytes - share_bytes // 1024 - _OTHER_FILES_BYTES) // _PAGE_BYTES * _PAGE_BYTES
+    return max(0, share_bytes - share_bytes // 1024 - _OTHER_FILES_BYTES) // PAGE_BYTES * PAGE_BYTES
 
 
 def _needed_pages(blocks: int, block_pages: int, batch_blocks: int) -> int:
@@ -274,7 +278,7 @@ def _open(data: Path, sizing: Sizing, readers: int) -> Store:
 
 def _require_whole(env: Any, data: Path) -> None:
     # Reading a page beyond the end of the file would kill the process (SIGBUS).
-    if (env.info()["last_pgno"] + 1) * _PAGE_BYTES > data.stat().st_size:
+    if (env.info()["last_pgno"] + 1) * PAGE_BYTES > data.stat().st_size:
         raise lmdb.CorruptedError("the file was cut short")
 
 

@@ -40,7 +40,7 @@ __all__ = ["LmdbTier"]
 _log = logging.getLogger("kvbm_lmdb")
 
 _QUEUE_DEPTH: Final = 256
-_READ_BATCH_BYTES: Final = 1 << 20
+_READ_BATCH_BYTES: Final = 4 << 20
 """A reader takes this much at a time: it costs one wake-up, and holds freed pages back no longer."""
 _CLOSE_WAIT_S: Final = 5.0
 """What is queued at close is finished for so long; the rest fails."""
@@ -234,7 +234,7 @@ class LmdbTier(Tier):
                 if self._closing and not self._stores and not self._erasing:
                     break
                 erase, stores = self._take_writes()
-                own_blocks = len(self._present) + len(self._storing)
+                own_blocks = len(self._present) + len(stores)
             self._write(erase, stores, own_blocks)
             if self._writer.dirty and time.monotonic() >= next_sync_s:
                 self._sync()

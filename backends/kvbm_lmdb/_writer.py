@@ -13,7 +13,17 @@ from typing import Final
 import lmdb
 
 from kvbm_core.tier import Reason, Transfer
-from kvbm_lmdb._directory import DAMAGE, ERASE_BLOCKS, INDEX_ROW, Directory, Entry, Sizing, Store, pages_of
+from kvbm_lmdb._directory import (
+    DAMAGE,
+    ERASE_BLOCKS,
+    INDEX_ROW,
+    PAGE_BYTES,
+    Directory,
+    Entry,
+    Sizing,
+    Store,
+    pages_of,
+)
 
 __all__ = ["Writer"]
 
@@ -21,6 +31,11 @@ _log = logging.getLogger("kvbm_lmdb")
 
 _TICK: Final = b"tick"
 """A row of the index that is no block's: rewritten to make LMDB count a transaction on."""
+_ROUNDS: Final = 4
+"""Attempts to make room for stores that did not fit."""
+_DISK_RESERVE_BYTES: Final = 1 << 20
+"""Left free on the disk: LMDB writes new pages even to erase, so a disk filled to the last page by
+stores could never be emptied again."""
 _READERS_WAIT_S: Final = 0.05
 """A reader that holds freed pages back is done with its batch by then."""
 
@@ -77,6 +92,9 @@ class Writer:
         """
         self.trim(own_blocks)
         keys = [self._namespace + key for key in erase]
+        if stores and self._disk_is_short(stores, own_blocks):
+            self._commit(keys, ())
+            return [Reason.FULL] * len(stores)
         error = self._try(keys, stores)[1]
         if error is None:
             return [Reason.NONE] * len(stores)
@@ -99,15 +117,18 @@ class Writer:
     ) -> list[Reason]:
         """Erase first, let LMDB have the freed pages, and store what fits then."""
         reason = self._reason(error, stores)
-        if not isinstance(error, lmdb.MapFullError):
-            self._commit(keys, ())
-            return [reason] * len(stores)
-        # Others of another size leave room in pieces that do not fit: give up more than counts.
-        self._commit([*keys, *islice(self._others, ERASE_BLOCKS)], ())
-        self._tick()
-        fitted, error_again = self._try((), stores)
-        if error_again is None:
-            return [Reason.NONE] * len(stores)
+        fitted = 0
+        for _ in range(_ROUNDS if isinstance(error, lmdb.MapFullError) else 0):
+            # Others of another size leave room in pieces that do not fit: give up more than counts.
+            self._commit([*keys, *islice(self._others, ERASE_BLOCKS)], ())
+            keys = ()
+            self._tick()
+            fitted, error_again = self._try((), stores)
+            if error_again is None:
+                return [Reason.NONE] * len(stores)
+            if not self._others:
+                break
+        self._commit(keys, ())
         # The stores ahead of the one that did not fit.
         if fitted and self._try((), stores[:fitted])[1] is None:
             return [Reason.NONE] * fitted + [reason] * (len(stores) - fitted)
@@ -174,6 +195,16 @@ class Writer:
                     txn.put(_TICK, INDEX_ROW.pack(self._sequence, 0))
         except lmdb.Error as error:
             _log.debug("no room even for a tick: %s", error)
+
+    def _disk_is_short(self, stores: Sequence[Transfer], own_blocks: int) -> bool:
+        """Say whether stores would take the last of the disk, which erasing needs as well."""
+        needed_bytes = len(stores) * self._sizing.block_pages * PAGE_BYTES
+        if self._directory.free_bytes() >= needed_bytes + _DISK_RESERVE_BYTES:
+            return False
+        # Unless the file has free pages of its own.
+        file_pages = self._store.env.info()["last_pgno"] + 1
+        needed_pages = self._sizing.needed_pages(own_blocks, len(stores)) + self._other_pages
+        return bool(needed_pages > file_pages)
 
     def _reason(self, error: Exception, stores: Sequence[Transfer]) -> Reason:
         needed_bytes = sum(transfer.region.nbytes for transfer in stores if transfer.region is not None)

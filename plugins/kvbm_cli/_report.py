@@ -15,8 +15,8 @@ from kvbm_cli._client import Reply
 from kvbm_cli._metrics import TierCounters
 
 ANSWERS_DIFFER = (
-    "An answer differs from the cold one although the restored keys and values are the same: a prompt that "
-    "is computed in other pieces may be rounded differently, as it may with vLLM's own prefix cache."
+    "An answer differs from the cold one. A prompt that is computed in other pieces may be rounded "
+    "differently, as with vLLM's own prefix cache; this demo does not tell that from wrong data."
 )
 
 

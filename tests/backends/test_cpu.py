@@ -50,7 +50,9 @@ def run(tier, transfers, timeout_s=20):
 
 
 def store(tier, number, ticket=1, nbytes=BLOCK):
-    return run(tier, [Transfer(ticket, Op.STORE, key(number), region(content(number, nbytes), nbytes))])[ticket]
+    return run(tier, [Transfer(ticket, Op.STORE, key(number), region(content(number, nbytes), nbytes))])[
+        ticket
+    ]
 
 
 def load(tier, number, nbytes=BLOCK):
@@ -304,5 +306,5 @@ def test_the_state_in_one_line(cpu):
 
 
 def test_a_capacity_of_nothing_is_refused():
-    with pytest.raises(ConfigError, match="capacity: 0.*like 8GiB"):
+    with pytest.raises(ConfigError, match=r"capacity: 0.*like 8GiB"):
         convert({"capacity": 0}, CpuConfig, "tiers[0] (cpu)")

@@ -1,4 +1,4 @@
-"""What is the LMDB tier's own: persistence, bounds, crashes, other people's blocks. The contract is in test_cpu."""
+"""What is the LMDB tier's own: persistence, bounds, crashes. The contract is in `test_cpu`."""
 
 import contextlib
 import fcntl
@@ -144,7 +144,9 @@ def test_check_changes_nothing(tmp_path):
 def test_check_names_a_path_that_is_no_directory(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(TierOpenError, match=rf"file cannot be used by uid {os.getuid()} .*write a directory"):
+        with pytest.raises(
+            TierOpenError, match=rf"file cannot be used by uid {os.getuid()} .*write a directory"
+        ):
             check(config(path))
         with pytest.raises(TierOpenError, match="cannot be used by uid"):
             LmdbTier(config(path), TierContext(NAMESPACE, BLOCK))
@@ -265,7 +267,9 @@ def test_a_short_block_is_never_done(tmp_path, open_tier):
 @contextlib.contextmanager
 def small_disk(path, nbytes):
     path.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "tmpfs", path], capture_output=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "tmpfs", path], capture_output=True
+    )
     if made.returncode:
         pytest.skip(f"THE FULL DISK IS NOT TESTED: mount is not allowed here: {made.stderr.decode()}")
     try:

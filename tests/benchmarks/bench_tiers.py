@@ -46,9 +46,9 @@ class Memory:
 
 def drive(tier, wake: threading.Event, op: Op, keys: list[bytes], regions: list[Region]) -> float:
     """Submit as the mover does, 32 blocks ahead, and give the seconds until all are done."""
-    start_s = time.perf_counter()
-    transfers = [Transfer(n, op, key, region) for n, (key, region) in enumerate(zip(keys, regions, strict=True))]
+    transfers = [Transfer(n, op, keys[n], region) for n, region in enumerate(regions)]
     sent = done = 0
+    start_s = time.perf_counter()
     while done < len(transfers):
         if sent < len(transfers) and sent - done <= 16:
             batch = transfers[sent : sent + 16]
@@ -147,7 +147,9 @@ def rows(tier: str, medium: str, nbytes: int, total_bytes: int, seconds: dict) -
         if f"bare {op}" in seconds:
             # The first round warms up: files grow, pages fault in.
             bare_s, tier_s = (statistics.median(seconds[f"{who} {op}"][1:]) for who in ("bare", "tier"))
-            table.append((tier, medium, nbytes >> 10, op, total_bytes / bare_s / 1e9, total_bytes / tier_s / 1e9))
+            table.append(
+                (tier, medium, nbytes >> 10, op, total_bytes / bare_s / 1e9, total_bytes / tier_s / 1e9)
+            )
     return table
 
 
@@ -165,8 +167,12 @@ def main() -> None:
     print(f"{'tier':5} {'bare medium':18} {'KiB':>5} {'op':6} {'bare GB/s':>9} {'tier GB/s':>9} {'ratio':>6}")
     try:
         for nbytes in SIZES:
-            for row in bench_cpu(nbytes, total_bytes, repeats) + bench_lmdb(nbytes, total_bytes, repeats, root):
-                print("{:5} {:18} {:5} {:6} {:9.2f} {:9.2f} {:6.2f}".format(*row, row[5] / row[4]), flush=True)
+            for row in bench_cpu(nbytes, total_bytes, repeats) + bench_lmdb(
+                nbytes, total_bytes, repeats, root
+            ):
+                print(
+                    "{:5} {:18} {:5} {:6} {:9.2f} {:9.2f} {:6.2f}".format(*row, row[5] / row[4]), flush=True
+                )
     finally:
         shutil.rmtree(root)
 

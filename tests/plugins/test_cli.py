@@ -17,7 +17,7 @@ from kvbm_cli._demo import story_messages
 from kvbm_cli._engine import Engine, ServeSettings, cpu_dtype, serve_command, serve_environment
 from kvbm_cli._errors import DemoError
 from kvbm_cli._metrics import TierCounters, parse_counters
-from kvbm_cli._model import MODEL_NAME, _publish, cache_dir
+from kvbm_cli._model import MODEL_NAME, _publish, cache_dir, is_prepared
 from kvbm_cli._report import Report, Run, make_table, to_json
 from kvbm_cli._screen import Screen
 from kvbm_cli._server import Server
@@ -230,12 +230,12 @@ def make_report(answers=("Wick.", "Wick.", "Wick."), lmdb_blocks=26):
         TierCounters({"cpu": 26}, {"cpu": 76 << 20}),
         TierCounters({"lmdb": lmdb_blocks}, {"lmdb": lmdb_blocks << 20}) if lmdb_blocks else TierCounters(),
     ]
-    names = [("cold", None), ("from host memory", "cpu"), ("from LMDB", "lmdb")]
+    names = [("cold", None), ("host memory", "cpu"), ("LMDB", "lmdb")]
+    first_s = (10.0, 0.5, 0.8)
+    replies = [Reply(answer, s, s + 1, 3500, 4) for answer, s in zip(answers, first_s, strict=True)]
     runs = [
-        Run(name, tier, Reply(answer, first_s, first_s + 1, 3500, 4), counters)
-        for (name, tier), answer, first_s, counters in zip(
-            names, answers, (10.0, 0.5, 0.8), loaded, strict=True
-        )
+        Run(name, tier, reply, counters)
+        for (name, tier), reply, counters in zip(names, replies, loaded, strict=True)
     ]
     return Report(runs, ["cpu", "lmdb"], "model", [30.0, 31.0])
 
@@ -251,7 +251,7 @@ def test_the_table_shows_speed_up_and_what_each_tier_gave():
     lines = draw(make_report()).splitlines()
     (memory,) = (line for line in lines if "host memory" in line)
     assert "20.0 x" in memory
-    assert "26 blocks, 76.0 MiB" in memory
+    assert "26 (76.0 MiB)" in memory
     assert "yes" in memory
     (cold,) = (line for line in lines if "cold" in line and "10.00 s" in line)
     assert cold.count(" - ") == 2
@@ -266,7 +266,7 @@ def test_another_answer_is_said_but_is_no_failure():
 
 def test_a_tier_that_served_nothing_is_a_failure():
     report = make_report(lmdb_blocks=0)
-    assert report.problems() == ["The run 'from LMDB' loaded nothing from the tier lmdb."]
+    assert report.problems() == ["The run 'LMDB' loaded nothing from the tier lmdb."]
     assert json.loads(to_json(report))["problems"] == report.problems()
 
 
@@ -311,10 +311,10 @@ def is_running(pid):
 
 def test_an_error_ends_the_server_and_its_children(tmp_path):
     log = tmp_path / "server.log"
-    with pytest.raises(KeyboardInterrupt), Server([sys.executable, "-c", GRANDCHILD], os.environ, "", log):
+    with Server([sys.executable, "-c", GRANDCHILD], os.environ, "", log) as server:
         wait_for(log.read_text)
-        raise KeyboardInterrupt
-    wait_for(lambda: not is_running(int(log.read_text())))
+        server.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+        wait_for(lambda: not is_running(int(log.read_text())))
 
 
 def test_a_killed_demo_takes_its_server_along(tmp_path):
@@ -350,8 +350,6 @@ def test_an_interrupted_preparation_is_not_taken_for_a_finished_one(tmp_path, mo
     cache_dir().mkdir(parents=True)
     scratch = cache_dir() / f".{MODEL_NAME}-left-behind"
     scratch.mkdir()
-    from kvbm_cli._model import is_prepared
-
     assert not is_prepared()
     _publish(scratch, cache_dir() / MODEL_NAME)
     assert is_prepared()

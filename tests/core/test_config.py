@@ -1,0 +1,75 @@
+import pytest
+
+from kvbm_core import ConfigError, load_config
+from kvbm_core.config import convert, parse_size
+from kvbm_core.memory import MemoryConfig
+
+CPU = {"backend": "cpu", "capacity": "1GiB"}
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("8GiB", 8 << 30), ("500MB", 500_000_000), ("1.5KiB", 1536), (42, 42), ("42", 42), (" 1 TiB ", 1 << 40)],
+)
+def test_sizes(text, nbytes):
+    assert parse_size(text) == nbytes
+
+
+@pytest.mark.parametrize("value", ["8gib", "GiB", "-1GiB", "8 GiB x", "", None, True, -1, 1.5])
+def test_what_is_not_a_size_is_named_with_what_to_write(value):
+    with pytest.raises(ConfigError, match=r"capacity.*like 8GiB"):
+        parse_size(value, "capacity")
+
+
+def test_a_file_and_its_mapping_are_the_same(tmp_path):
+    file = tmp_path / "stack.yaml"
+    file.write_text("tiers:\n  - {backend: cpu, capacity: 1GiB}\nload_deadline_s: 3\nstaging: 1MiB\n")
+    assert load_config(file) == load_config({"tiers": [CPU], "load_deadline_s": 3, "staging": "1MiB"})
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({}, "tiers: None; write a list"),
+        ({"tiers": CPU}, "write a list of at least one tier"),
+        ({"tiers": [{"capacity": 1}]}, r"tiers\[0\].*'backend'"),
+        ({"tiers": ["cpu"]}, r"tiers\[0\]: 'cpu'; write a mapping"),
+        ({"tier": [CPU]}, "unknown key 'tier'; did you mean 'tiers'"),
+        ({"tiers": [CPU], "nonsense": 1}, "unknown key 'nonsense'; known keys: .*load_deadline_s"),
+        ({"tiers": [CPU, CPU]}, "two tiers are called 'cpu'; give each a 'name'"),
+        ({"tiers": [{**CPU, "checked": "yes"}]}, "checked: 'yes'; write true or false"),
+        ({"tiers": [CPU], "load_deadline_s": 0}, "load_deadline_s: 0.0; write seconds above 0"),
+        ({"tiers": [CPU], "store_deadline_s": float("inf")}, "store_deadline_s: inf"),
+        (
+            {"tiers": [CPU], "max_load_fraction": 1.5},
+            "max_load_fraction: 1.5; write a number above 0, at most 1",
+        ),
+        ({"tiers": [CPU], "max_store_blocks": 0}, "max_store_blocks: 0; write at least 1"),
+        ({"tiers": [CPU], "load_deadline_s": "soon"}, "load_deadline_s: .*'soon'"),
+        ({"tiers": [CPU], "staging": "big"}, "staging: 'big' is not a size"),
+    ],
+)
+def test_mistakes_name_the_key_the_value_and_what_to_write(config, words):
+    with pytest.raises(ConfigError, match=words):
+        load_config(config)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"missing.yaml: No such file"):
+        load_config(tmp_path / "missing.yaml")
+    for text, words in (("tiers: [", "is not YAML"), ("- a", "expected keys like 'tiers:'")):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=words):
+            load_config(tmp_path / "bad.yaml")
+
+
+def test_a_backends_own_settings_are_strict():
+    assert convert({"capacity": "1KiB"}, MemoryConfig, "tiers[0] (memory)").capacity == 1024
+    with pytest.raises(
+        ConfigError, match=r"tiers\[0\] \(memory\): unknown key 'capcity'; did you mean 'capacity'"
+    ):
+        convert({"capcity": 1}, MemoryConfig, "tiers[0] (memory)")
+    with pytest.raises(ConfigError, match="capacity"):
+        convert({}, MemoryConfig, "here")
+    with pytest.raises(ConfigError, match=r"here: capacity: 'x' is not a size"):
+        convert({"capacity": "x"}, MemoryConfig, "here")

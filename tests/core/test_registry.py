@@ -1,0 +1,101 @@
+import importlib
+import sys
+from importlib.metadata import EntryPoint, entry_points
+
+import pytest
+
+from kvbm_core import BackendError, Registry
+
+MODULE = """
+from kvbm_core import Backend, hookimpl
+from kvbm_core.memory import MemoryConfig, MemoryTier
+@hookimpl
+def kvbm_backends():
+    return [{offer}]
+"""
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Install a distribution with one entry point and its module."""
+    made = []
+
+    def install(distribution, name, module, source):
+        site = tmp_path / distribution
+        info = site / f"{distribution}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[kvbm_core]\n{name} = {module}\n")
+        (site / f"{module}.py").write_text(source)
+        monkeypatch.syspath_prepend(str(site))
+        importlib.invalidate_caches()
+        made.append(module)
+
+    yield install
+    for module in made:
+        sys.modules.pop(module, None)
+
+
+def test_backends_come_in_by_the_door_that_strangers_use():
+    registry = Registry()
+    assert {"memory", "cpu", "lmdb"} <= set(registry.names())
+    assert registry.backend("memory").name == "memory"
+
+
+def test_a_stranger_is_found_by_name(install):
+    install("stranger", "toy", "toy_backend", MODULE.format(offer='Backend("toy", MemoryConfig, MemoryTier)'))
+    assert Registry().backend("toy").name == "toy"
+
+
+def test_a_broken_neighbour_does_no_harm(install):
+    install("broken", "broken", "broken_backend", "raise RuntimeError('broken')")
+    assert Registry().backend("memory")
+    with pytest.raises(BackendError, match=r"'broken' of broken 1.0 cannot be imported: broken"):
+        Registry().backend("broken")
+
+
+def test_two_of_a_name_are_refused_naming_both(install):
+    for distribution in ("first", "second"):
+        offer = 'Backend("toy", MemoryConfig, MemoryTier)'
+        install(distribution, "toy", f"{distribution}_backend", MODULE.format(offer=offer))
+    with pytest.raises(BackendError, match=r"(?=.*first 1.0)(?=.*second 1.0).*uninstall one"):
+        Registry().backend("toy")
+
+
+@pytest.mark.parametrize(
+    ("offer", "words"),
+    [
+        ("42", "wrong 1.0 offers 42 as a backend"),
+        ('Backend("other", MemoryConfig, MemoryTier)', "offers no such backend"),
+        (
+            'Backend("toy", MemoryConfig, MemoryTier, contract_version=99)',
+            "contract version 99, this .* has 1",
+        ),
+        ('Backend("toy", dict, MemoryTier)', "config_type must be a kvbm_core.TierConfig"),
+    ],
+)
+def test_what_is_no_backend_of_this_contract_is_refused(install, offer, words):
+    install("wrong", "toy", "wrong_backend", MODULE.format(offer=offer))
+    with pytest.raises(BackendError, match=words):
+        Registry().backend("toy")
+
+
+def test_an_unknown_name_gets_the_nearest():
+    with pytest.raises(BackendError, match=r"unknown backend 'memori'; did you mean 'memory'"):
+        Registry().backend("memori")
+    with pytest.raises(BackendError, match=r"unknown backend 'xyz'; installed: .*memory"):
+        Registry().backend("xyz")
+
+
+def test_a_hook_that_does_not_exist_is_refused(install):
+    install(
+        "odd", "toy", "odd_backend", "from kvbm_core import hookimpl\n@hookimpl\ndef kvbm_nonsense(): ...\n"
+    )
+    with pytest.raises(BackendError, match=r"odd 1\.0"):
+        Registry().backend("toy")
+
+
+def test_entry_points_can_be_given():
+    points = [EntryPoint("memory", "kvbm_core.memory", "kvbm_core")]
+    assert Registry(points).names() == ["memory"]
+    assert entry_points(group="kvbm_core")
