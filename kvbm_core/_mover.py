@@ -15,31 +15,21 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
+from kvbm_core._slots import Slot, Slots
 from kvbm_core._staging import Staging
 from kvbm_core.block import BlockKey
 from kvbm_core.device import Device, Work
 from kvbm_core.errors import QueueFullError
 from kvbm_core.layers import DeadlineTier
 from kvbm_core.plan import Load, Plan, Report, Store
-from kvbm_core.tier import Addressable, Completion, Op, Outcome, Reason, Region, Tier, Transfer
+from kvbm_core.tier import Addressable, Completion, Op, Outcome, Reason, Tier, Transfer
 
 __all__ = ["Mover"]
 
 logger = logging.getLogger("kvbm_core")
-
-
-@dataclass(slots=True, eq=False)
-class _Slot:
-    """A host region in use."""
-
-    region: Region
-    users: int = 0
-    when_free: list[Callable[[], None]] = field(default_factory=list)
-    """Run once nobody uses it: give it back, or let the lender forget it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -62,7 +52,7 @@ class _Move:
     at: int
     """Position in the operation's keys."""
     tier: int
-    slot: _Slot | None = None
+    slot: Slot | None = None
     fills: bool = False
     """The slot is the lender's and shall be published."""
 
@@ -113,13 +103,12 @@ class Mover:
     ) -> None:
         self._tiers = list(tiers)
         self._device = device
-        self._staging = staging
         self._limits_s = {Load: load_deadline_s, Store: store_deadline_s}
-        self._lender_at, self._lender = _find_lender(tiers)
+        self._lender_at = next((i for i, tier in enumerate(tiers) if isinstance(tier, Addressable)), -1)
+        self._slots = Slots(None if self._lender_at < 0 else tiers[self._lender_at], staging)
         self._traffic = {i: _Traffic(t) for i, t in enumerate(tiers) if isinstance(t, DeadlineTier)}
         self._lock = threading.Lock()
         self._tickets = itertools.count(1)
-        self._lent: dict[BlockKey, _Slot] = {}
         self._arrived: deque[_Job] = deque()
         self._jobs: set[_Job] = set()
         self._gathers: list[tuple[Work, list[_Move]]] = []
@@ -132,7 +121,7 @@ class Mover:
         ways = ", ".join(
             f"{i}: {len(t.open)} open {len(t.loads) + len(t.stores)} queued" for i, t in self._traffic.items()
         )
-        return f"<Mover {len(self._jobs)} jobs; {ways}; {self._staging!r}>"
+        return f"<Mover {len(self._jobs)} jobs; {ways}; {self._slots!r}>"
 
     @property
     def active(self) -> bool:
@@ -187,8 +176,7 @@ class Mover:
         """Close the tiers, then the device's memory."""
         for tier in self._tiers:
             tier.close()
-        if self._staging:
-            self._staging.close()
+        self._slots.close()
         self._device.close()
 
     # Plans in.
@@ -205,16 +193,12 @@ class Mover:
 
     def _drop(self, position: int, keys: Sequence[BlockKey]) -> None:
         """Have a tier forget blocks; those still in use, as soon as they are not."""
-        if position != self._lender_at:
+        if position in self._traffic:
             late = {move.key for move in self._traffic[position].late.values()}
             self._tiers[position].discard([key for key in keys if key not in late])
             return
         for key in keys:
-            forget = partial(self._tiers[position].discard, [key])
-            if key in self._lent:
-                self._lent[key].when_free.append(forget)
-            else:
-                forget()
+            self._slots.drop(key)
 
     def _store(self, job: _Job) -> None:
         """Bring a store's blocks into host regions."""
@@ -231,22 +215,20 @@ class Mover:
         op, key = job.op, job.op.keys[at]
         assert isinstance(op, Store)
         if not op.blocks:
-            slot, reason = self._borrow(key), Reason.MISSING
+            slot, reason = self._slots.borrow(key), Reason.MISSING
         else:
-            slot, reason = (self._reserve(key) if self._lender_at in op.tiers else None), Reason.FULL
+            slot, reason = (self._slots.reserve(key) if self._lender_at in op.tiers else None), Reason.FULL
             if slot:
-                slot.users += 1
                 return _Move(job, at, self._lender_at, slot, fills=True)
             if self._lender_at in op.tiers:
                 self._end(job, at, self._lender_at, Reason.FULL)
             others = [tier for tier in op.tiers if tier != self._lender_at]
-            slot = self._stage() if others else None
+            slot = self._slots.stage() if others else None
         if slot is None:
             for tier in op.tiers:
                 if tier != self._lender_at:
                     self._end(job, at, tier, reason)
             return None
-        slot.users += 1
         return _Move(job, at, self._lender_at, slot)
 
     def _gather(self, moves: list[_Move]) -> None:
@@ -271,18 +253,16 @@ class Mover:
                 self._forward(moves)
             else:
                 for move in moves:
-                    self._abandon(move)
                     for tier in list(move.job.left):
                         if not (tier == self._lender_at and not move.fills):
                             self._end(move.job, move.at, tier, Reason.ERROR)
-                    self._release(move)
+                    self._let_go(move, filled=False)
         self._gathers = still
 
     def _publish(self, moves: Sequence[_Move]) -> None:
-        assert self._lender or not any(move.fills for move in moves)
         for move in moves:
-            if move.fills and self._lender:
-                self._lender.publish(move.key)
+            if move.fills:
+                self._slots.publish(move.key)
                 self._end(move.job, move.at, self._lender_at, Reason.NONE)
 
     def _forward(self, moves: Sequence[_Move]) -> None:
@@ -291,9 +271,9 @@ class Mover:
             assert isinstance(move.job.op, Store)
             for tier in move.job.op.tiers:
                 if tier != self._lender_at and move.slot:
-                    move.slot.users += 1
-                    self._traffic[tier].stores.append(_Move(move.job, move.at, tier, move.slot))
-            self._release(move)
+                    slot = self._slots.share(move.slot)
+                    self._traffic[tier].stores.append(_Move(move.job, move.at, tier, slot))
+            self._let_go(move)
 
     def _start_load(self, job: _Job) -> None:
         assert isinstance(job.op, Load)
@@ -302,9 +282,8 @@ class Mover:
             self._traffic[job.op.tier].loads.extend(moves)
             return
         for move in moves:
-            move.slot = self._borrow(move.key)
+            move.slot = self._slots.borrow(move.key)
             if move.slot:
-                move.slot.users += 1
                 self._landed.append(move)
             else:
                 self._end(job, move.at, move.tier, Reason.MISSING)
@@ -349,12 +328,10 @@ class Mover:
         op = move.job.op
         assert isinstance(op, Load)
         if op.fill >= 0:
-            move.slot = self._reserve(move.key)
+            move.slot = self._slots.reserve(move.key)
             move.fills = move.slot is not None
         if move.slot is None:
-            move.slot = self._stage()
-        if move.slot:
-            move.slot.users += 1
+            move.slot = self._slots.stage()
         return move.slot is not None
 
     def _collect(self, position: int) -> None:
@@ -366,15 +343,14 @@ class Mover:
                 self._landed.append(move)
             elif completion.outcome is Outcome.DONE:
                 self._end(move.job, move.at, position, Reason.NONE)
-                self._release(move)
+                self._let_go(move)
             else:
                 self._collect_failed(traffic, completion, move)
         for ticket in traffic.tier.released():
             # May come for a transfer that had failed in time; then nothing is left to do.
             late = traffic.late.pop(ticket, None)
             if late:
-                self._abandon(late)
-                self._release(late)
+                self._let_go(late, filled=False)
                 if isinstance(late.job.op, Store) and not traffic.busy_with(late.key):
                     # It may be there after all, and nobody knows.
                     traffic.tier.discard([late.key])
@@ -418,7 +394,7 @@ class Mover:
                 if isinstance(op, Load) and op.fill >= 0 and not move.fills:
                     self._end(move.job, move.at, op.fill, Reason.FULL)
                 self._end(move.job, move.at, move.tier, Reason.NONE)
-                self._release(move)
+                self._let_go(move)
         self._scatters = still
 
     # Ends.
@@ -426,8 +402,7 @@ class Mover:
     def _fail(self, move: _Move, reason: Reason) -> None:
         """End a move whose region, if it has one, is ours again."""
         self._end_move(move, reason)
-        self._abandon(move)
-        self._release(move)
+        self._let_go(move, filled=False)
 
     def _end_move(self, move: _Move, reason: Reason) -> None:
         op = move.job.op
@@ -449,48 +424,12 @@ class Mover:
         if not job.left:
             self._jobs.discard(job)
 
-    # Regions.
-
-    def _reserve(self, key: BlockKey) -> _Slot | None:
-        region = self._lender.reserve(key) if self._lender and key not in self._lent else None
-        return self._lend_slot(key, region)
-
-    def _borrow(self, key: BlockKey) -> _Slot | None:
-        if key in self._lent:
-            return self._lent[key]
-        return self._lend_slot(key, self._lender.lend(key) if self._lender else None)
-
-    def _lend_slot(self, key: BlockKey, region: Region | None) -> _Slot | None:
-        if region is None:
-            return None
-        slot = self._lent[key] = _Slot(region)
-        slot.when_free.append(lambda: self._forget(key))
-        return slot
-
-    def _forget(self, key: BlockKey) -> None:
-        del self._lent[key]
-
-    def _stage(self) -> _Slot | None:
-        staging = self._staging
-        region = staging.take() if staging else None
-        if staging is None or region is None:
-            return None
-        return _Slot(region, when_free=[lambda: staging.give_back(region)])
-
-    def _abandon(self, move: _Move) -> None:
-        """Have the lender take back, once it is free, memory that was never filled."""
-        lender = self._lender
-        if move.fills and move.slot and lender:
-            move.slot.when_free.append(lambda: lender.abandon(move.key))
-
-    def _release(self, move: _Move) -> None:
-        slot = move.slot
-        if slot is None:
-            return
-        slot.users -= 1
-        if slot.users == 0:
-            for action in slot.when_free:
-                action()
+    def _let_go(self, move: _Move, *, filled: bool = True) -> None:
+        """Stop using a move's region; one that was meant for the lender and never filled is given back."""
+        if move.slot:
+            if move.fills and not filled:
+                self._slots.abandon(move.slot, move.key)
+            self._slots.release(move.slot)
 
 
 class _Failed(Work):
@@ -518,7 +457,3 @@ def _transfer(ticket: int, move: _Move) -> Transfer:
 
 def _failed_report(job: _Job, tier: int) -> Report:
     return Report(job.op.op, tier, dict.fromkeys(range(len(job.op.keys)), Reason.ERROR), 0.0)
-
-
-def _find_lender(tiers: Sequence[Tier]) -> tuple[int, Addressable | None]:
-    return next(((i, t) for i, t in enumerate(tiers) if isinstance(t, Addressable)), (-1, None))

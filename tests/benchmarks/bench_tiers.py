@@ -161,8 +161,8 @@ def main() -> None:
     total_bytes, repeats = (16 * MIB, 2) if arguments.brief else (128 * MIB, 9)
     root = Path(tempfile.mkdtemp(prefix="kvbm-bench-", dir=arguments.path))
     print(f"command: python {' '.join(sys.argv)}")
-    print(f"python {platform.python_version()}, py-lmdb {lmdb.__version__}, LMDB {lmdb.version()}, "
-          f"numpy {np.__version__}, Linux {platform.release()}, {os.cpu_count()} CPUs, LMDB files in {root}")  # fmt: skip
+    print(f"python {platform.python_version()}, py-lmdb {lmdb.__version__}, LMDB {lmdb.version()}, ", end="")
+    print(f"numpy {np.__version__}, Linux {platform.release()}, {os.cpu_count()} CPUs, files in {root}")
     print(f"{total_bytes >> 20} MiB a pass, median of {repeats}, page cache warm, nothing flushed in between")
     print(f"{'tier':5} {'bare medium':18} {'KiB':>5} {'op':6} {'bare GB/s':>9} {'tier GB/s':>9} {'ratio':>6}")
     try:

@@ -1,0 +1,103 @@
+"""Host regions in use: the lender's own memory, or the staging pool's.
+
+A region may be read by several transfers at once, and a tier that was given up on may still write
+to it. It is given back, or forgotten by the lender, when the last user has let go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from kvbm_core._staging import Staging
+from kvbm_core.block import BlockKey
+from kvbm_core.tier import Region
+
+__all__ = ["Slot", "Slots"]
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """A region and its users."""
+
+    region: Region
+    users: int = 0
+    when_free: list[Callable[[], object]] = field(default_factory=list)
+
+
+class Slots:
+    """Finds regions and counts their users.
+
+    Args:
+        lender: The tier that is both a `Tier` and `Addressable`, if there is one.
+        staging: The pool for blocks that pass through no lender.
+    """
+
+    def __init__(self, lender: Any, staging: Staging | None) -> None:
+        self._lender = lender
+        self._staging = staging
+        self._lent: dict[BlockKey, Slot] = {}
+
+    def __repr__(self) -> str:
+        return f"<Slots {len(self._lent)} of the lender, {self._staging!r}>"
+
+    def reserve(self, key: BlockKey) -> Slot | None:
+        """Use memory of the lender that is about to be filled. None if it has none, or has the block."""
+        if self._lender is None or key in self._lent:
+            return None
+        return self._use_lent(key, self._lender.reserve(key))
+
+    def borrow(self, key: BlockKey) -> Slot | None:
+        """Use the memory of a block that the lender has. None if it has it not."""
+        if key in self._lent:
+            return self.share(self._lent[key])
+        return None if self._lender is None else self._use_lent(key, self._lender.lend(key))
+
+    def stage(self) -> Slot | None:
+        """Use memory of the staging pool. None if all is in use."""
+        region = self._staging.take() if self._staging else None
+        if self._staging is None or region is None:
+            return None
+        return Slot(region, 1, [partial(self._staging.give_back, region)])
+
+    def share(self, slot: Slot) -> Slot:
+        """Add a user."""
+        slot.users += 1
+        return slot
+
+    def release(self, slot: Slot) -> None:
+        """Take a user away."""
+        slot.users -= 1
+        if slot.users == 0:
+            for action in slot.when_free:
+                action()
+
+    def publish(self, key: BlockKey) -> None:
+        """Say that a reserved block is complete."""
+        self._lender.publish(key)
+
+    def abandon(self, slot: Slot, key: BlockKey) -> None:
+        """Have the lender take reserved memory back when it is free."""
+        slot.when_free.append(partial(self._lender.abandon, key))
+
+    def drop(self, key: BlockKey) -> None:
+        """Have the lender forget a block, at once or when nobody uses it."""
+        forget = partial(self._lender.discard, [key])
+        if key in self._lent:
+            self._lent[key].when_free.append(forget)
+        else:
+            forget()
+
+    def close(self) -> None:
+        """Give the staging memory up."""
+        if self._staging:
+            self._staging.close()
+
+    def _use_lent(self, key: BlockKey, region: Region | None) -> Slot | None:
+        if region is None:
+            return None
+        slot = self._lent[key] = Slot(region, 1)
+        slot.when_free.append(partial(self._lent.pop, key))
+        return slot
