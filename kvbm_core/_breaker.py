@@ -41,7 +41,8 @@ class Breaker:
             self._faults, self._pause_s = 0, self.first_pause_s
             return False
         self._faults += 1
-        if self._faults < self.threshold:
+        # What ends while it is open was begun before: no trial.
+        if self._faults < self.threshold or not self.closed(now_s):
             return False
         self._until_s = now_s + self._pause_s
         self._pause_s = min(2 * self._pause_s, self.longest_pause_s)

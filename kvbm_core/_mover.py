@@ -73,6 +73,8 @@ class _Traffic:
     open: dict[int, _Move] = field(default_factory=dict)
     late: dict[int, _Move] = field(default_factory=dict)
     """Given up, but the region is still the tier's."""
+    doomed: set[BlockKey] = field(default_factory=set)
+    """Keys of late moves, to be forgotten when the tier has let go: dropped, or stored too late."""
 
     def busy_with(self, key: BlockKey) -> bool:
         """Say whether a transfer of this block is under way."""
@@ -130,16 +132,17 @@ class Mover:
 
     def submit(self, plan: Plan) -> None:
         """Start a plan: drops, then stores (their blocks may be overwritten on return), then loads."""
+        # All are noted before anything is done: whatever fails from here on, `fail_all` ends them.
+        stores = [self._job(op, op.tiers) for op in plan.stores]
+        loads = [self._job(op, [op.tier] if op.fill < 0 else [op.tier, op.fill]) for op in plan.loads]
+        if self._broken:
+            return
         with self._lock:
             for tier, keys in plan.drops:
                 self._drop(tier, keys)
-        for store in plan.stores:
-            job = self._job(store, store.tiers)
-            if not self._broken:
-                self._store(job)
-        for load in plan.loads:
-            job = self._job(load, [load.tier] if load.fill < 0 else [load.tier, load.fill])
-            self._arrived.append(job)
+        for job in stores:
+            self._store(job)
+        self._arrived.extend(loads)
 
     def poll(self) -> None:
         """Bring everything forward as far as it goes without waiting."""
@@ -194,8 +197,10 @@ class Mover:
     def _drop(self, position: int, keys: Sequence[BlockKey]) -> None:
         """Have a tier forget blocks; those still in use, as soon as they are not."""
         if position in self._traffic:
-            late = {move.key for move in self._traffic[position].late.values()}
-            self._tiers[position].discard([key for key in keys if key not in late])
+            traffic = self._traffic[position]
+            late = {move.key for move in traffic.late.values()}
+            traffic.doomed |= late.intersection(keys)
+            traffic.tier.discard([key for key in keys if key not in late])
             return
         for key in keys:
             self._slots.drop(key)
@@ -342,6 +347,7 @@ class Mover:
             if completion.outcome is Outcome.DONE and isinstance(move.job.op, Load):
                 self._landed.append(move)
             elif completion.outcome is Outcome.DONE:
+                traffic.doomed.discard(move.key)
                 self._end(move.job, move.at, position, Reason.NONE)
                 self._let_go(move)
             else:
@@ -351,13 +357,15 @@ class Mover:
             late = traffic.late.pop(ticket, None)
             if late:
                 self._let_go(late, filled=False)
-                if isinstance(late.job.op, Store) and not traffic.busy_with(late.key):
-                    # It may be there after all, and nobody knows.
+                if late.key in traffic.doomed and not traffic.busy_with(late.key):
+                    traffic.doomed.remove(late.key)
                     traffic.tier.discard([late.key])
 
     def _collect_failed(self, traffic: _Traffic, completion: Completion, move: _Move) -> None:
         if traffic.tier.holds(completion.ticket):
             traffic.late[completion.ticket] = move
+            if isinstance(move.job.op, Store):  # It may be there after all, and nobody would know.
+                traffic.doomed.add(move.key)
             self._end_move(move, completion.reason)
         else:
             self._fail(move, completion.reason)

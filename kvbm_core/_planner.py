@@ -176,15 +176,18 @@ class Planner:
             now_s: The time, as in `match`.
         """
         targets: dict[BlockKey, list[int]] = {key: [] for key in keys}
+        family = [*ancestors, *keys]
         for position, tier in enumerate(self._tiers):
-            for key in keys:
+            # The head of a prefix is the most recently used, and so evicted last.
+            for key in reversed(keys):
                 tier.index.touch(key)
             if not tier.breaker.closed(now_s):
                 continue
             wanted = [key for key in keys if tier.index.state(key) is BlockState.ABSENT]
             if not tier.lends:
                 wanted = self._admit(tier, wanted)
-            for key in self._reserve(position, wanted, ancestors):
+            # Some of `keys` may be there already: the others must not push these out.
+            for key in self._reserve(position, wanted, family):
                 targets[key].append(position)
         self._group(targets, dict(zip(keys, blocks, strict=True)))
 

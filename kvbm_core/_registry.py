@@ -75,7 +75,11 @@ class Registry:
             manager.check_pending()
         except pluggy.PluginValidationError as error:
             raise BackendError(f"backend {point.name!r} of {owner}: {error}") from error
-        offered = [backend for batch in manager.hook.kvbm_backends() for backend in batch]
+        try:
+            offered = [backend for batch in manager.hook.kvbm_backends() for backend in batch]
+        except Exception as error:
+            message = f"backend {point.name!r} of {owner}: kvbm_backends() failed: {error}"
+            raise BackendError(message) from error
         return _accept(offered, point.name, owner)
 
 

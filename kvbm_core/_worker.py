@@ -13,7 +13,7 @@ from kvbm_core._staging import Staging
 from kvbm_core.block import Namespace
 from kvbm_core.config import StackConfig, TierEntry, convert
 from kvbm_core.device import Device
-from kvbm_core.errors import KvbmError, TierOpenError
+from kvbm_core.errors import TierOpenError
 from kvbm_core.layers import FOOTER_BYTES, CheckedTier, DeadlineTier
 from kvbm_core.plan import Plan, Report, TierStatus
 from kvbm_core.tier import Addressable, Backend, Capabilities, Tier, TierConfig, TierContext
@@ -135,6 +135,8 @@ class Worker:
         self._event.set()
         if self._thread.is_alive():
             self._thread.join(timeout=10)
+        if not self._thread.is_alive():  # Else it may hold the mover's lock.
+            self._mover.fail_all()
         self._mover.close()
 
     def _run(self) -> None:
@@ -169,7 +171,7 @@ def _open_tiers(config: StackConfig, context: TierContext, registry: Registry) -
             tier = _open_tier(entry, backend, settings, context, first_lender=not lends)
             lends = lends or isinstance(tier, Addressable)
             tiers.append(tier)
-    except KvbmError:
+    except BaseException:
         for tier in tiers:
             tier.close()
         raise
@@ -182,7 +184,11 @@ def _open_tier(
     """Open a tier and put its layers around it. The lender gets none: its memory is used directly."""
     woken = threading.Event()
     tier = backend.open(settings, dataclasses.replace(context, wake=woken.set))
-    _check_capacity(tier.capabilities, entry, context)
+    try:
+        _check_capacity(tier.capabilities, entry, context)
+    except TierOpenError:
+        tier.close()
+        raise
     lends = isinstance(tier, Addressable)
     if lends and first_lender and not entry.checked:
         return tier

@@ -137,7 +137,7 @@ def load_config(source: Mapping[str, Any] | str | Path) -> StackConfig:
         value = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"configuration file {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration file {path} is not YAML: {error}") from error
     if not isinstance(value, Mapping):
         raise ConfigError(f"configuration file {path}: expected keys like 'tiers:', found {value!r}")

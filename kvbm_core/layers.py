@@ -7,6 +7,7 @@ mover ──► DeadlineTier ──► CheckedTier ──► the backend's tier
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import struct
@@ -134,7 +135,8 @@ class DeadlineTier(Tier):
         self._event = woken
         self._name = name
         self._wake_outer = wake
-        self._capabilities = self._inner.capabilities
+        # Its memory cannot be lent through this layer.
+        self._capabilities = dataclasses.replace(inner.capabilities, addressable=False)
         self._lock = threading.Lock()
         self._inbox: deque[tuple[str, Sequence[Transfer] | Sequence[BlockKey]]] = deque()
         self._outbox: deque[Completion] = deque()

@@ -145,16 +145,15 @@ def main() -> int:
     brief = parser.parse_args().brief
     runs, indexed = (3, 100_000) if brief else (31, 1_000_000)
     print(f"command: python {' '.join(sys.argv)}")
-    print(
-        f"python {platform.python_version()}, {platform.machine()}, {runs} runs, median; no I/O, no page cache"
-    )
+    print(f"python {platform.python_version()}, {platform.machine()}, {runs} runs, median; no I/O")
     print(f"\n{f'{PREFIX_BLOCKS:,} blocks':<54} {'ms':>8} {'target ms':>10}")
     # First, because the memory that other runs have given back would be taken again unseen.
     per_block = memory_per_block(indexed)
     for name, taken_ms in time_loads(runs) + time_stores(runs):
         print(f"{name:<54} {taken_ms:>8.2f} {TARGET_MS:>10.0f}")
     print(
-        f"\n{per_block:.0f} bytes of memory (resident set) a block, {indexed:,} blocks in one tier, keys included"
+        f"\n{per_block:.0f} bytes of memory (resident set) a block, "
+        f"{indexed:,} blocks in one tier, keys included"
     )
     return 0
 

@@ -73,3 +73,24 @@ def test_a_backends_own_settings_are_strict():
         convert({}, MemoryConfig, "here")
     with pytest.raises(ConfigError, match=r"here: capacity: 'x' is not a size"):
         convert({"capacity": "x"}, MemoryConfig, "here")
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path):
+    (tmp_path / "model.bin").write_bytes(b"\xff\xfe\x00\x80 tiers")
+    with pytest.raises(ConfigError, match=r"model\.bin is not YAML"):
+        load_config(tmp_path / "model.bin")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load_config(tmp_path)
+
+
+def test_defaults_and_names():
+    config = load_config({"tiers": [CPU, {"backend": "cpu", "name": "second", "checked": True}]})
+    assert [(t.name, t.checked) for t in config.tiers] == [("cpu", None), ("second", True)]
+    assert config.tiers[0].settings == {"capacity": "1GiB"}
+    assert (config.load_deadline_s, config.store_deadline_s, config.max_store_blocks) == (5.0, 30.0, 512)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1])
+def test_seconds_that_are_none_are_refused(value):
+    with pytest.raises(ConfigError, match=r"load_deadline_s: .*write seconds above 0"):
+        load_config({"tiers": [CPU], "load_deadline_s": value})

@@ -196,3 +196,118 @@ def test_an_inventory_beyond_the_capacity_loses_its_oldest():
 def test_workers_with_different_stacks_are_refused():
     with pytest.raises(ConfigError, match=r"rank 1 has the tiers \['disk'\], rank 0 has \['cpu'\]"):
         Planner([[status("cpu", 1)], [status("disk", 1)]])
+
+
+def test_a_block_that_is_there_is_not_evicted_for_the_rest_of_its_own_prefix():
+    made = planner(status("cpu", 2, lends=True))
+    store(made, 1)
+    store(made, 1, 2, 3)
+    assert made.match(keys(1, 2, 3), NOW) == [0, 0]
+
+
+def test_storing_again_keeps_the_head_longest():
+    made = planner(status("cpu", 3, lends=True))
+    store(made, 1, 2, 3)
+    store(made, 1, 2, 3)
+    assert store(made, 4).drops == [(0, keys(3))]
+
+
+def test_a_store_to_a_tier_whose_breaker_is_open_goes_to_the_others():
+    made = planner(status("cpu", 9, lends=True), status("disk", 9))
+    for number in range(3):
+        made.store(keys(number), [number], [], NOW)
+        end(made, made.take(NOW), {1: {0: Reason.ERROR}})
+    assert [op.tiers for op in store(made, 7).stores] == [[0]]
+    made.store(keys(8), [8], [], NOW + 1)
+    assert [op.tiers for op in made.take(NOW + 1).stores] == [[0, 1]]
+
+
+def test_what_a_tier_is_owed_waits_for_its_breaker_and_keeps_nobody_busy():
+    made = planner(status("cpu", 9, lends=True), status("disk", 9), max_store_blocks=1)
+    made.store(keys(1, 2), [1, 2], [], NOW)
+    plan = made.take(NOW)
+    for _ in range(3):
+        made._tiers[1].breaker.note(Reason.ERROR, NOW)
+    end(made, plan)
+    assert not made.busy(NOW + 0.5)
+    assert made.busy(NOW + 1)
+    assert [op.keys for op in made.take(NOW + 1).stores] == [keys(2)]
+
+
+def test_what_is_owed_is_dropped_if_the_lender_has_it_no_more():
+    made = planner(status("cpu", 1, lends=True), status("disk", 9), max_store_blocks=1)
+    made.store(keys(1), [1], [], NOW)
+    first = made.take(NOW)
+    end(made, first, tiers=[0])
+    made.store(keys(2), [2], [], NOW)  # Evicts 1 from the lender; the other tier has no place yet.
+    end(made, made.take(NOW))
+    made.store(keys(3), [3], [], NOW)
+    end(made, made.take(NOW))
+    end(made, first, tiers=[1])
+    end(made, made.take(NOW))
+    assert made.counts["disk"].dropped == 1
+    assert made.occupancy == {"cpu": 1, "disk": 2}
+
+
+def test_a_block_that_is_being_copied_to_another_tier_is_not_evicted():
+    made = planner(status("cpu", 1, lends=True), status("disk", 9), max_store_blocks=1)
+    made.store(keys(1), [1], [], NOW)
+    end(made, made.take(NOW), {1: {0: Reason.FULL}})
+    made.store(keys(1), [1], [], NOW)  # The lender has it: it is copied from there.
+    copy = made.take(NOW)
+    assert [(op.blocks, op.tiers) for op in copy.stores] == [([], [1])]
+    assert store(made, 2).drops == []
+    end(made, copy)
+    assert store(made, 2).drops == [(0, keys(1))]
+
+
+def test_a_reset_while_a_block_is_copied_forgets_it_in_both_tiers():
+    made = planner(status("cpu", 9, lends=True), status("disk", 9), max_store_blocks=1)
+    made.store(keys(1, 2), [1, 2], [], NOW)
+    end(made, made.take(NOW))
+    copy = made.take(NOW)
+    made.reset()
+    end(made, copy)
+    drops = {tier: sorted(dropped) for tier, dropped in made.take(NOW).drops}
+    assert drops == {0: keys(1, 2), 1: keys(1, 2)}
+    assert made.occupancy == {"cpu": 0, "disk": 0}
+
+
+def test_a_reset_while_a_fill_is_on_its_way_forgets_it():
+    made = planner(status("cpu", 9, lends=True), status("disk", 9, found=(1,)))
+    plan = load(made, 1)
+    made.reset()
+    [(_, failures)] = end(made, plan)
+    assert failures == {}
+    assert made.match(keys(1), NOW) == []
+    assert {tier: dropped for tier, dropped in made.take(NOW).drops} == {0: keys(1), 1: keys(1)}
+
+
+def test_a_load_is_complete_when_every_rank_has_both_loaded_and_kept_it():
+    made = planner(status("cpu", 9, lends=True), status("disk", 9, found=(1, 2)), ranks=2)
+    [op] = load(made, 1, 2).loads
+    assert made.loading_blocks == 2
+    late, early = (
+        [Report(op.op, 0), Report(op.op, 1)],
+        [Report(op.op, 1, {1: Reason.CORRUPT}), Report(op.op, 0)],
+    )
+    assert made.report(late, NOW) == []
+    assert made.report(early[:1], NOW) == []
+    assert made.loading_blocks == 0
+    assert made.report(early[1:], NOW) == [(op, {1: Reason.CORRUPT})]
+
+
+def test_two_requests_may_load_one_block_and_the_first_that_finds_it_corrupt_ends_it_for_both():
+    made = planner(status("disk", 9, found=(1,)))
+    first, second = load(made, 1), load(made, 1)
+    end(made, first, {0: {0: Reason.CORRUPT}})
+    assert made.match(keys(1), NOW) == []
+    assert made.take(NOW).drops == []  # The other one still reads it.
+    end(made, second)
+    assert made.take(NOW).drops == [(0, keys(1))]
+
+
+def test_its_state_in_one_line():
+    made = planner(status("cpu", 9, lends=True), status("disk", None, found=(1,)))
+    load(made, 1)
+    assert repr(made) == "<Planner cpu 1/9, disk 1/None; 1 operations pending, 1 blocks loading>"

@@ -99,3 +99,12 @@ def test_entry_points_can_be_given():
     points = [EntryPoint("memory", "kvbm_core.memory", "kvbm_core")]
     assert Registry(points).names() == ["memory"]
     assert entry_points(group="kvbm_core")
+
+
+@pytest.mark.parametrize(
+    "body", ["return 42", "return Backend('toy', MemoryConfig, MemoryTier)", "raise KeyError(1)"]
+)
+def test_a_hook_that_fails_or_gives_no_list_is_named(install, body):
+    install("odd", "toy", "odd_backend", MODULE.replace("return [{offer}]", body))
+    with pytest.raises(BackendError, match=r"'toy' of odd 1\.0: kvbm_backends\(\) failed"):
+        Registry().backend("toy")

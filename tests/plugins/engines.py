@@ -33,6 +33,8 @@ def make_engine(model: Path, tiers: list[dict[str, Any]] | None, **options: Any)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # Bound threads leave no core for the engine on a machine with two.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     from vllm import LLM
     from vllm.config import KVTransferConfig
 

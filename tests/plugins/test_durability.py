@@ -31,8 +31,13 @@ def test_kill_at_twenty_random_moments(llama, start, tmp_path):
     """`crash_child.py` keeps vLLM imported and forks an engine for each life; each is killed under load."""
     prompts = [p for p in make_prompts(40, seed=21, longest=700) if len(p) > 64][:16]
     llm = start(llama, None)
-    job = {"model": str(llama), "tiers": stack(tmp_path / "kv"), "prompts": prompts,
-           "answers": [generate(llm, [p], 16)[0] for p in prompts], "acknowledged": str(tmp_path / "acknowledged")}  # fmt: skip
+    job = {
+        "model": str(llama),
+        "tiers": stack(tmp_path / "kv"),
+        "prompts": prompts,
+        "answers": [generate(llm, [prompt], 16)[0] for prompt in prompts],
+        "acknowledged": str(tmp_path / "acknowledged"),
+    }
     (tmp_path / "job.json").write_text(json.dumps(job))
     child = subprocess.Popen(
         [sys.executable, Path(__file__).with_name("crash_child.py"), tmp_path / "job.json"],

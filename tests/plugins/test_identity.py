@@ -90,11 +90,7 @@ def test_a_hundred_prompts_from_host_memory_and_after_a_restart_from_lmdb(
     llama, start, tmp_path, monkeypatch, record_property
 ):
     prompts = make_prompts(100, seed=1)
-    cold = [
-        generate(llm, [prompt])[0]
-        for llm in [start(llama, None, enable_prefix_caching=False)]
-        for prompt in prompts
-    ]
+    cold = generate(start(llama, None, enable_prefix_caching=False), prompts)
     pages = Pages(monkeypatch)
     llm = start(llama, stack(tmp_path))
     assert isinstance(connector(llm), KvbmConnector)
@@ -164,7 +160,7 @@ def test_preempted_requests_restore_and_answer_as_without_the_connector(llama, s
 
 
 def test_a_dozen_prompts_with_smollm2(start, tmp_path, monkeypatch):
-    """A real model and real text: prefixes of one story, so that later prompts share what earlier ones stored."""
+    """A real model and real text: pieces of one story, so that many share a prefix."""
     from importlib.resources import files
 
     from tokenizers import Tokenizer
@@ -174,11 +170,12 @@ def test_a_dozen_prompts_with_smollm2(start, tmp_path, monkeypatch):
     model = prepare_model()
     story = files("kvbm_cli").joinpath("story.txt").read_text()
     tokens = Tokenizer.from_file(str(model / "tokenizer.json")).encode(story).ids
-    prompts = [tokens[at : at + length] for at, length in (
-        (0, 33), (0, 64), (0, 65), (0, 200), (0, 416), (0, 700), (0, 1000), (50, 100), (50, 320), (99, 555), (7, 31), (7, 802)
-    )]  # fmt: skip
+    starts = [0, 0, 0, 0, 0, 0, 0, 50, 50, 99, 7, 7]
+    lengths = [33, 64, 65, 200, 416, 700, 1000, 100, 320, 555, 31, 802]
+    prompts = [tokens[at : at + length] for at, length in zip(starts, lengths, strict=True)]
     pages = Pages(monkeypatch)
-    llm = start(model, stack(tmp_path), num_gpu_blocks_override=300, max_model_len=2048)
+    options = {"num_gpu_blocks_override": 300, "max_model_len": 2048, "dtype": "float32"}
+    llm = start(model, stack(tmp_path), **options)
     own = own_answers(llm, prompts)
     already = pages.compared
     assert_restored(prompts, own, restore(llm, prompts))

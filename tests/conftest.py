@@ -1,0 +1,30 @@
+"""What all tests share."""
+
+import threading
+import time
+
+import pytest
+from hypothesis import settings
+
+# No deadline: on a busy machine a step takes as long as it takes. A failure prints what replays it.
+settings.register_profile("kvbm", deadline=None, derandomize=False, print_blob=True)
+settings.load_profile("kvbm")
+
+_PATIENCE_S = 10
+
+
+def _ours():
+    return {thread for thread in threading.enumerate() if thread.name.startswith("kvbm-")}
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_left(request):
+    """Fail a test that leaves one of our threads behind. An engine lives longer than a test."""
+    before = _ours()
+    yield
+    if "engine" in request.keywords:
+        return
+    give_up_s = time.monotonic() + _PATIENCE_S
+    while (left := _ours() - before) and time.monotonic() < give_up_s:
+        time.sleep(0.01)
+    assert not left, f"threads left behind: {sorted(thread.name for thread in left)}"

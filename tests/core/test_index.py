@@ -1,0 +1,176 @@
+"""What the leader knows of one tier, against a plain model of it."""
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from kvbm_core import BlockState, TransitionError
+from kvbm_core._index import TierIndex
+from kvbm_core._policy import Lru
+
+KEYS = [bytes([number]) * 32 for number in range(8)]
+
+
+def index(capacity=4, *found):
+    made = TierIndex(capacity, Lru())
+    for key in found:
+        made.found(key)
+    return made
+
+
+def test_its_state_in_one_line():
+    made = index(6, *KEYS[:3])
+    made.pin(KEYS[:2])
+    made.drop(KEYS[0])
+    made.reserve([KEYS[4]])
+    assert repr(made) == "<TierIndex 4/6 blocks: 1 idle, 1 pinned, 1 filling, 1 leaving>"
+
+
+def test_room_is_made_by_evicting_the_oldest():
+    assert index(2, *KEYS[:2]).reserve(KEYS[2:3]) == (KEYS[2:3], KEYS[:1])
+
+
+def test_only_what_is_absent_is_reserved_and_once():
+    made = index(4, KEYS[0])
+    assert made.reserve([KEYS[0], KEYS[1], KEYS[1]]) == ([KEYS[1]], [])
+    assert made.reserve([KEYS[1]]) == ([], [])
+
+
+def test_a_leading_part_is_reserved_if_there_is_not_room_for_all():
+    made = index(4, KEYS[0], KEYS[1])
+    made.pin(KEYS[:2])
+    assert made.reserve(KEYS[2:6]) == (KEYS[2:4], [])
+
+
+def test_ancestors_are_not_evicted_and_others_are_even_if_used_later():
+    made = index(3, *KEYS[:3])
+    assert made.reserve(KEYS[4:7], ancestors=KEYS[:2]) == ([KEYS[4]], [KEYS[2]])
+    assert made.ready() == [KEYS[1], KEYS[0]]
+
+
+def test_without_a_capacity_nothing_is_evicted():
+    assert index(None).reserve(KEYS) == (KEYS, [])
+
+
+def test_a_touched_block_goes_last_and_an_absent_one_is_not_made():
+    made = index(2, *KEYS[:2])
+    made.touch(KEYS[0])
+    made.touch(KEYS[5])
+    assert made.ready() == [KEYS[1], KEYS[0]]
+
+
+def test_a_pinned_block_that_is_dropped_is_gone_with_its_last_pin():
+    made = index(2, KEYS[0])
+    made.pin([KEYS[0]])
+    made.pin([KEYS[0]])
+    assert not made.drop(KEYS[0])
+    assert KEYS[0] not in made
+    assert made.state(KEYS[0]) is BlockState.LEAVING
+    assert not made.drop(KEYS[0])
+    assert [made.unpin(KEYS[0]), made.unpin(KEYS[0])] == [False, True]
+    assert made.state(KEYS[0]) is BlockState.ABSENT
+
+
+@pytest.mark.parametrize("move", ["stored", "not_stored"])
+def test_what_is_not_filling_cannot_end(move):
+    with pytest.raises(TransitionError, match="absent"):
+        getattr(index(), move)(KEYS[0])
+    with pytest.raises(TransitionError, match="ready"):
+        getattr(index(1, KEYS[0]), move)(KEYS[0])
+
+
+def test_a_block_is_found_once():
+    with pytest.raises(TransitionError, match="ready cannot reserve"):
+        index(2, KEYS[0], KEYS[0])
+
+
+def test_only_a_ready_block_is_pinned():
+    with pytest.raises(AssertionError, match="READY"):
+        index().pin([KEYS[0]])
+
+
+class Model(RuleBasedStateMachine):
+    """Every order of moves, against a dictionary of states and a list of the order of use."""
+
+    capacity = 4
+
+    def __init__(self):
+        super().__init__()
+        self.index = index(self.capacity)
+        self.state, self.pins, self.order = dict.fromkeys(KEYS, BlockState.ABSENT), dict.fromkeys(KEYS, 0), []
+
+    def those(self, state):
+        return [key for key in KEYS if self.state[key] is state]
+
+    @rule(
+        keys=st.lists(st.sampled_from(KEYS), unique=True, max_size=5), family=st.sets(st.sampled_from(KEYS))
+    )
+    def reserve(self, keys, family):
+        wanted = [key for key in keys if self.state[key] is BlockState.ABSENT]
+        filling, evicted = self.index.reserve(keys, sorted(family))
+        assert filling == wanted[: len(filling)]
+        assert not family.intersection(evicted)
+        used = sum(state is not BlockState.ABSENT for state in self.state.values())
+        outsiders = [key for key in self.order if key not in family]
+        assert evicted == outsiders[: max(0, used + len(wanted) - self.capacity)]
+        for key in evicted:
+            self.state[key] = BlockState.ABSENT
+            self.order.remove(key)
+        for key in filling:
+            self.state[key] = BlockState.FILLING
+        self.order = list(self.index._idle.keys())
+        assert len(filling) == len(wanted) or len(self.index) == self.capacity
+
+    @precondition(lambda self: self.those(BlockState.FILLING))
+    @rule(data=st.data(), well=st.booleans())
+    def end(self, data, well):
+        key = data.draw(st.sampled_from(self.those(BlockState.FILLING)))
+        (self.index.stored if well else self.index.not_stored)(key)
+        self.state[key] = BlockState.READY if well else BlockState.ABSENT
+        self.order += [key] * well
+
+    @precondition(lambda self: self.those(BlockState.READY))
+    @rule(data=st.data())
+    def pin(self, data):
+        key = data.draw(st.sampled_from(self.those(BlockState.READY)))
+        self.index.pin([key])
+        self.pins[key] += 1
+        if key in self.order:
+            self.order.remove(key)
+
+    @precondition(lambda self: any(self.pins.values()))
+    @rule(data=st.data())
+    def unpin(self, data):
+        key = data.draw(st.sampled_from([key for key in KEYS if self.pins[key]]))
+        self.pins[key] -= 1
+        gone = self.state[key] is BlockState.LEAVING and not self.pins[key]
+        assert self.index.unpin(key) == gone
+        if gone:
+            self.state[key] = BlockState.ABSENT
+        elif self.state[key] is BlockState.READY and not self.pins[key]:
+            self.order.append(key)
+
+    @rule(key=st.sampled_from(KEYS))
+    def drop(self, key):
+        ready = self.state[key] is BlockState.READY
+        assert self.index.drop(key) == (ready and not self.pins[key])
+        if ready:
+            self.state[key] = BlockState.LEAVING if self.pins[key] else BlockState.ABSENT
+            self.order = [other for other in self.order if other != key]
+
+    @rule(key=st.sampled_from(KEYS))
+    def touch(self, key):
+        self.index.touch(key)
+        if key in self.order:
+            self.order.remove(key)
+            self.order.append(key)
+
+    @invariant()
+    def agree(self):
+        assert {key: self.index.state(key) for key in KEYS} == self.state
+        assert len(self.index) == len(KEYS) - len(self.those(BlockState.ABSENT)) <= self.capacity
+        assert list(self.index._idle.keys()) == self.order
+        assert sorted(self.index.ready()) == self.those(BlockState.READY)
+
+
+TestIndexAgainstAModel = Model.TestCase

@@ -1,0 +1,359 @@
+"""The documentation agrees with the code: names, defaults, offsets, links, and code that runs."""
+
+import ast
+import ctypes
+import dataclasses
+import enum
+import hashlib
+import importlib
+import re
+import struct
+import sys
+import tomllib
+from pathlib import Path
+
+import msgspec
+import pytest
+import xxhash
+import yaml
+
+import kvbm_core
+from kvbm_core import errors, hookspecs, load_config
+from kvbm_core.config import ByteSize, StackConfig, TierEntry, parse_size
+from kvbm_core.layers import FOOTER_BYTES, CheckedTier
+from kvbm_core.memory import MemoryConfig, MemoryTier
+from kvbm_core.tier import Op, Outcome, Region, TierContext, Transfer
+from kvbm_cpu import CpuConfig
+from kvbm_lmdb import LmdbConfig
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+REFERENCE = DOCS / "reference"
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
+READMES = sorted((ROOT / "backends").glob("*/README.md"))
+
+FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page):
+    return [(info.split(), text) for info, text in FENCE.findall(page.read_text())]
+
+
+def section(page, title):
+    """The text under a heading, up to the next one of the same or a higher level."""
+    text = page.read_text()
+    match = re.search(rf"^(#+) {re.escape(title)}$", text, re.MULTILINE)
+    assert match, f"{name_of(page)} has no heading {title!r}"
+    rest = text[match.end() :]
+    end = re.search(rf"^#{{1,{len(match[1])}}} ", rest, re.MULTILINE)
+    return rest[: end.start()] if end else rest
+
+
+def rows(text):
+    """The cells of each table row, without the headings."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    rules = [at for at, row in enumerate(cells) if set("".join(row)) <= set("-: ")]
+    return [row for at, row in enumerate(cells) if at not in rules and at + 1 not in rules]
+
+
+def table(page, title):
+    """First cell, unquoted and without arguments, to the whole row."""
+    return {row[0].strip("`").split("(")[0]: row for row in rows(section(page, title))}
+
+
+def anchors(page):
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# Links.
+
+
+@pytest.mark.parametrize("page", PAGES + READMES, ids=name_of)
+def test_every_relative_link_points_to_something(page):
+    prose = FENCE.sub("", page.read_text())
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{name_of(page)} links to {target}"
+        if anchor:
+            assert anchor in anchors(file), f"{name_of(page)} links to {target}"
+
+
+def test_the_index_names_every_page():
+    linked = re.findall(r"\]\(([^)#\s]+)\)", (DOCS / "README.md").read_text())
+    found = {(DOCS / target).resolve() for target in linked}
+    assert [
+        name_of(page) for page in DOCS.rglob("*.md") if page != DOCS / "README.md" and page not in found
+    ] == []
+
+
+# Code.
+
+
+STACKS = [
+    pytest.param(text, id=f"{name_of(page)}-{at}")
+    for page in PAGES + READMES
+    for at, (info, text) in enumerate(blocks(page))
+    if info[:1] == ["yaml"] and "tiers:" in text
+]
+RUNNABLE = [
+    pytest.param(text, id=f"{name_of(page)}-{at}")
+    for page in PAGES
+    for at, (info, text) in enumerate(blocks(page))
+    if info[:1] == ["python"] and "runnable" in info
+]
+
+
+@pytest.mark.parametrize("text", STACKS)
+def test_every_stack_is_a_valid_configuration(text):
+    assert load_config(yaml.safe_load(text)).tiers
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """Install the backend of the how-to page: its files, and the metadata an installer would write."""
+    folder = tmp_path / "site"
+    files = {
+        info[1].removeprefix("file="): text
+        for info, text in blocks(DOCS / "how-to" / "write-a-backend.md")
+        if len(info) > 1 and info[1].startswith("file=")
+    }
+    for name, text in files.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    project = tomllib.loads(files["pyproject.toml"])["project"]
+    name, version = project["name"], project["version"]
+    metadata = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    points = project["entry-points"]["kvbm_core"]
+    lines = [f"{key} = {value}" for key, value in points.items()]
+    (metadata / "entry_points.txt").write_text("\n".join(["[kvbm_core]", *lines, ""]))
+    monkeypatch.syspath_prepend(str(folder))
+    importlib.invalidate_caches()
+    yield
+    sys.modules.pop("kvbm_shelf", None)
+
+
+@pytest.mark.parametrize("text", RUNNABLE)
+def test_every_runnable_block_runs(text, shelf, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(text, "documentation", "exec"), {"__name__": "documentation"})
+
+
+def test_there_is_code_to_run():
+    assert len(RUNNABLE) >= 2
+    assert len(STACKS) >= 5
+
+
+# Configuration.
+
+TIER_TYPES = {"memory": MemoryConfig, "cpu": CpuConfig, "lmdb": LmdbConfig}
+CONFIGURATION = [("The stack", StackConfig)]
+CONFIGURATION += [(f"Backend `{name}`", config) for name, config in TIER_TYPES.items()]
+
+
+@pytest.mark.parametrize(("title", "config"), CONFIGURATION)
+def test_every_key_is_documented_with_its_default(title, config):
+    documented = table(REFERENCE / "configuration.md", title)
+    fields = {field.name: field for field in msgspec.structs.fields(config)}
+    assert documented.keys() == fields.keys()
+    for name, field in fields.items():
+        written = documented[name][2].strip("`")
+        if field.required:
+            assert written == "required", name
+        elif field.default is None:
+            assert written == "none", name
+        elif isinstance(field.default, ByteSize):
+            assert parse_size(written) == field.default, name
+        else:
+            assert written == repr(field.default), name
+        assert all(documented[name]), f"{name} has an empty cell"
+
+
+def test_every_key_of_a_tier_entry_is_documented():
+    assert table(REFERENCE / "configuration.md", "A tier").keys() == set(TierEntry.__struct_fields__) - {
+        "settings"
+    }
+
+
+def test_every_backend_in_the_tree_is_documented():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"]["kvbm_core"].keys() == TIER_TYPES.keys()
+
+
+@pytest.mark.parametrize(
+    ("key", "good", "bad"),
+    [
+        ("load_deadline_s", 0.001, 0),
+        ("store_deadline_s", 0.001, 0),
+        ("max_load_fraction", 1, 1.01),
+        ("max_load_fraction", 0.01, 0),
+        ("max_store_blocks", 1, 0),
+    ],
+)
+def test_documented_ranges_of_the_stack(key, good, bad):
+    tiers = [{"backend": "memory", "capacity": 1}]
+    load_config({"tiers": tiers, key: good})
+    with pytest.raises(errors.ConfigError, match=key):
+        load_config({"tiers": tiers, key: bad})
+
+
+# Contract.
+
+CONTRACT = REFERENCE / "contract.md"
+VALUES = ["Capabilities", "Region", "Transfer", "Completion", "TierContext", "Backend"]
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_every_field_of_the_contract_is_documented(name):
+    cls = getattr(kvbm_core, name)
+    documented = table(CONTRACT, name)
+    methods = {key for key, value in vars(cls).items() if callable(value) and not key.startswith("_")}
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    assert documented.keys() == fields.keys() | (methods - fields.keys())
+    for field in fields.values():
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            assert documented[field.name][1] == "required", field.name
+        elif isinstance(field.default, bool | int | None) and name != "Backend":
+            assert documented[field.name][1] == f"`{field.default}`", field.name
+
+
+@pytest.mark.parametrize("name", ["Tier", "Addressable"])
+def test_every_method_of_the_contract_is_documented(name):
+    assert table(CONTRACT, name).keys() == getattr(kvbm_core, name).__abstractmethods__
+
+
+@pytest.mark.parametrize("name", ["Op", "Outcome", "Reason"])
+def test_every_member_of_the_contract_is_documented(name):
+    cls = getattr(kvbm_core, name)
+    assert issubclass(cls, enum.Enum)
+    documented = {key: row[1] for key, row in table(CONTRACT, name).items()}
+    assert documented == {member.name: f"`{member.value}`" for member in cls}
+
+
+def test_every_hook_is_documented():
+    hooks = {key for key, value in vars(hookspecs).items() if hasattr(value, "kvbm_core_spec")}
+    assert table(CONTRACT, "Hooks").keys() == hooks
+    assert hooks
+
+
+def test_the_version_of_the_contract_is_documented():
+    assert f"Contract version: {kvbm_core.CONTRACT_VERSION} (`CONTRACT_VERSION`)" in CONTRACT.read_text()
+
+
+# On-disk format.
+
+
+def test_the_footer_lies_where_it_is_drawn():
+    page = REFERENCE / "on-disk-format.md"
+    namespace, key, payload = bytes(range(16)), bytes(range(100, 132)), b"\x07" * 1000
+    context = TierContext(namespace, len(payload) + FOOTER_BYTES)
+    inner = MemoryTier(MemoryConfig(capacity=ByteSize(1 << 20)), context)
+    memory = bytearray(payload + bytes(FOOTER_BYTES))
+    array = (ctypes.c_ubyte * len(memory)).from_buffer(memory)
+    region = Region(ctypes.addressof(array), len(memory), owner=array)
+    tier = CheckedTier(inner, namespace)
+    tier.submit([Transfer(1, Op.STORE, key, region)])
+    assert [done.outcome for done in tier.poll()] == [Outcome.DONE]
+
+    footer = bytes(region.view()[len(payload) :])
+    parts, end = {}, 0
+    for offset, nbytes, field, _ in rows(section(page, "The footer")):
+        assert int(offset) == end, f"{field} does not follow the field before it"
+        end = int(offset) + int(nbytes)
+        parts[field] = footer[int(offset) : end]
+    assert end == FOOTER_BYTES == len(footer)
+    assert parts == {
+        "magic": b"KVBMBLK\0",
+        "version": struct.pack("<I", 1),
+        "footer_bytes": struct.pack("<I", 96),
+        "payload_bytes": struct.pack("<Q", len(payload)),
+        "namespace": namespace,
+        "key": key,
+        "checksum": xxhash.xxh3_128_digest(payload + footer[:72]),
+        "padding": bytes(8),
+    }
+    drawn = re.search(r"^ 0 .*96$", page.read_text(), re.MULTILINE)
+    assert drawn
+    offsets = {int(row[0]) for row in rows(section(page, "The footer"))}
+    assert {int(number) for number in drawn[0].split()} == offsets | {FOOTER_BYTES}
+
+
+def test_keys_are_derived_as_documented():
+    root = hashlib.sha256(b"kvbm-key-1" + msgspec.msgpack.encode([("lora", "x"), ("salt", "y")])).digest()
+    assert kvbm_core.root_key(salt="y", lora="x", other=None) == root
+    first = hashlib.sha256(root + struct.pack("<2q", 5, 6)).digest()
+    second = hashlib.sha256(first + struct.pack("<2q", 7, 8) + struct.pack("<q", 3) + b"cat").digest()
+    assert kvbm_core.chain_keys(root, [5, 6, 7, 8, 9], 2, {1: b"cat"}) == [first, second]
+
+
+def test_the_facts_of_a_namespace_are_documented():
+    tree = ast.parse((ROOT / "plugins" / "kvbm_vllm" / "_namespace.py").read_text())
+    assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    facts = next(
+        node.value
+        for node in assigned
+        if getattr(node.targets[0], "id", "") == "facts" and isinstance(node.value, ast.Dict)
+    )
+    assert table(REFERENCE / "on-disk-format.md", "Namespace").keys() == {key.value for key in facts.keys}
+
+
+# Errors and metrics.
+
+
+def test_every_error_is_named():
+    tree = blocks(REFERENCE / "errors.md")[0][1]
+    drawn = [line.rstrip() for line in tree.splitlines()]
+    docstring = [line.removeprefix("    ").rstrip() for line in (errors.__doc__ or "").splitlines()]
+    assert set(errors.__all__) == set(re.findall(r"\w+Error\b", tree)) - {"ValueError"}
+    assert [line for line in drawn if line not in docstring] == []
+
+
+def test_every_counter_is_documented():
+    tree = ast.parse((ROOT / "plugins" / "kvbm_vllm" / "_stats.py").read_text())
+    counters = next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "_COUNTERS"
+    )
+    written = {
+        row[0]: (row[2], re.findall(r"`(\w+)`", row[1]))
+        for row in rows((REFERENCE / "metrics.md").read_text())
+        if row[0].startswith("`vllm:kvbm_")
+    }
+    assert written == {f"`vllm:kvbm_{name}_total`": entry for name, entry in counters.items()}
+
+
+# What the documentation speaks of.
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_pages_speak_of_the_project_alone(page):
+    text = page.read_text()
+    assert not re.search(r"(?<![\w.])/(work|root|home|tmp)/", text)
+    assert not re.search(r"(?<![&\w])#\d{2,}\b", text), "an issue's number"
+    assert not re.search(r"\b(pypi|files\.pythonhosted)\.", text)
+
+
+def test_commands_of_make_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        for info, text in blocks(page):
+            if info[:1] == ["console"]:
+                assert set(re.findall(r"^make ([a-z-]+)", text, re.MULTILINE)) <= targets, name_of(page)
+
+
+def test_scripts_that_are_named_exist():
+    for page in PAGES + READMES:
+        for script in re.findall(r"\b(?:tests|tools)/[\w/]+\.py\b", page.read_text()):
+            assert (ROOT / script).is_file(), f"{name_of(page)} names {script}"
