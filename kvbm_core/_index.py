@@ -117,17 +117,13 @@ class TierIndex:
 
     def _evict(self, count: int, ancestors: Sequence[BlockKey]) -> list[BlockKey]:
         """Evict up to `count` blocks, ancestors excepted."""
-        for key in reversed(ancestors):
-            self.touch(key)
-        family = set(ancestors)
-        evicted: list[BlockKey] = []
+        family = [key for key in dict.fromkeys(reversed(ancestors)) if key in self._idle]
+        for key in family:
+            self._idle.add(key)
+        # They are the last in the order now, the head of the prefix at its very end.
         next_state(BlockState.READY, BlockEvent.EVICT)
-        while len(evicted) < count and (victim := self._idle.victim()) is not None:
-            if victim in family:  # Only family is left.
-                self._idle.add(victim)
-                break
-            evicted.append(victim)
-        return evicted
+        victims = (self._idle.victim() for _ in range(min(count, len(self._idle) - len(family))))
+        return [key for key in victims if key is not None]
 
     def stored(self, key: BlockKey) -> None:
         """Note that every rank has the block."""

@@ -19,7 +19,7 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def add(self, key: BlockKey) -> None:
-        """Take a block in, or make one that is there the most recently used."""
+        """Take a block in, or make one that is there the most recently used: the last to go."""
 
     @abstractmethod
     def remove(self, key: BlockKey) -> bool:

@@ -19,7 +19,7 @@ import yaml
 
 import kvbm_core
 from kvbm_core import errors, hookspecs, load_config
-from kvbm_core.config import ByteSize, StackConfig, TierEntry, parse_size
+from kvbm_core.config import ByteSize, StackConfig, TierEntry, convert, parse_size
 from kvbm_core.layers import FOOTER_BYTES, CheckedTier
 from kvbm_core.memory import MemoryConfig, MemoryTier
 from kvbm_core.tier import Op, Outcome, Region, TierContext, Transfer
@@ -33,6 +33,8 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
 READMES = sorted((ROOT / "backends").glob("*/README.md"))
 
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+TIER_TYPES = {"memory": MemoryConfig, "cpu": CpuConfig, "lmdb": LmdbConfig}
 
 
 def name_of(page):
@@ -114,7 +116,11 @@ RUNNABLE = [
 
 @pytest.mark.parametrize("text", STACKS)
 def test_every_stack_is_a_valid_configuration(text):
-    assert load_config(yaml.safe_load(text)).tiers
+    for entry in load_config(yaml.safe_load(text)).tiers:
+        if entry.backend in TIER_TYPES:
+            convert(entry.settings, TIER_TYPES[entry.backend], entry.name)
+        else:
+            assert entry.backend == "shelf"
 
 
 @pytest.fixture
@@ -157,7 +163,6 @@ def test_there_is_code_to_run():
 
 # Configuration.
 
-TIER_TYPES = {"memory": MemoryConfig, "cpu": CpuConfig, "lmdb": LmdbConfig}
 CONFIGURATION = [("The stack", StackConfig)]
 CONFIGURATION += [(f"Backend `{name}`", config) for name, config in TIER_TYPES.items()]
 

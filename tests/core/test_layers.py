@@ -189,3 +189,71 @@ def test_a_full_queue_refuses_the_whole_batch(deadline):
     with pytest.raises(QueueFullError):
         deadline.submit(depth, depth + 1)
     assert not deadline.tier.holds(depth)
+
+
+@pytest.mark.parametrize(
+    "field", ["magic", "version", "footer bytes", "payload bytes", "namespace", "key", "checksum", "padding"]
+)
+def test_every_field_of_the_footer_is_proved(field):
+    starts = {"magic": 0, "version": 8, "footer bytes": 12, "payload bytes": 16, "namespace": 24, "key": 40}
+    at = PAYLOAD + {**starts, "checksum": 72, "padding": 88}[field]
+    inner, tier = stored()
+    good = inner._blocks[KEY]
+    for bit in range(8):
+        inner._blocks[KEY] = good[:at] + bytes([good[at] ^ (1 << bit)]) + good[at + 1 :]
+        assert run(tier, Op.LOAD, KEY) == CORRUPT
+
+
+def test_a_block_of_another_length_is_found():
+    """The payload is longer, the footer at its end is whole."""
+    inner, tier = stored()
+    shorter = (ctypes.c_ubyte * (NBYTES - 4))()
+    place = Region(ctypes.addressof(shorter), NBYTES - 4, owner=shorter)
+    tier.submit([Transfer(1, Op.STORE, OTHER, place)])
+    tier.poll()
+    inner._blocks[OTHER] = bytes(4) + inner._blocks[OTHER]
+    assert run(tier, Op.LOAD, OTHER) == CORRUPT
+
+
+def test_a_tier_that_says_done_and_reads_nothing_is_found():
+    tier = CheckedTier(FaultyTier(stored()[0], lambda transfer: "lie"), NAMESPACE)
+    assert run(tier, Op.LOAD, KEY, region(b"y" * NBYTES)) == CORRUPT
+
+
+def test_a_discard_that_raises_harms_nobody():
+    class Fussy(MemoryTier):
+        def discard(self, keys):
+            raise RuntimeError("no")
+
+    inner = Fussy(MemoryConfig(capacity=9 * NBYTES), TierContext(NAMESPACE, NBYTES))
+    made = Deadline()
+    made.tier.close()
+    made.tier = DeadlineTier(inner, threading.Event(), "fussy", lambda: None)
+    made.tier.discard([KEY])
+    made.submit(1)
+    assert [c.outcome for c in made.wait(1)] == [Outcome.DONE]
+    made.tier.close()
+    made.tier.close()
+
+
+def test_a_ticket_nobody_gave_is_ignored(deadline):
+    inner = deadline.tier._inner
+    inner._held.append((0, Completion(99, Outcome.DONE)))
+    deadline.submit(1)
+    assert [c.ticket for c in deadline.wait(1)] == [1]
+    assert deadline.tier.poll() == []
+    assert deadline.tier.released() == []
+
+
+def test_a_poll_that_raises_is_tried_again(deadline, monkeypatch):
+    inner, raised = deadline.tier._inner, threading.Event()
+
+    def poll():
+        monkeypatch.undo()
+        raised.set()
+        raise RuntimeError("once")
+
+    monkeypatch.setattr(inner, "poll", poll)
+    deadline.submit(1)
+    assert [(c.ticket, c.outcome) for c in deadline.wait(1)] == [(1, Outcome.DONE)]
+    assert raised.is_set()
