@@ -22,7 +22,7 @@ from kvbm_core._slots import Slot, Slots
 from kvbm_core._staging import Staging
 from kvbm_core.block import BlockKey
 from kvbm_core.device import Device, Work
-from kvbm_core.errors import QueueFullError
+from kvbm_core.errors import QueueFullError, TierError
 from kvbm_core.layers import DeadlineTier
 from kvbm_core.plan import Load, Plan, Report, Store
 from kvbm_core.tier import Addressable, Completion, Op, Outcome, Reason, Tier, Transfer
@@ -128,7 +128,7 @@ class Mover:
     @property
     def active(self) -> bool:
         """Whether `poll` has work to look after."""
-        return not self._broken and bool(self._jobs or any(t.open or t.late for t in self._traffic.values()))
+        return not self._broken and bool(self._jobs or any(t.open for t in self._traffic.values()))
 
     def submit(self, plan: Plan) -> None:
         """Start a plan: drops, then stores (their blocks may be overwritten on return), then loads."""
@@ -159,6 +159,11 @@ class Mover:
         self._scatter(landed)
         with self._lock:
             self._end_scatters()
+
+    @property
+    def has_reports(self) -> bool:
+        """Whether `take_reports` has something to give."""
+        return bool(self._reports)
 
     def take_reports(self) -> list[Report]:
         """Take what has ended since the last call."""
@@ -322,9 +327,10 @@ class Mover:
     def _send(self, traffic: _Traffic, batch: list[Transfer], moves: dict[int, _Move]) -> None:
         try:
             traffic.tier.submit(batch)
-        except QueueFullError:
+        except TierError as error:
+            reason = Reason.BUSY if isinstance(error, QueueFullError) else Reason.ERROR
             for move in moves.values():
-                self._fail(move, Reason.BUSY)
+                self._fail(move, reason)
         else:
             traffic.open.update(moves)
 
@@ -357,9 +363,7 @@ class Mover:
             late = traffic.late.pop(ticket, None)
             if late:
                 self._let_go(late, filled=False)
-                if late.key in traffic.doomed and not traffic.busy_with(late.key):
-                    traffic.doomed.remove(late.key)
-                    traffic.tier.discard([late.key])
+                self._forget_doomed(traffic, late.key)
 
     def _collect_failed(self, traffic: _Traffic, completion: Completion, move: _Move) -> None:
         if traffic.tier.holds(completion.ticket):
@@ -368,6 +372,9 @@ class Mover:
                 traffic.doomed.add(move.key)
             self._end_move(move, completion.reason)
         else:
+            if isinstance(move.job.op, Store) and completion.reason in (Reason.DEADLINE, Reason.ERROR):
+                # As above, and the tier has let go already.
+                traffic.doomed.add(move.key)
             self._fail(move, completion.reason)
 
     # Device.
@@ -411,6 +418,14 @@ class Mover:
         """End a move whose region, if it has one, is ours again."""
         self._end_move(move, reason)
         self._let_go(move, filled=False)
+        if move.tier in self._traffic:
+            self._forget_doomed(self._traffic[move.tier], move.key)
+
+    def _forget_doomed(self, traffic: _Traffic, key: BlockKey) -> None:
+        """Have the tier forget a block that may be there and nobody knows, unless it is on its way again."""
+        if key in traffic.doomed and not traffic.busy_with(key):
+            traffic.doomed.remove(key)
+            traffic.tier.discard([key])
 
     def _end_move(self, move: _Move, reason: Reason) -> None:
         op = move.job.op

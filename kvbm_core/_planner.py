@@ -181,11 +181,9 @@ class Planner:
             # The head of a prefix is the most recently used, and so evicted last.
             for key in reversed(keys):
                 tier.index.touch(key)
-            if not tier.breaker.closed(now_s):
-                continue
             wanted = [key for key in keys if tier.index.state(key) is BlockState.ABSENT]
-            if not tier.lends:
-                wanted = self._admit(tier, wanted)
+            if not tier.lends or not tier.breaker.closed(now_s):
+                wanted = self._admit(tier, wanted, now_s)
             # Some of `keys` may be there already: the others must not push these out.
             for key in self._reserve(position, wanted, family):
                 targets[key].append(position)
@@ -266,14 +264,14 @@ class Planner:
             tier.counts.evicted += len(evicted)
         return filling
 
-    def _admit(self, tier: _Tier, keys: list[BlockKey]) -> list[BlockKey]:
+    def _admit(self, tier: _Tier, keys: list[BlockKey], now_s: float) -> list[BlockKey]:
         """Choose what is written from the device now.
 
         What the lender has already is owed, because it need not be gathered again; so is what is
         too much at once. Without a lender the surplus is dropped.
         """
-        room = max(0, self._max_store_blocks - tier.storing)
-        if self._lender < 0:
+        room = max(0, self._max_store_blocks - tier.storing) if tier.breaker.closed(now_s) else 0
+        if self._lender < 0 or tier.lends:
             tier.counts.dropped += len(keys[room:])
             return keys[:room]
         lent = self._tiers[self._lender].index
@@ -283,10 +281,11 @@ class Planner:
 
     def _owe(self, tier: _Tier, keys: Iterable[BlockKey]) -> None:
         for key in keys:
-            tier.owed[key] = None
-        while len(tier.owed) > self._max_store_blocks:
-            tier.owed.popitem(last=False)
-            tier.counts.dropped += 1
+            # Full: the end of a prefix is dropped, because its end without its head is worth nothing.
+            if len(tier.owed) < self._max_store_blocks:
+                tier.owed[key] = None
+            elif key not in tier.owed:
+                tier.counts.dropped += 1
 
     def _pay(self, position: int, now_s: float) -> None:
         """Plan the copies from the lender that are owed to a tier."""
@@ -342,7 +341,8 @@ class Planner:
             tier.counts.stored += len(op.keys) - len(failures)
             self._end_store(pending, position)
         worst = next(iter(failures.values()), Reason.NONE) if len(failures) == len(op.keys) else Reason.NONE
-        if tier.breaker.note(worst, now_s):
+        # A copy that the lender did not get, because the load failed, is not the lender's fault.
+        if (loading or isinstance(op, Store)) and tier.breaker.note(worst, now_s):
             logger.warning(
                 "tier %s fails (%s) and is left alone for a while: %r", tier.name, worst.value, tier.breaker
             )

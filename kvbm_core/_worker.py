@@ -137,6 +137,7 @@ class Worker:
             self._thread.join(timeout=10)
         if not self._thread.is_alive():  # Else it may hold the mover's lock.
             self._mover.fail_all()
+        self._progress.set()
         self._mover.close()
 
     def _run(self) -> None:
@@ -147,11 +148,13 @@ class Worker:
                 self._mover.poll()
             except Exception:  # noqa: BLE001 - as in `submit`.
                 self._fail()
-            self._progress.set()
+            if self._mover.has_reports:
+                self._progress.set()
 
     def _fail(self) -> None:
         logger.exception("the mover failed; nothing is stored or loaded from here on")
         self._mover.fail_all()
+        self._progress.set()
 
 
 def _resolve(config: StackConfig, registry: Registry) -> list[tuple[TierEntry, Backend, TierConfig]]:

@@ -68,7 +68,7 @@ class StackConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     most 1. Blocks that wait cannot be used by a running request."""
     max_store_blocks: int = 512
     """Blocks on their way into tiers below the first at once; more wait in a queue of the same
-    length, and the oldest of that queue are dropped. At least 1."""
+    length, and what does not fit there is dropped. At least 1."""
     staging: ByteSize = ByteSize(256 << 20)
     """Host memory for blocks on their way, used only when no tier lends its own."""
     weights_id: str | None = None

@@ -118,6 +118,8 @@ class DeadlineTier(Tier):
 
     _TICK_S: Final = 0.001
     """How often a tier that does not `wake` is polled while something is in flight."""
+    _LATE_TICK_S: Final = 0.05
+    """Likewise while only late transfers are."""
     _MAX_RAISES: Final = 8
     """After so many batches that raised outside the contract the tier is left alone for good: each
     leaves regions behind that nobody may touch again."""
@@ -165,7 +167,9 @@ class DeadlineTier(Tier):
         with self._lock:
             # A late transfer still takes a place in the inner tier's queue.
             taken = len(self._open) + len(self._late)
-            if taken + len(transfers) > self._capabilities.queue_depth or self._raises >= self._MAX_RAISES:
+            if self._raises >= self._MAX_RAISES:
+                raise TierError("it raised too often", operation="submit", tier=self._name)
+            if taken + len(transfers) > self._capabilities.queue_depth:
                 raise QueueFullError(f"{taken} transfers are open", operation="submit", tier=self._name)
             self._open.update((t.ticket, t.deadline_s) for t in transfers)
         self._inbox.append(("submit", transfers))
@@ -219,8 +223,7 @@ class DeadlineTier(Tier):
     def _run(self) -> None:
         """Be the one thread that calls the inner tier."""
         while not self._closing or self._inbox:
-            busy = bool(self._open or self._late)
-            self._event.wait(self._TICK_S if busy else None)
+            self._event.wait(self._TICK_S if self._open else self._LATE_TICK_S if self._late else None)
             self._event.clear()
             while self._inbox:
                 self._guard(*self._inbox.popleft())

@@ -30,10 +30,13 @@ class RequestKeys:
     Args:
         request: vLLM's request. Its tokens only grow.
         block_tokens: Tokens a block.
-        adapters: Tells LoRA adapters apart by their weights.
+        adapters: Tells LoRA adapters apart by their files.
+        epoch: Random since the caches were last reset in this process; None before.
     """
 
-    def __init__(self, request: Any, block_tokens: int, adapters: AdapterDigests) -> None:
+    def __init__(
+        self, request: Any, block_tokens: int, adapters: AdapterDigests, epoch: bytes | None = None
+    ) -> None:
         self._request = request
         self._block_tokens = block_tokens
         self._keys: list[BlockKey] = []
@@ -41,6 +44,7 @@ class RequestKeys:
         self._root = root_key(
             lora=f"{lora.lora_name}\0{adapters.digest(lora)}" if lora else None,
             salt=request.cache_salt,
+            epoch=epoch,
         )
 
     def first(self, count: int) -> list[BlockKey]:

@@ -13,6 +13,7 @@ and nothing has to be held back or waited for.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +39,7 @@ class _Sequence:
     blocks: list[int] = field(default_factory=list)
     """Device blocks, in order of the tokens."""
     computed_tokens: int = 0
-    """Tokens whose KV is written once the last scheduled step has run."""
+    """Tokens whose KV is written in `blocks` once the last scheduled step has run; 0 while it has none."""
     offered_blocks: int = 0
     """Blocks the planner was offered for storing."""
     match_start: int = 0
@@ -67,6 +68,7 @@ class SchedulerHalf:
         self._block_tokens = block_tokens(vllm_config, kv_cache_config)
         self._max_load_blocks = max(1, int(kv_cache_config.num_blocks * config.max_load_fraction))
         self._adapters = AdapterDigests()
+        self._epoch: bytes | None = None
         self._planner: Planner | None = None
         self._block_bytes = 0
         self._sequences: dict[str, _Sequence] = {}
@@ -121,7 +123,10 @@ class SchedulerHalf:
         sequence = self._sequence(request)
         if sequence is None or self._planner is None:
             return
-        sequence.blocks = list(blocks)
+        # vLLM may have preempted it since the last step: what that step computed is in the old blocks,
+        # which are not overwritten before this step's plan is carried out.
+        self._offer(sequence, time.monotonic())
+        sequence.blocks, sequence.computed_tokens = list(blocks), 0
         if num_external_tokens:
             count = num_external_tokens // self._block_tokens
             start = sequence.match_start
@@ -136,8 +141,12 @@ class SchedulerHalf:
         """Plan one step, given what vLLM has scheduled for it."""
         now_s = time.monotonic()
         for request_id in self._running:
-            self._offer(self._sequences[request_id], now_s)
+            if request_id in self._sequences:
+                self._offer(self._sequences[request_id], now_s)
         self._running.clear()
+        for request_id in output.preempted_req_ids or ():
+            if request_id in self._sequences:
+                self._sequences[request_id].computed_tokens = 0
         self._follow(output)
         if self._planner is None:
             return StepPlan()
@@ -146,8 +155,7 @@ class SchedulerHalf:
     def finished(self, request: Any) -> None:
         """Plan to store what the request has computed last, and forget it."""
         sequence = self._sequences.pop(request.request_id, None)
-        if sequence and request.request_id in self._running:
-            self._running.discard(request.request_id)
+        if sequence:
             self._offer(sequence, time.monotonic())
 
     def outcomes(self, outcomes: Any) -> None:
@@ -170,6 +178,9 @@ class SchedulerHalf:
         """
         for sequence in self._sequences.values():
             sequence.may_store = False
+        # The weights may have been changed in memory, and the namespace knows only their files: what
+        # is stored from here on must not be found by an engine that starts from the files again.
+        self._epoch = os.urandom(16)
         if self._planner is None:
             return True
         self._planner.reset()
@@ -186,7 +197,7 @@ class SchedulerHalf:
     def _sequence(self, request: Any) -> _Sequence | None:
         sequence = self._sequences.get(request.request_id)
         if sequence is None and cacheable(request):
-            keys = RequestKeys(request, self._block_tokens, self._adapters)
+            keys = RequestKeys(request, self._block_tokens, self._adapters, self._epoch)
             sequence = self._sequences[request.request_id] = _Sequence(request, keys)
         return sequence
 
@@ -219,7 +230,7 @@ class SchedulerHalf:
         # The last token's KV is not computed yet, and tokens a drafting model proposed are not in
         # the request before they are accepted.
         tokens = min(sequence.computed_tokens, sequence.request.num_tokens - 1)
-        complete, offered = tokens // self._block_tokens, sequence.offered_blocks
+        complete, offered = min(tokens // self._block_tokens, len(sequence.blocks)), sequence.offered_blocks
         if complete <= offered or not sequence.may_store or self._planner is None:
             return
         keys = sequence.keys.first(complete)

@@ -56,7 +56,7 @@ def weights_digest(model: str, revision: str | None, weights_id: str | None) -> 
     return digest
 
 
-def find_files(model: str, revision: str | None = None) -> list[Path]:
+def find_files(model: str, revision: str | None = None, suffixes: frozenset[str] = _WEIGHTS) -> list[Path]:
     """List the weight files of a model, or nothing if it is not on this machine."""
     path = Path(model)
     if path.is_file():
@@ -66,7 +66,7 @@ def find_files(model: str, revision: str | None = None) -> list[Path]:
         if snapshot is None:
             return []
         path = snapshot
-    return sorted(p for p in path.rglob("*") if p.suffix in _WEIGHTS and p.is_file())
+    return sorted(p for p in path.rglob("*") if p.suffix in suffixes and p.is_file())
 
 
 def digest_files(files: Sequence[Path]) -> str:
@@ -109,7 +109,7 @@ def _hub_snapshot(model: str, revision: str | None) -> Path | None:
 
 
 class AdapterDigests:
-    """Names LoRA adapters by their weights; reads each adapter once."""
+    """Names LoRA adapters by their weights and configuration; reads each adapter once."""
 
     def __init__(self) -> None:
         self._digests: dict[tuple[str, int, str], str] = {}
@@ -118,6 +118,16 @@ class AdapterDigests:
         """Name an adapter. One whose files are not here gets a name no other process has."""
         key = (lora.lora_name, lora.lora_int_id, lora.lora_path)
         if key not in self._digests or getattr(lora, "load_inplace", False):
-            files = find_files(lora.lora_path)
-            self._digests[key] = digest_files(files) if files else f"unknown:{os.urandom(16).hex()}"
+            self._digests[key] = _adapter_digest(lora.lora_path)
         return self._digests[key]
+
+
+def _adapter_digest(path: str) -> str:
+    try:
+        # With its configuration, which scales the weights.
+        files = find_files(path, suffixes=_WEIGHTS | {".json"})
+        if files:
+            return digest_files(files)
+    except OSError as error:
+        logger.warning("the LoRA adapter %s cannot be read (%s): its blocks are kept apart", path, error)
+    return f"unknown:{os.urandom(16).hex()}"

@@ -181,3 +181,35 @@ def test_a_dozen_prompts_with_smollm2(start, tmp_path, monkeypatch):
     assert_restored(prompts, own, restore(llm, prompts))
     assert pages.compared - already == sum((len(p) - 1) // BLOCK_TOKENS for p in prompts)
     assert pages.different == 0
+
+
+def test_requests_preempted_between_steps_store_what_they_have_computed_and_nothing_else(
+    llama, start, tmp_path, monkeypatch
+):
+    """`reset_running_requests` takes a running request's blocks away and gives it others in the next step."""
+    from vllm import SamplingParams
+
+    pages = Pages(monkeypatch)
+    prompts = make_prompts(14, seed=31, longest=2000)[-3:]
+    options = {"dtype": "float32", "max_num_batched_tokens": 256, "enable_chunked_prefill": True}
+    reference = [generate(llm, [p])[0] for llm in [start(llama, None, **options)] for p in prompts]
+    llm = start(llama, stack(tmp_path), **options)
+    engine, scheduler = llm.llm_engine, llm.llm_engine.engine_core.engine_core.scheduler
+    for number, prompt in enumerate(prompts):
+        params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, detokenize=False)
+        engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
+    answers, steps = {}, 0
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished:
+                answers[int(output.request_id.split("-")[0])] = tuple(output.outputs[0].token_ids)
+        steps += 1
+        if steps in (3, 6, 9, 15) and not any(
+            r.status.name == "WAITING_FOR_REMOTE_KVS" for r in scheduler.requests.values()
+        ):
+            scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert [answers[number] for number in range(len(prompts))] == reference
+    restored = restore(llm, prompts)
+    assert [answer for answer, _ in restored] == reference
+    assert pages.compared > 0
+    assert pages.different == 0
