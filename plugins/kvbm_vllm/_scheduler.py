@@ -141,8 +141,7 @@ class SchedulerHalf:
         """Plan one step, given what vLLM has scheduled for it."""
         now_s = time.monotonic()
         for request_id in self._running:
-            if request_id in self._sequences:
-                self._offer(self._sequences[request_id], now_s)
+            self._offer(self._sequences[request_id], now_s)
         self._running.clear()
         for request_id in output.preempted_req_ids or ():
             if request_id in self._sequences:
@@ -155,6 +154,7 @@ class SchedulerHalf:
     def finished(self, request: Any) -> None:
         """Plan to store what the request has computed last, and forget it."""
         sequence = self._sequences.pop(request.request_id, None)
+        self._running.discard(request.request_id)
         if sequence:
             self._offer(sequence, time.monotonic())
 
