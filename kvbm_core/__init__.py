@@ -24,6 +24,7 @@ from kvbm_core.hookspecs import hookimpl
 from kvbm_core.plan import Load, Plan, Report, Store, TierStatus
 from kvbm_core.tier import (
     CONTRACT_VERSION,
+    PAGE_BYTES,
     Addressable,
     Backend,
     Capabilities,
@@ -40,6 +41,7 @@ from kvbm_core.tier import (
 
 __all__ = [
     "CONTRACT_VERSION",
+    "PAGE_BYTES",
     "Addressable",
     "Backend",
     "BackendError",

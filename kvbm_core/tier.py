@@ -22,6 +22,7 @@ from kvbm_core.block import BlockKey, Namespace
 
 __all__ = [
     "CONTRACT_VERSION",
+    "PAGE_BYTES",
     "Addressable",
     "Backend",
     "Capabilities",
@@ -38,6 +39,9 @@ __all__ = [
 
 CONTRACT_VERSION: Final = 1
 """Raised when a backend written for the old contract would no longer be correct."""
+
+PAGE_BYTES: Final = 4096
+"""Every region that crosses the contract starts on such a page and owns its pages whole."""
 
 
 class Op(enum.Enum):
@@ -81,7 +85,11 @@ class Reason(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Contiguous memory that a transfer reads or writes."""
+    """Contiguous memory that a transfer reads or writes.
+
+    The region of a transfer starts at a multiple of `PAGE_BYTES`, and the memory behind `nbytes` up
+    to the next multiple is nobody's: a tier may read and write it, as O_DIRECT must.
+    """
 
     address: int
     """Of the first byte."""
@@ -135,11 +143,11 @@ class Capabilities:
     capacity_blocks: int | None
     """How many blocks of ``block_bytes`` it holds for this namespace. None: no limit of its own."""
     queue_depth: int = 64
-    """Transfers it accepts before it refuses a batch."""
-    alignment_bytes: int = 1
-    """What addresses of regions must be a multiple of."""
+    """Transfers it has at once, at least 1. Each takes a place from `Tier.submit` until `Tier.poll`
+    has returned its completion."""
     durable: bool = False
-    """It serves the same blocks after a ``kill -9`` of the process."""
+    """What it said was stored, it serves again after a ``kill -9`` of the process. (What was
+    discarded shortly before may be there again too.)"""
     addressable: bool = False
     """It is `Addressable`: it lends the memory its blocks lie in."""
     device_direct: bool = False
@@ -148,6 +156,8 @@ class Capabilities:
     """Other engines store here too, so a key may be there that nobody here stored."""
     remote_lookup: bool = False
     """It cannot list its blocks at open: `inventory` is empty, ask with LOOKUP."""
+    detail: str = ""
+    """How it works on this machine, for the log: the engine it chose, the place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,10 +209,13 @@ class Tier(ABC):
             - Storing a key that is present completes DONE and writes nothing.
             - Loading a key that is absent completes MISSING and leaves the region as it was.
             - A torn or short block completes FAILED or MISSING, never DONE.
+            - A second transfer of a key that is being stored completes as if it came before or
+              after, or FAILED with reason BUSY.
             - The region belongs to the tier from here to the completion.
 
         Raises:
             QueueFullError: If the batch does not fit the queue; nothing of it was started.
+            TierError: If the tier is closed, or cannot start anything; nothing of it was started.
         """
 
     @abstractmethod
@@ -217,17 +230,23 @@ class Tier(ABC):
             - A transfer submitted later does not see the block.
             - The room is free again for a STORE submitted later.
             - Never called for a key that has a transfer in flight.
+            - Of a `shared` tier the core asks it only for blocks that turned out to be corrupt.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Finish or fail what is in flight, then let go of everything. May be called twice."""
+        """Finish or fail what is in flight, then let go of everything. May be called twice.
+
+        Behaviour:
+            - `poll` afterwards returns what was in flight.
+        """
 
 
 class Addressable(ABC):
     """What a tier adds when it can lend the memory its blocks lie in, so that no copy is needed.
 
-    Regions are ``TierContext.block_bytes`` long. All four return at once.
+    Regions are ``TierContext.block_bytes`` long, and each owns its pages whole, see `Region`. All
+    four return at once.
     """
 
     @abstractmethod
@@ -240,11 +259,19 @@ class Addressable(ABC):
 
     @abstractmethod
     def publish(self, key: BlockKey) -> None:
-        """Say that a reserved block is complete."""
+        """Say that a reserved block is complete.
+
+        Raises:
+            TransitionError: If the key is not reserved.
+        """
 
     @abstractmethod
     def abandon(self, key: BlockKey) -> None:
-        """Give a reserved block's memory back."""
+        """Give a reserved block's memory back.
+
+        Raises:
+            TransitionError: If the key is not reserved.
+        """
 
     @abstractmethod
     def lend(self, key: BlockKey) -> Region | None:
