@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from kvbm_core._slots import Slot, Slots
 from kvbm_core._staging import Staging
@@ -24,19 +25,21 @@ from kvbm_core.block import BlockKey
 from kvbm_core.device import Device, Work
 from kvbm_core.errors import QueueFullError, TierError
 from kvbm_core.layers import DeadlineTier
-from kvbm_core.plan import Load, Plan, Report, Store
+from kvbm_core.plan import Load, Lookup, Plan, Report, Store
 from kvbm_core.tier import Addressable, Completion, Op, Outcome, Reason, Tier, Transfer
 
 __all__ = ["Mover"]
 
 logger = logging.getLogger("kvbm_core")
 
+_OPS: Final = {Store: Op.STORE, Load: Op.LOAD, Lookup: Op.LOOKUP}
+
 
 @dataclass(slots=True, eq=False)
 class _Job:
     """One operation of a plan."""
 
-    op: Store | Load
+    op: Store | Load | Lookup
     began_s: float
     deadline_s: float
     left: dict[int, int]
@@ -92,6 +95,7 @@ class Mover:
         staging: For blocks that pass through no lender. None if the lender is the only tier.
         load_deadline_s: Seconds a load may take.
         store_deadline_s: Seconds a store may take.
+        lookup_deadline_s: Seconds a lookup may take.
     """
 
     def __init__(
@@ -102,10 +106,11 @@ class Mover:
         *,
         load_deadline_s: float,
         store_deadline_s: float,
+        lookup_deadline_s: float,
     ) -> None:
         self._tiers = list(tiers)
         self._device = device
-        self._limits_s = {Load: load_deadline_s, Store: store_deadline_s}
+        self._limits_s = {Load: load_deadline_s, Store: store_deadline_s, Lookup: lookup_deadline_s}
         self._lender_at = next((i for i, tier in enumerate(tiers) if isinstance(tier, Addressable)), -1)
         self._slots = Slots(None if self._lender_at < 0 else tiers[self._lender_at], staging)
         self._traffic = {i: _Traffic(t) for i, t in enumerate(tiers) if isinstance(t, DeadlineTier)}
@@ -135,6 +140,7 @@ class Mover:
         # All are noted before anything is done: whatever fails from here on, `fail_all` ends them.
         stores = [self._job(op, op.tiers) for op in plan.stores]
         loads = [self._job(op, [op.tier] if op.fill < 0 else [op.tier, op.fill]) for op in plan.loads]
+        lookups = [self._job(op, [op.tier]) for op in plan.lookups]
         if self._broken:
             return
         with self._lock:
@@ -142,7 +148,7 @@ class Mover:
                 self._drop(tier, keys)
         for job in stores:
             self._store(job)
-        self._arrived.extend(loads)
+        self._arrived.extend([*lookups, *loads])
 
     def poll(self) -> None:
         """Bring everything forward as far as it goes without waiting."""
@@ -150,7 +156,7 @@ class Mover:
             return
         with self._lock:
             while self._arrived:
-                self._start_load(self._arrived.popleft())
+                self._start(self._arrived.popleft())
             self._end_gathers()
             for position in self._traffic:
                 self._collect(position)
@@ -189,7 +195,7 @@ class Mover:
 
     # Plans in.
 
-    def _job(self, op: Store | Load, tiers: Sequence[int]) -> _Job:
+    def _job(self, op: Store | Load | Lookup, tiers: Sequence[int]) -> _Job:
         now_s = time.monotonic()
         job = _Job(op, now_s, now_s + self._limits_s[type(op)], dict.fromkeys(tiers, len(op.keys)))
         with self._lock:
@@ -212,6 +218,7 @@ class Mover:
 
     def _store(self, job: _Job) -> None:
         """Bring a store's blocks into host regions."""
+        assert isinstance(job.op, Store)
         with self._lock:
             moves = [move for at in range(len(job.op.keys)) if (move := self._land(job, at))]
         if not job.op.blocks:
@@ -243,6 +250,7 @@ class Mover:
 
     def _gather(self, moves: list[_Move]) -> None:
         job = moves[0].job
+        assert isinstance(job.op, Store)
         regions = [move.slot.region for move in moves if move.slot]
         try:
             work: Work = self._device.gather([job.op.blocks[move.at] for move in moves], regions)
@@ -285,9 +293,12 @@ class Mover:
                     self._traffic[tier].stores.append(_Move(move.job, move.at, tier, slot))
             self._let_go(move)
 
-    def _start_load(self, job: _Job) -> None:
-        assert isinstance(job.op, Load)
+    def _start(self, job: _Job) -> None:
+        assert not isinstance(job.op, Store)
         moves = [_Move(job, at, job.op.tier) for at in range(len(job.op.keys))]
+        if isinstance(job.op, Lookup):  # Small, and a request waits for it before anything else.
+            self._traffic[job.op.tier].loads.extendleft(reversed(moves))
+            return
         if job.op.tier != self._lender_at:
             self._traffic[job.op.tier].loads.extend(moves)
             return
@@ -316,7 +327,7 @@ class Mover:
         while queue and (len(moves) < room or queue[0].job.deadline_s <= now_s):
             if queue[0].job.deadline_s <= now_s:
                 self._fail(queue.popleft(), Reason.DEADLINE)
-            elif queue[0].slot is None and not self._take_slot(queue[0]):
+            elif not self._has_slot(queue[0]):
                 break
             else:
                 moves[next(self._tickets)] = queue.popleft()
@@ -334,9 +345,11 @@ class Mover:
         else:
             traffic.open.update(moves)
 
-    def _take_slot(self, move: _Move) -> bool:
-        """Find the region that a load goes through."""
+    def _has_slot(self, move: _Move) -> bool:
+        """Find the region that a load goes through, if it has none yet."""
         op = move.job.op
+        if move.slot or isinstance(op, Lookup):
+            return True
         assert isinstance(op, Load)
         if op.fill >= 0:
             move.slot = self._slots.reserve(move.key)
@@ -385,6 +398,7 @@ class Mover:
         for move in landed:
             batches.setdefault(move.job, []).append(move)
         for job, moves in batches.items():
+            assert isinstance(job.op, Load)
             regions = [move.slot.region for move in moves if move.slot]
             try:
                 work: Work = self._device.scatter(regions, [job.op.blocks[move.at] for move in moves])
@@ -473,9 +487,8 @@ def _done(work: Work) -> bool | None:
 
 
 def _transfer(ticket: int, move: _Move) -> Transfer:
-    assert move.slot
-    op = Op.LOAD if isinstance(move.job.op, Load) else Op.STORE
-    return Transfer(ticket, op, move.key, move.slot.region, move.job.deadline_s)
+    region = move.slot.region if move.slot else None
+    return Transfer(ticket, _OPS[type(move.job.op)], move.key, region, move.job.deadline_s)
 
 
 def _failed_report(job: _Job, tier: int) -> Report:

@@ -1,7 +1,8 @@
 """The leader's half: knows where every block is, and plans what to move. No I/O, no clock.
 
-match ──► load ─┐                      ┌─► report (from every rank) ─► index
-store ──────────┴─► take: one Plan ────┘
+match ──► load ─┐
+lookup ─────────┼─► take: one Plan ──► report (from every rank) ──► index
+store ──────────┘
 """
 
 from __future__ import annotations
@@ -11,18 +12,23 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from kvbm_core._breaker import Breaker
+from kvbm_core._finder import Finder
 from kvbm_core._index import TierIndex
 from kvbm_core._policy import EvictionPolicy, Lru
 from kvbm_core.block import BlockKey, BlockState
 from kvbm_core.errors import ConfigError
-from kvbm_core.plan import Load, Plan, Report, Store, TierStatus
+from kvbm_core.plan import Load, Lookup, Plan, Report, Store, TierStatus
 from kvbm_core.tier import Reason
 
 __all__ = ["Planner", "TierCounts"]
 
 logger = logging.getLogger("kvbm_core")
+
+_MAX_KNOWN_BLOCKS: Final = 1 << 18
+"""Remembered of a shared tier; what is forgotten is looked up, or stored, once more."""
 
 
 @dataclass(slots=True)
@@ -35,7 +41,7 @@ class TierCounts:
     dropped: int = 0
     """Not even tried: the queue of blocks waiting to be stored here was full."""
     failed: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By operation (``store``, ``load``) and reason."""
+    """By operation (``store``, ``load``, ``lookup``) and reason."""
 
 
 @dataclass(slots=True)
@@ -43,6 +49,10 @@ class _Tier:
     name: str
     index: TierIndex
     lends: bool
+    shared: bool
+    """Other engines use what lies here: what is forgotten here stays there."""
+    finder: Finder | None
+    """For a tier that cannot list its blocks."""
     breaker: Breaker = field(default_factory=Breaker)
     counts: TierCounts = field(default_factory=TierCounts)
     storing: int = 0
@@ -55,7 +65,7 @@ class _Tier:
 class _Pending:
     """An operation whose reports have not all come."""
 
-    op: Store | Load
+    op: Store | Load | Lookup
     waiting: dict[int, int]
     """Tier to ranks still to report."""
     failures: dict[int, dict[int, Reason]] = field(default_factory=dict)
@@ -90,6 +100,7 @@ class Planner:
         self._drops: dict[int, list[BlockKey]] = {}
         self._stores: list[Store] = []
         self._loads: list[Load] = []
+        self._lookups: list[Lookup] = []
         self._pending: dict[int, _Pending] = {}
         self._ops = itertools.count(1)
         for position, statuses in enumerate(zip(*ranks, strict=True)):
@@ -139,6 +150,32 @@ class Planner:
             else:
                 break
         return found
+
+    def lookup(self, keys: Sequence[BlockKey], now_s: float) -> bool:
+        """Plan to ask the tiers that cannot list their blocks for those that `match` did not find.
+
+        Args:
+            keys: Of the consecutive blocks after the last match; at least one.
+            now_s: The time, as in `match`.
+
+        Returns:
+            Whether an answer is on its way: then match again when reports have come.
+        """
+        asking = False
+        for position, tier in enumerate(self._tiers):
+            # A block that is on its way there needs no question, and is no hit yet.
+            absent = tier.index.state(keys[0]) is BlockState.ABSENT
+            if tier.finder is None or not absent or not tier.breaker.closed(now_s):
+                continue
+            if tier.finder.asking(keys[0]):
+                asking = True
+            elif span := tier.finder.span(keys, now_s):
+                asking = True
+                number = next(self._ops)
+                op = Lookup(number, position, tier.finder.ask(number, span))
+                self._lookups.append(op)
+                self._expect(op, [position])
+        return asking
 
     def load(
         self, request: str, keys: Sequence[BlockKey], blocks: Sequence[int], tiers: Sequence[int]
@@ -197,7 +234,8 @@ class Planner:
         drops, self._drops = self._drops, {}
         stores, self._stores = self._stores, []
         loads, self._loads = self._loads, []
-        return Plan(list(drops.items()), stores, loads)
+        lookups, self._lookups = self._lookups, []
+        return Plan(list(drops.items()), stores, loads, lookups)
 
     def report(self, reports: Iterable[Report], now_s: float) -> list[tuple[Load, dict[int, Reason]]]:
         """Take in what the ranks report.
@@ -221,7 +259,7 @@ class Planner:
         return finished
 
     def reset(self) -> None:
-        """Forget every block in every tier, those on their way too."""
+        """Forget every block in every tier, those on their way too. In a shared tier they stay."""
         for pending in self._pending.values():
             pending.doomed = True
         for position, tier in enumerate(self._tiers):
@@ -232,7 +270,8 @@ class Planner:
     def _open(self, position: int, statuses: Sequence[TierStatus], policy: EvictionPolicy) -> None:
         """Start a tier's index with the blocks that every rank found, and have the others dropped."""
         limits = [s.capabilities.capacity_blocks for s in statuses]
-        bounded = [limit for limit in limits if limit is not None]
+        shared = statuses[0].capabilities.shared
+        bounded = [limit for limit in (*limits, _MAX_KNOWN_BLOCKS if shared else None) if limit is not None]
         index = TierIndex(min(bounded) if bounded else None, policy)
         common = set.intersection(*(set(status.inventory) for status in statuses))
         ordered = [key for key in statuses[0].inventory if key in common]
@@ -240,9 +279,10 @@ class Planner:
         for key in keep:
             index.found(key)
         orphans = set().union(*(status.inventory for status in statuses)).difference(keep)
-        if orphans:
-            self._drops[position] = list(orphans)
-        self._tiers.append(_Tier(statuses[0].name, index, statuses[0].capabilities.addressable))
+        capabilities = statuses[0].capabilities
+        finder = Finder() if capabilities.remote_lookup else None
+        self._tiers.append(_Tier(statuses[0].name, index, capabilities.addressable, shared, finder))
+        self._discard(position, orphans)
 
     def _plan_fills(self, keys: Sequence[BlockKey], tiers: Sequence[int]) -> list[int]:
         """Choose which blocks the lender keeps as they pass through its memory."""
@@ -259,8 +299,8 @@ class Planner:
     ) -> list[BlockKey]:
         tier = self._tiers[position]
         filling, evicted = tier.index.reserve(keys, ancestors)
-        if evicted:
-            self._drops.setdefault(position, []).extend(evicted)
+        if not tier.shared:  # Else they are forgotten here and stay there.
+            self._discard(position, evicted)
             tier.counts.evicted += len(evicted)
         return filling
 
@@ -324,28 +364,44 @@ class Planner:
             self._tiers[tier].storing += len(keys)
         self._expect(op, tiers)
 
-    def _expect(self, op: Store | Load, tiers: Sequence[int]) -> None:
+    def _expect(self, op: Store | Load | Lookup, tiers: Sequence[int]) -> None:
         self._pending[op.op] = _Pending(op, dict.fromkeys(tiers, self._world_size))
 
     def _end_leg(self, pending: _Pending, position: int, now_s: float) -> None:
         """One operation has ended in one tier on every rank."""
         tier, op = self._tiers[position], pending.op
         failures = pending.failures[position]
-        loading = isinstance(op, Load) and position == op.tier
-        kind = "load" if loading else "store"
-        tier.counts.failed.update((kind, reason.value) for reason in failures.values())
-        if loading:
+        asked = position == op.tier if isinstance(op, Load) else True
+        if isinstance(op, Lookup):
+            kind = "lookup"
+            self._end_lookup(op, failures, now_s)
+        elif isinstance(op, Load) and asked:
+            kind = "load"
             tier.counts.loaded += len(op.keys) - len(failures)
             self._end_load(pending, position)
         else:
+            kind = "store"
             tier.counts.stored += len(op.keys) - len(failures)
             self._end_store(pending, position)
+        absent = Reason.MISSING if kind == "lookup" else None  # An answer, not a failure.
+        tier.counts.failed.update((kind, why.value) for why in failures.values() if why is not absent)
         worst = next(iter(failures.values()), Reason.NONE) if len(failures) == len(op.keys) else Reason.NONE
         # A copy that the lender did not get, because the load failed, is not the lender's fault.
-        if (loading or isinstance(op, Store)) and tier.breaker.note(worst, now_s):
+        if asked and tier.breaker.note(worst, now_s):
             logger.warning(
                 "tier %s fails (%s) and is left alone for a while: %r", tier.name, worst.value, tier.breaker
             )
+
+    def _end_lookup(self, op: Lookup, failures: dict[int, Reason], now_s: float) -> None:
+        tier = self._tiers[op.tier]
+        assert tier.finder
+        found = tier.finder.answer(op.op, failures, now_s)
+        news = [key for key in found if tier.index.state(key) is BlockState.ABSENT]
+        known = self._reserve(op.tier, news, ())
+        for key in reversed(known):
+            tier.index.stored(key)
+        for key in news[len(known) :]:  # The index is full of pinned blocks.
+            tier.finder.miss(key, now_s)
 
     def _end_load(self, pending: _Pending, position: int) -> None:
         op, index = pending.op, self._tiers[position].index
@@ -353,10 +409,10 @@ class Planner:
         # The head of a prefix is unpinned last and so evicted last.
         for key in reversed(op.keys):
             if index.unpin(key):
-                self._drops.setdefault(position, []).append(key)
+                self._discard(position, [key])
         for at, reason in pending.failures[position].items():
             if reason in (Reason.CORRUPT, Reason.MISSING):
-                self._drop(position, op.keys[at])
+                self._drop(position, op.keys[at], corrupt=reason is Reason.CORRUPT)
 
     def _end_store(self, pending: _Pending, position: int) -> None:
         op, tier = pending.op, self._tiers[position]
@@ -367,7 +423,7 @@ class Planner:
             if at in failures:
                 tier.index.not_stored(op.keys[at])
                 if self._world_size > 1:  # Other ranks may have it.
-                    self._drops.setdefault(position, []).append(op.keys[at])
+                    self._discard(position, [op.keys[at]])
             else:
                 tier.index.stored(op.keys[at])
                 if pending.doomed:
@@ -379,11 +435,18 @@ class Planner:
         if isinstance(op, Store) and not op.blocks:
             for key in op.keys:
                 if self._tiers[self._lender].index.unpin(key):
-                    self._drops.setdefault(self._lender, []).append(key)
+                    self._discard(self._lender, [key])
 
-    def _drop(self, position: int, key: BlockKey) -> None:
+    def _drop(self, position: int, key: BlockKey, *, corrupt: bool = False) -> None:
+        """Forget a READY block, as soon as nobody reads it."""
         if self._tiers[position].index.drop(key):
-            self._drops.setdefault(position, []).append(key)
+            self._discard(position, [key], corrupt=corrupt)
+
+    def _discard(self, position: int, keys: Iterable[BlockKey], *, corrupt: bool = False) -> None:
+        """Have the tier forget what the index has forgotten. Other engines may want what is not corrupt."""
+        keys = list(keys)
+        if keys and (corrupt or not self._tiers[position].shared):
+            self._drops.setdefault(position, []).extend(keys)
 
 
 def _same_stack(ranks: Sequence[Sequence[TierStatus]]) -> None:

@@ -83,8 +83,8 @@ class Stack:
         return self._planner.occupancy
 
     def match(self, keys: Sequence[BlockKey]) -> int:
-        """Count the leading blocks that could be loaded now."""
-        return len(self._planner.match(keys, time.monotonic()))
+        """Count the leading blocks that could be loaded. Asks and waits where a tier must be asked."""
+        return len(self._match(keys))
 
     def store(
         self, keys: Sequence[BlockKey], blocks: Sequence[int], ancestors: Sequence[BlockKey] = ()
@@ -99,7 +99,7 @@ class Stack:
         Returns:
             How many leading blocks hold their data now. Those after them hold anything.
         """
-        tiers = self._planner.match(keys, time.monotonic())
+        tiers = self._match(keys)
         if not tiers:
             return 0
         request = str(next(self._requests))
@@ -119,13 +119,23 @@ class Stack:
             self._step()
 
     def reset(self) -> None:
-        """Forget every block in every tier."""
+        """Forget every block in every tier. In a tier shared with other engines they stay."""
         self._planner.reset()
         self._go()
 
     def close(self) -> None:
         """Finish what is under way and close the tiers. May be called twice."""
         self._worker.close()
+
+    def _match(self, keys: Sequence[BlockKey]) -> list[int]:
+        while True:
+            now_s = time.monotonic()
+            tiers = self._planner.match(keys, now_s)
+            rest = keys[len(tiers) :]
+            if not rest or not self._planner.lookup(rest, now_s):
+                return tiers
+            self._go()
+            self._step()
 
     def _go(self) -> None:
         plan = self._planner.take(time.monotonic())

@@ -87,6 +87,7 @@ class Worker:
         self._mover = Mover(
             self._tiers, device, _staging(config, self._tiers, context),
             load_deadline_s=config.load_deadline_s, store_deadline_s=config.store_deadline_s,
+            lookup_deadline_s=config.lookup_deadline_s,
         )  # fmt: skip
         self._status: list[TierStatus] | None = None
         self._closing = False

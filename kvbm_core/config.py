@@ -63,6 +63,9 @@ class StackConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """A load that takes longer is given up and the tokens are computed. Seconds, above 0."""
     store_deadline_s: float = 30.0
     """A store that takes longer is counted as failed. Seconds, above 0."""
+    lookup_deadline_s: float = 0.25
+    """A tier that cannot list its blocks, like a remote store, is asked before a prompt is computed;
+    the prompt waits no longer than this for each answer. Seconds, above 0."""
     max_load_fraction: float = 0.5
     """Largest part of the engine's KV blocks that may be waiting for loads at once, above 0, at
     most 1. Blocks that wait cannot be used by a running request."""
@@ -179,7 +182,7 @@ def _tier_entry(index: int, tier: object, where: str) -> TierEntry:
 
 
 def _check_ranges(config: StackConfig, where: str) -> None:
-    for key in ("load_deadline_s", "store_deadline_s"):
+    for key in ("load_deadline_s", "store_deadline_s", "lookup_deadline_s"):
         if not 0 < getattr(config, key) < math.inf:
             raise ConfigError(f"{where}: {key}: {getattr(config, key)!r}; write seconds above 0")
     if not 0 < config.max_load_fraction <= 1:

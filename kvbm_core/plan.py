@@ -1,6 +1,6 @@
 """What the leader wants moved, and what came of it: values that travel between processes.
 
-Planner ── Plan(drops, stores, loads) ──► Mover
+Planner ── Plan(drops, stores, loads, lookups) ──► Mover
 Planner ◄── Report(op, tier, failures) ── Mover        (from every rank)
 """
 
@@ -11,7 +11,7 @@ import msgspec
 from kvbm_core.block import BlockKey
 from kvbm_core.tier import Capabilities, Reason
 
-__all__ = ["Load", "Plan", "Report", "Store", "TierStatus"]
+__all__ = ["Load", "Lookup", "Plan", "Report", "Store", "TierStatus"]
 
 
 class Store(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -39,6 +39,14 @@ class Load(msgspec.Struct, frozen=True, array_like=True, gc=False):
     blocks: list[int]
 
 
+class Lookup(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Blocks that a tier shall be asked for."""
+
+    op: int
+    tier: int
+    keys: list[BlockKey]
+
+
 class Plan(msgspec.Struct, frozen=True, array_like=True):
     """What to do next. Drops come before stores, stores before loads."""
 
@@ -46,9 +54,10 @@ class Plan(msgspec.Struct, frozen=True, array_like=True):
     """Tier and the keys it shall forget."""
     stores: list[Store] = []
     loads: list[Load] = []
+    lookups: list[Lookup] = []
 
     def __bool__(self) -> bool:
-        return bool(self.drops or self.stores or self.loads)
+        return bool(self.drops or self.stores or self.loads or self.lookups)
 
 
 class Report(msgspec.Struct, frozen=True, array_like=True):

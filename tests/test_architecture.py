@@ -25,7 +25,7 @@ MAY_SWALLOW = {
 }
 
 
-CORE_CODE_LINES = 1950
+CORE_CODE_LINES = 2100
 """Without comments, docstrings and empty lines. The aim is 1,500."""
 
 

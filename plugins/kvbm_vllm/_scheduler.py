@@ -109,7 +109,11 @@ class SchedulerHalf:
         stop = (request.num_tokens - 1) // self._block_tokens
         if stop <= start:
             return 0, False
-        tiers = planner.match(sequence.keys.first(stop)[start:], time.monotonic())
+        keys, now_s = sequence.keys.first(stop)[start:], time.monotonic()
+        tiers = planner.match(keys, now_s)
+        if len(tiers) < len(keys) and planner.lookup(keys[len(tiers) :], now_s):
+            # A remote tier must be asked; the answer comes by its deadline.
+            return None, False
         if not tiers:
             return 0, False
         if planner.loading_blocks and planner.loading_blocks + len(tiers) > self._max_load_blocks:
