@@ -10,7 +10,7 @@ from kvbm_core._stack import Stack
 from kvbm_core._worker import Worker, check_stack
 from kvbm_core.block import BlockKey, BlockState, Namespace, chain_keys, make_namespace, root_key
 from kvbm_core.config import ByteSize, StackConfig, load_config
-from kvbm_core.device import Device, Work
+from kvbm_core.device import Device, Stageable, Work
 from kvbm_core.errors import (
     BackendError,
     ConfigError,
@@ -66,6 +66,7 @@ __all__ = [
     "Report",
     "Stack",
     "StackConfig",
+    "Stageable",
     "Store",
     "Tier",
     "TierConfig",

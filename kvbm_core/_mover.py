@@ -22,9 +22,9 @@ from typing import Final
 from kvbm_core._slots import Slot, Slots
 from kvbm_core._staging import Staging
 from kvbm_core.block import BlockKey
-from kvbm_core.device import Device, Work
+from kvbm_core.device import Device, Stageable, Work
 from kvbm_core.errors import QueueFullError, TierError
-from kvbm_core.layers import DeadlineTier
+from kvbm_core.layers import FOOTER_BYTES, DeadlineTier
 from kvbm_core.plan import Load, Lookup, Plan, Report, Store
 from kvbm_core.tier import Addressable, Completion, Op, Outcome, Reason, Tier, Transfer
 
@@ -351,6 +351,10 @@ class Mover:
         if move.slot or isinstance(op, Lookup):
             return True
         assert isinstance(op, Load)
+        if self._traffic[move.tier].tier.capabilities.device_direct:
+            assert isinstance(self._device, Stageable)
+            move.slot = self._slots.stage_on(self._device, self._device.block_bytes + FOOTER_BYTES)
+            return move.slot is not None
         if op.fill >= 0:
             move.slot = self._slots.reserve(move.key)
             move.fills = move.slot is not None

@@ -51,6 +51,8 @@ class _Tier:
     lends: bool
     shared: bool
     """Other engines use what lies here: what is forgotten here stays there."""
+    direct: bool
+    """It reads into device memory, so that its blocks do not pass the lender."""
     finder: Finder | None
     """For a tier that cannot list its blocks."""
     breaker: Breaker = field(default_factory=Breaker)
@@ -281,13 +283,18 @@ class Planner:
         orphans = set().union(*(status.inventory for status in statuses)).difference(keep)
         capabilities = statuses[0].capabilities
         finder = Finder() if capabilities.remote_lookup else None
-        self._tiers.append(_Tier(statuses[0].name, index, capabilities.addressable, shared, finder))
+        direct = capabilities.device_direct
+        self._tiers.append(_Tier(statuses[0].name, index, capabilities.addressable, shared, direct, finder))
         self._discard(position, orphans)
 
     def _plan_fills(self, keys: Sequence[BlockKey], tiers: Sequence[int]) -> list[int]:
         """Choose which blocks the lender keeps as they pass through its memory."""
         lender = self._lender
-        lower = [key for key, tier in zip(keys, tiers, strict=True) if tier > lender >= 0]
+        lower = [
+            key
+            for key, tier in zip(keys, tiers, strict=True)
+            if tier > lender >= 0 and not self._tiers[tier].direct
+        ]
         if not lower:
             return [-1] * len(keys)
         # Their ancestors need no mention: `load` has pinned them.

@@ -13,6 +13,7 @@ from typing import Any
 
 from kvbm_core._staging import Staging
 from kvbm_core.block import BlockKey
+from kvbm_core.device import Stageable
 from kvbm_core.tier import Region
 
 __all__ = ["Slot", "Slots"]
@@ -61,6 +62,11 @@ class Slots:
         if self._staging is None or region is None:
             return None
         return Slot(region, 1, [partial(self._staging.give_back, region)])
+
+    def stage_on(self, device: Stageable, nbytes: int) -> Slot | None:
+        """Use memory of the device. None if all that it sets aside is in use."""
+        region = device.stage(nbytes)
+        return None if region is None else Slot(region, 1, [partial(device.unstage, region)])
 
     def share(self, slot: Slot) -> Slot:
         """Add a user."""

@@ -12,7 +12,7 @@ from kvbm_core._registry import Registry
 from kvbm_core._staging import Staging
 from kvbm_core.block import Namespace
 from kvbm_core.config import StackConfig, TierEntry, convert
-from kvbm_core.device import Device
+from kvbm_core.device import Device, Stageable
 from kvbm_core.errors import TierOpenError
 from kvbm_core.layers import FOOTER_BYTES, CheckedTier, DeadlineTier
 from kvbm_core.plan import Plan, Report, TierStatus
@@ -83,7 +83,7 @@ class Worker:
             namespace, device.block_bytes + FOOTER_BYTES, rank, world_size, self._event.set, device.pinner()
         )
         self._names = [entry.name for entry in config.tiers]
-        self._tiers = _open_tiers(config, context, registry or Registry())
+        self._tiers = _open_tiers(config, context, registry or Registry(), device)
         self._mover = Mover(
             self._tiers, device, _staging(config, self._tiers, context),
             load_deadline_s=config.load_deadline_s, store_deadline_s=config.store_deadline_s,
@@ -167,12 +167,14 @@ def _resolve(config: StackConfig, registry: Registry) -> list[tuple[TierEntry, B
     return resolved
 
 
-def _open_tiers(config: StackConfig, context: TierContext, registry: Registry) -> list[Tier]:
+def _open_tiers(config: StackConfig, context: TierContext, registry: Registry, device: Device) -> list[Tier]:
     tiers: list[Tier] = []
     lends = False
     try:
         for entry, backend, settings in _resolve(config, registry):
-            tier = _open_tier(entry, backend, settings, context, first_lender=not lends)
+            woken = threading.Event()
+            opened = backend.open(settings, dataclasses.replace(context, wake=woken.set))
+            tier = _layered(opened, entry, context, woken, device, first_lender=not lends)
             lends = lends or isinstance(tier, Addressable)
             tiers.append(tier)
     except BaseException:
@@ -182,12 +184,11 @@ def _open_tiers(config: StackConfig, context: TierContext, registry: Registry) -
     return tiers
 
 
-def _open_tier(
-    entry: TierEntry, backend: Backend, settings: TierConfig, context: TierContext, *, first_lender: bool
-) -> Tier:
-    """Open a tier and put its layers around it. The lender gets none: its memory is used directly."""
-    woken = threading.Event()
-    tier = backend.open(settings, dataclasses.replace(context, wake=woken.set))
+def _layered(
+    tier: Tier, entry: TierEntry, context: TierContext, woken: threading.Event, device: Device,
+    *, first_lender: bool,
+) -> Tier:  # fmt: skip
+    """Put its layers around a tier. The lender gets none: its memory is used directly."""
     try:
         _check_capacity(tier.capabilities, entry, context)
     except TierOpenError:
@@ -196,9 +197,10 @@ def _open_tier(
     lends = isinstance(tier, Addressable)
     if lends and first_lender and not entry.checked:
         return tier
+    read = device.read if isinstance(device, Stageable) else None
     if entry.checked or (entry.checked is None and not lends):
-        tier = CheckedTier(tier, context.namespace)
-    return DeadlineTier(tier, woken, entry.name, context.wake)
+        tier = CheckedTier(tier, context.namespace, read)
+    return DeadlineTier(tier, woken, entry.name, context.wake, stages=read is not None)
 
 
 def _check_capacity(capabilities: Capabilities, entry: TierEntry, context: TierContext) -> None:

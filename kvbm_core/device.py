@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from kvbm_core.tier import Region
 
-__all__ = ["Device", "Work"]
+__all__ = ["Device", "Stageable", "Work"]
 
 
 class Work(ABC):
@@ -53,7 +53,10 @@ class Device(ABC):
 
     @abstractmethod
     def scatter(self, regions: Sequence[Region], blocks: Sequence[int]) -> Work:
-        """Copy regions into blocks, one each. The engine must not use the blocks until it is done."""
+        """Copy regions into blocks, one each. The engine must not use the blocks until it is done.
+
+        The regions of a call are all in host memory, or all from `Stageable.stage`.
+        """
 
     @abstractmethod
     def pinner(self) -> Callable[[int, int], Callable[[], None]] | None:
@@ -62,3 +65,22 @@ class Device(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of the engine's memory. May be called twice."""
+
+
+class Stageable(ABC):
+    """What a device adds when a `device_direct` tier can read straight into its memory.
+
+    disk ──► staged region, in device memory ──scatter──► blocks        (no copy in host memory)
+    """
+
+    @abstractmethod
+    def stage(self, nbytes: int) -> Region | None:
+        """Set device memory aside for one block on its way. None if all that there is is in use."""
+
+    @abstractmethod
+    def unstage(self, region: Region) -> None:
+        """Take staged memory back: nobody reads or writes it any more."""
+
+    @abstractmethod
+    def read(self, region: Region) -> memoryview:
+        """Copy staged memory to the host, and wait for it: for a checksum. Called from any thread."""

@@ -45,9 +45,19 @@ class CheckedTier(Tier):
           reason CORRUPT.
     """
 
-    def __init__(self, inner: Tier, namespace: Namespace) -> None:
+    def __init__(
+        self, inner: Tier, namespace: Namespace, read: Callable[[Region], memoryview] | None = None
+    ) -> None:
+        """Take a tier over.
+
+        Args:
+            inner: The tier.
+            namespace: 16 bytes.
+            read: Brings a region of device memory to the host, see `Stageable.read`.
+        """
         self._inner = inner
         self._namespace = namespace
+        self._read_device = read
         self._loads: dict[int, Transfer] = {}
 
     def __repr__(self) -> str:
@@ -66,8 +76,8 @@ class CheckedTier(Tier):
         """See `Tier.submit`."""
         for transfer in transfers:
             if transfer.op is Op.STORE:
-                region = _host(transfer)
-                region.view()[-FOOTER_BYTES:] = self._footer(transfer.key, region)
+                content = self._content(transfer)
+                content[-FOOTER_BYTES:] = self._footer(transfer.key, content)
         self._inner.submit(transfers)
         self._loads.update((t.ticket, t) for t in transfers if t.op is Op.LOAD)
 
@@ -83,10 +93,18 @@ class CheckedTier(Tier):
         """See `Tier.close`."""
         self._inner.close()
 
-    def _footer(self, key: BlockKey, region: Region) -> bytes:
-        payload_bytes = region.nbytes - FOOTER_BYTES
+    def _content(self, transfer: Transfer) -> memoryview:
+        region = transfer.region
+        assert region is not None
+        if not region.on_device:
+            return region.view()
+        assert self._read_device is not None, "only a device that stages has such regions"
+        return self._read_device(region)
+
+    def _footer(self, key: BlockKey, content: memoryview) -> bytes:
+        payload_bytes = len(content) - FOOTER_BYTES
         fields = _FIELDS.pack(_MAGIC, _FORMAT_VERSION, FOOTER_BYTES, payload_bytes, self._namespace, key)
-        checksum = xxhash.xxh3_128(region.view()[:payload_bytes])
+        checksum = xxhash.xxh3_128(content[:payload_bytes])
         checksum.update(fields)
         return (fields + checksum.digest()).ljust(FOOTER_BYTES, b"\0")
 
@@ -94,17 +112,10 @@ class CheckedTier(Tier):
         transfer = self._loads.pop(completion.ticket, None)
         if transfer is None or completion.outcome is not Outcome.DONE:
             return completion
-        region = _host(transfer)
-        if region.view()[-FOOTER_BYTES:] == self._footer(transfer.key, region):
+        content = self._content(transfer)
+        if content[-FOOTER_BYTES:] == self._footer(transfer.key, content):
             return completion
         return Completion(completion.ticket, Outcome.FAILED, Reason.CORRUPT)
-
-
-def _host(transfer: Transfer) -> Region:
-    region = transfer.region
-    assert region is not None
-    assert not region.on_device, "a checksum is computed in host memory"
-    return region
 
 
 class DeadlineTier(Tier):
@@ -124,7 +135,15 @@ class DeadlineTier(Tier):
     """After so many batches that raised outside the contract the tier is left alone for good: each
     leaves regions behind that nobody may touch again."""
 
-    def __init__(self, inner: Tier, woken: threading.Event, name: str, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        inner: Tier,
+        woken: threading.Event,
+        name: str,
+        wake: Callable[[], None],
+        *,
+        stages: bool = False,
+    ) -> None:
         """Take a tier over.
 
         Args:
@@ -132,13 +151,15 @@ class DeadlineTier(Tier):
             woken: What the inner tier's `TierContext.wake` sets.
             name: The tier's name, for the log.
             wake: Called when `poll` has something to return.
+            stages: Whether there is device memory for a `device_direct` tier to read into.
         """
         self._inner = inner
         self._event = woken
         self._name = name
         self._wake_outer = wake
         # Its memory cannot be lent through this layer.
-        self._capabilities = dataclasses.replace(inner.capabilities, addressable=False)
+        direct = inner.capabilities.device_direct and stages
+        self._capabilities = dataclasses.replace(inner.capabilities, addressable=False, device_direct=direct)
         self._lock = threading.Lock()
         self._inbox: deque[tuple[str, Sequence[Transfer] | Sequence[BlockKey]]] = deque()
         self._outbox: deque[Completion] = deque()
