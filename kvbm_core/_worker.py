@@ -194,6 +194,7 @@ def _layered(
     except TierOpenError:
         tier.close()
         raise
+    _announce(tier.capabilities, entry, context)
     lends = isinstance(tier, Addressable)
     if lends and first_lender and not entry.checked:
         return tier
@@ -201,6 +202,12 @@ def _layered(
     if entry.checked or (entry.checked is None and not lends):
         tier = CheckedTier(tier, context.namespace, read)
     return DeadlineTier(tier, woken, entry.name, context.wake, stages=read is not None)
+
+
+def _announce(capabilities: Capabilities, entry: TierEntry, context: TierContext) -> None:
+    room = "no limit" if capabilities.capacity_blocks is None else f"{capabilities.capacity_blocks:,} blocks"
+    detail = f"; {capabilities.detail}" if capabilities.detail else ""
+    logger.info("tier %s is open: %s of %d bytes%s", entry.name, room, context.block_bytes, detail)
 
 
 def _check_capacity(capabilities: Capabilities, entry: TierEntry, context: TierContext) -> None:

@@ -105,3 +105,43 @@ def make_prompts(count: int, seed: int, longest: int = 4000) -> list[list[int]]:
         prompts.append(prompt)
     prompts[-1] = [rng.randrange(2, VOCABULARY) for _ in range(longest)]
     return prompts
+
+
+def story_tokens() -> tuple[Path, list[int]]:
+    """SmolLM2 and the tokens of a story: a real model and real text."""
+    from importlib.resources import files
+
+    from tokenizers import Tokenizer
+
+    from kvbm_cli._model import prepare_model
+
+    model = prepare_model()
+    story = files("kvbm_cli").joinpath("story.txt").read_text()
+    return model, Tokenizer.from_file(str(model / "tokenizer.json")).encode(story).ids
+
+
+def own_answers(llm: Any, prompts: list[list[int]]) -> list[tuple[int, ...]]:
+    """What the engine answers when its own prefix cache serves the prefix."""
+    answers = []
+    for prompt in prompts:
+        generate(llm, [prompt], max_tokens=1)
+        answers.append(generate(llm, [prompt])[0])
+    return answers
+
+
+def restore(llm: Any, prompts: list[list[int]]) -> list[tuple[tuple[int, ...], int]]:
+    """Each prompt with an empty prefix cache: its answer and the blocks that were loaded for it."""
+    results = []
+    for prompt in prompts:
+        forget(llm)
+        before = sum(loaded(llm).values())
+        answer = generate(llm, [prompt])[0]
+        results.append((answer, sum(loaded(llm).values()) - before))
+    return results
+
+
+def assert_restored(prompts: list[list[int]], own: list[Any], restored: list[Any]) -> None:
+    """Same answers, and exactly the blocks that a prompt should have restored."""
+    expected = [(answer, (len(p) - 1) // BLOCK_TOKENS) for p, answer in zip(prompts, own, strict=True)]
+    wrong = [len(p) for p, e, r in zip(prompts, expected, restored, strict=True) if e != r]
+    assert not wrong, f"prompts of these lengths differ: {wrong}"

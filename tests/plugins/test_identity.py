@@ -6,7 +6,17 @@ same prefix, and page by page with what was computed.
 
 import pytest
 import xxhash
-from engines import BLOCK_TOKENS, connector, forget, generate, loaded, make_prompts
+from engines import (
+    BLOCK_TOKENS,
+    assert_restored,
+    connector,
+    generate,
+    loaded,
+    make_prompts,
+    own_answers,
+    restore,
+    story_tokens,
+)
 
 from kvbm_core import Region
 from kvbm_vllm import KvbmConnector
@@ -57,33 +67,6 @@ def stack(tmp_path):
         {"backend": "cpu", "capacity": "256MiB"},
         {"backend": "lmdb", "capacity": "512MiB", "path": str(tmp_path / "lmdb")},
     ]
-
-
-def own_answers(llm, prompts):
-    """What the engine answers when its own prefix cache serves the prefix."""
-    answers = []
-    for prompt in prompts:
-        generate(llm, [prompt], max_tokens=1)
-        answers.append(generate(llm, [prompt])[0])
-    return answers
-
-
-def restore(llm, prompts):
-    """Each prompt with an empty prefix cache: its answer and the blocks that were loaded for it."""
-    results = []
-    for prompt in prompts:
-        forget(llm)
-        before = sum(loaded(llm).values())
-        answer = generate(llm, [prompt])[0]
-        results.append((answer, sum(loaded(llm).values()) - before))
-    return results
-
-
-def assert_restored(prompts, own, restored):
-    """Same answers, and exactly the blocks that a prompt should have restored."""
-    expected = [(answer, (len(p) - 1) // BLOCK_TOKENS) for p, answer in zip(prompts, own, strict=True)]
-    wrong = [len(p) for p, e, r in zip(prompts, expected, restored, strict=True) if e != r]
-    assert not wrong, f"prompts of these lengths differ: {wrong}"
 
 
 def test_a_hundred_prompts_from_host_memory_and_after_a_restart_from_lmdb(
@@ -161,15 +144,7 @@ def test_preempted_requests_restore_and_answer_as_without_the_connector(llama, s
 
 def test_a_dozen_prompts_with_smollm2(start, tmp_path, monkeypatch):
     """A real model and real text: pieces of one story, so that many share a prefix."""
-    from importlib.resources import files
-
-    from tokenizers import Tokenizer
-
-    from kvbm_cli._model import prepare_model
-
-    model = prepare_model()
-    story = files("kvbm_cli").joinpath("story.txt").read_text()
-    tokens = Tokenizer.from_file(str(model / "tokenizer.json")).encode(story).ids
+    model, tokens = story_tokens()
     starts = [0, 0, 0, 0, 0, 0, 0, 50, 50, 99, 7, 7]
     lengths = [33, 64, 65, 200, 416, 700, 1000, 100, 320, 555, 31, 802]
     prompts = [tokens[at : at + length] for at, length in zip(starts, lengths, strict=True)]
