@@ -1,0 +1,122 @@
+"""Chooses what moves the bytes: one engine for host memory, and one for device memory if it was proved."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from kvbm_core.errors import TierOpenError
+from kvbm_gds._config import GdsConfig
+from kvbm_gds._io import Io, IoEngine, load_nixl, open_engine
+from kvbm_gds._probe import DIRECT, POSIX, Finding, choose, gds_is_thinkable, run_probe
+from kvbm_gds._slab import Sizing, Slab
+
+__all__ = ["Engines", "open_engines"]
+
+_log = logging.getLogger("kvbm_gds")
+
+_PROBE_PIECE_BYTES: Final = 1 << 20
+
+
+class Engines:
+    """What moves bytes to and from host memory, and to and from device memory."""
+
+    def __init__(self, host: IoEngine, device: IoEngine | None, detail: str) -> None:
+        self.host = host
+        self.device = device
+        self.detail = detail
+
+    def add_files(self, fds: Sequence[int], sizing: Sizing) -> None:
+        """Make the slab's files known."""
+        for number, fd in enumerate(fds):
+            for engine in self._all():
+                engine.add_file(fd, sizing.file_bytes(number))
+
+    def post(self, ios: Sequence[Io]) -> None:
+        """Start them."""
+        in_host = [io for io in ios if not io.on_device]
+        if in_host:
+            self.host.post(in_host)
+        if len(in_host) < len(ios):
+            assert self.device is not None, "the capabilities say whether device memory can be used"
+            self.device.post([io for io in ios if io.on_device])
+
+    def take(self) -> list[Io]:
+        """Give those that have ended since the last call."""
+        return [io for engine in self._all() for io in engine.take()]
+
+    def close(self, wait_s: float) -> bool:
+        """Wait for what is in flight; False if it was not over in time."""
+        return all([engine.close(wait_s) for engine in self._all()])
+
+    @staticmethod
+    def disk_is_full(path: Path, nbytes: int) -> bool:
+        """Say whether the file system has no room: engines do not tell this from other errors."""
+        return shutil.disk_usage(path).free < nbytes
+
+    def _all(self) -> list[IoEngine]:
+        return [self.host] if self.device is None else [self.host, self.device]
+
+
+def open_engines(config: GdsConfig, slab: Slab, sizing: Sizing, notify: Callable[[], None]) -> Engines:
+    """Probe what the configuration allows, and open the best of it.
+
+    Raises:
+        TierOpenError: If an engine was asked for by name and does not work here.
+    """
+    findings = _probe(config, slab, sizing)
+    host = choose([finding for finding in findings if finding.engine in POSIX])
+    device = choose([finding for finding in findings if finding.engine in DIRECT])
+    _require(config, findings, host, device)
+    detail = _describe(host, device)
+    problems = "".join(f"; {f.engine} is out: {f.problem}" for f in findings if f.problem)
+    _log.info("%s: %s%s", slab.path, detail, problems)
+    engine = open_engine(host.engine if host else "threads", notify)
+    try:
+        return Engines(engine, open_engine(device.engine, notify) if device else None, detail)
+    except BaseException:
+        engine.close(1)
+        raise
+
+
+def _probe(config: GdsConfig, slab: Slab, sizing: Sizing) -> list[Finding]:
+    if config.engine == "threads":
+        return []
+    try:
+        load_nixl()
+    except TierOpenError as error:
+        if config.engine != "auto":
+            raise
+        _log.warning("%s; using threads", error)
+        return []
+    engines = [*POSIX]
+    if config.engine in ("auto", "gds"):
+        why = gds_is_thinkable()
+        if not why:
+            engines += DIRECT
+        elif config.engine == "gds":
+            raise _impossible(f"'gds' cannot work here: {why}")
+    piece = min(_PROBE_PIECE_BYTES, sizing.probe_bytes)
+    pieces = sizing.probe_bytes // piece
+    return run_probe(slab.path / "probe", engines, piece, pieces, config.probe_deadline_s)
+
+
+def _require(
+    config: GdsConfig, findings: Sequence[Finding], host: Finding | None, device: Finding | None
+) -> None:
+    missing = (config.engine == "gds" and device is None) or (config.engine == "posix" and host is None)
+    if missing:
+        problems = "; ".join(f"{each.engine}: {each.problem}" for each in findings if each.problem)
+        raise _impossible(f"{config.engine!r} does not work here ({problems})")
+
+
+def _impossible(what: str) -> TierOpenError:
+    return TierOpenError(f"engine: {what}; write auto", operation="open", tier="gds")
+
+
+def _describe(host: Finding | None, device: Finding | None) -> str:
+    text = f"NIXL POSIX ({host.engine})" if host else "threads"
+    return text + (f", NIXL {device.engine.upper()} into device memory" if device else "")

@@ -1,0 +1,326 @@
+"""What moves bytes between memory and slab files: NIXL, or threads.
+
+    tier ── post(io) ──► engine ── its own thread or threads
+    tier ◄── take() ──── engine ── notify() when there is something to take
+
+An `Io` is one block: `FILE` offset and length are multiples of 4096, and so is the address, as
+O_DIRECT and the contract have it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import logging
+import os
+import queue
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from kvbm_core.errors import TierOpenError
+from kvbm_core.tier import PAGE_BYTES
+
+__all__ = ["Io", "IoEngine", "NixlIo", "ThreadIo", "load_nixl", "open_engine"]
+
+_NIXL_MODULES: Final = ("nixl._api", "nixl_cu13._api", "nixl_cu12._api")
+_LEAST_NIXL: Final = (1, 5)
+"""Releases before it report a short read as done."""
+_THREADS: Final = 8
+_WATCH_S: Final = 50e-6
+"""Between two looks at transfers in flight. Without a pause a core is burnt, with more latency grows."""
+_ADDRESS_SPACE_BYTES: Final = 1 << 47
+_POINTER_DEVICE_ORDINAL: Final = 9
+
+_agents = itertools.count(1)
+
+
+@dataclass(slots=True, eq=False)
+class Io:
+    """One block's way between memory and a file."""
+
+    token: Any
+    """Whatever the tier knows it by."""
+    write: bool
+    fd: int
+    offset: int
+    address: int
+    nbytes: int
+    on_device: bool = False
+    error: str = ""
+    """Set by the engine; empty if every byte was moved."""
+
+    def __post_init__(self) -> None:
+        assert self.offset % PAGE_BYTES == 0, "O_DIRECT"
+        assert self.address % PAGE_BYTES == 0, "a region starts on a page"
+        assert self.nbytes % PAGE_BYTES == 0, "and owns its pages whole"
+
+
+class IoEngine(ABC):
+    """Moves blocks. Called from one thread."""
+
+    @abstractmethod
+    def add_file(self, fd: int, nbytes: int) -> None:
+        """Make an open file known before it is used."""
+
+    @abstractmethod
+    def post(self, ios: Sequence[Io]) -> None:
+        """Start them. Each is taken once, whatever becomes of it."""
+
+    @abstractmethod
+    def take(self) -> list[Io]:
+        """Give those that have ended since the last call."""
+
+    @abstractmethod
+    def close(self, wait_s: float) -> bool:
+        """Wait for what is in flight. False if it was not over in time: then files must stay open."""
+
+
+class ThreadIo(IoEngine):
+    """``preadv`` and ``pwritev`` in threads; works everywhere."""
+
+    def __init__(self, notify: Callable[[], None]) -> None:
+        self._notify = notify
+        self._inbox: queue.SimpleQueue[Io | None] = queue.SimpleQueue()
+        self._ended: deque[Io] = deque()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"kvbm-gds-io{at}", daemon=True) for at in range(_THREADS)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def add_file(self, fd: int, nbytes: int) -> None:
+        """See `IoEngine.add_file`."""
+
+    def post(self, ios: Sequence[Io]) -> None:
+        """See `IoEngine.post`."""
+        for io in ios:
+            self._inbox.put(io)
+
+    def take(self) -> list[Io]:
+        """See `IoEngine.take`."""
+        return [self._ended.popleft() for _ in range(len(self._ended))]
+
+    def close(self, wait_s: float) -> bool:
+        """See `IoEngine.close`."""
+        for _ in self._threads:
+            self._inbox.put(None)
+        give_up_s = time.monotonic() + wait_s
+        for thread in self._threads:
+            thread.join(max(0.0, give_up_s - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _run(self) -> None:
+        while (io := self._inbox.get()) is not None:
+            try:
+                move_bytes(io)
+            except OSError as error:
+                io.error = os.strerror(error.errno or 0)
+            self._ended.append(io)
+            self._notify()
+
+
+def move_bytes(io: Io) -> None:
+    """Read or write one block, and wait for it.
+
+    Raises:
+        OSError: If it did not work, or only a part of it.
+    """
+    view = memoryview((ctypes.c_ubyte * io.nbytes).from_address(io.address)).cast("B")
+    call, done = (os.pwritev if io.write else os.preadv), 0
+    while done < io.nbytes:
+        count = call(io.fd, [view[done:]], io.offset + done)
+        if count <= 0:
+            raise OSError(5, "short transfer")
+        done += count
+
+
+def load_nixl() -> Any:
+    """Import NIXL's Python interface.
+
+    Raises:
+        TierOpenError: If it is not installed, or too old to be trusted.
+    """
+    import importlib
+    from importlib import metadata
+
+    for name in _NIXL_MODULES:
+        with contextlib.suppress(ImportError):
+            module = importlib.import_module(name)
+            break
+    else:
+        raise TierOpenError(
+            "engine: NIXL is not installed; run `pip install nixl-cu13` (or nixl-cu12 for CUDA 12), or write "
+            "engine: threads",
+            operation="open", tier="gds",
+        )  # fmt: skip
+    module.logger.setLevel(logging.WARNING)  # It says at INFO which agents are made.
+    distribution = name.split(".")[0].replace("_", "-")
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        version = metadata.version(distribution)
+        if tuple(int(part) for part in version.split(".")[:2]) < _LEAST_NIXL:
+            raise TierOpenError(
+                f"engine: {distribution} {version} reports short reads as complete; install 1.5 or newer",
+                operation="open", tier="gds",
+            )  # fmt: skip
+    return module
+
+
+class NixlIo(IoEngine):
+    """One of NIXL's plug-ins; one handle a block, so that each block has an outcome of its own.
+
+    Behaviour:
+        - A handle that NIXL still works on is never released: that is undefined, and the kernel
+          would go on writing to the region.
+    """
+
+    def __init__(self, plugin: str, parameters: dict[str, str], notify: Callable[[], None]) -> None:
+        api = load_nixl()
+        bindings = __import__(api.__name__.replace("_api", "_bindings"), fromlist=["nixlBackendError"])
+        # NIXL's errors have no common base of their own.
+        self._errors = tuple(
+            getattr(bindings, name)
+            for name in dir(bindings)
+            if name.startswith("nixl") and name.endswith("Error")
+        )
+        config = api.nixl_agent_config(backends=[], sync_mode=api.nixl_thread_sync_t.NIXL_THREAD_SYNC_RW)
+        self._agent = api.nixl_agent(f"kvbm-{os.getpid()}-{next(_agents)}", config)
+        try:
+            self._agent.create_backend(plugin, parameters)
+        except self._errors as error:
+            raise TierOpenError(
+                f"engine: NIXL's plug-in {plugin} does not start: {error}", operation="open", tier="gds"
+            ) from error
+        self._direct = plugin.startswith("GDS")
+        if not self._direct:
+            # The POSIX plug-in tells the kernel nothing of memory: one entry stands for all of it.
+            self._agent.register_memory([(0, _ADDRESS_SPACE_BYTES, 0, "")], "DRAM")
+        self._registered: set[tuple[int, int]] = set()
+        self._notify = notify
+        self._ended: deque[Io] = deque()
+        self._flying: dict[Any, Io] = {}
+        self._closing = False
+        self._condition = threading.Condition()
+        self._thread = threading.Thread(target=self._watch, name="kvbm-gds-nixl", daemon=True)
+        self._thread.start()
+
+    def add_file(self, fd: int, nbytes: int) -> None:
+        """See `IoEngine.add_file`."""
+        try:
+            self._agent.register_memory([(0, nbytes, fd, "")], "FILE")
+        except self._errors as error:
+            raise TierOpenError(
+                f"engine: NIXL refuses a file: {error}; write engine: posix", operation="open", tier="gds"
+            ) from error
+
+    def post(self, ios: Sequence[Io]) -> None:
+        """See `IoEngine.post`."""
+        started = {}
+        for io in ios:
+            try:
+                handle = self._start(io)
+                if self._agent.transfer(handle) == "DONE":
+                    self._end(handle, io)
+                else:
+                    started[handle] = io
+            except self._errors as error:
+                self._end(None, io, error)
+        with self._condition:
+            self._flying.update(started)
+            self._condition.notify()
+        if len(started) < len(ios):
+            self._notify()
+
+    def take(self) -> list[Io]:
+        """See `IoEngine.take`."""
+        return [self._ended.popleft() for _ in range(len(self._ended))]
+
+    def close(self, wait_s: float) -> bool:
+        """See `IoEngine.close`."""
+        with self._condition:
+            self._closing = True
+            self._condition.notify()
+        self._thread.join(wait_s)
+        return not self._thread.is_alive()
+
+    def _start(self, io: Io) -> Any:
+        memory, device = "DRAM", 0
+        if io.on_device:
+            memory, device = "VRAM", device_of(io.address)
+        if self._direct and (io.address, io.nbytes) not in self._registered:
+            self._agent.register_memory([(io.address, io.nbytes, device, "")], memory)
+            self._registered.add((io.address, io.nbytes))
+        local = self._agent.get_xfer_descs([(io.address, io.nbytes, device)], memory)
+        remote = self._agent.get_xfer_descs([(io.offset, io.nbytes, io.fd)], "FILE")
+        return self._agent.initialize_xfer("WRITE" if io.write else "READ", local, remote, self._agent.name)
+
+    def _end(self, handle: Any, io: Io, error: Exception | None = None) -> None:
+        if error is not None:
+            io.error = str(error) or type(error).__name__
+        if handle is not None:
+            with contextlib.suppress(*self._errors):
+                handle.release()
+        self._ended.append(io)
+
+    def _watch(self) -> None:
+        while True:
+            with self._condition:
+                while not self._flying and not self._closing:
+                    self._condition.wait()
+                if not self._flying:
+                    return
+                flying = list(self._flying.items())
+            ended = 0
+            for handle, io in flying:
+                error = None
+                try:
+                    if self._agent.check_xfer_state(handle) == "PROC":
+                        continue
+                except self._errors as raised:
+                    error = raised
+                with self._condition:
+                    del self._flying[handle]
+                self._end(handle, io, error)
+                ended += 1
+            if ended:
+                self._notify()
+            else:
+                time.sleep(_WATCH_S)
+
+
+def device_of(address: int) -> int:
+    """Say which accelerator a device address belongs to."""
+    driver, ordinal = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
+    status = driver.cuPointerGetAttribute(
+        ctypes.byref(ordinal), _POINTER_DEVICE_ORDINAL, ctypes.c_uint64(address)
+    )
+    if status != 0:
+        raise OSError(f"cuPointerGetAttribute gave {status}")
+    return ordinal.value
+
+
+def open_engine(name: str, notify: Callable[[], None]) -> IoEngine:
+    """Open an engine by the probe's name for it.
+
+    Args:
+        name: ``gds_mt``, ``gds``, ``io_uring``, ``libaio`` or ``threads``.
+        notify: Called, from any thread, when `IoEngine.take` has something to give.
+    """
+    if name == "threads":
+        return ThreadIo(notify)
+    plugin, parameters = _PLUGINS[name]
+    return NixlIo(plugin, parameters, notify)
+
+
+# posix_aio is left out: after one failed transfer every later one fails, too.
+_PLUGINS: Final[dict[str, tuple[str, dict[str, str]]]] = {
+    "gds_mt": ("GDS_MT", {}),
+    "gds": ("GDS", {}),
+    "io_uring": ("POSIX", {"use_uring": "true", "ios_pool_size": "4096", "kernel_queue_size": "256"}),
+    "libaio": ("POSIX", {"use_aio": "true", "ios_pool_size": "4096", "kernel_queue_size": "256"}),
+}

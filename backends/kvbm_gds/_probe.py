@@ -1,0 +1,273 @@
+"""Finds out, in a child process, which engines move blocks correctly here, and how fast.
+
+    parent ── FILE BYTES_OF_A_PIECE PIECES ENGINE... ──► child
+    parent ◄── one line of JSON for each engine ──────── child
+
+A child, because cuFile spins for ever on a machine without a driver, and NIXL's plug-ins have hung
+and crashed. It says which engine it tries before it does; what has not answered by the deadline is
+killed, and counts as hanging.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import mmap
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from kvbm_core.errors import TierError
+
+__all__ = ["DIRECT", "POSIX", "Finding", "child", "choose", "gds_is_thinkable", "run_probe"]
+
+_log = logging.getLogger("kvbm_gds")
+
+DIRECT: Final = ("gds_mt", "gds")
+"""Engines that can read into device memory, the better first."""
+POSIX: Final = ("io_uring", "libaio")
+_ROUNDS: Final = 3
+_CHILD: Final = (sys.executable, "-c", "from kvbm_gds._probe import child; child()")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What was found out of one engine."""
+
+    engine: str
+    problem: str
+    """Why it cannot be used; empty if it moved every byte right."""
+    write_bytes_per_s: float = 0.0
+    read_bytes_per_s: float = 0.0
+
+    @property
+    def score(self) -> float:
+        """Reads and writes count alike, the slower more (harmonic mean)."""
+        rates = (self.write_bytes_per_s, self.read_bytes_per_s)
+        return 0.0 if self.problem or min(rates) <= 0 else 2 / sum(1 / rate for rate in rates)
+
+
+def gds_is_thinkable() -> str:
+    """Say why GPUDirect Storage cannot work here, without touching it; empty if it might."""
+    if not list(Path("/dev").glob("nvidia[0-9]*")):
+        return "there is no NVIDIA device"
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "there is no CUDA driver (libcuda.so.1)"
+    return ""
+
+
+def run_probe(
+    file: Path, engines: Sequence[str], piece_bytes: int, pieces: int, deadline_s: float
+) -> list[Finding]:
+    """Try engines on a file of the tier's own directory, in a child.
+
+    Args:
+        file: Made for the probe and deleted again.
+        engines: Tried in this order, each with the whole deadline.
+        piece_bytes: Of one transfer, a multiple of 4096.
+        pieces: At once.
+        deadline_s: Seconds for each engine.
+
+    Returns:
+        A finding for each engine.
+    """
+    findings: list[Finding] = []
+    left = list(engines)
+    try:
+        while left:
+            command = [*_CHILD, str(file), str(piece_bytes), str(pieces), *left]
+            news = _ask(command, left, deadline_s)
+            findings += news
+            left = left[len(news) :]
+    finally:
+        file.unlink(missing_ok=True)
+    return findings
+
+
+def _ask(command: Sequence[str], engines: Sequence[str], deadline_s: float) -> list[Finding]:
+    """Run one child; it is over with the first engine that hangs or crashes it."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    findings: list[Finding] = []
+    with tempfile.TemporaryFile() as said:
+        child = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said,
+            start_new_session=True, bufsize=0,
+        )  # fmt: skip
+        for engine in engines:
+            finding = _answer(child, deadline_s)
+            if finding is None or finding.engine != engine:
+                _kill(child)
+                said.seek(0)
+                findings.append(Finding(engine, _why_silent(child, said.read(), deadline_s)))
+                break
+            findings.append(finding)
+        _kill(child)
+    return findings
+
+
+def _answer(child: subprocess.Popen[bytes], deadline_s: float) -> Finding | None:
+    """Give the child's next answer; None if none comes by the deadline."""
+    assert child.stdout is not None
+    give_up_s, line = time.monotonic() + deadline_s, b""
+    while not line.endswith(b"\n"):
+        readable, _, _ = select.select([child.stdout], [], [], max(0.0, give_up_s - time.monotonic()))
+        news = os.read(child.stdout.fileno(), 1) if readable else b""
+        if not news:
+            return None
+        line += news
+    try:
+        return Finding(**json.loads(line))
+    except (ValueError, TypeError):
+        return None
+
+
+def _why_silent(child: subprocess.Popen[bytes], said: bytes, deadline_s: float) -> str:
+    if child.returncode in (None, -signal.SIGKILL):
+        return f"it did not move a few blocks within {deadline_s:g} s"
+    last = said.decode(errors="replace").strip().rpartition("\n")[2] or "nothing"
+    return f"it ended the process that tried it (exit status {child.returncode}), saying: {last}"
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    """End the child and all it has started. One that sleeps in the kernel cannot be waited for."""
+    try:
+        child.wait(0.2)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        try:
+            child.wait(2)
+        except subprocess.TimeoutExpired:
+            _log.warning("a probe process (pid %d) cannot be killed; it is left behind", child.pid)
+    if child.stdout:
+        child.stdout.close()
+
+
+def choose(findings: Sequence[Finding]) -> Finding | None:
+    """Take the fastest engine that was right. None if none was."""
+    sound = [finding for finding in findings if not finding.problem]
+    return max(sound, key=lambda finding: finding.score, default=None)
+
+
+# The child.
+
+
+def child() -> None:
+    """Try the engines that the command line names, and print a line of JSON for each."""
+    file, piece_bytes, pieces, *engines = sys.argv[1:]
+    # Libraries print to the standard output, which is for answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for engine in engines:
+        try:
+            words = _try(engine, Path(file), int(piece_bytes), int(pieces))
+        except (TierError, OSError, ImportError) as error:
+            words = {"engine": engine, "problem": str(error)}
+        print(json.dumps(words), file=answers, flush=True)
+    # Not through the interpreter's end: a plug-in may hang in its destructors.
+    os._exit(0)
+
+
+def _try(engine: str, file: Path, piece_bytes: int, pieces: int) -> dict[str, Any]:
+    from kvbm_gds._io import Io, open_engine
+    from kvbm_gds._slab import open_direct
+
+    fd, _ = open_direct(file)
+    os.posix_fallocate(fd, 0, piece_bytes * pieces)
+    ended = threading.Event()
+    moving = open_engine(engine, ended.set)
+    moving.add_file(fd, piece_bytes * pieces)
+    memory = _Device(piece_bytes * pieces) if engine in DIRECT else _Host(piece_bytes * pieces)
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(_ROUNDS):
+        content = random.randbytes(piece_bytes * pieces)
+        memory.set(content)
+        for write in (True, False):
+            if not write:
+                memory.set(bytes(piece_bytes * pieces))
+            start_s = time.perf_counter()
+            moving.post(
+                [
+                    Io(at, write, fd, at * piece_bytes, memory.address + at * piece_bytes, piece_bytes,
+                       engine in DIRECT)
+                    for at in range(pieces)
+                ]
+            )  # fmt: skip
+            problem = _await(moving, pieces, ended)
+            seconds[write].append(time.perf_counter() - start_s)
+            if problem:
+                return {"engine": engine, "problem": problem}
+        if memory.get() != content:
+            return {"engine": engine, "problem": "it read other bytes than were written"}
+    total = piece_bytes * pieces
+    return {
+        "engine": engine, "problem": "",
+        "write_bytes_per_s": total / sorted(seconds[True])[_ROUNDS // 2],
+        "read_bytes_per_s": total / sorted(seconds[False])[_ROUNDS // 2],
+    }  # fmt: skip
+
+
+def _await(moving: Any, count: int, ended: threading.Event) -> str:
+    problem = ""
+    while count:
+        ended.wait(1)
+        ended.clear()
+        for io in moving.take():
+            count -= 1
+            problem = problem or io.error
+    return problem
+
+
+class _Host:
+    """Page-aligned host memory."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._memory = mmap.mmap(-1, nbytes)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+
+    def set(self, content: bytes) -> None:
+        self._memory[:] = content
+
+    def get(self) -> bytes:
+        return self._memory[:]
+
+
+class _Device:
+    """Memory of the accelerator, through the CUDA driver alone."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._driver = ctypes.CDLL("libcuda.so.1")
+        self._nbytes = nbytes
+        device, context, address = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_uint64()
+        self._call("cuInit", 0)
+        self._call("cuDeviceGet", ctypes.byref(device), 0)
+        # The primary context: the one that the engine's process will use, too.
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        self._call("cuCtxSetCurrent", context)
+        self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
+        self.address = address.value
+
+    def set(self, content: bytes) -> None:
+        self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(self.address), content, ctypes.c_size_t(self._nbytes))
+
+    def get(self) -> bytes:
+        content = ctypes.create_string_buffer(self._nbytes)
+        self._call("cuMemcpyDtoH_v2", content, ctypes.c_uint64(self.address), ctypes.c_size_t(self._nbytes))
+        return content.raw
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        status = getattr(self._driver, name)(*arguments)
+        if status != 0:
+            raise OSError(f"{name} gave {status}")
