@@ -32,6 +32,8 @@ _NIXL_MODULES: Final = ("nixl._api", "nixl_cu13._api", "nixl_cu12._api")
 _LEAST_NIXL: Final = (1, 5)
 """Releases before it report a short read as done."""
 _THREADS: Final = 8
+_GROUP: Final = 4
+"""Blocks that share a handle: less work for each, and a block waits for three others at most."""
 _WATCH_S: Final = 50e-6
 """Between two looks at transfers in flight. Without a pause a core is burnt, with more latency grows."""
 _ADDRESS_SPACE_BYTES: Final = 1 << 47
@@ -172,9 +174,10 @@ def load_nixl() -> Any:
 
 
 class NixlIo(IoEngine):
-    """One of NIXL's plug-ins; one handle a block, so that each block has an outcome of its own.
+    """One of NIXL's plug-ins.
 
     Behaviour:
+        - Each block has an outcome of its own: blocks of a handle that failed are tried once more, alone.
         - A handle that NIXL still works on is never released: that is undefined, and the kernel
           would go on writing to the region.
     """
@@ -203,7 +206,7 @@ class NixlIo(IoEngine):
         self._registered: set[tuple[int, int]] = set()
         self._notify = notify
         self._ended: deque[Io] = deque()
-        self._flying: dict[Any, Io] = {}
+        self._flying: dict[Any, Sequence[Io]] = {}
         self._closing = False
         self._condition = threading.Condition()
         self._thread = threading.Thread(target=self._watch, name="kvbm-gds-nixl", daemon=True)
@@ -220,20 +223,13 @@ class NixlIo(IoEngine):
 
     def post(self, ios: Sequence[Io]) -> None:
         """See `IoEngine.post`."""
-        started = {}
-        for io in ios:
-            try:
-                handle = self._start(io)
-                if self._agent.transfer(handle) == "DONE":
-                    self._end(handle, io)
-                else:
-                    started[handle] = io
-            except self._errors as error:
-                self._end(None, io, error)
+        kinds = [[io for io in ios if io.write is write] for write in (False, True)]
+        groups = [kind[at : at + _GROUP] for kind in kinds for at in range(0, len(kind), _GROUP)]
+        started = [flight for group in groups for flight in self._start(group)]
         with self._condition:
             self._flying.update(started)
             self._condition.notify()
-        if len(started) < len(ios):
+        if self._ended:
             self._notify()
 
     def take(self) -> list[Io]:
@@ -248,24 +244,41 @@ class NixlIo(IoEngine):
         self._thread.join(wait_s)
         return not self._thread.is_alive()
 
-    def _start(self, io: Io) -> Any:
-        memory, device = "DRAM", 0
-        if io.on_device:
-            memory, device = "VRAM", device_of(io.address)
-        if self._direct and (io.address, io.nbytes) not in self._registered:
-            self._agent.register_memory([(io.address, io.nbytes, device, "")], memory)
-            self._registered.add((io.address, io.nbytes))
-        local = self._agent.get_xfer_descs([(io.address, io.nbytes, device)], memory)
-        remote = self._agent.get_xfer_descs([(io.offset, io.nbytes, io.fd)], "FILE")
-        return self._agent.initialize_xfer("WRITE" if io.write else "READ", local, remote, self._agent.name)
+    def _start(self, ios: Sequence[Io]) -> list[tuple[Any, Sequence[Io]]]:
+        """Start I/Os of one operation together; one by one if NIXL refuses them together."""
+        try:
+            handle = self._prepare(ios)
+            if self._agent.transfer(handle) == "PROC":
+                return [(handle, ios)]
+        except self._errors as error:
+            return self._split(ios, error)
+        self._end(handle, ios)
+        return []
 
-    def _end(self, handle: Any, io: Io, error: Exception | None = None) -> None:
-        if error is not None:
-            io.error = str(error) or type(error).__name__
-        if handle is not None:
-            with contextlib.suppress(*self._errors):
-                handle.release()
-        self._ended.append(io)
+    def _split(self, ios: Sequence[Io], error: Exception) -> list[tuple[Any, Sequence[Io]]]:
+        """Try each alone: NIXL says of a handle that it failed, not which block of it."""
+        if len(ios) > 1:
+            return [flight for io in ios for flight in self._start([io])]
+        ios[0].error = str(error) or type(error).__name__
+        self._ended.append(ios[0])
+        return []
+
+    def _prepare(self, ios: Sequence[Io]) -> Any:
+        memory = "VRAM" if ios[0].on_device else "DRAM"
+        device = device_of(ios[0].address) if ios[0].on_device else 0
+        for io in ios if self._direct else ():
+            if (io.address, io.nbytes) not in self._registered:
+                self._agent.register_memory([(io.address, io.nbytes, device, "")], memory)
+                self._registered.add((io.address, io.nbytes))
+        local = self._agent.get_xfer_descs([(io.address, io.nbytes, device) for io in ios], memory)
+        remote = self._agent.get_xfer_descs([(io.offset, io.nbytes, io.fd) for io in ios], "FILE")
+        operation = "WRITE" if ios[0].write else "READ"
+        return self._agent.initialize_xfer(operation, local, remote, self._agent.name)
+
+    def _end(self, handle: Any, ios: Sequence[Io]) -> None:
+        with contextlib.suppress(*self._errors):
+            handle.release()
+        self._ended.extend(ios)
 
     def _watch(self) -> None:
         while True:
@@ -275,22 +288,20 @@ class NixlIo(IoEngine):
                 if not self._flying:
                     return
                 flying = list(self._flying.items())
-            ended = 0
-            for handle, io in flying:
-                error = None
+            for handle, ios in flying:
+                again: list[tuple[Any, Sequence[Io]]] = []
                 try:
                     if self._agent.check_xfer_state(handle) == "PROC":
                         continue
-                except self._errors as raised:
-                    error = raised
+                    self._end(handle, ios)
+                except self._errors as error:
+                    again = self._split(ios, error)
                 with self._condition:
                     del self._flying[handle]
-                self._end(handle, io, error)
-                ended += 1
-            if ended:
+                    self._flying.update(again)
+            if self._ended:
                 self._notify()
-            else:
-                time.sleep(_WATCH_S)
+            time.sleep(_WATCH_S)
 
 
 def device_of(address: int) -> int:

@@ -1,0 +1,253 @@
+"""NVMe to GPU memory: the gds tier on a machine with a GPU. Never run in CI.
+
+    python tests/benchmarks/gpu_gds.py DIRECTORY [--blocks 512] [--nbytes 2097152] [--compat]
+
+What the probe finds; the tier against bare preadv and pwritev; and a stack of host memory above
+this tier, whose blocks go from the disk to the GPU past host memory, against the same stack without
+device memory to read into, and against reads of bare pages. Every byte is compared.
+
+--compat tells cuFile where its file system is, as udev would, and allows its compatibility mode: for
+a container without udev and a kernel without nvidia-fs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from bench_gds import SIZES, Memory, bench
+
+from kvbm_core import Device, Region, Stack, Stageable, Work, chain_keys, make_namespace, root_key
+from kvbm_gds._probe import DIRECT, POSIX, run_probe
+
+PAGE = 4096
+
+
+class Event(Work):
+    """A copy on the current stream."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event()
+        self.event.record()
+
+    def done(self) -> bool:
+        return self.event.query()
+
+
+class HostedDevice(Device):
+    """Blocks in one tensor on the GPU; copies block by block. For this measurement, not for an engine."""
+
+    def __init__(self, count: int, nbytes: int) -> None:
+        self.blocks = torch.zeros((count, nbytes), dtype=torch.uint8, device="cuda")
+        self.stream = torch.cuda.Stream()
+
+    @property
+    def block_bytes(self) -> int:
+        return self.blocks.shape[1]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.blocks.shape[0]
+
+    def gather(self, blocks, regions):
+        for block, region in zip(blocks, regions, strict=True):
+            self.tensor(region).copy_(self.blocks[block])
+        return Event()
+
+    def scatter(self, regions, blocks):
+        with torch.cuda.stream(self.stream):
+            for block, region in zip(blocks, regions, strict=True):
+                self.blocks[block].copy_(self.tensor(region), non_blocking=True)
+            return Event()
+
+    def tensor(self, region: Region) -> torch.Tensor:
+        assert not region.on_device
+        memory = (ctypes.c_ubyte * self.block_bytes).from_address(region.address)
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+    def pinner(self):
+        runtime = torch.cuda.cudart()
+
+        def pin(address, nbytes):
+            assert int(runtime.cudaHostRegister(address, nbytes, 0)) == 0
+            return lambda: runtime.cudaHostUnregister(address)
+
+        return pin
+
+    def close(self) -> None:
+        pass
+
+
+class StagingDevice(HostedDevice, Stageable):
+    """Sets device memory aside for a tier to read into."""
+
+    def __init__(self, count: int, nbytes: int, places: int = 64) -> None:
+        super().__init__(count, nbytes)
+        # Whole pages, and the room behind a block for its footer.
+        self.place_bytes = -(-(nbytes + 96) // PAGE) * PAGE
+        memory = torch.zeros(places * self.place_bytes + PAGE, dtype=torch.uint8, device="cuda")
+        start = -memory.data_ptr() % PAGE
+        self.places = {
+            memory.data_ptr() + start + at * self.place_bytes: memory[
+                start + at * self.place_bytes : start + (at + 1) * self.place_bytes
+            ]
+            for at in range(places)
+        }
+        self.free = list(self.places)
+        self.bounce = torch.empty(self.place_bytes, dtype=torch.uint8).pin_memory()
+        self.reading = torch.cuda.Stream()
+
+    def stage(self, nbytes: int) -> Region | None:
+        return Region(self.free.pop(), nbytes, on_device=True) if self.free else None
+
+    def unstage(self, region: Region) -> None:
+        self.free.append(region.address)
+
+    def read(self, region: Region) -> memoryview:
+        with torch.cuda.stream(self.reading):
+            self.bounce.copy_(self.places[region.address], non_blocking=True)
+        self.reading.synchronize()
+        return memoryview(self.bounce.numpy())[: region.nbytes]
+
+    def tensor(self, region: Region) -> torch.Tensor:
+        if region.on_device:
+            return self.places[region.address][: self.block_bytes]
+        return super().tensor(region)
+
+
+def allow_compatibility_mode(folder: Path) -> None:
+    status = os.stat(folder)
+    database = Path("/run/udev/data")
+    database.mkdir(parents=True, exist_ok=True)
+    entry = database / f"b{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
+    entry.write_text("E:ID_FS_TYPE=ext4\nE:ID_FS_USAGE=filesystem\n")
+    settings = folder / "cufile.json"
+    settings.write_text(
+        json.dumps({"logging": {"dir": str(folder)}, "properties": {"allow_compat_mode": True}})
+    )
+    os.environ["CUFILE_ENV_PATH_JSON"] = str(settings)
+
+
+def measure(name: str, made: type[HostedDevice], engine: str, folder: Path, count: int, nbytes: int) -> None:
+    """Store blocks, start again with an empty host tier, and load them from the disk."""
+    tiers = [
+        {"backend": "cpu", "capacity": 4 * (nbytes + PAGE)},
+        {
+            "backend": "gds",
+            "capacity": 2 * count * (nbytes + PAGE) + (64 << 20),
+            "path": str(folder / "stack"),
+            "engine": engine,
+        },
+    ]
+    keys, namespace = chain_keys(root_key(), range(count), 1), make_namespace({"run": name, "n": count})
+    options = {"tiers": tiers, "load_deadline_s": 60, "store_deadline_s": 60, "max_store_blocks": count}
+    device = made(count, nbytes)
+    content = torch.frombuffer(bytearray(random.Random(1).randbytes(nbytes)), dtype=torch.uint8).cuda()
+    for at in range(count):
+        device.blocks[at] = content.roll(at * 97)
+    expected = device.blocks.clone()
+    with Stack.open(options, device, namespace) as stack:
+        stack.store(keys, range(count))
+        stack.wait()
+        assert stack.counts["gds"].stored == count, stack.counts
+    seconds = []
+    for _ in range(4):
+        device = made(count, nbytes)
+        with Stack.open(options, device, namespace) as stack:
+            torch.cuda.synchronize()
+            start_s = time.perf_counter()
+            loaded = stack.load(keys, range(count))
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start_s)
+            assert loaded == count, stack.counts
+            detail = [tier.capabilities.detail for tier in stack._worker._tiers if tier.capabilities.detail]
+        assert torch.equal(device.blocks, expected), "other bytes came back"
+    rate = count * nbytes / statistics.median(seconds[1:]) / 1e9
+    print(
+        f"{name:28} {nbytes >> 10:5} KiB x {count}: {rate:5.2f} GB/s, bytes equal; {detail}",
+        flush=True,
+    )
+
+
+def bare_reads(folder: Path, count: int, nbytes: int) -> None:
+    """Eight threads read pages into pinned memory, copied to the GPU as they come."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    path = folder / "bare"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+    memory = Memory(count, nbytes)
+    unpin = (HostedDevice(1, nbytes).pinner() or (lambda *_: None))(memory.address, count * nbytes)
+    pinned = torch.frombuffer(memory.arena, dtype=torch.uint8).view(count, nbytes)
+    views = memory.views
+    for at in range(count):
+        os.pwritev(fd, [views[at]], at * nbytes)
+    target = torch.zeros((count, nbytes), dtype=torch.uint8, device="cuda")
+    seconds = []
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(4):
+            torch.cuda.synchronize()
+            start_s = time.perf_counter()
+            for at, _ in enumerate(
+                pool.map(lambda at: os.preadv(fd, [views[at]], at * nbytes), range(count))
+            ):
+                target[at].copy_(pinned[at], non_blocking=True)
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start_s)
+    os.close(fd)
+    path.unlink()
+    if unpin:
+        unpin()
+    rate = count * nbytes / statistics.median(seconds[1:]) / 1e9
+    print(f"{'bare preadv + copy to GPU':28} {nbytes >> 10:5} KiB x {count}: {rate:5.2f} GB/s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--blocks", type=int, default=512)
+    parser.add_argument("--nbytes", type=int, default=2 << 20)
+    parser.add_argument("--compat", action="store_true")
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if arguments.compat:
+        allow_compatibility_mode(folder)
+    print(f"command: python {' '.join(sys.argv)}")
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, nixl {metadata.version('nixl-cu13')}, ",
+        end="",
+    )
+    print(f"python {platform.python_version()}, Linux {platform.release()}, {os.cpu_count()} CPUs")
+    print(f"nvidia-fs: {'loaded' if Path('/proc/driver/nvidia-fs').exists() else 'not loaded'}")
+    for piece in (256 << 10, 2 << 20):
+        for finding in run_probe(folder / "probe", [*POSIX, *DIRECT], piece, (64 << 20) // piece, 60):
+            print(f"probe {piece >> 10} KiB: {finding}", flush=True)
+    for nbytes in SIZES:
+        for depth in (8, 32):
+            detail, medians = bench(nbytes, 1 << 30, 5, folder, depth, "posix")
+            for op in ("store", "load"):
+                bare, tier = ((1 << 30) / medians[f"{who} {op}"] / 1e9 for who in ("bare", "tier"))
+                print(
+                    f"{nbytes >> 10:5} KiB depth {depth:3} {op:5}: bare {bare:.2f}, tier {tier:.2f} GB/s, ",
+                    end="",
+                )
+                print(f"ratio {tier / bare:.2f}, {detail}", flush=True)
+    bare_reads(folder, arguments.blocks, arguments.nbytes)
+    measure("through host memory", HostedDevice, "posix", folder, arguments.blocks, arguments.nbytes)
+    measure("straight to the GPU", StagingDevice, "gds", folder, arguments.blocks, arguments.nbytes)
+    measure("through host memory", HostedDevice, "posix", folder, 4 * arguments.blocks, 256 << 10)
+    measure("straight to the GPU", StagingDevice, "gds", folder, 4 * arguments.blocks, 256 << 10)
+
+
+if __name__ == "__main__":
+    main()
