@@ -26,8 +26,9 @@ class GdsConfig(TierConfig, frozen=True):
     capacity: ByteSize
     """Bytes on the disk, over all ranks, taken when the tier opens. The directory never measures more."""
     engine: Literal["auto", "gds", "posix", "threads"] = "auto"
-    """What moves the bytes. auto: the best that the probe proves here. gds: NIXL's GPUDirect Storage.
-    posix: NIXL with io_uring or libaio. threads: preadv and pwritev in threads."""
+    """What moves the bytes. auto: the fastest that the probe proves here, and GPUDirect Storage where
+    the kernel has nvidia-fs. gds: NIXL's GPUDirect Storage, or its opening fails. posix: NIXL with
+    io_uring or libaio. threads: preadv and pwritev in threads."""
     queue_depth: int = 64
     """Blocks on their way at once, 1 to 1024."""
     probe_deadline_s: float = 20.0

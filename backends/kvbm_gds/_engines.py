@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Final
 
 from kvbm_core.errors import TierOpenError
 from kvbm_gds._config import GdsConfig
 from kvbm_gds._io import Io, IoEngine, load_nixl, open_engine
-from kvbm_gds._probe import DIRECT, POSIX, Finding, choose, gds_is_thinkable, run_probe
+from kvbm_gds._probe import DIRECT, HOST, POSIX, Finding, choose, gds_is_thinkable, has_nvidia_fs, run_probe
 from kvbm_gds._slab import Sizing, Slab
 
 __all__ = ["Engines", "open_engines"]
 
 _log = logging.getLogger("kvbm_gds")
-
-_PROBE_PIECE_BYTES: Final = 1 << 20
 
 
 class Engines:
@@ -52,11 +47,6 @@ class Engines:
         """Wait for what is in flight; False if it was not over in time."""
         return all([engine.close(wait_s) for engine in self._all()])
 
-    @staticmethod
-    def disk_is_full(path: Path, nbytes: int) -> bool:
-        """Say whether the file system has no room: engines do not tell this from other errors."""
-        return shutil.disk_usage(path).free < nbytes
-
     def _all(self) -> list[IoEngine]:
         return [self.host] if self.device is None else [self.host, self.device]
 
@@ -68,12 +58,14 @@ def open_engines(config: GdsConfig, slab: Slab, sizing: Sizing, notify: Callable
         TierOpenError: If an engine was asked for by name and does not work here.
     """
     findings = _probe(config, slab, sizing)
-    host = choose([finding for finding in findings if finding.engine in POSIX])
-    device = choose([finding for finding in findings if finding.engine in DIRECT])
+    host = choose([finding for finding in findings if finding.engine in HOST])
+    # In the order of trust, not of speed: under many transfers NIXL's GDS has failed and hung.
+    sound = {finding.engine: finding for finding in findings if not finding.problem}
+    device = next((sound[name] for name in DIRECT if name in sound), None)
     _require(config, findings, host, device)
     detail = _describe(host, device)
     problems = "".join(f"; {f.engine} is out: {f.problem}" for f in findings if f.problem)
-    _log.info("%s: %s%s", slab.path, detail, problems)
+    _log.log(logging.WARNING if problems else logging.INFO, "%s: %s%s", slab.path, detail, problems)
     engine = open_engine(host.engine if host else "threads", notify)
     try:
         return Engines(engine, open_engine(device.engine, notify) if device else None, detail)
@@ -92,15 +84,16 @@ def _probe(config: GdsConfig, slab: Slab, sizing: Sizing) -> list[Finding]:
             raise
         _log.warning("%s; using threads", error)
         return []
-    engines = [*POSIX]
-    if config.engine in ("auto", "gds"):
-        why = gds_is_thinkable()
-        if not why:
-            engines += DIRECT
-        elif config.engine == "gds":
-            raise _impossible(f"'gds' cannot work here: {why}")
-    piece = min(_PROBE_PIECE_BYTES, sizing.probe_bytes)
-    pieces = sizing.probe_bytes // piece
+    engines = [*(POSIX if config.engine == "posix" else HOST)]
+    why = gds_is_thinkable()
+    if config.engine == "gds" and why:
+        raise _impossible(f"'gds' cannot work here: {why}")
+    # Without nvidia-fs cuFile reads through host memory itself, and measured slower than we do.
+    if not why and (config.engine == "gds" or (config.engine == "auto" and has_nvidia_fs())):
+        engines += DIRECT
+    # As in service: blocks of this size, and as many of them on their way.
+    piece = min(sizing.slot_bytes, sizing.probe_bytes)
+    pieces = min(config.queue_depth, sizing.probe_bytes // piece)
     return run_probe(slab.path / "probe", engines, piece, pieces, config.probe_deadline_s)
 
 
@@ -118,5 +111,8 @@ def _impossible(what: str) -> TierOpenError:
 
 
 def _describe(host: Finding | None, device: Finding | None) -> str:
-    text = f"NIXL POSIX ({host.engine})" if host else "threads"
-    return text + (f", NIXL {device.engine.upper()} into device memory" if device else "")
+    text = f"NIXL POSIX ({host.engine})" if host and host.engine in POSIX else "threads"
+    if device is None:
+        return text
+    mode = "" if has_nvidia_fs() else ", cuFile in compatibility mode"
+    return f"{text}; NIXL {device.engine.upper()} into device memory{mode}"

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import itertools
 import logging
 import os
 import queue
+import re
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -47,7 +49,7 @@ class Io:
     """One block's way between memory and a file."""
 
     token: Any
-    """Whatever the tier knows it by."""
+    """Whatever the tier knows it by. Referenced for as long as the engine works on it."""
     write: bool
     fd: int
     offset: int
@@ -122,7 +124,7 @@ class ThreadIo(IoEngine):
             try:
                 move_bytes(io)
             except OSError as error:
-                io.error = os.strerror(error.errno or 0)
+                io.error = error.strerror or str(error)
             self._ended.append(io)
             self._notify()
 
@@ -138,7 +140,7 @@ def move_bytes(io: Io) -> None:
     while done < io.nbytes:
         count = call(io.fd, [view[done:]], io.offset + done)
         if count <= 0:
-            raise OSError(5, "short transfer")
+            raise OSError(errno.EIO, "short transfer")
         done += count
 
 
@@ -165,7 +167,8 @@ def load_nixl() -> Any:
     distribution = name.split(".")[0].replace("_", "-")
     with contextlib.suppress(metadata.PackageNotFoundError):
         version = metadata.version(distribution)
-        if tuple(int(part) for part in version.split(".")[:2]) < _LEAST_NIXL:
+        # A release candidate's numbers are followed by letters.
+        if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < _LEAST_NIXL:
             raise TierOpenError(
                 f"engine: {distribution} {version} reports short reads as complete; install 1.5 or newer",
                 operation="open", tier="gds",
@@ -192,7 +195,7 @@ class NixlIo(IoEngine):
             if name.startswith("nixl") and name.endswith("Error")
         )
         config = api.nixl_agent_config(backends=[], sync_mode=api.nixl_thread_sync_t.NIXL_THREAD_SYNC_RW)
-        self._agent = api.nixl_agent(f"kvbm-{os.getpid()}-{next(_agents)}", config)
+        self._agent: Any = api.nixl_agent(f"kvbm-{os.getpid()}-{next(_agents)}", config)
         try:
             self._agent.create_backend(plugin, parameters)
         except self._errors as error:
@@ -242,24 +245,28 @@ class NixlIo(IoEngine):
             self._closing = True
             self._condition.notify()
         self._thread.join(wait_s)
-        return not self._thread.is_alive()
+        if self._thread.is_alive() or self._flying:
+            return False
+        # With it the kernel's queues go, and what it was told of the files, before these are closed.
+        self._agent = None
+        return True
 
     def _start(self, ios: Sequence[Io]) -> list[tuple[Any, Sequence[Io]]]:
         """Start I/Os of one operation together; one by one if NIXL refuses them together."""
         try:
             handle = self._prepare(ios)
-            if self._agent.transfer(handle) == "PROC":
-                return [(handle, ios)]
-        except self._errors as error:
-            return self._split(ios, error)
-        self._end(handle, ios)
-        return []
+            state = self._agent.transfer(handle)
+        except (*self._errors, OSError) as error:
+            return self._split(ios, str(error) or type(error).__name__)
+        if state == "PROC":
+            return [(handle, ios)]
+        return self._end(handle, ios, state)
 
-    def _split(self, ios: Sequence[Io], error: Exception) -> list[tuple[Any, Sequence[Io]]]:
+    def _split(self, ios: Sequence[Io], error: str) -> list[tuple[Any, Sequence[Io]]]:
         """Try each alone: NIXL says of a handle that it failed, not which block of it."""
         if len(ios) > 1:
             return [flight for io in ios for flight in self._start([io])]
-        ios[0].error = str(error) or type(error).__name__
+        ios[0].error = error
         self._ended.append(ios[0])
         return []
 
@@ -275,10 +282,14 @@ class NixlIo(IoEngine):
         operation = "WRITE" if ios[0].write else "READ"
         return self._agent.initialize_xfer(operation, local, remote, self._agent.name)
 
-    def _end(self, handle: Any, ios: Sequence[Io]) -> None:
+    def _end(self, handle: Any, ios: Sequence[Io], state: str) -> list[tuple[Any, Sequence[Io]]]:
+        """Take in what is over; give what is tried once more."""
         with contextlib.suppress(*self._errors):
             handle.release()
+        if state != "DONE":
+            return self._split(ios, state)
         self._ended.extend(ios)
+        return []
 
     def _watch(self) -> None:
         while True:
@@ -289,13 +300,14 @@ class NixlIo(IoEngine):
                     return
                 flying = list(self._flying.items())
             for handle, ios in flying:
-                again: list[tuple[Any, Sequence[Io]]] = []
                 try:
-                    if self._agent.check_xfer_state(handle) == "PROC":
-                        continue
-                    self._end(handle, ios)
+                    state = self._agent.check_xfer_state(handle)
                 except self._errors as error:
-                    again = self._split(ios, error)
+                    again = self._split(ios, str(error) or type(error).__name__)
+                else:
+                    if state == "PROC":
+                        continue
+                    again = self._end(handle, ios, state)
                 with self._condition:
                     del self._flying[handle]
                     self._flying.update(again)

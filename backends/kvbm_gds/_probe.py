@@ -30,14 +30,27 @@ from typing import Any, Final
 
 from kvbm_core.errors import TierError
 
-__all__ = ["DIRECT", "POSIX", "Finding", "child", "choose", "gds_is_thinkable", "run_probe"]
+__all__ = [
+    "DIRECT",
+    "HOST",
+    "POSIX",
+    "Finding",
+    "child",
+    "choose",
+    "gds_is_thinkable",
+    "has_nvidia_fs",
+    "run_probe",
+]
 
 _log = logging.getLogger("kvbm_gds")
 
 DIRECT: Final = ("gds_mt", "gds")
 """Engines that can read into device memory, the better first."""
 POSIX: Final = ("io_uring", "libaio")
+HOST: Final = (*POSIX, "threads")
+"""Engines for host memory."""
 _ROUNDS: Final = 3
+_PR_SET_PDEATHSIG: Final = 1
 _CHILD: Final = (sys.executable, "-c", "from kvbm_gds._probe import child; child()")
 
 
@@ -69,6 +82,11 @@ def gds_is_thinkable() -> str:
     return ""
 
 
+def has_nvidia_fs() -> bool:
+    """Say whether the kernel can move data between the disk and the GPU without host memory."""
+    return Path("/proc/driver/nvidia-fs").exists()
+
+
 def run_probe(
     file: Path, engines: Sequence[str], piece_bytes: int, pieces: int, deadline_s: float
 ) -> list[Finding]:
@@ -89,7 +107,10 @@ def run_probe(
     try:
         while left:
             command = [*_CHILD, str(file), str(piece_bytes), str(pieces), *left]
-            news = _ask(command, left, deadline_s)
+            try:
+                news = _ask(command, left, deadline_s)
+            except OSError as error:
+                news = [Finding(engine, f"it could not be tried: {error}") for engine in left]
             findings += news
             left = left[len(news) :]
     finally:
@@ -107,34 +128,44 @@ def _ask(command: Sequence[str], engines: Sequence[str], deadline_s: float) -> l
             start_new_session=True, bufsize=0,
         )  # fmt: skip
         for engine in engines:
-            finding = _answer(child, deadline_s)
-            if finding is None or finding.engine != engine:
+            line = _answer(child, deadline_s)
+            finding = _understand(engine, line)
+            if finding is None:
                 _kill(child)
                 said.seek(0)
-                findings.append(Finding(engine, _why_silent(child, said.read(), deadline_s)))
+                findings.append(Finding(engine, _why_silent(child, line, said.read(), deadline_s)))
                 break
             findings.append(finding)
         _kill(child)
     return findings
 
 
-def _answer(child: subprocess.Popen[bytes], deadline_s: float) -> Finding | None:
-    """Give the child's next answer; None if none comes by the deadline."""
+def _answer(child: subprocess.Popen[bytes], deadline_s: float) -> bytes:
+    """Give the child's next answer; without its end of line if that does not come by the deadline."""
     assert child.stdout is not None
     give_up_s, line = time.monotonic() + deadline_s, b""
     while not line.endswith(b"\n"):
         readable, _, _ = select.select([child.stdout], [], [], max(0.0, give_up_s - time.monotonic()))
         news = os.read(child.stdout.fileno(), 1) if readable else b""
         if not news:
-            return None
+            break
         line += news
+    return line
+
+
+def _understand(engine: str, line: bytes) -> Finding | None:
     try:
-        return Finding(**json.loads(line))
+        finding = Finding(**json.loads(line))
+        # Raises for rates that are no numbers.
+        sound = finding.engine == engine and finding.score >= 0 and isinstance(finding.problem, str)
     except (ValueError, TypeError):
         return None
+    return finding if sound else None
 
 
-def _why_silent(child: subprocess.Popen[bytes], said: bytes, deadline_s: float) -> str:
+def _why_silent(child: subprocess.Popen[bytes], line: bytes, said: bytes, deadline_s: float) -> str:
+    if line.endswith(b"\n"):
+        return f"the process that tried it answered {line[:80]!r}"
     if child.returncode in (None, -signal.SIGKILL):
         return f"it did not move a few blocks within {deadline_s:g} s"
     last = said.decode(errors="replace").strip().rpartition("\n")[2] or "nothing"
@@ -167,6 +198,8 @@ def choose(findings: Sequence[Finding]) -> Finding | None:
 def child() -> None:
     """Try the engines that the command line names, and print a line of JSON for each."""
     file, piece_bytes, pieces, *engines = sys.argv[1:]
+    # One that spins inside a library must not outlive an engine that was killed.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # Libraries print to the standard output, which is for answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -14,6 +14,7 @@ is cut short kills the process that touches it.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -32,7 +33,7 @@ from kvbm_core.errors import TierOpenError
 from kvbm_core.tier import PAGE_BYTES
 from kvbm_gds._config import GdsConfig
 
-__all__ = ["Entry", "Sizing", "Slab", "check", "open_direct", "plan_sizing"]
+__all__ = ["Entry", "Sizing", "Slab", "check", "least_share_bytes", "open_direct", "plan_sizing"]
 
 _log = logging.getLogger("kvbm_gds")
 
@@ -146,6 +147,9 @@ class Slab:
             raise _unusable(self.path, error) from error
         try:
             self._acquire()
+        except OSError as error:
+            os.close(self._lock)
+            raise _unusable(self.path, error) from error
         except BaseException:
             os.close(self._lock)
             raise
@@ -156,21 +160,24 @@ class Slab:
         """Bring the files to their size and give what lies in them, oldest first."""
         self._sizing = sizing
         try:
+            # An engine that was killed while it probed left it behind.
+            (self.path / "probe").unlink(missing_ok=True)
             entries = self._read_index()
-            self._open_files(entries)
+            self._open_files()
             held = [os.fstat(fd).st_size // sizing.slot_bytes * sizing.slot_bytes for fd in self._fds]
             sound = [entry for entry in entries if self._lies_in(entry, held)]
-            if len(sound) < len(entries):
-                _log.warning(
-                    "%s: %d of %d blocks lay in files that were cut short or deleted; they are forgotten",
-                    self.path, len(entries) - len(sound), len(entries),
-                )  # fmt: skip
-            self._allocate()
+            # Before the files have their length again: from then on such an entry would look sound.
             for entry in entries:
-                if entry not in sound:
+                if not self._lies_in(entry, held):
                     self.clear(entry.slot)
+            self._allocate(held)
         except OSError as error:
-            raise _no_room(self.path, self._capacity, error) from error
+            raise self._why_not(error) from error
+        if len(sound) < len(entries):
+            _log.warning(
+                "%s: %d of %d blocks lay in files that were cut short or deleted; they are forgotten",
+                self.path, len(entries) - len(sound), len(entries),
+            )  # fmt: skip
         return sound
 
     @property
@@ -201,7 +208,16 @@ class Slab:
                 return f"slab.{number:03d} was deleted"
             if status.st_size < self._sizing.file_bytes(number):
                 return f"slab.{number:03d} was cut short"
-        return "" if os.fstat(self._index).st_nlink else "the index was deleted"
+        status = os.fstat(self._index)
+        if status.st_nlink == 0:
+            return "the index was deleted"
+        return "the index was cut short" if status.st_size < self._index_bytes else ""
+
+    def disk_is_full(self) -> bool:
+        """Say whether the file system has no room for a block: engines do not tell this from other errors."""
+        # Not by its path: somebody may have deleted the directory.
+        room = os.fstatvfs(self._lock)
+        return room.f_bavail * room.f_frsize < self._sizing.slot_bytes
 
     def close(self, *, files: bool = True) -> None:
         """Let another engine have the directory.
@@ -226,8 +242,6 @@ class Slab:
             except BlockingIOError as error:
                 if time.monotonic() > give_up_s:
                     raise _in_use(self.path) from error
-            except OSError as error:
-                raise _unusable(self.path, error) from error
             time.sleep(0.05)
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
@@ -239,18 +253,20 @@ class Slab:
         content = _read_all(self._index)
         header = _HEADER.pack(_MAGIC, _FORMAT_VERSION, _ENTRY_BYTES, sizing.slot_bytes, sizing.slots_per_file)
         if content[: len(header)] != header:
-            if content:
+            files = list(self.path.glob("slab.*"))
+            if content or files:
                 _log.warning(
-                    "%s was made for other blocks or is damaged: dropping what it holds, starting empty", path
-                )
-            for file in self.path.glob("slab.*"):
+                    "%s was made for other blocks, or is damaged or gone: dropping what the directory holds, "
+                    "starting empty", path,
+                )  # fmt: skip
+            for file in files:
                 file.unlink()
             os.ftruncate(self._index, 0)
-            os.pwrite(self._index, header, 0)
+            _write_all(self._index, header, 0)
             content = header
-        os.ftruncate(self._index, _HEADER_BYTES + sizing.slots * _ENTRY_BYTES)
+        os.ftruncate(self._index, self._index_bytes)
         # Its blocks on the disk now: what is full later cannot clear an entry.
-        os.posix_fallocate(self._index, 0, _HEADER_BYTES + sizing.slots * _ENTRY_BYTES)
+        os.posix_fallocate(self._index, 0, self._index_bytes)
         return sorted(self._parse(content), key=lambda entry: entry.sequence)
 
     def _parse(self, content: bytes) -> list[Entry]:
@@ -269,7 +285,11 @@ class Slab:
             _log.warning("%s: the capacity was lowered; %d blocks are forgotten", self.path, lost)
         return entries
 
-    def _open_files(self, entries: list[Entry]) -> None:
+    @property
+    def _index_bytes(self) -> int:
+        return _HEADER_BYTES + self._sizing.slots * _ENTRY_BYTES
+
+    def _open_files(self) -> None:
         for number in range(self._sizing.files):
             fd, direct = open_direct(self.path / f"slab.{number:03d}")
             self._fds.append(fd)
@@ -282,14 +302,32 @@ class Slab:
         number, offset = self._sizing.place(entry.slot)
         return offset + self._sizing.slot_bytes <= held[number]
 
-    def _allocate(self) -> None:
+    def _allocate(self, held: list[int]) -> None:
+        try:
+            for number, fd in enumerate(self._fds):
+                nbytes = self._sizing.file_bytes(number)
+                os.ftruncate(fd, nbytes)
+                os.posix_fallocate(fd, 0, nbytes)
+        except OSError:
+            self._give_back(held)
+            raise
+
+    def _give_back(self, held: list[int]) -> None:
+        """Keep of the files only what they held before: the room is somebody else's."""
         for number, fd in enumerate(self._fds):
-            nbytes = self._sizing.file_bytes(number)
-            os.ftruncate(fd, nbytes)
-            os.posix_fallocate(fd, 0, nbytes)
+            if held[number]:
+                os.ftruncate(fd, min(held[number], self._sizing.file_bytes(number)))
+            else:
+                (self.path / f"slab.{number:03d}").unlink(missing_ok=True)
+        if not any(held):
+            (self.path / "index").unlink(missing_ok=True)
+
+    def _why_not(self, error: OSError) -> TierOpenError:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return _no_room(self.path, self._capacity, error) if full else _unusable(self.path, error)
 
     def _write_entry(self, slot: int, raw: bytes) -> None:
-        os.pwrite(self._index, raw, _HEADER_BYTES + slot * _ENTRY_BYTES)
+        _write_all(self._index, raw, _HEADER_BYTES + slot * _ENTRY_BYTES)
 
 
 def check(config: GdsConfig) -> None:
@@ -347,6 +385,11 @@ def _read_all(fd: int) -> bytes:
             break
         content += piece
     return bytes(content)
+
+
+def _write_all(fd: int, content: bytes, offset: int) -> None:
+    if os.pwrite(fd, content, offset) < len(content):
+        raise OSError(errno.EIO, "short write")
 
 
 def _check_unlocked(rank_path: Path) -> None:

@@ -47,8 +47,7 @@ class GdsTier(Tier):
         self._slab = Slab(config, context.rank)
         try:
             self._engines: Engines = open_engines(config, self._slab, self._sizing, context.wake)
-            entries = self._slab.open(self._sizing)
-            self._engines.add_files(self._slab.fds, self._sizing)
+            entries = self._open_files()
         except BaseException:
             self._slab.close()
             raise
@@ -120,9 +119,8 @@ class GdsTier(Tier):
             return
         for key in keys:
             slot = self._ready.pop(key, None)
-            if slot is None:
+            if slot is None or not self._clear(slot):
                 continue
-            self._slab.clear(slot)
             if self._reading.get(slot):
                 self._doomed.add(slot)
             else:
@@ -142,6 +140,16 @@ class GdsTier(Tier):
             _log.error("%s: transfers go on after %g s; files stay open", self._slab.path, _CLOSE_WAIT_S)
         self._slab.close(files=ended)
 
+    def _open_files(self) -> list[Entry]:
+        try:
+            entries = self._slab.open(self._sizing)
+            self._engines.add_files(self._slab.fds, self._sizing)
+        except BaseException:
+            # Nothing is in flight: its threads end at once.
+            self._engines.close(_CLOSE_WAIT_S)
+            raise
+        return entries
+
     def _take_stock(self, entries: Iterable[Entry]) -> list[BlockKey]:
         found = []
         for entry in entries:
@@ -160,7 +168,11 @@ class GdsTier(Tier):
             self._complete(transfer, *answer)
             return None
         if transfer.op is Op.STORE:
-            slot = self._writing[transfer.key] = self._take_slot()
+            free = self._take_slot()
+            if free is None:
+                self._complete(transfer, Outcome.FAILED, Reason.ERROR)
+                return None
+            slot = self._writing[transfer.key] = free
         else:
             slot = self._ready[transfer.key]
             self._reading[slot] = self._reading.get(slot, 0) + 1
@@ -169,7 +181,7 @@ class GdsTier(Tier):
         assert region is not None
         fd, offset = self._slab.place(slot)
         return Io(
-            transfer.ticket, transfer.op is Op.STORE, fd, offset, region.address, self._sizing.slot_bytes,
+            transfer, transfer.op is Op.STORE, fd, offset, region.address, self._sizing.slot_bytes,
             region.on_device,
         )  # fmt: skip
 
@@ -188,12 +200,20 @@ class GdsTier(Tier):
             return Outcome.FAILED, Reason.FULL
         return None
 
-    def _take_slot(self) -> int:
+    def _take_slot(self) -> int | None:
         if self._free:
             return self._free.pop()
         slot, _ = self._others.popitem(last=False)
-        self._slab.clear(slot)
-        return slot
+        return slot if self._clear(slot) else None
+
+    def _clear(self, slot: int) -> bool:
+        """Say on the disk that a slot holds nothing; if that fails the slot must not be written again."""
+        try:
+            self._slab.clear(slot)
+        except OSError as error:
+            self._go_out(f"the index cannot be written ({error.strerror})")
+            return False
+        return True
 
     def _finish(self, ios: Sequence[Io]) -> None:
         """Take in what the engine has ended."""
@@ -207,13 +227,9 @@ class GdsTier(Tier):
     def _keep_sound(self, ios: list[Io]) -> list[Io]:
         """Go on with I/Os unless somebody took the files away: then end them, and the tier is out."""
         if not self._out and ios:
-            what = self._slab.damage({self._flying[io.token][1] for io in ios})
+            what = self._slab.damage({self._flying[io.token.ticket][1] for io in ios})
             if what:
-                self._out = True
-                _log.error(
-                    "tier gds is out until the engine is restarted: in %s %s by somebody else. Restart it, "
-                    "and keep other programs out of this directory", self._slab.path, what,
-                )  # fmt: skip
+                self._go_out(f"{what} by somebody else; keep other programs out of this directory")
         if not self._out:
             return ios
         for io in ios:
@@ -221,8 +237,13 @@ class GdsTier(Tier):
             self._end(io)
         return []
 
+    def _go_out(self, why: str) -> None:
+        if not self._out:
+            self._out = True
+            _log.error("tier gds is out until the engine is restarted: in %s %s", self._slab.path, why)
+
     def _end(self, io: Io) -> None:
-        transfer, slot = self._flying.pop(io.token)
+        transfer, slot = self._flying.pop(io.token.ticket)
         if transfer.op is Op.STORE:
             del self._writing[transfer.key]
             self._end_store(transfer, slot, io.error)
@@ -234,15 +255,15 @@ class GdsTier(Tier):
                 self._doomed.remove(slot)
                 self._free.append(slot)
         if io.error:
-            self._report(io, "load")
+            self._report("load", io.error)
             self._complete(transfer, Outcome.FAILED, Reason.ERROR)
         else:
             self._complete(transfer, Outcome.DONE)
 
     def _end_store(self, transfer: Transfer, slot: int, error: str) -> None:
         if not error:
+            self._sequence += 1
             try:
-                self._sequence += 1
                 self._slab.fill(
                     slot, self._context.namespace, transfer.key, self._sequence, self._context.block_bytes
                 )
@@ -250,17 +271,16 @@ class GdsTier(Tier):
                 error = str(problem)
         if error:
             self._free.append(slot)
-            full = self._engines.disk_is_full(self._slab.path, self._sizing.slot_bytes)
+            full = not self._out and self._slab.disk_is_full()
             self._complete(transfer, Outcome.FAILED, Reason.FULL if full else Reason.ERROR)
-            if not full and not self._out:
-                _log.error("a store into %s failed: %s", self._slab.path, error)
+            self._report("store", error)
             return
         self._ready[transfer.key] = slot
         self._complete(transfer, Outcome.DONE)
 
-    def _report(self, io: Io, kind: str) -> None:
+    def _report(self, kind: str, error: str) -> None:
         if not self._out:
-            _log.error("a %s in %s failed: %s", kind, self._slab.path, io.error)
+            _log.error("a %s in %s failed: %s", kind, self._slab.path, error)
 
     def _complete(self, transfer: Transfer, outcome: Outcome, reason: Reason = Reason.NONE) -> None:
         self._done.append(Completion(transfer.ticket, outcome, reason))

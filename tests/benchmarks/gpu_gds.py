@@ -28,7 +28,7 @@ import torch
 from bench_gds import SIZES, Memory, bench
 
 from kvbm_core import Device, Region, Stack, Stageable, Work, chain_keys, make_namespace, root_key
-from kvbm_gds._probe import DIRECT, POSIX, run_probe
+from kvbm_gds._probe import DIRECT, HOST, run_probe
 
 PAGE = 4096
 
@@ -157,8 +157,9 @@ def measure(name: str, made: type[HostedDevice], engine: str, folder: Path, coun
         device.blocks[at] = content.roll(at * 97)
     expected = device.blocks.clone()
     with Stack.open(options, device, namespace) as stack:
-        stack.store(keys, range(count))
-        stack.wait()
+        for at in range(0, count, 32):
+            stack.store(keys[at : at + 32], range(at, at + 32), keys[:at])
+            stack.wait()
         assert stack.counts["gds"].stored == count, stack.counts
     seconds = []
     for _ in range(4):
@@ -217,6 +218,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=512)
     parser.add_argument("--nbytes", type=int, default=2 << 20)
     parser.add_argument("--compat", action="store_true")
+    parser.add_argument("--stack-only", action="store_true", help="leave the tier's own figures out")
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -229,10 +231,10 @@ def main() -> None:
     )
     print(f"python {platform.python_version()}, Linux {platform.release()}, {os.cpu_count()} CPUs")
     print(f"nvidia-fs: {'loaded' if Path('/proc/driver/nvidia-fs').exists() else 'not loaded'}")
-    for piece in (256 << 10, 2 << 20):
-        for finding in run_probe(folder / "probe", [*POSIX, *DIRECT], piece, (64 << 20) // piece, 60):
+    for piece in () if arguments.stack_only else (256 << 10, 2 << 20):
+        for finding in run_probe(folder / "probe", [*HOST, *DIRECT], piece, (64 << 20) // piece, 60):
             print(f"probe {piece >> 10} KiB: {finding}", flush=True)
-    for nbytes in SIZES:
+    for nbytes in () if arguments.stack_only else SIZES:
         for depth in (8, 32):
             detail, medians = bench(nbytes, 1 << 30, 5, folder, depth, "posix")
             for op in ("store", "load"):
