@@ -1,0 +1,213 @@
+"""Deletes blocks that are old, or too many, oldest first. Safe while engines run: they miss a block.
+
+The store is listed as a stream, once, and a second time if it is too large: how many bytes were
+stored in which minute is all that is kept in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import math
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from kvbm_core.config import parse_size
+from kvbm_core.errors import KvbmError
+from kvbm_remote._clients import make_store
+from kvbm_remote._config import RemoteConfig, shown_url
+from kvbm_remote._faults import Kind, classify
+from kvbm_remote._stores import LITTER_S, TEMPORARY, TOP, Entry, Store
+
+__all__ = ["Summary", "collect", "main"]
+
+_BLOCK: Final = re.compile(rf"{TOP}/[0-9a-f]{{32}}/r\d+of\d+/([0-9a-f]{{2}})/\1[0-9a-f]{{62}}")
+_AGE: Final = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
+_UNITS_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_MINUTE_S: Final = 60
+_DELETE_AT_ONCE: Final = 32
+_TELL_EVERY_S: Final = 5.0
+
+
+@dataclass(slots=True)
+class Summary:
+    """What a collection found and did."""
+
+    found_blocks: int = 0
+    found_bytes: int = 0
+    deleted_blocks: int = 0
+    deleted_bytes: int = 0
+    deleted_litter: int = 0
+    """Files of writers that died."""
+    failed: int = 0
+    """Deletions that did not work."""
+    dry_run: bool = False
+
+
+class _Collection:
+    """One run of the collector."""
+
+    def __init__(self, store: Store, max_age_s: float, max_bytes: float, dry_run: bool, now_s: float) -> None:
+        self._store = store
+        self._max_bytes = max_bytes
+        self._now_s = now_s
+        self._oldest_s = now_s - max_age_s
+        self._stored: Counter[int] = Counter()
+        self._doomed: list[Entry] = []
+        self._told_s = time.monotonic()
+        self.summary = Summary(dry_run=dry_run)
+
+    async def run(self) -> None:
+        async for entry in self._store.entries():
+            self._tell()
+            if _BLOCK.fullmatch(entry.path):
+                await self._take_in(entry)
+            elif entry.path.startswith(f"{TEMPORARY}/") and entry.modified_s < self._now_s - LITTER_S:
+                await self._doom(entry)
+        excess_bytes = self._stored.total() - self._max_bytes
+        if excess_bytes > 0:
+            await self._shrink(excess_bytes)
+        await self._delete()
+
+    async def _take_in(self, entry: Entry) -> None:
+        self.summary.found_blocks += 1
+        self.summary.found_bytes += entry.nbytes
+        if entry.modified_s < self._oldest_s:
+            await self._doom(entry)
+        else:
+            self._stored[int(entry.modified_s // _MINUTE_S)] += entry.nbytes
+
+    async def _shrink(self, excess_bytes: float) -> None:
+        """Delete whole minutes, the oldest first, and of the last one as much as is needed."""
+        last, left = 0, excess_bytes
+        for last in sorted(self._stored):
+            if left <= self._stored[last]:
+                break
+            left -= self._stored[last]
+        async for entry in self._store.entries():
+            self._tell()
+            minute = int(entry.modified_s // _MINUTE_S)
+            if minute > last or entry.modified_s < self._oldest_s or not _BLOCK.fullmatch(entry.path):
+                continue
+            if minute == last:
+                if left <= 0:
+                    continue
+                left -= entry.nbytes
+            await self._doom(entry)
+
+    async def _doom(self, entry: Entry) -> None:
+        self._doomed.append(entry)
+        if len(self._doomed) >= _DELETE_AT_ONCE:
+            await self._delete()
+
+    async def _delete(self) -> None:
+        doomed, self._doomed = self._doomed, []
+        if self.summary.dry_run:
+            failures: list[BaseException | None] = [None] * len(doomed)
+        else:
+            failures = await asyncio.gather(
+                *(self._store.delete(entry.path) for entry in doomed), return_exceptions=True
+            )
+        for entry, failure in zip(doomed, failures, strict=True):
+            if failure is not None and classify(failure).kind.name != "missing":
+                self.summary.failed += 1
+            elif entry.path.startswith(f"{TEMPORARY}/"):
+                self.summary.deleted_litter += 1
+            else:
+                self.summary.deleted_blocks += 1
+                self.summary.deleted_bytes += entry.nbytes
+
+    def _tell(self) -> None:
+        if time.monotonic() > self._told_s + _TELL_EVERY_S:
+            self._told_s = time.monotonic()
+            said = f"{self.summary.found_blocks} blocks found, {self.summary.deleted_blocks} deleted"
+            print(said, file=sys.stderr, flush=True)
+
+
+async def collect(
+    config: RemoteConfig, max_age_s: float = math.inf, max_bytes: float = math.inf, *, dry_run: bool = False
+) -> Summary:
+    """Delete blocks of all namespaces below a URL.
+
+    Args:
+        config: Where.
+        max_age_s: Blocks stored longer ago are deleted.
+        max_bytes: Then the oldest, until so much is left.
+        dry_run: Only count.
+
+    Raises:
+        TierOpenError: If the store cannot be used, see `make_store`.
+    """
+    store = make_store(config)
+    collection = _Collection(store, max_age_s, max_bytes, dry_run, time.time())
+    try:
+        await collection.run()
+    finally:
+        await store.close()
+    return collection.summary
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line; 0 if all went well, 1 if deletions failed, 2 if nothing could be done."""
+    options = _parser().parse_args(arguments)
+    if options.max_age is None and options.max_bytes is None:
+        raise SystemExit("nothing to do: write --max-age, --max-bytes, or both")
+    try:
+        config = RemoteConfig(
+            url=options.url, storage_options=_storage_options(options.option), timeout_s=60.0
+        )
+        max_age_s = math.inf if options.max_age is None else _seconds(options.max_age)
+        max_bytes = math.inf if options.max_bytes is None else parse_size(options.max_bytes, "--max-bytes")
+        summary = asyncio.run(collect(config, max_age_s, max_bytes, dry_run=options.dry_run))
+    except KvbmError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except Exception as error:  # noqa: BLE001 - the program's top: a client's error may quote a password
+        fault = classify(error)
+        said: Kind = fault.kind
+        print(f"{shown_url(options.url)}: {said.name} ({fault.detail}): {said.advice}", file=sys.stderr)
+        return 2
+    print(json.dumps(dataclasses.asdict(summary)) if options.json else _text(summary))
+    return 1 if summary.failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m kvbm_remote")
+    commands = parser.add_subparsers(required=True, metavar="gc")
+    command = commands.add_parser("gc", help="delete old blocks", description=__doc__)
+    command.add_argument("url", metavar="URL", help="as in the configuration")
+    command.add_argument("--max-age", help="delete what was stored longer ago: 90m, 12h, 7d, 4w")
+    command.add_argument("--max-bytes", help="delete the oldest until so much is left: 500GiB")
+    command.add_argument("--option", action="append", default=[], help="NAME=VALUE of storage_options")
+    command.add_argument("--dry-run", action="store_true", help="delete nothing, say what would be")
+    command.add_argument("--json", action="store_true", help="print the summary as JSON")
+    return parser
+
+
+def _storage_options(pairs: Sequence[str]) -> dict[str, Any]:
+    if any("=" not in pair for pair in pairs):
+        raise SystemExit("--option: write NAME=VALUE, like endpoint_url=http://host:9000")
+    return {name: value for name, _, value in (pair.partition("=") for pair in pairs)}
+
+
+def _seconds(text: str) -> float:
+    match = _AGE.fullmatch(text)
+    if match is None:
+        raise SystemExit(f"--max-age: {text!r} is not an age; write a number and s, m, h, d or w, like 7d")
+    return float(match[1]) * _UNITS_S[match[2]]
+
+
+def _text(summary: Summary) -> str:
+    would = "would be deleted" if summary.dry_run else "deleted"
+    return (
+        f"{summary.found_blocks} blocks found, {summary.found_bytes} bytes; "
+        f"{summary.deleted_blocks} {would}, {summary.deleted_bytes} bytes; "
+        f"{summary.deleted_litter} unfinished files {would}; {summary.failed} deletions failed"
+    )

@@ -1,0 +1,334 @@
+"""What the tier needs of a store, and the stores whose calls return when they are done.
+
+    Store ─┬─ ObjectStore     s3, by obstore                       on an event loop
+           ├─ AsyncStore      any asynchronous fsspec file system  on an event loop
+           ├─ LocalStore      file://, by the operating system     in threads
+           └─ ThreadStore     any other fsspec file system         in threads
+
+All methods are coroutines. Those of a store that is not `asynchronous` never suspend: they block the
+thread that runs them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import secrets
+import stat
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from kvbm_remote._faults import WrongLengthError
+
+__all__ = [
+    "LITTER_S",
+    "TEMPORARY",
+    "TOP",
+    "UNSAID",
+    "Buffer",
+    "Entry",
+    "LocalStore",
+    "Store",
+    "ThreadStore",
+    "entry_of",
+]
+
+TOP: Final = "v1"
+"""Everything of ours lies below it; it names the version of the layout."""
+TEMPORARY: Final = f"{TOP}/tmp"
+"""Files lie here until they are whole."""
+LITTER_S: Final = 3600.0
+"""A temporary file of this age was left by a writer that died."""
+UNSAID: Final = -1
+_DIRECTORY_MODE: Final = 0o700
+_FILE_MODE: Final = 0o600
+"""A KV cache holds people's prompts."""
+
+Buffer = bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An object found in a store."""
+
+    path: str
+    """Below the store's root."""
+    nbytes: int
+    modified_s: float
+    """Since the epoch."""
+
+
+class Store(ABC):
+    """Whole objects by path, below a root. A path that is absent raises FileNotFoundError.
+
+    Behaviour:
+        - Nobody ever reads a part of what `put` writes.
+        - Nothing is retried; what a client library raises comes out as it is.
+    """
+
+    client: str = ""
+    """The library that does it, for the log."""
+    asynchronous: bool = False
+    """It needs an event loop, and its operations can be cancelled."""
+    abandonable: bool = True
+    """An operation that was given up touches nothing it was given: loads return bytes of their own, and
+    stores are given a copy."""
+
+    @abstractmethod
+    async def get(self, path: str, target: memoryview) -> Buffer:
+        """Give an object: bytes of its own, or `target`, filled.
+
+        Raises:
+            WrongLengthError: If it knows that the object has another length than the target.
+        """
+
+    @abstractmethod
+    async def put(self, path: str, content: Buffer, *, overwrite: bool) -> None:
+        """Write an object. Unless told to overwrite, leave one that is there, if that is cheap.
+
+        **Requires**: `content` does not change until it returns; if the store is `abandonable`, ever.
+        """
+
+    @abstractmethod
+    async def nbytes(self, path: str) -> int:
+        """Say how long an object is; `UNSAID` if it is there and the store does not say."""
+
+    @abstractmethod
+    async def delete(self, path: str) -> None:
+        """Delete an object."""
+
+    @abstractmethod
+    async def tidy(self) -> None:
+        """Delete what writers that died left behind."""
+
+    @abstractmethod
+    def entries(self) -> AsyncIterator[Entry]:
+        """List all objects below `TOP`, a part at a time, in any order."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Let go of connections."""
+
+
+class LocalStore(Store):
+    """A directory, by the operating system's own calls: a mount that several engines share."""
+
+    client = "files"
+    abandonable = False
+
+    def __init__(self, root: Path) -> None:
+        self._root = str(root)
+        self._made: set[str] = set()
+
+    async def get(self, path: str, target: memoryview) -> Buffer:
+        """See `Store.get`. Reads straight into the target."""
+        file = os.open(self._at(path), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if os.fstat(file).st_size != len(target):
+                raise WrongLengthError
+            done = 0
+            while done < len(target):
+                count = os.preadv(file, [target[done:]], done)
+                if not count:
+                    raise WrongLengthError
+                done += count
+        finally:
+            os.close(file)
+        return target
+
+    async def put(self, path: str, content: Buffer, *, overwrite: bool) -> None:
+        """See `Store.put`. Written under a temporary name, then renamed."""
+        final = self._at(path)
+        if not overwrite and os.path.exists(final):
+            return
+        temporary = self._at(f"{TEMPORARY}/{secrets.token_hex(16)}")
+        for folder in (os.path.dirname(final), os.path.dirname(temporary)):
+            if folder not in self._made:
+                self._make(folder)
+        try:
+            self._write(temporary, content)
+            os.rename(temporary, final)
+        except BaseException:
+            # Perhaps somebody deleted a directory.
+            self._made.clear()
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+    async def nbytes(self, path: str) -> int:
+        """See `Store.nbytes`."""
+        return os.stat(self._at(path)).st_size
+
+    async def delete(self, path: str) -> None:
+        """See `Store.delete`."""
+        os.unlink(self._at(path))
+
+    async def tidy(self) -> None:
+        """See `Store.tidy`."""
+        for entry in self._walk(self._at(TEMPORARY)):
+            if entry.modified_s < time.time() - LITTER_S:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._at(entry.path))
+
+    async def entries(self) -> AsyncIterator[Entry]:
+        """See `Store.entries`."""
+        for entry in self._walk(self._at(TOP)):
+            yield entry
+
+    async def close(self) -> None:
+        """See `Store.close`."""
+
+    def _at(self, path: str) -> str:
+        return f"{self._root}/{path}"
+
+    def _make(self, folder: str) -> None:
+        for each in reversed((Path(folder), *Path(folder).parents)):
+            if not each.exists():
+                each.mkdir(mode=_DIRECTORY_MODE, exist_ok=True)
+        self._made.add(folder)
+
+    def _write(self, path: str, content: Buffer) -> None:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _FILE_MODE)
+        try:
+            done = 0
+            while done < len(content):
+                done += os.write(file, content[done:])
+        finally:
+            os.close(file)
+
+    def _walk(self, folder: str) -> Iterator[Entry]:
+        with contextlib.suppress(FileNotFoundError), os.scandir(folder) as found:
+            for each in found:
+                if each.is_dir(follow_symlinks=False):
+                    yield from self._walk(each.path)
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    facts = each.stat(follow_symlinks=False)
+                    if stat.S_ISREG(facts.st_mode):
+                        yield Entry(each.path[len(self._root) + 1 :], facts.st_size, facts.st_mtime)
+
+
+class ThreadStore(Store):
+    """A synchronous fsspec file system, connected when it is first used and again after a break."""
+
+    def __init__(self, connect: Callable[[], Any], root: str, *, atomic: bool) -> None:
+        """Make a store.
+
+        Args:
+            connect: Makes the file system; may block, and fail.
+            root: The directory, as the file system writes it.
+            atomic: A file that is written appears whole.
+        """
+        self.client = "fsspec, threads"
+        self._connect = connect
+        self._root = root.rstrip("/")
+        self._atomic = atomic
+        self._lock = threading.Lock()
+        self._fs: Any = None
+        self._made: set[str] = set()
+
+    async def get(self, path: str, target: memoryview) -> Buffer:
+        """See `Store.get`."""
+        with self._connected() as fs:
+            content: bytes = fs.cat_file(self._at(path))
+            return content
+
+    async def put(self, path: str, content: Buffer, *, overwrite: bool) -> None:
+        """See `Store.put`. Written under a temporary name, then renamed, where that is needed."""
+        final = self._at(path)
+        with self._connected() as fs:
+            if not overwrite and fs.exists(final):
+                return
+            if self._atomic:
+                fs.pipe_file(final, content)
+                return
+            temporary = self._at(f"{TEMPORARY}/{secrets.token_hex(16)}")
+            for name in (final, temporary):
+                self._make(fs, name.rpartition("/")[0])
+            try:
+                fs.pipe_file(temporary, content)
+                fs.mv(temporary, final)
+            except BaseException:
+                self._made.clear()
+                # What cannot be deleted now is litter, and collected later.
+                with contextlib.suppress(Exception):
+                    fs.rm_file(temporary)
+                raise
+
+    async def nbytes(self, path: str) -> int:
+        """See `Store.nbytes`."""
+        with self._connected() as fs:
+            return int(fs.info(self._at(path))["size"])
+
+    async def delete(self, path: str) -> None:
+        """See `Store.delete`."""
+        with self._connected() as fs:
+            fs.rm_file(self._at(path))
+
+    async def tidy(self) -> None:
+        """See `Store.tidy`."""
+        if self._atomic:
+            return
+        with self._connected() as fs, contextlib.suppress(FileNotFoundError):
+            for facts in fs.ls(self._at(TEMPORARY), detail=True):
+                if entry_of(facts, self._root).modified_s < time.time() - LITTER_S:
+                    fs.rm_file(facts["name"])
+
+    async def entries(self) -> AsyncIterator[Entry]:
+        """See `Store.entries`."""
+        folders = [self._at(TOP)]
+        while folders:
+            with self._connected() as fs, contextlib.suppress(FileNotFoundError):
+                for facts in fs.ls(folders.pop(), detail=True):
+                    if facts["type"] == "directory":
+                        folders.append(facts["name"])
+                    else:
+                        yield entry_of(facts, self._root)
+
+    async def close(self) -> None:
+        """See `Store.close`."""
+        with self._lock:
+            fs, self._fs = self._fs, None
+        if hasattr(fs, "client") and hasattr(fs.client, "close"):
+            fs.client.close()
+
+    def _at(self, path: str) -> str:
+        return f"{self._root}/{path}"
+
+    def _make(self, fs: Any, folder: str) -> None:
+        if folder not in self._made:
+            fs.makedirs(folder, exist_ok=True)
+            self._made.add(folder)
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[Any]:
+        with self._lock:
+            fs = self._fs = self._fs or self._connect()
+        try:
+            yield fs
+        except FileNotFoundError:
+            raise
+        except Exception:
+            # A broken connection does not mend: the next operation makes a new one.
+            with self._lock:
+                if self._fs is fs:
+                    self._fs = None
+            raise
+
+
+def entry_of(facts: Mapping[str, Any], root: str) -> Entry:
+    """Turn what a file system says about a file into an entry."""
+    names = ("LastModified", "last_modified", "mtime", "updated", "modified", "timeModified", "created")
+    when: Any = next((facts[name] for name in names if facts.get(name) is not None), time.time())
+    if isinstance(when, str):
+        when = datetime.datetime.fromisoformat(when)
+    if isinstance(when, datetime.datetime):
+        when = when.timestamp()
+    path = str(facts["name"])[len(root) :].lstrip("/")
+    return Entry(path, int(facts["size"] or 0), float(when))

@@ -1,0 +1,359 @@
+"""Blocks in a store that many engines share: an object store, a file server, a mounted directory.
+
+    caller ── submit ──► jobs ──► event loop, or threads ── get, put, size ──► store
+    caller ◄── poll ── completions ◄──┘
+
+    <url>/v1/<namespace>/r<rank>of<ranks>/<first two digits>/<key>    all in hexadecimal
+
+Nothing here waits for the store, also not at open: an engine starts while it is down.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from kvbm_core.block import BlockKey
+from kvbm_core.errors import QueueFullError, TierError
+from kvbm_core.tier import Capabilities, Completion, Op, Outcome, Reason, Tier, TierContext, Transfer
+from kvbm_remote._clients import check, is_read_only, make_store
+from kvbm_remote._config import RemoteConfig, shown_url
+from kvbm_remote._faults import BUCKET, MISSING, Complaints, Fault, WrongLengthError, classify
+from kvbm_remote._runners import Job, LoopRunner, Runner, ThreadRunner
+from kvbm_remote._stores import TOP, UNSAID
+
+__all__ = ["RemoteTier"]
+
+_log = logging.getLogger("kvbm_remote")
+
+_QUEUE_FACTOR: Final = 4
+"""Transfers taken, for each that is under way."""
+_PRESENT_S: Final = 30.0
+"""What was seen counts as there for so long. Others delete rarely."""
+_ABSENT_S: Final = 1.0
+"""What was not there may be stored by another engine at any time."""
+_MAX_SEEN: Final = 1 << 16
+"""Answers remembered."""
+_MAX_GONE: Final = 1 << 16
+"""Corrupt blocks remembered until they are deleted or written again."""
+_MAX_DELETING: Final = 1024
+"""Deletions queued. Further ones are not made: the block is absent here, and others find it corrupt."""
+_GRACE_S: Final = 0.5
+"""A transfer whose client library does not end in time is answered so much later without it."""
+_CLOSE_WAIT_S: Final = 3.0
+"""What is queued at close is finished for so long; the rest fails."""
+
+
+class RemoteTier(Tier):
+    """Blocks as objects, one each."""
+
+    def __init__(self, config: RemoteConfig, context: TierContext) -> None:
+        check(config)
+        self._config = config
+        self._context = context
+        self._place = shown_url(config.url)
+        self._read_only = is_read_only(config)
+        self._store = make_store(config)
+        self._depth = _QUEUE_FACTOR * config.max_in_flight
+        self._capabilities = Capabilities(
+            capacity_blocks=None,
+            queue_depth=self._depth,
+            durable=True,
+            shared=True,
+            remote_lookup=True,
+            detail=f"{self._place} by {self._store.client}" + (", read only" if self._read_only else ""),
+        )
+        self._folder = f"{TOP}/{context.namespace.hex()}/r{context.rank}of{context.world_size}"
+        self._complaints = Complaints(self._place)
+        self._lock = threading.Lock()
+        self._open: dict[int, Job] = {}
+        self._done: deque[Completion] = deque()
+        self._unpolled = 0
+        self._seen: OrderedDict[BlockKey, tuple[float, bool]] = OrderedDict()
+        self._gone: OrderedDict[BlockKey, None] = OrderedDict()
+        self._deleting: dict[BlockKey, list[Job]] = {}
+        self._next_expiry_s = 0.0
+        self._closed = False
+        self._runner = self._start()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{self._unpolled} in flight"
+        return f"<RemoteTier {self._place} by {self._store.client}, {state}>"
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """See `Tier.capabilities`."""
+        return self._capabilities
+
+    def inventory(self) -> Iterable[BlockKey]:
+        """See `Tier.inventory`. Empty: a shared store may hold millions, ask with LOOKUP."""
+        return ()
+
+    def submit(self, transfers: Sequence[Transfer]) -> None:
+        """See `Tier.submit`.
+
+        Raises:
+            TierError: If the tier is closed.
+        """
+        if self._closed:
+            raise TierError("the tier is closed", operation="submit", tier="remote")
+        if self._unpolled + len(transfers) > self._depth:
+            raise QueueFullError(
+                f"{len(transfers)} transfers do not fit beside {self._unpolled} in flight; "
+                f"the queue takes {self._depth}",
+                operation="submit",
+                tier="remote",
+            )
+        self._unpolled += len(transfers)
+        now_s = time.monotonic()
+        answers, jobs = [], []
+        with self._lock:
+            for transfer in transfers:
+                answer = self._answer(transfer, now_s)
+                if answer is not None:
+                    answers.append(answer)
+                elif (job := self._accept(transfer, now_s)) is not None:
+                    jobs.append(job)
+        if jobs:
+            self._runner.push(jobs)
+        if answers:
+            self._done.extend(answers)
+            self._context.wake()
+
+    def poll(self) -> Sequence[Completion]:
+        """See `Tier.poll`. Also gives up what its client library does not."""
+        now_s = time.monotonic()
+        if self._open and now_s >= self._next_expiry_s:
+            self._next_expiry_s = now_s + _GRACE_S / 4
+            self._expire_overdue(now_s)
+        # Only this thread takes, so that many are there.
+        done = [self._done.popleft() for _ in range(len(self._done))]
+        self._unpolled -= len(done)
+        return done
+
+    def discard(self, keys: Sequence[BlockKey]) -> None:
+        """See `Tier.discard`. Absent here at once, deleted for all in the background."""
+        jobs = []
+        with self._lock:
+            for key in keys:
+                self._seen.pop(key, None)
+                self._gone[key] = None
+                if len(self._gone) > _MAX_GONE:
+                    self._gone.popitem(last=False)
+                if not self._read_only and key not in self._deleting and len(self._deleting) < _MAX_DELETING:
+                    self._deleting[key] = []
+                    jobs.append(Job(key, None, self._latest_s(time.monotonic())))
+        if jobs:
+            self._runner.push(jobs)
+
+    def close(self) -> None:
+        """See `Tier.close`. Finishes what is queued for up to 3 s, then fails the rest."""
+        if self._closed:
+            return
+        self._closed = True
+        self._runner.close(time.monotonic() + _CLOSE_WAIT_S, self._store.close)
+        with self._lock:
+            left, self._open = list(self._open), {}
+        if left:
+            self._done.extend(Completion(ticket, Outcome.FAILED, Reason.DEADLINE) for ticket in left)
+            self._context.wake()
+
+    def _start(self) -> Runner:
+        limit = self._config.max_in_flight
+        runner: Runner = (
+            LoopRunner(self._handle, self._time_is_up, limit, self._config.timeout_s)
+            if self._store.asynchronous
+            else ThreadRunner(self._handle, limit)
+        )
+        # A first look, so that the log soon says what is wrong.
+        runner.push([Job(b"", None, time.monotonic() + self._config.timeout_s)])
+        return runner
+
+    def _latest_s(self, now_s: float) -> float:
+        """Say when a job that is queued now is over at the latest: behind a full queue of slow ones."""
+        return now_s + (_QUEUE_FACTOR + 1) * self._config.timeout_s
+
+    # --- under the lock ---
+
+    def _answer(self, transfer: Transfer, now_s: float) -> Completion | None:
+        """Answer what needs no request."""
+        ticket, key = transfer.ticket, transfer.key
+        expires_s, present = self._seen.get(key, (0.0, False))
+        fresh = expires_s > now_s
+        if transfer.op is Op.STORE:
+            if self._read_only:
+                # Not an error: the tier works as it should.
+                return Completion(ticket, Outcome.FAILED, Reason.FULL)
+            return Completion(ticket, Outcome.DONE) if fresh and present else None
+        if key in self._gone or (transfer.op is Op.LOOKUP and fresh and not present):
+            return Completion(ticket, Outcome.MISSING, Reason.MISSING)
+        return Completion(ticket, Outcome.DONE) if transfer.op is Op.LOOKUP and fresh else None
+
+    def _accept(self, transfer: Transfer, now_s: float) -> Job | None:
+        """Open a transfer; its job, unless it waits for a deletion."""
+        give_up_s = min(transfer.deadline_s, self._latest_s(now_s))
+        job = Job(transfer.key, transfer, give_up_s, overwrite=transfer.key in self._gone)
+        self._open[transfer.ticket] = job
+        if transfer.op is Op.STORE and transfer.key in self._deleting:
+            self._deleting[transfer.key].append(job)
+            return None
+        return job
+
+    def _note(self, key: BlockKey, *, present: bool) -> None:
+        """Remember whether a block is there."""
+        if present:
+            self._gone.pop(key, None)
+        self._seen[key] = (time.monotonic() + (_PRESENT_S if present else _ABSENT_S), present)
+        self._seen.move_to_end(key)
+        if len(self._seen) > _MAX_SEEN:
+            self._seen.popitem(last=False)
+
+    # --- the loop's thread, or the threads ---
+
+    async def _handle(self, job: Job) -> None:
+        """Run a job to its completion."""
+        if not self._begin(job):
+            return
+        fault: Fault | None = None
+        for attempt in range(1, self._config.attempts + 1):
+            try:
+                await self._perform(job)
+            except Exception as error:  # noqa: BLE001 - the edge to foreign libraries: it becomes a completion
+                fault = self._fault(job, error)
+                if fault.kind.again and attempt < self._config.attempts and time.monotonic() < job.give_up_s:
+                    continue
+            else:
+                fault = None
+            break
+        self._end(job, fault)
+
+    def _fault(self, job: Job, error: Exception) -> Fault:
+        fault = classify(error)
+        if fault.kind is MISSING and job.transfer is not None and job.transfer.op is Op.STORE:
+            # What a write misses is not the object.
+            return Fault(BUCKET, fault.detail)
+        return fault
+
+    def _begin(self, job: Job) -> bool:
+        """Take a job up, unless it was given up in the queue."""
+        now_s = time.monotonic()
+        with self._lock:
+            if job.ended:
+                return False
+            late = job.give_up_s <= now_s
+            job.give_up_s = min(job.give_up_s, now_s + self._config.timeout_s)
+            # From here on the region is in use, until the transfer says that it is not.
+            job.held = not late
+        if late:
+            self._time_is_up(job)
+        return not late
+
+    async def _perform(self, job: Job) -> None:
+        transfer, path = job.transfer, self._path(job.key)
+        if transfer is None:
+            await (self._store.delete(path) if job.key else self._look())
+        elif transfer.op is Op.LOOKUP:
+            job.held = False
+            if await self._store.nbytes(path) not in (self._context.block_bytes, UNSAID):
+                raise WrongLengthError
+        elif transfer.op is Op.STORE:
+            await self._write(job, path)
+        else:
+            await self._read(job, path)
+
+    async def _write(self, job: Job, path: str) -> None:
+        assert job.transfer is not None
+        assert job.transfer.region is not None
+        view = job.transfer.region.view()
+        if not self._store.abandonable:
+            await self._store.put(path, view, overwrite=job.overwrite)
+            return
+        if not self._hold(job):
+            return
+        content = bytes(view)
+        job.held = False
+        await self._store.put(path, content, overwrite=job.overwrite)
+
+    async def _read(self, job: Job, path: str) -> None:
+        assert job.transfer is not None
+        assert job.transfer.region is not None
+        view = job.transfer.region.view()
+        job.held = not self._store.abandonable
+        content = await self._store.get(path, view)
+        if len(content) != len(view):
+            raise WrongLengthError
+        if content is not view and self._hold(job):
+            view[:] = content
+
+    async def _look(self) -> None:
+        """Collect what dead writers left, and ask for something that is not there."""
+        if not self._read_only:
+            await self._store.tidy()
+        await self._store.get(f"{TOP}/.look", memoryview(b""))
+
+    def _hold(self, job: Job) -> bool:
+        """Keep a job from being given up, if it was not already."""
+        with self._lock:
+            job.held = not job.ended
+            return job.held
+
+    def _path(self, key: BlockKey) -> str:
+        name = key.hex()
+        return f"{self._folder}/{name[:2]}/{name}"
+
+    def _end(self, job: Job, fault: Fault | None) -> None:
+        """Complete a job, and remember what it showed."""
+        transfer = job.transfer
+        reason = Reason.NONE if fault is None else fault.kind.reason
+        if fault is not None:
+            self._complaints.note(fault, transfer.op.value if transfer else "delete" if job.key else "open")
+        if transfer is None:
+            self._end_deletion(job, reason)
+            return
+        missing = reason is Reason.MISSING
+        with self._lock:
+            if reason is Reason.NONE and not job.ended:
+                self._note(job.key, present=True)
+            elif missing:
+                self._note(job.key, present=False)
+        outcome = Outcome.DONE if fault is None else Outcome.MISSING if missing else Outcome.FAILED
+        self._complete(job, Completion(transfer.ticket, outcome, reason))
+
+    def _end_deletion(self, job: Job, reason: Reason) -> None:
+        if not job.key:
+            return
+        with self._lock:
+            job.ended = True
+            waiting = self._deleting.pop(job.key, [])
+            if reason in (Reason.NONE, Reason.MISSING):
+                self._gone.pop(job.key, None)
+                self._note(job.key, present=False)
+        if waiting:
+            self._runner.push(waiting)
+
+    def _complete(self, job: Job, completion: Completion) -> None:
+        with self._lock:
+            if job.ended:
+                return
+            job.ended, job.held = True, False
+            self._open.pop(completion.ticket, None)
+            self._done.append(completion)
+        self._context.wake()
+
+    # --- giving up ---
+
+    def _time_is_up(self, job: Job) -> None:
+        """Complete a job that took too long."""
+        self._end(job, classify(TimeoutError()))
+
+    def _expire_overdue(self, now_s: float) -> None:
+        with self._lock:
+            overdue = [
+                job for job in self._open.values() if job.give_up_s + _GRACE_S < now_s and not job.held
+            ]
+        for job in overdue:
+            self._time_is_up(job)
