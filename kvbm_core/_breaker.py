@@ -10,6 +10,8 @@ __all__ = ["Breaker"]
 
 _FAULTS: Final = frozenset({Reason.DEADLINE, Reason.ERROR})
 """What speaks against the tier, not against one block."""
+_SILENT: Final = frozenset({Reason.FULL, Reason.BUSY})
+"""What a tier answers without its medium: it shows neither that this works nor that it fails."""
 
 
 class Breaker:
@@ -37,6 +39,8 @@ class Breaker:
 
     def note(self, reason: Reason, now_s: float) -> bool:
         """Take in how an operation ended (NONE for well). True if this opened the breaker."""
+        if reason in _SILENT:
+            return False
         if reason not in _FAULTS:
             self._faults, self._pause_s = 0, self.first_pause_s
             return False

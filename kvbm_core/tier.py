@@ -76,7 +76,7 @@ class Reason(enum.Enum):
     FULL = "full"
     """No room: no slot, no space on the disk, no staging memory."""
     BUSY = "busy"
-    """Refused for now: the queue is full, or the key is being written."""
+    """Refused for now: the queue is full, or the key is being written or is reserved."""
     DEADLINE = "deadline"
     """It took too long."""
     ERROR = "error"
@@ -141,13 +141,14 @@ class Capabilities:
     """What a tier can do. Constant from open to close; the core obeys it, the suite selects by it."""
 
     capacity_blocks: int | None
-    """How many blocks of ``block_bytes`` it holds for this namespace. None: no limit of its own."""
+    """How many blocks of ``block_bytes`` it holds for this namespace; it forgets none by itself. None:
+    no limit that the core must keep, and blocks may be gone at any time."""
     queue_depth: int = 64
     """Transfers it has at once, at least 1. Each takes a place from `Tier.submit` until `Tier.poll`
     has returned its completion."""
     durable: bool = False
     """What it said was stored, it serves again after a ``kill -9`` of the process. (What was
-    discarded shortly before may be there again too.)"""
+    discarded shortly before the kill may be there again too; after `close` it is gone.)"""
     addressable: bool = False
     """It is `Addressable`: it lends the memory its blocks lie in."""
     device_direct: bool = False
@@ -155,7 +156,8 @@ class Capabilities:
     shared: bool = False
     """Other engines store here too, so a key may be there that nobody here stored."""
     remote_lookup: bool = False
-    """It cannot list its blocks at open: `inventory` is empty, ask with LOOKUP."""
+    """It cannot list its blocks at open: `inventory` is empty, ask with LOOKUP. Such a tier keeps its
+    own bound: `capacity_blocks` is None."""
     detail: str = ""
     """How it works on this machine, for the log: the engine it chose, the place."""
 
@@ -173,8 +175,8 @@ class TierContext:
     world_size: int = 1
     """Ranks an engine has. A `capacity` in the configuration is for all of them together."""
     wake: Callable[[], None] = lambda: None
-    """Call it, from any thread, when `poll` has something to return. Without it the core still
-    polls, but later."""
+    """Call it, from any thread and also within `submit`, when `poll` has something to return, and not
+    while holding a lock that `poll` needs. Without it the core still polls, but later."""
     pin: Callable[[int, int], Callable[[], None]] | None = None
     """Page-lock ``(address, nbytes)`` for DMA; returns what undoes it. None without an accelerator."""
 
@@ -195,6 +197,8 @@ class Tier(ABC):
     def inventory(self) -> Iterable[BlockKey]:
         """List the keys found at open, oldest first where the tier knows.
 
+        **Requires**: called before the first `submit`.
+
         Behaviour:
             - Keys of another namespace are not listed.
             - A tier that is not durable, or has `remote_lookup`, lists nothing.
@@ -214,7 +218,8 @@ class Tier(ABC):
             - The region belongs to the tier from here to the completion.
 
         Raises:
-            QueueFullError: If the batch does not fit the queue; nothing of it was started.
+            QueueFullError: If the batch does not fit the queue, or is longer than it; nothing of it
+                was started.
             TierError: If the tier is closed, or cannot start anything; nothing of it was started.
         """
 

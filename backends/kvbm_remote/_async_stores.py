@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any, Final
 
 from kvbm_remote._faults import WrongLengthError, classify
-from kvbm_remote._stores import TOP, UNSAID, Buffer, Entry, Store, entry_of
+from kvbm_remote._stores import UNSAID, Buffer, Entry, Store, entry_of
 
 __all__ = ["AsyncStore", "ObjectStore"]
 
@@ -84,12 +84,9 @@ class ObjectStore(Store):
         """See `Store.delete`."""
         await self._obstore.delete_async(self._store, path)
 
-    async def tidy(self) -> None:
-        """See `Store.tidy`. Nothing is left: a request that did not end has no effect."""
-
-    async def entries(self) -> AsyncIterator[Entry]:
+    async def entries(self, folder: str) -> AsyncIterator[Entry]:
         """See `Store.entries`."""
-        async for batch in self._obstore.list(self._store, prefix=TOP, chunk_size=_LIST_OBJECTS):
+        async for batch in self._obstore.list(self._store, prefix=folder, chunk_size=_LIST_OBJECTS):
             for facts in batch:
                 yield Entry(facts["path"], facts["size"], facts["last_modified"].timestamp())
 
@@ -143,12 +140,9 @@ class AsyncStore(Store):
         """See `Store.delete`."""
         await (await self._connected())._rm_file(self._at(path))
 
-    async def tidy(self) -> None:
-        """See `Store.tidy`. Nothing is left: a request that did not end has no effect."""
-
-    async def entries(self) -> AsyncIterator[Entry]:
+    async def entries(self, folder: str) -> AsyncIterator[Entry]:
         """See `Store.entries`."""
-        fs, folders = await self._connected(), [self._at(TOP)]
+        fs, folders = await self._connected(), [self._at(folder)]
         while folders:
             with contextlib.suppress(FileNotFoundError):
                 for facts in await fs._ls(folders.pop(), detail=True):

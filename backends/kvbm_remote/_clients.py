@@ -118,7 +118,7 @@ def _obstore_settings(config: RemoteConfig) -> dict[str, Any] | None:
 
 
 def _flat_options(config: RemoteConfig) -> dict[str, Any]:
-    import fsspec.config  # type: ignore[import-untyped]
+    import fsspec.config
 
     options = {**fsspec.config.conf.get("s3", {}), **config.storage_options}
     nested = options.pop("client_kwargs", {})

@@ -24,7 +24,7 @@ from kvbm_core.errors import KvbmError
 from kvbm_remote._clients import make_store
 from kvbm_remote._config import RemoteConfig, shown_url
 from kvbm_remote._faults import Kind, classify
-from kvbm_remote._stores import LITTER_S, TEMPORARY, TOP, Entry, Store
+from kvbm_remote._stores import LITTER_S, TOP, Entry, Store, is_temporary
 
 __all__ = ["Summary", "collect", "main"]
 
@@ -65,11 +65,11 @@ class _Collection:
         self.summary = Summary(dry_run=dry_run)
 
     async def run(self) -> None:
-        async for entry in self._store.entries():
+        async for entry in self._store.entries(TOP):
             self._tell()
             if _BLOCK.fullmatch(entry.path):
                 await self._take_in(entry)
-            elif entry.path.startswith(f"{TEMPORARY}/") and entry.modified_s < self._now_s - LITTER_S:
+            elif is_temporary(entry.path) and entry.modified_s < self._now_s - LITTER_S:
                 await self._doom(entry)
         excess_bytes = self._stored.total() - self._max_bytes
         if excess_bytes > 0:
@@ -91,7 +91,7 @@ class _Collection:
             if left <= self._stored[last]:
                 break
             left -= self._stored[last]
-        async for entry in self._store.entries():
+        async for entry in self._store.entries(TOP):
             self._tell()
             minute = int(entry.modified_s // _MINUTE_S)
             if minute > last or entry.modified_s < self._oldest_s or not _BLOCK.fullmatch(entry.path):
@@ -118,7 +118,7 @@ class _Collection:
         for entry, failure in zip(doomed, failures, strict=True):
             if failure is not None and classify(failure).kind.name != "missing":
                 self.summary.failed += 1
-            elif entry.path.startswith(f"{TEMPORARY}/"):
+            elif is_temporary(entry.path):
                 self.summary.deleted_litter += 1
             else:
                 self.summary.deleted_blocks += 1

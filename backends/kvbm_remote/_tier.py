@@ -24,7 +24,7 @@ from kvbm_remote._clients import check, is_read_only, make_store
 from kvbm_remote._config import RemoteConfig, shown_url
 from kvbm_remote._faults import BUCKET, MISSING, Complaints, Fault, WrongLengthError, classify
 from kvbm_remote._runners import Job, LoopRunner, Runner, ThreadRunner
-from kvbm_remote._stores import TOP, UNSAID
+from kvbm_remote._stores import LITTER_S, TEMPORARY, TOP, UNSAID
 
 __all__ = ["RemoteTier"]
 
@@ -155,7 +155,7 @@ class RemoteTier(Tier):
         if self._closed:
             return
         self._closed = True
-        self._runner.close(time.monotonic() + _CLOSE_WAIT_S, self._store.close)
+        self._runner.close(time.monotonic() + _CLOSE_WAIT_S, self._let_go)
         with self._lock:
             left, self._open = list(self._open), {}
         if left:
@@ -292,7 +292,9 @@ class RemoteTier(Tier):
     async def _look(self) -> None:
         """Collect what dead writers left, and ask for something that is not there."""
         if not self._read_only:
-            await self._store.tidy()
+            async for entry in self._store.entries(TEMPORARY):
+                if entry.modified_s < time.time() - LITTER_S:
+                    await self._store.delete(entry.path)
         await self._store.get(f"{TOP}/.look", memoryview(b""))
 
     def _hold(self, job: Job) -> bool:
@@ -345,6 +347,12 @@ class RemoteTier(Tier):
         self._context.wake()
 
     # --- giving up ---
+
+    async def _let_go(self) -> None:
+        try:
+            await self._store.close()
+        except Exception as error:  # noqa: BLE001 - the edge to foreign libraries: nothing depends on it any more
+            _log.warning("%s: closing the connections failed: %s", self._place, classify(error).detail)
 
     def _time_is_up(self, job: Job) -> None:
         """Complete a job that took too long."""

@@ -1,6 +1,12 @@
-"""What tests of backends and engines need: a device in plain memory, and tiers that misbehave."""
+"""What tests of backends and engines need.
 
+`MemoryDevice` stands for an engine's memory, `FaultyTier` misbehaves on command, `KilledChild` dies in
+the midst of stores. The conformance suite is `kvbm_core.testing.suite`: it needs pytest and hypothesis
+(the extra ``testing``), this module does not.
+"""
+
+from kvbm_core.testing._child import KilledChild
 from kvbm_core.testing._device import MemoryDevice
 from kvbm_core.testing._faults import FaultyTier
 
-__all__ = ["FaultyTier", "MemoryDevice"]
+__all__ = ["FaultyTier", "KilledChild", "MemoryDevice"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import datetime
 import functools
 import http.server
 import json
@@ -166,7 +167,8 @@ def test_nobody_reads_half_a_block_that_is_overwritten(tmp_path):
     assert alternating(lambda: LocalStore(tmp_path)) == []
     fs = fsspec.filesystem("file")
     assert alternating(lambda: ThreadStore(lambda: fs, str(tmp_path), atomic=False)) == []
-    assert list((tmp_path / "v1/tmp").iterdir()) == []
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {"v1/x/y"}
 
 
 CHILD = """
@@ -191,18 +193,36 @@ def test_a_writer_killed_in_the_middle_leaves_no_torn_block_and_its_litter_is_co
         child.send_signal(signal.SIGKILL)
         child.wait()
         child.stdout.close()
-    blocks = [path for path in (tmp_path / "kv/v1" / NAMESPACE.hex()).rglob("*") if path.is_file()]
+    files = [path for path in (tmp_path / "kv/v1" / NAMESPACE.hex()).rglob("*") if path.is_file()]
+    blocks = [path for path in files if not path.name.startswith(".")]
     assert blocks
     assert all(path.read_bytes() == b"k" * (1 << 20) for path in blocks)
     # Whether one of them died in the middle of a file is chance; this one did, two hours ago.
-    litter = tmp_path / "kv/v1/tmp" / ("0" * 32)
-    litter.write_bytes(b"half")
-    os.utime(litter, (time.time() - 7200,) * 2)
-    fresh = tmp_path / "kv/v1/tmp" / ("1" * 32)
-    fresh.write_bytes(b"half")
-    open_tier(f"file://{tmp_path}/kv")
-    wait_for(lambda: not litter.exists())
+    old, fresh = (blocks[0].parent / f".{digit * 32}" for digit in "01")
+    for file in (old, fresh):
+        file.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    tier = open_tier(f"file://{tmp_path}/kv", nbytes=1 << 20)
+    block = region(b"k" * (1 << 20), 1 << 20)
+    again = bytes.fromhex(blocks[0].name[:-2] + "00")
+    assert run(tier, [Transfer(1, Op.STORE, again, block)])[1].outcome is Outcome.DONE
+    assert not old.exists()
     assert fresh.exists()
+
+
+def test_litter_of_a_file_server_is_collected_at_open(stuck, open_tier):
+    fs = StuckFileSystem()
+    tier = open_tier("stuck://kv")
+    store(tier, 1)
+    root = fs._strip_protocol("stuck://kv")
+    old, fresh = (f"{root}/v1/tmp/{digit * 32}" for digit in "01")
+    for file in (old, fresh):
+        fs.pipe_file(file, b"half")
+    fs.store[old].created = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=2)
+    open_tier("stuck://kv")
+    wait_for(lambda: not fs.exists(old))
+    assert fs.exists(fresh)
+    assert load(tier, 1)[1] == content(1)
 
 
 def test_a_directory_deleted_under_a_running_engine_is_made_again(tmp_path, open_tier):
@@ -210,8 +230,8 @@ def test_a_directory_deleted_under_a_running_engine_is_made_again(tmp_path, open
     store(tier, 1)
     fsspec.filesystem("file").rm(f"{tmp_path}/kv", recursive=True)
     assert load(tier, 1)[0].outcome is Outcome.MISSING
-    assert store(tier, 2).outcome is Outcome.DONE
-    assert load(tier, 2)[1] == content(2)
+    assert store(tier, 1).outcome is Outcome.DONE
+    assert load(tier, 1)[1] == content(1)
 
 
 class StuckFileSystem(MemoryFileSystem):
@@ -219,12 +239,14 @@ class StuckFileSystem(MemoryFileSystem):
 
     protocol = "stuck"
     free = threading.Event()
+    writing = threading.Event()
 
     def cat_file(self, path, **options):
         self.free.wait()
         return super().cat_file(path, **options)
 
     def pipe_file(self, path, value, **options):
+        self.writing.set()
         self.free.wait()
         return super().pipe_file(path, value, **options)
 
@@ -242,16 +264,21 @@ def test_a_file_system_that_hangs_costs_a_deadline_and_never_touches_the_region_
     tier = open_tier("stuck://kv", timeout_s=0.3, max_in_flight=2)
     store(tier, 1)
     stuck.clear()
+    StuckFileSystem.writing.clear()
     source, targets = region(content(2)), [region(b"\xaa" * BLOCK) for _ in range(5)]
-    transfers = [Transfer(n, Op.LOAD, key(1), target) for n, target in enumerate(targets)]
-    ends = run(tier, [Transfer(9, Op.STORE, key(2), source), *transfers])
-    assert {(end.outcome, end.reason) for end in ends.values()} == {(Outcome.FAILED, Reason.DEADLINE)}
+    tier.submit([Transfer(9, Op.STORE, key(2), source)])
+    assert StuckFileSystem.writing.wait(20)
+    tier.submit([Transfer(n, Op.LOAD, key(1), target) for n, target in enumerate(targets)])
+    done = []
+    wait_for(lambda: done.extend(tier.poll()) or len(done) == 6)
+    assert {(end.outcome, end.reason) for end in done} == {(Outcome.FAILED, Reason.DEADLINE)}
     # The region is the caller's again: what it puts there must not reach the store.
     source.view()[:] = b"?" * BLOCK
     stuck.set()
     wait_for(lambda: load(tier, 1)[1] == content(1))
     assert all(bytes(target.view()) == b"\xaa" * BLOCK for target in targets)
-    wait_for(lambda: store(tier, 2).outcome is Outcome.DONE)
+    # The write that was given up went on, with the bytes it was given.
+    wait_for(lambda: load(tier, 2)[0].outcome is Outcome.DONE)
     assert load(tier, 2)[1] == content(2)
 
 
@@ -304,7 +331,7 @@ def test_a_full_disk_ends_stores_with_full(tmp_path, open_tier):
         assert 5 < len(stored) < 20
         assert {end.reason for end in ends} == {Reason.NONE, Reason.FULL}
         assert all(load(tier, n)[1] == content(n) for n in stored)
-        assert list((tmp_path / "disk/v1/tmp").iterdir()) == []
+        assert len([path for path in (tmp_path / "disk").rglob("*") if path.is_file()]) == len(stored)
     finally:
         subprocess.run(["umount", "-l", tmp_path / "disk"], check=True)
 
@@ -487,6 +514,22 @@ def test_the_collector_deletes_the_oldest_until_it_fits(aged, open_tier):
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert said.startswith(f"10 blocks found, {10 * BLOCK} bytes; 6 deleted, {6 * BLOCK} bytes; 0 unfinished")
     assert left(aged, open_tier) == [0, 1, 2, 3]
+
+
+def test_the_collector_deletes_what_dead_writers_left(aged, capsys):
+    (folder, *_) = (aged / "kv/v1" / NAMESPACE.hex() / "r0of1").iterdir()
+    (aged / "kv/v1/tmp").mkdir()
+    litter = [folder / ".0123", aged / "kv/v1/tmp/0123"]
+    for file in litter:
+        file.write_bytes(b"half")
+    assert main(["gc", f"file://{aged}/kv", "--max-age", "99d", "--json"]) == 0
+    assert all(file.exists() for file in litter)
+    for file in litter:
+        os.utime(file, (time.time() - 7200,) * 2)
+    assert main(["gc", f"file://{aged}/kv", "--max-age", "99d", "--json"]) == 0
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(each["deleted_blocks"], each["deleted_litter"]) for each in said] == [(0, 0), (0, 2)]
+    assert not any(file.exists() for file in litter)
 
 
 def test_age_and_size_together_delete_no_more_than_they_must(aged, open_tier):

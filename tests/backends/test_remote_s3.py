@@ -163,6 +163,24 @@ def test_an_object_of_another_length_is_corrupt_and_is_mended_for_all(server, op
     assert load(open_tier(client=client), 1)[1] == content(1)
 
 
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_corrupt_block_that_could_not_be_deleted_is_written_again(server, open_tier, proxy, client, caplog):
+    store(open_tier(), 1)
+    tier = open_tier(proxy.endpoint, client=client)
+    path = f"{tier._config.url.split('/', 3)[3]}/{tier._path(key(1))}"
+    with contextlib.closing(server._client()) as bare:
+        bare.put_object(Bucket=server.bucket, Key=path, Body=b"short")
+    assert load(tier, 1)[0].reason is Reason.CORRUPT
+    proxy.mode = "refuse"
+    tier.discard([key(1)])
+    until(lambda: "unreachable in delete" in caplog.text)
+    assert load(tier, 1)[0].outcome is Outcome.MISSING
+    proxy.mode = "pass"
+    assert load(tier, 1)[0].outcome is Outcome.MISSING
+    assert store(tier, 1).outcome is Outcome.DONE
+    assert load(open_tier(), 1)[1] == content(1)
+
+
 FAULTS = {
     "503": Reason.ERROR,
     "429": Reason.ERROR,
@@ -212,6 +230,8 @@ def test_a_load_given_up_never_touches_the_region_again(open_tier, proxy, client
     deadline_s = time.monotonic() + 0.5
     loads = [Transfer(n, Op.LOAD, key(1), target, deadline_s) for n, target in enumerate(targets)]
     assert {end.reason for end in run(tier, loads).values()} == {Reason.DEADLINE}
+    # Ended, not forgotten: nothing waits for the silent server any more.
+    until(lambda: not tier._runner._tasks)
     proxy.mode = "pass"
     assert load(tier, 1)[1] == content(1)
     assert all(bytes(target.view()) == b"\xaa" * BLOCK for target in targets)

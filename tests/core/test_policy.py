@@ -60,7 +60,17 @@ def test_a_breaker_opens_after_faults_in_a_row_and_closes_with_time():
     assert repr(breaker) == "<Breaker 3 faults, open until 11.0 s>"
 
 
-@pytest.mark.parametrize("reason", [r for r in Reason if r not in (Reason.DEADLINE, Reason.ERROR)])
+@pytest.mark.parametrize("reason", [Reason.FULL, Reason.BUSY])
+def test_what_is_answered_without_the_medium_neither_opens_nor_ends_the_row(reason):
+    breaker = Breaker()
+    assert not opened(breaker, 0, reason)
+    breaker.note(Reason.ERROR, 0)
+    breaker.note(Reason.ERROR, 0)
+    assert not breaker.note(reason, 0)
+    assert breaker.note(Reason.ERROR, 0)
+
+
+@pytest.mark.parametrize("reason", [Reason.NONE, Reason.MISSING, Reason.CORRUPT])
 def test_what_is_not_the_tiers_fault_opens_no_breaker_and_ends_the_row(reason):
     breaker = Breaker()
     assert not opened(breaker, 0, reason)
