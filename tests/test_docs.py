@@ -6,8 +6,10 @@ import dataclasses
 import enum
 import hashlib
 import importlib
+import os
 import re
 import struct
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -18,13 +20,16 @@ import xxhash
 import yaml
 
 import kvbm_core
-from kvbm_core import errors, hookspecs, load_config
+from kvbm_core import errors, hookspecs, load_config, testing
 from kvbm_core.config import ByteSize, StackConfig, TierEntry, convert, parse_size
 from kvbm_core.layers import FOOTER_BYTES, CheckedTier
 from kvbm_core.memory import MemoryConfig, MemoryTier
+from kvbm_core.testing import suite
 from kvbm_core.tier import Op, Outcome, Region, TierContext, Transfer
 from kvbm_cpu import CpuConfig
+from kvbm_gds import GdsConfig
 from kvbm_lmdb import LmdbConfig
+from kvbm_remote import RemoteConfig
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -34,7 +39,13 @@ READMES = sorted((ROOT / "backends").glob("*/README.md"))
 
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
-TIER_TYPES = {"memory": MemoryConfig, "cpu": CpuConfig, "lmdb": LmdbConfig}
+TIER_TYPES = {
+    "memory": MemoryConfig,
+    "cpu": CpuConfig,
+    "gds": GdsConfig,
+    "lmdb": LmdbConfig,
+    "remote": RemoteConfig,
+}
 
 
 def name_of(page):
@@ -100,6 +111,18 @@ def test_the_index_names_every_page():
 # Code.
 
 
+TUTORIAL = DOCS / "tutorial" / "first-tier.md"
+
+
+def tutorial_files():
+    """The files that the tutorial writes; blocks of one file follow each other, as the reader is told."""
+    files = {}
+    for info, text in blocks(TUTORIAL):
+        if len(info) > 1 and info[1].startswith("file="):
+            files.setdefault(info[1].removeprefix("file="), []).append(text)
+    return {name: "\n".join(texts) for name, texts in files.items()}
+
+
 STACKS = [
     pytest.param(text, id=f"{name_of(page)}-{at}")
     for page in PAGES + READMES
@@ -125,18 +148,13 @@ def test_every_stack_is_a_valid_configuration(text):
 
 @pytest.fixture
 def shelf(tmp_path, monkeypatch):
-    """Install the backend of the how-to page: its files, and the metadata an installer would write."""
+    """Install the backend of the tutorial: its files, and the metadata an installer would write."""
     folder = tmp_path / "site"
-    files = {
-        info[1].removeprefix("file="): text
-        for info, text in blocks(DOCS / "how-to" / "write-a-backend.md")
-        if len(info) > 1 and info[1].startswith("file=")
-    }
-    for name, text in files.items():
+    for name, text in tutorial_files().items():
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-    project = tomllib.loads(files["pyproject.toml"])["project"]
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
     name, version = project["name"], project["version"]
     metadata = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     metadata.mkdir()
@@ -146,7 +164,7 @@ def shelf(tmp_path, monkeypatch):
     (metadata / "entry_points.txt").write_text("\n".join(["[kvbm_core]", *lines, ""]))
     monkeypatch.syspath_prepend(str(folder))
     importlib.invalidate_caches()
-    yield
+    yield folder
     sys.modules.pop("kvbm_shelf", None)
 
 
@@ -154,6 +172,46 @@ def shelf(tmp_path, monkeypatch):
 def test_every_runnable_block_runs(text, shelf, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(text, "documentation", "exec"), {"__name__": "documentation"})
+
+
+def test_the_tutorials_tier_passes_the_suite_as_it_says(shelf):
+    environment = {**os.environ, "PYTHONPATH": str(shelf)}
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "test_shelf.py"]
+    done = subprocess.run(command, cwd=shelf, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [drawn] = [text for info, text in blocks(TUTORIAL) if info == ["text", "suite"]]
+    untimed = [re.sub(r" in \S+s$", "", text.strip()) for text in (done.stdout, drawn)]
+    assert untimed[0] == untimed[1]
+
+
+def test_the_suite_finds_what_the_tutorial_says_it_finds(shelf):
+    module = shelf / "kvbm_shelf" / "__init__.py"
+    guard = (
+        "        if len(self._present) >= self._capacity:\n            return Outcome.FAILED, Reason.FULL\n"
+    )
+    assert guard in module.read_text()
+    module.write_text(module.read_text().replace(guard, ""))
+    environment = {**os.environ, "PYTHONPATH": str(shelf)}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-k",
+        "capacity",
+        "-p",
+        "no:cacheprovider",
+        "test_shelf.py",
+    ]
+    done = subprocess.run(command, cwd=shelf, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"^FAILED .*more_are_refused", done.stdout, re.MULTILINE)
+
+
+def test_the_tutorial_is_as_short_as_it_says():
+    code = [text for name, text in tutorial_files().items() if name.endswith(".py")]
+    lines = [line for text in code for line in text.splitlines() if line.strip()]
+    assert 100 < len(lines) < 150
 
 
 def test_there_is_code_to_run():
@@ -180,8 +238,10 @@ def test_every_key_is_documented_with_its_default(title, config):
             assert written == "none", name
         elif isinstance(field.default, ByteSize):
             assert parse_size(written) == field.default, name
+        elif field.default_factory is dict:
+            assert written == "{}", name
         else:
-            assert written == repr(field.default), name
+            assert written in (field.default, repr(field.default)), name
         assert all(documented[name]), f"{name} has an empty cell"
 
 
@@ -254,6 +314,46 @@ def test_every_hook_is_documented():
 
 def test_the_version_of_the_contract_is_documented():
     assert f"Contract version: {kvbm_core.CONTRACT_VERSION} (`CONTRACT_VERSION`)" in CONTRACT.read_text()
+
+
+# Testing.
+
+TESTING = REFERENCE / "testing.md"
+
+
+def test_every_public_name_of_the_kit_is_documented():
+    for module in (testing, suite):
+        assert table(TESTING, f"`{module.__name__}`").keys() == set(module.__all__)
+    documented = table(TESTING, "`TierSuite`")
+    assert documented.keys() == suite._FREE
+    for name in ("waivers", "block_bytes", "programs"):
+        assert documented[name][1] == f"`{getattr(suite.TierSuite, name)}`"
+    assert f"9 to {suite._MOST_BLOCKS} blocks" in documented["settings"][2]
+
+
+def test_every_test_of_the_suite_is_documented_with_the_tiers_it_is_for():
+    documented = {name: row[1] for name, row in table(TESTING, "Tests").items()}
+    members = {name: member for name, member in vars(suite.TierSuite).items() if name.startswith("test_")}
+    assert documented == {name: getattr(member, "needs", ("any",))[0] for name, member in members.items()}
+
+
+def test_every_fault_is_documented():
+    written = re.findall(r"^    ``(\w+)`` +(.+)$", testing.FaultyTier.__doc__, re.MULTILINE)
+    documented = {name: row[1] for name, row in table(TESTING, "Faults").items()}
+    assert documented == {name: text.strip() for name, text in written}
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("kvbm_core.testing", ["pytest", "hypothesis", "torch", "vllm", "numpy"]),
+        ("kvbm_core.testing.suite", ["torch", "vllm", "numpy"]),
+    ],
+)
+def test_importing_the_kit_pulls_in_nothing_more_than_it_says(module, absent):
+    program = f"import sys, {module}; print(*sorted(set(sys.modules) & set({absent!r})))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
 
 
 # On-disk format.

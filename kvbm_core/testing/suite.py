@@ -55,7 +55,9 @@ def needs(what: str, having: Callable[[Capabilities], bool]) -> Callable[[Any], 
     """Have a test run only for tiers with a capability."""
 
     def mark(test: Any) -> Any:
-        test.needs = (what, having)
+        before, also = getattr(test, "needs", ("", lambda capabilities: True))
+        text = f"{what}, and {before}" if before else what
+        test.needs = (text, lambda capabilities: having(capabilities) and also(capabilities))
         return test
 
     return mark
@@ -63,7 +65,7 @@ def needs(what: str, having: Callable[[Capabilities], bool]) -> Callable[[Any], 
 
 durable = needs("durable", lambda c: c.durable)
 listing = needs("durable, and lists its blocks", lambda c: c.durable and not c.remote_lookup)
-fleeting = needs("not durable", lambda c: not c.durable)
+fleeting = needs("forgetful (not durable)", lambda c: not c.durable)
 bounded = needs("bounded", lambda c: c.capacity_blocks is not None)
 shared = needs("shared", lambda c: c.shared)
 asked = needs("asked by LOOKUP", lambda c: c.remote_lookup)

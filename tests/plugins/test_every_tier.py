@@ -1,5 +1,6 @@
 """Each kind of tier under a real engine, alone and below host memory; S3 by a real server that fails."""
 
+import importlib
 import time
 
 import pytest
@@ -16,6 +17,7 @@ from engines import (
     story_tokens,
 )
 from servers import FaultProxy
+from third_party.toy_install import install_toy
 
 pytestmark = pytest.mark.engine
 
@@ -141,3 +143,20 @@ def test_an_engine_starts_and_answers_without_its_store(
     assert connector(llm).counts["remote"].failed.total() > 0
     assert s3.secret_key not in caplog.text
     assert "not-the-secret" not in caplog.text
+
+
+def test_a_strangers_backend_below_host_memory(start, llama, tmp_path, monkeypatch):
+    """Installed as a stranger's package is, found by its entry point, kept over a restart."""
+    monkeypatch.syspath_prepend(str(install_toy(tmp_path / "site")))
+    importlib.invalidate_caches()
+    prompts = make_prompts(12, seed=43, longest=900)
+    tiers = [
+        {"backend": "cpu", "capacity": "8MiB"},
+        {"backend": "toy", "capacity": "64MiB", "path": str(tmp_path / "toy")},
+    ]
+    llm = start(llama, tiers)
+    own = own_answers(llm, prompts)
+    drain(llm)
+    llm = start(llama, tiers)
+    assert_restored(prompts, own, restore(llm, prompts))
+    assert loaded(llm)["toy"] > 0
