@@ -64,7 +64,8 @@ class GdsTier(Tier):
         self._doomed: set[int] = set()
         """Slots that are free as soon as nobody reads them."""
         self._sequence = max((entry.sequence for entry in entries), default=0)
-        self._flying: dict[int, tuple[Transfer, int]] = {}
+        self._flying: dict[int, tuple[Transfer, int, int]] = {}
+        """Ticket to transfer, slot and sequence."""
         self._done: list[Completion] = []
         self._closed = self._out = False
         self._capabilities = Capabilities(
@@ -133,7 +134,7 @@ class GdsTier(Tier):
         ended = self._engines.close(_CLOSE_WAIT_S)
         self._finish(self._engines.take())
         self._closed = True
-        for transfer, _ in self._flying.values():
+        for transfer, _, _ in self._flying.values():
             self._complete(transfer, Outcome.FAILED, Reason.ERROR)
         self._flying.clear()
         if not ended:
@@ -176,7 +177,9 @@ class GdsTier(Tier):
         else:
             slot = self._ready[transfer.key]
             self._reading[slot] = self._reading.get(slot, 0) + 1
-        self._flying[transfer.ticket] = (transfer, slot)
+        # Counted here, so that blocks of a batch stay in their order, however they end.
+        self._sequence += 1
+        self._flying[transfer.ticket] = (transfer, slot, self._sequence)
         region = transfer.region
         assert region is not None
         fd, offset = self._slab.place(slot)
@@ -243,10 +246,10 @@ class GdsTier(Tier):
             _log.error("tier gds is out until the engine is restarted: in %s %s", self._slab.path, why)
 
     def _end(self, io: Io) -> None:
-        transfer, slot = self._flying.pop(io.token.ticket)
+        transfer, slot, sequence = self._flying.pop(io.token.ticket)
         if transfer.op is Op.STORE:
             del self._writing[transfer.key]
-            self._end_store(transfer, slot, io.error)
+            self._end_store(transfer, slot, sequence, io.error)
             return
         self._reading[slot] -= 1
         if not self._reading[slot]:
@@ -260,12 +263,11 @@ class GdsTier(Tier):
         else:
             self._complete(transfer, Outcome.DONE)
 
-    def _end_store(self, transfer: Transfer, slot: int, error: str) -> None:
+    def _end_store(self, transfer: Transfer, slot: int, sequence: int, error: str) -> None:
         if not error:
-            self._sequence += 1
             try:
                 self._slab.fill(
-                    slot, self._context.namespace, transfer.key, self._sequence, self._context.block_bytes
+                    slot, self._context.namespace, transfer.key, sequence, self._context.block_bytes
                 )
             except OSError as problem:
                 error = str(problem)
