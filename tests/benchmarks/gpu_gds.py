@@ -236,7 +236,7 @@ def main() -> None:
             print(f"probe {piece >> 10} KiB: {finding}", flush=True)
     for nbytes in () if arguments.stack_only else SIZES:
         for depth in (8, 32):
-            detail, medians = bench(nbytes, 1 << 30, 5, folder, depth, "posix")
+            detail, medians = bench(nbytes, 1 << 30, 5, folder, depth, "auto")
             for op in ("store", "load"):
                 bare, tier = ((1 << 30) / medians[f"{who} {op}"] / 1e9 for who in ("bare", "tier"))
                 print(
