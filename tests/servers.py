@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import secrets
 import shutil
 import signal
@@ -187,7 +188,9 @@ class S3Server:
             "-s3.port.lance=0",
         ]  # fmt: skip
         with open(self._root / "log", "ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self._root)
+            # It would make an administrator of whom the environment names.
+            env = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self._root, env=env)
 
     def _await_ready(self) -> None:
         give_up_s = time.monotonic() + _READY_WAIT_S

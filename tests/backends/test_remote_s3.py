@@ -173,7 +173,8 @@ def test_a_corrupt_block_that_could_not_be_deleted_is_written_again(server, open
     assert load(tier, 1)[0].reason is Reason.CORRUPT
     proxy.mode = "refuse"
     tier.discard([key(1)])
-    until(lambda: "unreachable in delete" in caplog.text)
+    until(lambda: not tier._deleting)
+    assert "unreachable in" in caplog.text
     assert load(tier, 1)[0].outcome is Outcome.MISSING
     proxy.mode = "pass"
     assert load(tier, 1)[0].outcome is Outcome.MISSING
