@@ -6,6 +6,9 @@
 A region is memory of the *lender*, the tier that lends its own (then nothing is copied twice), or
 of the staging pool. `submit` is the engine's thread, `poll` the mover's. They share a lock for the
 bookkeeping; copies happen outside it, and tiers work in threads of their own.
+
+Where the device is `deferred`, stores are started by the mover's thread too, and the engine's thread does
+nothing for them unless blocks are claimed that a store has not been started for.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from typing import Final
 from kvbm_core._slots import Slot, Slots
 from kvbm_core._staging import Staging
 from kvbm_core.block import BlockKey
-from kvbm_core.device import Device, Stageable, Work
+from kvbm_core.device import Device, Fence, Stageable, Work
 from kvbm_core.errors import QueueFullError, TierError
 from kvbm_core.layers import FOOTER_BYTES, DeadlineTier
 from kvbm_core.plan import Load, Lookup, Plan, Report, Store
@@ -44,6 +47,8 @@ class _Job:
     deadline_s: float
     left: dict[int, int]
     """Tier to blocks whose end there is not known yet."""
+    fence: Fence = None
+    """Where it came in the engine's order of work."""
     failures: dict[int, dict[int, Reason]] = field(default_factory=dict)
 
 
@@ -135,8 +140,17 @@ class Mover:
         """Whether `poll` has work to look after."""
         return not self._broken and bool(self._jobs or any(t.open for t in self._traffic.values()))
 
+    @property
+    def copying(self) -> bool:
+        """Whether the device has copies under way, which wake nobody when they end."""
+        return bool(self._gathers or self._scatters)
+
     def submit(self, plan: Plan) -> None:
-        """Start a plan: drops, then stores (their blocks may be overwritten on return), then loads."""
+        """Start a plan: drops, then stores, then loads. In the engine's thread.
+
+        Whatever the plan overwrites may be overwritten on return; where the device is not deferred, so may
+        the blocks of its stores.
+        """
         # All are noted before anything is done: whatever fails from here on, `fail_all` ends them.
         stores = [self._job(op, op.tiers) for op in plan.stores]
         loads = [self._job(op, [op.tier] if op.fill < 0 else [op.tier, op.fill]) for op in plan.loads]
@@ -146,8 +160,11 @@ class Mover:
         with self._lock:
             for tier, keys in plan.drops:
                 self._drop(tier, keys)
-        for job in stores:
-            self._store(job)
+        claimed = {block for op in plan.loads for block in op.blocks}.union(plan.overwrites)
+        self._take_stores(stores, claimed)
+        fence = self._device.claim(claimed) if claimed else None
+        for job in loads:
+            job.fence = fence
         self._arrived.extend([*lookups, *loads])
 
     def poll(self) -> None:
@@ -157,14 +174,14 @@ class Mover:
         with self._lock:
             while self._arrived:
                 self._start(self._arrived.popleft())
-            self._end_gathers()
+        self._end_gathers()
+        with self._lock:
             for position in self._traffic:
                 self._collect(position)
                 self._feed(position)
             landed, self._landed = self._landed, []
         self._scatter(landed)
-        with self._lock:
-            self._end_scatters()
+        self._end_scatters()
 
     @property
     def has_reports(self) -> bool:
@@ -216,14 +233,29 @@ class Mover:
         for key in keys:
             self._slots.drop(key)
 
-    def _store(self, job: _Job) -> None:
-        """Bring a store's blocks into host regions."""
-        assert isinstance(job.op, Store)
-        with self._lock:
-            moves = [move for at in range(len(job.op.keys)) if (move := self._land(job, at))]
-        if not job.op.blocks:
+    def _take_stores(self, stores: Sequence[_Job], claimed: set[int]) -> None:
+        """Start stores now if the device or the engine cannot wait, else leave them to the mover's thread."""
+        if not self._device.deferred:
             with self._lock:
-                self._forward(moves)
+                for job in stores:
+                    self._store(job)
+            return
+        fence = self._device.claim(()) if stores else None
+        for job in stores:
+            job.fence = fence
+        with self._lock:
+            self._arrived.extend(stores)
+            for job in list(self._arrived):
+                if isinstance(job.op, Store) and not claimed.isdisjoint(job.op.blocks):
+                    self._arrived.remove(job)
+                    self._store(job)
+
+    def _store(self, job: _Job) -> None:
+        """Bring a store's blocks into host regions. Under the lock, so that a claim finds them queued."""
+        assert isinstance(job.op, Store)
+        moves = [move for at in range(len(job.op.keys)) if (move := self._land(job, at))]
+        if not job.op.blocks:
+            self._forward(moves)
         elif moves:
             self._gather(moves)
 
@@ -253,29 +285,35 @@ class Mover:
         assert isinstance(job.op, Store)
         regions = [move.slot.region for move in moves if move.slot]
         try:
-            work: Work = self._device.gather([job.op.blocks[move.at] for move in moves], regions)
+            work: Work = self._device.gather([job.op.blocks[move.at] for move in moves], regions, job.fence)
         except Exception:  # A device's error is as foreign as a tier's: it becomes an outcome.
             logger.exception("gather failed")
             work = _Failed()
-        with self._lock:
-            self._gathers.append((work, moves))
+        self._gathers.append((work, moves))
 
     def _end_gathers(self) -> None:
-        still = []
-        for work, moves in self._gathers:
-            done = _done(work)
-            if done is None:
-                still.append((work, moves))
-            elif done:
-                self._publish(moves)
-                self._forward(moves)
-            else:
-                for move in moves:
-                    for tier in list(move.job.left):
-                        if not (tier == self._lender_at and not move.fills):
-                            self._end(move.job, move.at, tier, Reason.ERROR)
-                    self._let_go(move, filled=False)
-        self._gathers = still
+        with self._lock:
+            gathers = list(self._gathers)
+        # Asking starts copies, and the engine's thread must not wait for that.
+        ended = [(each, done) for each in gathers if (done := _done(each[0])) is not None]
+        with self._lock:
+            for each, done in ended:
+                self._gathers.remove(each)
+                self._end_gather(*each, done=done)
+
+    def _end_gather(self, work: Work, moves: Sequence[_Move], *, done: bool) -> None:
+        lost = work.given_up if done else frozenset(range(len(moves)))
+        # Given up: there was not enough staging on the device when the engine wanted the block back.
+        reason = Reason.FULL if done else Reason.ERROR
+        for move in (moves[at] for at in sorted(lost)):
+            assert isinstance(move.job.op, Store)
+            for tier in move.job.op.tiers:
+                if not (tier == self._lender_at and not move.fills):
+                    self._end(move.job, move.at, tier, reason)
+            self._let_go(move, filled=False)
+        there = [move for at, move in enumerate(moves) if at not in lost]
+        self._publish(there)
+        self._forward(there)
 
     def _publish(self, moves: Sequence[_Move]) -> None:
         for move in moves:
@@ -294,7 +332,9 @@ class Mover:
             self._let_go(move)
 
     def _start(self, job: _Job) -> None:
-        assert not isinstance(job.op, Store)
+        if isinstance(job.op, Store):
+            self._store(job)
+            return
         moves = [_Move(job, at, job.op.tier) for at in range(len(job.op.keys))]
         if isinstance(job.op, Lookup):  # Small, and a request waits for it before anything else.
             self._traffic[job.op.tier].loads.extendleft(reversed(moves))
@@ -405,30 +445,32 @@ class Mover:
             assert isinstance(job.op, Load)
             regions = [move.slot.region for move in moves if move.slot]
             try:
-                work: Work = self._device.scatter(regions, [job.op.blocks[move.at] for move in moves])
+                blocks = [job.op.blocks[move.at] for move in moves]
+                work: Work = self._device.scatter(regions, blocks, job.fence)
             except Exception:  # As in `_gather`.
                 logger.exception("scatter failed")
                 work = _Failed()
             self._scatters.append((work, moves))
 
     def _end_scatters(self) -> None:
-        still = []
-        for work, moves in self._scatters:
-            done = _done(work)
-            if done is None:
-                still.append((work, moves))
+        states = [(*each, _done(each[0])) for each in self._scatters]
+        self._scatters = [(work, moves) for work, moves, done in states if done is None]
+        with self._lock:
+            for _, moves, done in states:
+                if done is not None:
+                    self._end_scatter(moves, done=done)
+
+    def _end_scatter(self, moves: Sequence[_Move], *, done: bool) -> None:
+        for move in moves:
+            if not done:
+                self._fail(move, Reason.ERROR)
                 continue
-            for move in moves:
-                if not done:
-                    self._fail(move, Reason.ERROR)
-                    continue
-                self._publish([move])
-                op = move.job.op
-                if isinstance(op, Load) and op.fill >= 0 and not move.fills:
-                    self._end(move.job, move.at, op.fill, Reason.FULL)
-                self._end(move.job, move.at, move.tier, Reason.NONE)
-                self._let_go(move)
-        self._scatters = still
+            self._publish([move])
+            op = move.job.op
+            if isinstance(op, Load) and op.fill >= 0 and not move.fills:
+                self._end(move.job, move.at, op.fill, Reason.FULL)
+            self._end(move.job, move.at, move.tier, Reason.NONE)
+            self._let_go(move)
 
     # Ends.
 
@@ -478,6 +520,10 @@ class _Failed(Work):
 
     def done(self) -> bool:
         raise RuntimeError("the copy could not be started")
+
+    @property
+    def given_up(self) -> frozenset[int]:
+        return frozenset()
 
 
 def _done(work: Work) -> bool | None:

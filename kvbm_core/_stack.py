@@ -89,7 +89,10 @@ class Stack:
     def store(
         self, keys: Sequence[BlockKey], blocks: Sequence[int], ancestors: Sequence[BlockKey] = ()
     ) -> None:
-        """Start to write device blocks through to every tier. The blocks may be overwritten on return."""
+        """Start to write device blocks through to every tier.
+
+        The blocks may be overwritten on return; where the device is `deferred`, after `wait` or a load.
+        """
         self._planner.store(keys, blocks, ancestors, time.monotonic())
         self._go()
 

@@ -65,7 +65,9 @@ class Worker:
     """
 
     _TICK_S = 0.001
-    """How often the mover looks while something is in flight that wakes nobody, a device copy."""
+    """How often the mover looks while something is in flight."""
+    _COPY_TICK_S = 0.0002
+    """Likewise while the device copies: its copies wake nobody, and requests wait for them."""
 
     def __init__(
         self,
@@ -80,8 +82,9 @@ class Worker:
         self._event = threading.Event()
         self._progress = threading.Event()
         context = TierContext(
-            namespace, device.block_bytes + FOOTER_BYTES, rank, world_size, self._event.set, device.pinner()
-        )
+            namespace, device.block_bytes + FOOTER_BYTES, rank, world_size, self._event.set, device.pinner(),
+            device.cpus,
+        )  # fmt: skip
         self._names = [entry.name for entry in config.tiers]
         self._tiers = _open_tiers(config, context, registry or Registry(), device)
         self._mover = Mover(
@@ -106,10 +109,7 @@ class Worker:
         return self._status
 
     def submit(self, plan: Plan) -> None:
-        """Start a plan. On return the blocks to be stored may be overwritten.
-
-        Drops come first, then stores, then loads. Nothing is waited for but the device's `gather`.
-        """
+        """Start a plan, see `Mover.submit`. Waits for nothing but the gather of a device not `deferred`."""
         self.status()
         if self._thread.ident is None and not self._closing:
             self._thread.start()
@@ -117,7 +117,8 @@ class Worker:
             self._mover.submit(plan)
         except Exception:  # noqa: BLE001 - a bug of ours must not end the engine.
             self._fail()
-        self._event.set()
+        if self._mover.active:
+            self._event.set()
 
     def reports(self) -> list[Report]:
         """Take what has ended since the last call."""
@@ -143,7 +144,8 @@ class Worker:
 
     def _run(self) -> None:
         while not self._closing:
-            self._event.wait(self._TICK_S if self._mover.active else None)
+            tick_s = self._COPY_TICK_S if self._mover.copying else self._TICK_S
+            self._event.wait(tick_s if self._mover.active else None)
             self._event.clear()
             try:
                 self._mover.poll()

@@ -74,6 +74,12 @@ class StackConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     length, and what does not fit there is dropped. At least 1."""
     staging: ByteSize = ByteSize(256 << 20)
     """Host memory for blocks on their way, used only when no tier lends its own."""
+    device_copy: str = "auto"
+    """How blocks cross the link of an accelerator: ``staged`` (kernel and DMA), ``dma``, ``kernel``, or
+    ``auto`` for what a measurement at start finds fastest."""
+    device_staging: ByteSize = ByteSize(256 << 20)
+    """Memory of the accelerator for blocks on their way. A store that finds none waits, and is given up
+    when the engine needs its blocks."""
     weights_id: str | None = None
     """Names the model's weights, in place of the digest of their files. Give it where the files
     cannot be read by the engine, and change it whenever the weights change."""

@@ -10,11 +10,15 @@ rules, which is all the rest of the system relies on.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
 
 from kvbm_core.tier import Region
 
-__all__ = ["Device", "Stageable", "Work"]
+__all__ = ["Device", "Fence", "Stageable", "Work"]
+
+Fence: TypeAlias = Any
+"""A place in the engine's order of work, as `Device.claim` gives it. None: now."""
 
 
 class Work(ABC):
@@ -22,11 +26,16 @@ class Work(ABC):
 
     @abstractmethod
     def done(self) -> bool:
-        """Say whether the regions (gather) or the blocks (scatter) hold the data.
+        """Say whether the regions (gather) or the blocks (scatter) hold the data. Called until it is true.
 
         Raises:
             Exception: If the copy failed. The mover turns it into an outcome.
         """
+
+    @property
+    @abstractmethod
+    def given_up(self) -> frozenset[int]:
+        """Positions that were not copied, because the engine claimed their blocks first. Known when done."""
 
 
 class Device(ABC):
@@ -42,25 +51,47 @@ class Device(ABC):
     def num_blocks(self) -> int:
         """Blocks the engine has; block numbers are 0 to this, exclusive."""
 
+    @property
     @abstractmethod
-    def gather(self, blocks: Sequence[int], regions: Sequence[Region]) -> Work:
-        """Copy blocks into regions, one each.
+    def deferred(self) -> bool:
+        """Whether a gather may read its blocks after it has returned, until they are claimed."""
+
+    @abstractmethod
+    def claim(self, blocks: Iterable[int]) -> Fence:
+        """Say that the engine, or a scatter, will overwrite blocks from here on.
 
         Behaviour:
-            - Sees everything the engine has written to the blocks before this call.
-            - Once it has returned, the engine may overwrite the blocks: the copy is not disturbed.
+            - Called by the engine's thread, before whatever overwrites the blocks is started.
+            - What a gather still has to read of them is read first, or given up.
+            - The fence stands behind all that the engine has started, and behind those reads.
         """
 
     @abstractmethod
-    def scatter(self, regions: Sequence[Region], blocks: Sequence[int]) -> Work:
+    def gather(self, blocks: Sequence[int], regions: Sequence[Region], fence: Fence = None) -> Work:
+        """Copy blocks into regions, one each.
+
+        Behaviour:
+            - Sees everything the engine had started to write to the blocks before the fence.
+            - The engine may overwrite the blocks once it has claimed them; where the device is not
+              `deferred`, as soon as this has returned.
+        """
+
+    @abstractmethod
+    def scatter(self, regions: Sequence[Region], blocks: Sequence[int], fence: Fence = None) -> Work:
         """Copy regions into blocks, one each. The engine must not use the blocks until it is done.
 
-        The regions of a call are all in host memory, or all from `Stageable.stage`.
+        The regions of a call are all in host memory, or all from `Stageable.stage`. What the engine had
+        started before the fence still sees the blocks as they were.
         """
 
     @abstractmethod
     def pinner(self) -> Callable[[int, int], Callable[[], None]] | None:
         """Give what page-locks ``(address, nbytes)`` for fast copies, or None if nothing does."""
+
+    @property
+    @abstractmethod
+    def cpus(self) -> frozenset[int] | None:
+        """Processor cores near the device, whose memory it reaches fastest. None: all, or nobody knows."""
 
     @abstractmethod
     def close(self) -> None:

@@ -55,9 +55,11 @@ class Plan(msgspec.Struct, frozen=True, array_like=True):
     stores: list[Store] = []
     loads: list[Load] = []
     lookups: list[Lookup] = []
+    overwrites: list[int] = []
+    """Device blocks that the engine writes anew from this step on, beside those of the loads."""
 
     def __bool__(self) -> bool:
-        return bool(self.drops or self.stores or self.loads or self.lookups)
+        return bool(self.drops or self.stores or self.loads or self.lookups or self.overwrites)
 
 
 class Report(msgspec.Struct, frozen=True, array_like=True):

@@ -179,6 +179,8 @@ class TierContext:
     while holding a lock that `poll` needs. Without it the core still polls, but later."""
     pin: Callable[[int, int], Callable[[], None]] | None = None
     """Page-lock ``(address, nbytes)`` for DMA; returns what undoes it. None without an accelerator."""
+    cpus: frozenset[int] | None = None
+    """Processor cores near the accelerator: memory that they touch first is near it. None: all alike."""
 
 
 class Tier(ABC):

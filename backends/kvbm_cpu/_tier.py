@@ -17,6 +17,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -47,9 +48,8 @@ _QUEUE_DEPTH: Final = 1024
 _MADV_HUGEPAGE: Final = 14
 _MADV_POPULATE_WRITE: Final = 23
 """Since Linux 5.14. The mmap module does not name it, and its madvise holds the interpreter lock."""
-_TOUCH_THREADS: Final = 4
-_TOUCH_ALIGNMENT_BYTES: Final = 2 << 20
-"""Each thread touches whole huge pages, or two threads would fault on one."""
+_MAX_TOUCH_THREADS: Final = 16
+"""More did not make it faster: the kernel's clearing of pages has the memory busy."""
 
 
 class CpuTier(Tier, Addressable):
@@ -61,10 +61,9 @@ class CpuTier(Tier, Addressable):
         self._slot_bytes = _round_up(context.block_bytes, _PAGE_BYTES)
         slots = share_bytes // self._slot_bytes
         _check_room(config, context, self._slot_bytes, slots)
-        arena = _take(slots * self._slot_bytes, config, context)
-        self._arena: mmap.mmap | None = arena
-        self._address = _address_of(arena)
-        self._unpin = _pin(self._address, len(arena), context)
+        self._arena: mmap.mmap | None = _take(slots * self._slot_bytes, config, context)
+        self._address = _address_of(self._arena)
+        self._unpin = _prepare(self._address, slots, self._slot_bytes, config, context)
         self._wake = context.wake
         self._capabilities = Capabilities(capacity_blocks=slots, queue_depth=_QUEUE_DEPTH, addressable=True)
         # A stack: the slot freed last is the one most likely still in the processor's cache.
@@ -278,16 +277,18 @@ def _cgroup_room(folder: Path) -> list[int]:
 
 def _take(nbytes: int, config: CpuConfig, context: TierContext) -> mmap.mmap:
     try:
-        arena = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        _touch(_address_of(arena), nbytes)
+        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
-        raise TierOpenError(
-            f"capacity: {int(config.capacity)} bytes over {context.world_size} ranks: the kernel refused "
-            f"{nbytes} bytes of memory ({os.strerror(error.errno or 0)}); write a smaller capacity",
-            operation="open",
-            tier="cpu",
-        ) from error
-    return arena
+        raise _refused(nbytes, error, config, context) from error
+
+
+def _refused(nbytes: int, error: OSError, config: CpuConfig, context: TierContext) -> TierOpenError:
+    return TierOpenError(
+        f"capacity: {int(config.capacity)} bytes over {context.world_size} ranks: the kernel refused "
+        f"{nbytes} bytes of memory ({os.strerror(error.errno or 0)}); write a smaller capacity",
+        operation="open",
+        tier="cpu",
+    )
 
 
 def _address_of(arena: mmap.mmap) -> int:
@@ -295,49 +296,95 @@ def _address_of(arena: mmap.mmap) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(arena))
 
 
-def _touch(address: int, nbytes: int) -> None:
-    """Make every page present now, so that no store and no DMA pays for it later.
+def _prepare(
+    address: int, slots: int, slot_bytes: int, config: CpuConfig, context: TierContext
+) -> Callable[[], None] | None:
+    """Make every page present now, so that no store and no DMA pays for it later, and page-lock it.
+
+    In parallel, each part in a thread that touches it and then locks it. Parts are whole slots, because
+    DMA must not cross from one locked range into another. The kernel takes a page from the memory next to
+    the core that touches it first, so the cores near the accelerator do it, where they are known.
+
+    Returns:
+        What undoes the page lock, or None where there is none.
 
     Raises:
-        OSError: If the kernel has no memory.
+        TierOpenError: If the kernel has no memory.
     """
     # Huge pages are a wish: a kernel without them says EINVAL and small pages do as well.
-    _libc.madvise(address, nbytes, _MADV_HUGEPAGE)
-    step = _round_up(-(-nbytes // _TOUCH_THREADS), _TOUCH_ALIGNMENT_BYTES)
-    parts = [(address + at, min(step, nbytes - at)) for at in range(0, nbytes, step)]
-    errors: list[int] = []
-    threads = [threading.Thread(target=_touch_part, args=(*part, errors)) for part in parts]
+    _libc.madvise(address, slots * slot_bytes, _MADV_HUGEPAGE)
+    count = min(len(context.cpus or os.sched_getaffinity(0)), _MAX_TOUCH_THREADS, slots)
+    step = -(-slots // count)
+    parts = [
+        _Part(address + first * slot_bytes, min(step, slots - first) * slot_bytes)
+        for first in range(0, slots, step)
+    ]
+    threads = [threading.Thread(target=part.prepare, args=(context,)) for part in parts]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+
+    def unpin() -> None:
+        for part in parts:
+            if part.unpin is not None:
+                part.unpin()
+                part.unpin = None
+
+    errors = [part.error for part in parts if part.error]
     if errors:
-        raise OSError(errors[0], os.strerror(errors[0]))
+        unpin()
+        raise _refused(slots * slot_bytes, errors[0], config, context) from errors[0]
+    if all(part.unpin for part in parts):
+        return unpin
+    unpin()
+    if context.pin is not None:
+        _warn(slots * slot_bytes, next(part.not_pinned for part in parts if part.not_pinned))
+    return None
 
 
-def _touch_part(address: int, nbytes: int, errors: list[int]) -> None:
+@dataclass(slots=True, eq=False)
+class _Part:
+    """Neighbouring slots, and what became of them."""
+
+    address: int
+    nbytes: int
+    unpin: Callable[[], None] | None = None
+    error: OSError | None = None
+    not_pinned: Exception | None = None
+
+    def prepare(self, context: TierContext) -> None:
+        """Touch and page-lock. In a thread of its own, which ends here."""
+        try:
+            if context.cpus:
+                os.sched_setaffinity(0, context.cpus)
+            _touch(self.address, self.nbytes)
+        except OSError as error:
+            self.error = error
+            return
+        try:
+            self.unpin = context.pin(self.address, self.nbytes) if context.pin is not None else None
+        except Exception as error:  # noqa: BLE001 - the accelerator's own error type is not ours to know
+            self.not_pinned = error
+
+
+def _touch(address: int, nbytes: int) -> None:
+    # Whole pages: a part may begin within a huge page, which two threads then touch.
     while _libc.madvise(address, nbytes, _MADV_POPULATE_WRITE) != 0:
         code = ctypes.get_errno()
         if code == errno.EINVAL:  # A kernel before 5.14: write to the pages, which are all zero anyway.
             ctypes.memset(address, 0, nbytes)
             return
         if code not in (errno.EINTR, errno.EAGAIN):
-            errors.append(code)
-            return
+            raise OSError(code, os.strerror(code))
 
 
-def _pin(address: int, nbytes: int, context: TierContext) -> Callable[[], None] | None:
-    if context.pin is None:
-        return None
-    try:
-        return context.pin(address, nbytes)
-    except Exception as error:  # noqa: BLE001 - the accelerator's own error type is not ours to know
-        _log.warning(
-            "cannot page-lock %d bytes of host memory (%s: %s); going on with pageable memory: copies to "
-            "and from the accelerator will be several times slower. Raise the memlock limit (ulimit -l) "
-            "or write a smaller capacity.",
-            nbytes,
-            type(error).__name__,
-            error,
-        )
-        return None
+def _warn(nbytes: int, error: Exception) -> None:
+    _log.warning(
+        "cannot page-lock %d bytes of host memory (%s: %s); going on with pageable memory: copies to and "
+        "from the accelerator will be several times slower. Raise the memlock limit (ulimit -l) or write a "
+        "smaller capacity.",
+        nbytes,
+        type(error).__name__,
+        error,
+    )

@@ -6,54 +6,22 @@ cores. ``numpy.copyto`` copies in the calling thread and lets other Python threa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from kvbm_core.device import Device, Work
+from kvbm_core.device import Device, Fence, Work
 from kvbm_core.errors import KvbmError
 from kvbm_core.tier import Region
-from kvbm_device._views import PageView, page_views
+from kvbm_device._views import PageView
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["HostDevice", "open_device"]
+__all__ = ["HostDevice"]
 
 _Bytes: TypeAlias = npt.NDArray[np.uint8]
-
-
-def open_device(tensors: Mapping[str, torch.Tensor | Sequence[torch.Tensor]], num_blocks: int) -> Device:
-    """Open the engine's KV tensors with the implementation for the memory they lie in.
-
-    Args:
-        tensors: By layer, in the engine's order.
-        num_blocks: Blocks the engine has, counted as its scheduler counts them.
-
-    Raises:
-        ConfigError: If a tensor's blocks cannot be told apart.
-        KvbmError: If the tensors are not in host memory.
-    """
-    views = page_views(tensors, num_blocks)
-    where = {view.on_device for view in views}
-    if where == {True, False}:
-        raise KvbmError(
-            "some KV tensors are in host memory and some on an accelerator: register one kind",
-            operation="open",
-        )
-    if where == {True}:
-        raise KvbmError(
-            "KV tensors on an accelerator need the CUDA path, which is not in this release; "
-            "run the engine on CPU",
-            operation="open",
-        )
-    # The tensors, not the mapping: the caller may change that.
-    owner = [list(value) if isinstance(value, Sequence) else value for value in tensors.values()]
-    return HostDevice(views, num_blocks, owner=owner)
 
 
 class _Finished(Work):
@@ -61,6 +29,10 @@ class _Finished(Work):
 
     def done(self) -> bool:
         return True
+
+    @property
+    def given_up(self) -> frozenset[int]:
+        return frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +79,15 @@ class HostDevice(Device):
         """Blocks the engine has."""
         return self._num_blocks
 
-    def gather(self, blocks: Sequence[int], regions: Sequence[Region]) -> Work:
+    @property
+    def deferred(self) -> bool:
+        """False: a gather is complete when it returns."""
+        return False
+
+    def claim(self, blocks: Iterable[int]) -> Fence:
+        """Nothing is on its way when another call is made."""
+
+    def gather(self, blocks: Sequence[int], regions: Sequence[Region], fence: Fence = None) -> Work:
         """Copy blocks into regions, one each.
 
         Behaviour:
@@ -124,7 +104,7 @@ class HostDevice(Device):
             np.copyto(stored, pages)
         return _Finished()
 
-    def scatter(self, regions: Sequence[Region], blocks: Sequence[int]) -> Work:
+    def scatter(self, regions: Sequence[Region], blocks: Sequence[int], fence: Fence = None) -> Work:
         """Copy the first `block_bytes` of regions into blocks, one each. Checks and raises as `gather`."""
         self._check("scatter", blocks, regions)
         for pages, stored in self._pairs(blocks, regions):
@@ -133,6 +113,11 @@ class HostDevice(Device):
 
     def pinner(self) -> Callable[[int, int], Callable[[], None]] | None:
         """None: a copy in host memory gains nothing from page-locking."""
+        return None
+
+    @property
+    def cpus(self) -> frozenset[int] | None:
+        """See `Device.cpus`."""
         return None
 
     def close(self) -> None:

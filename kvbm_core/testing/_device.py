@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from kvbm_core.device import Device, Work
+from kvbm_core.device import Device, Fence, Work
 from kvbm_core.tier import Region
 
 __all__ = ["MemoryDevice"]
@@ -14,6 +14,10 @@ __all__ = ["MemoryDevice"]
 class _Done(Work):
     def done(self) -> bool:
         return True
+
+    @property
+    def given_up(self) -> frozenset[int]:
+        return frozenset()
 
 
 class MemoryDevice(Device):
@@ -42,13 +46,21 @@ class MemoryDevice(Device):
         """Set a block's bytes."""
         self._view(block)[:] = data
 
-    def gather(self, blocks: Sequence[int], regions: Sequence[Region]) -> Work:
+    @property
+    def deferred(self) -> bool:
+        """See `Device.deferred`."""
+        return False
+
+    def claim(self, blocks: Iterable[int]) -> Fence:
+        """See `Device.claim`."""
+
+    def gather(self, blocks: Sequence[int], regions: Sequence[Region], fence: Fence = None) -> Work:
         """See `Device.gather`."""
         for block, region in zip(blocks, regions, strict=True):
             region.view()[: self._block_bytes] = self._view(block)
         return _Done()
 
-    def scatter(self, regions: Sequence[Region], blocks: Sequence[int]) -> Work:
+    def scatter(self, regions: Sequence[Region], blocks: Sequence[int], fence: Fence = None) -> Work:
         """See `Device.scatter`."""
         for block, region in zip(blocks, regions, strict=True):
             self._view(block)[:] = region.view()[: self._block_bytes]
@@ -56,6 +68,11 @@ class MemoryDevice(Device):
 
     def pinner(self) -> Callable[[int, int], Callable[[], None]] | None:
         """See `Device.pinner`."""
+        return None
+
+    @property
+    def cpus(self) -> frozenset[int] | None:
+        """See `Device.cpus`."""
         return None
 
     def close(self) -> None:

@@ -18,6 +18,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from kvbm_core import Planner, StackConfig, TierCounts
 from kvbm_vllm._keys import RequestKeys, cacheable
 from kvbm_vllm._settings import block_tokens
@@ -74,6 +76,8 @@ class SchedulerHalf:
         self._sequences: dict[str, _Sequence] = {}
         self._running: set[str] = set()
         """Requests scheduled in the last step."""
+        self._given: list[int] = []
+        """Device blocks that this step gives to requests to write into."""
         self._reported: dict[str, int] = {}
 
     def __repr__(self) -> str:
@@ -147,13 +151,15 @@ class SchedulerHalf:
         for request_id in self._running:
             self._offer(self._sequences[request_id], now_s)
         self._running.clear()
+        self._given = []
         for request_id in output.preempted_req_ids or ():
             if request_id in self._sequences:
                 self._sequences[request_id].computed_tokens = 0
         self._follow(output)
         if self._planner is None:
             return StepPlan()
-        return StepPlan(self._planner.take(now_s), idle=output.total_num_scheduled_tokens == 0)
+        plan = msgspec.structs.replace(self._planner.take(now_s), overwrites=self._given)
+        return StepPlan(plan, idle=output.total_num_scheduled_tokens == 0)
 
     def finished(self, request: Any) -> None:
         """Plan to store what the request has computed last, and forget it."""
@@ -219,13 +225,15 @@ class SchedulerHalf:
     def _advance(
         self, output: Any, request_id: str, computed_tokens: int, groups: Any, *, replace: bool
     ) -> None:
+        blocks: list[int] = groups[0] if groups else []
+        # Of a whole list the first hold what was computed before, or loaded.
+        self._given += blocks[computed_tokens // self._block_tokens :] if replace else blocks
         sequence = self._sequences.get(request_id)
         if sequence is None:
             return
         if replace:
             sequence.blocks = []
-        if groups:
-            sequence.blocks += groups[0]
+        sequence.blocks += blocks
         sequence.computed_tokens = computed_tokens + output.num_scheduled_tokens[request_id]
         self._running.add(request_id)
 

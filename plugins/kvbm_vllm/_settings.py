@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from kvbm_core import ConfigError, StackConfig, check_stack, load_config
+from kvbm_device import check_copy
 
 __all__ = ["block_tokens", "check_settings", "read_settings"]
 
@@ -45,7 +46,9 @@ def check_settings(vllm_config: Any) -> None:
     role = vllm_config.kv_transfer_config.kv_role
     if role != "kv_both":
         raise ConfigError(f'kv_role: {role!r}; KvbmConnector stores and loads: write "kv_both"')
-    check_stack(read_settings(vllm_config), block_bytes=_block_bytes(vllm_config))
+    config = read_settings(vllm_config)
+    check_copy(config.device_copy)
+    check_stack(config, block_bytes=_block_bytes(vllm_config))
 
 
 def block_tokens(vllm_config: Any, kv_cache_config: Any) -> int:

@@ -58,7 +58,10 @@ class WorkerHalf:
             TierOpenError: If a tier cannot be opened.
         """
         parallel = self._vllm_config.parallel_config
-        device = open_device(kv_caches, self._num_blocks)
+        device = open_device(
+            kv_caches, self._num_blocks,
+            copy=self._config.device_copy, staging_bytes=self._config.device_staging,
+        )  # fmt: skip
         self._block_bytes = device.block_bytes
         namespace = engine_namespace(self._vllm_config, kv_caches, self._num_blocks, self._config.weights_id)
         self._worker = Worker(

@@ -4,6 +4,7 @@ import ctypes
 import gc
 import hashlib
 import logging
+import os
 import mmap
 import time
 import weakref
@@ -162,15 +163,38 @@ def test_the_arena_is_pinned_until_close():
     calls = []
 
     def pin(address, nbytes):
-        calls.append(("pin", nbytes))
-        return lambda: calls.append(("unpin", nbytes))
+        calls.append((address, nbytes))
+        return lambda: calls.remove((address, nbytes))
 
-    tier = CpuTier(CpuConfig(capacity=ByteSize(1 << 20)), TierContext(NAMESPACE, BLOCK, pin=pin))
-    nbytes = tier.capabilities.capacity_blocks * 69632
+    cpus = frozenset(os.sched_getaffinity(0))
+    tier = CpuTier(CpuConfig(capacity=ByteSize(1 << 20)), TierContext(NAMESPACE, BLOCK, pin=pin, cpus=cpus))
     assert "pinned" in repr(tier)
+    # Side by side, each of whole slots, and together the arena.
+    calls.sort()
+    assert len(calls) == min(len(cpus), 15)
+    assert all(nbytes % 69632 == 0 for _, nbytes in calls)
+    ends = [address + nbytes for address, nbytes in calls]
+    assert [address for address, _ in calls] == [tier._address, *ends[:-1]]
+    assert ends[-1] == tier._address + 15 * 69632
+    assert frozenset(os.sched_getaffinity(0)) == cpus
     tier.close()
     tier.close()
-    assert calls == [("pin", nbytes), ("unpin", nbytes)]
+    assert calls == []
+
+
+def test_one_part_that_cannot_be_pinned_gives_all_back():
+    pinned = []
+
+    def pin(address, nbytes):
+        if pinned:
+            raise RuntimeError("no more")
+        pinned.append(address)
+        return lambda: pinned.remove(address)
+
+    tier = CpuTier(CpuConfig(capacity=ByteSize(8 << 20)), TierContext(NAMESPACE, BLOCK, pin=pin))
+    assert "pageable" in repr(tier) or len(os.sched_getaffinity(0)) == 1
+    tier.close()
+    assert pinned == []
 
 
 def test_refused_pinning_is_said_loudly_and_the_tier_works(caplog):

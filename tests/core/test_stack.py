@@ -109,11 +109,15 @@ class Slow(MemoryDevice):
         def done(self):
             return time.monotonic() >= self.at_s
 
-    def gather(self, blocks, regions):
+        @property
+        def given_up(self):
+            return frozenset()
+
+    def gather(self, blocks, regions, fence=None):
         super().gather(blocks, regions)
         return self.Later()
 
-    def scatter(self, regions, blocks):
+    def scatter(self, regions, blocks, fence=None):
         super().scatter(regions, blocks)
         return self.Later()
 
@@ -121,12 +125,12 @@ class Slow(MemoryDevice):
 class Broken(MemoryDevice):
     broken = False
 
-    def scatter(self, regions, blocks):
+    def scatter(self, regions, blocks, fence=None):
         if self.broken:
             raise RuntimeError("no")
         return super().scatter(regions, blocks)
 
-    def gather(self, blocks, regions):
+    def gather(self, blocks, regions, fence=None):
         if self.broken:
             raise RuntimeError("no")
         return super().gather(blocks, regions)

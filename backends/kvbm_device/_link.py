@@ -1,0 +1,336 @@
+"""One way over the link between the accelerator's memory and the host's: out or in.
+
+    STAGED   kernel + DMA      a piece of staging memory holds the blocks contiguously; DMA sees large rows
+    DMA      DMA               page by page, in one batched call; good where pages are large
+    KERNEL   kernel            threads read or write host memory themselves; takes multiprocessors
+
+Every piece has its own place for its jobs (which block, which flat address), filled anew for each use.
+"""
+
+from __future__ import annotations
+
+import bisect
+import enum
+import mmap
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from kvbm_core.tier import Region
+from kvbm_device._gpu import Event, Gpu
+from kvbm_device._pages import PageTable
+
+__all__ = ["Link", "Method", "PinnedMemory", "Way"]
+
+_PIECE_BYTES: Final = 32 << 20
+"""A fraction of a millisecond on the link, and so long that what is said to the driver per piece is not felt."""
+_MIN_PIECES: Final = 2
+_MAX_PITCH_BYTES: Final = (1 << 31) - 1
+"""Of the driver's copy of rows."""
+
+
+class Way(enum.Enum):
+    """How bytes cross the link."""
+
+    STAGED = "staged"
+    DMA = "dma"
+    KERNEL = "kernel"
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A way, and what it takes."""
+
+    way: Way
+    programs: int = 0
+    """Of a KERNEL: blocks of threads at once, each on a multiprocessor."""
+
+    def __str__(self) -> str:
+        return f"{self.way.value}:{self.programs}" if self.programs else self.way.value
+
+
+class Link:
+    """Moves blocks one way. Not safe for two threads at once.
+
+    Args:
+        gpu: The accelerator.
+        table: Where the pages lie.
+        staging_bytes: Memory of the accelerator to take.
+        pinned: What is page-locked: a kernel can reach no other memory, and DMA of rows stays in one range.
+        gather: Out of the accelerator, or into it.
+    """
+
+    def __init__(
+        self,
+        gpu: Gpu,
+        table: PageTable,
+        staging_bytes: int,
+        pinned: PinnedMemory,
+        *,
+        gather: bool,
+    ) -> None:
+        self._gpu = gpu
+        self._table = table
+        self._pinned = pinned
+        self._gather = gather
+        self.method = Method(Way.STAGED)
+        """Chosen by whoever opens the device."""
+        self.block_bytes = block_bytes = table.block_bytes
+        self.pieces = max(_MIN_PIECES, staging_bytes // max(_PIECE_BYTES, block_bytes))
+        self.piece_blocks = max(1, min(_PIECE_BYTES, staging_bytes // self.pieces) // block_bytes)
+        self.piece_bytes = self.piece_blocks * block_bytes
+        self._staging, self._memory = gpu.memory(self.pieces * self.piece_bytes)
+        # All that can be on its way at once: on the way in, each of the engine's blocks.
+        self._jobs = _Jobs(gpu, self.pieces * self.piece_blocks if gather else table.num_blocks)
+        self._kernels = gpu.stream(urgent=not gather)
+        self._copies = gpu.stream(urgent=not gather)
+        self._free: list[Event | None] = [None] * self.pieces
+        self._next = 0
+        self._views = _view_columns(table)
+
+    def store(
+        self, blocks: Sequence[int], regions: Sequence[Region], fence: Event, buffer: int
+    ) -> tuple[Event, Event]:
+        """Start to copy blocks out, through one piece that the caller knows to be free.
+
+        Returns:
+            When the blocks have been read, and when the regions are filled.
+        """
+        method = self._method(regions)
+        if method.way is Way.DMA:
+            self._gpu.wait(self._copies, fence)
+            self._batch(blocks, regions)
+            done = self._gpu.record(self._copies)
+            return done, done
+        staged = method.way is Way.STAGED
+        flats = self._flats(buffer, len(blocks)) if staged else _addresses(regions)
+        self._gpu.wait(self._kernels, fence)
+        self._move(self._kernels, blocks, flats, method)
+        read = self._gpu.record(self._kernels)
+        self._jobs.used_until(read)
+        if not staged:
+            return read, read
+        self._gpu.wait(self._copies, read)
+        self._copy(regions, int(flats[0]))
+        return read, self._gpu.record(self._copies)
+
+    def load(self, regions: Sequence[Region], blocks: Sequence[int], fence: Event) -> Event:
+        """Start to copy blocks in.
+
+        Returns:
+            When the blocks are there.
+        """
+        staged = bool(regions) and regions[0].on_device
+        method = Method(Way.KERNEL) if staged else self._method(regions)
+        if method.way is Way.DMA:
+            self._gpu.wait(self._copies, fence)
+            self._batch(blocks, regions)
+            return self._gpu.record(self._copies)
+        self._gpu.wait(self._kernels, fence)
+        if method.way is Way.KERNEL:
+            return self._load_directly(regions, blocks, method)
+        done = fence
+        for start in range(0, len(blocks), self.piece_blocks):
+            part = slice(start, start + self.piece_blocks)
+            done = self._load_piece(regions[part], blocks[part], method)
+        return done
+
+    def measure(self, address: int, nbytes: int) -> float:
+        """Copy between host memory and staging, and wait for it.
+
+        Returns:
+            Bytes a second.
+        """
+        nbytes = min(nbytes, self.pieces * self.piece_bytes)
+        target, source = (address, self._staging) if self._gather else (self._staging, address)
+        start_s = time.perf_counter()
+        self._gpu.copy_rows(self._copies, target, 0, source, 0, nbytes, 1)
+        self._gpu.wait_here(self._gpu.record(self._copies))
+        return nbytes / (time.perf_counter() - start_s)
+
+    def close(self) -> None:
+        """Give the staging memory up."""
+        self._jobs.close()
+        self._memory = None
+
+    def _load_piece(self, regions: Sequence[Region], blocks: Sequence[int], method: Method) -> Event:
+        buffer, self._next = self._next, (self._next + 1) % self.pieces
+        free = self._free[buffer]
+        if free is not None:
+            self._gpu.wait(self._copies, free)
+        flats = self._flats(buffer, len(blocks))
+        jobs = self._jobs.send(self._copies, blocks, flats)
+        self._copy(regions, int(flats[0]))
+        self._gpu.wait(self._kernels, self._gpu.record(self._copies))
+        self._run(jobs, len(blocks), int(flats[0]), method)
+        self._free[buffer] = done = self._gpu.record(self._kernels)
+        self._jobs.used_until(done)
+        return done
+
+    def _load_directly(self, regions: Sequence[Region], blocks: Sequence[int], method: Method) -> Event:
+        flats, step = _addresses(regions), len(blocks) if self._gpu.has_kernel else 1
+        for at in range(0, len(blocks), step):
+            self._move(self._kernels, blocks[at : at + step], flats[at : at + step], method)
+        done = self._gpu.record(self._kernels)
+        self._jobs.used_until(done)
+        return done
+
+    def _method(self, regions: Sequence[Region]) -> Method:
+        """Take the way that was chosen; a kernel reaches page-locked memory only."""
+        if self.method.way is Way.KERNEL and not all(self._pinned.end_of(r.address) for r in regions):
+            return Method(Way.STAGED)
+        return self.method
+
+    def _flats(self, buffer: int, count: int) -> npt.NDArray[np.int64]:
+        start = self._staging + buffer * self.piece_bytes
+        return start + np.arange(count, dtype=np.int64) * self.block_bytes
+
+    def _move(self, stream: Any, blocks: Sequence[int], flats: npt.NDArray[np.int64], method: Method) -> None:
+        self._run(self._jobs.send(stream, blocks, flats), len(blocks), int(flats[0]), method)
+
+    def _run(self, jobs: int, count: int, flat: int, method: Method) -> None:
+        self._gpu.move_pages(
+            self._kernels, self._table, jobs, count, flat, gather=self._gather, programs=method.programs
+        )
+
+    def _copy(self, regions: Sequence[Region], staged: int) -> None:
+        """Copy between contiguous staging and regions, as few copies as their distances allow."""
+        block_bytes = self.block_bytes
+        for address, pitch, rows in _runs([r.address for r in regions], self._pinned.end_of):
+            inside, outside = (staged, block_bytes), (address, pitch or block_bytes)
+            target, source = (outside, inside) if self._gather else (inside, outside)
+            self._gpu.copy_rows(self._copies, *target, *source, block_bytes, rows)
+            staged += rows * block_bytes
+
+    def _batch(self, blocks: Sequence[int], regions: Sequence[Region]) -> None:
+        bases, strides, offsets, sizes = self._views
+        numbers = np.asarray(blocks, dtype=np.uint64)[:, None]
+        pages = (bases + strides * numbers).ravel()
+        flats = (_addresses(regions).astype(np.uint64)[:, None] + offsets).ravel()
+        target, source = (flats, pages) if self._gather else (pages, flats)
+        self._gpu.copy_batch(self._copies, target, source, np.tile(sizes, len(blocks)))
+
+
+class PinnedMemory:
+    """The ranges of host memory that are page-locked. They do not overlap, and a block lies in one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._starts: list[int] = []
+        self._ends: dict[int, int] = {}
+
+    def add(self, address: int, nbytes: int) -> None:
+        """Note a range."""
+        with self._lock:
+            bisect.insort(self._starts, address)
+            self._ends[address] = address + nbytes
+
+    def remove(self, address: int) -> bool:
+        """Forget the range that starts here. False if there is none."""
+        with self._lock:
+            if address not in self._ends:
+                return False
+            self._starts.remove(address)
+            del self._ends[address]
+            return True
+
+    def end_of(self, address: int) -> int:
+        """Give the end of the range that an address is in; 0 if it is in none."""
+        with self._lock:
+            at = bisect.bisect_right(self._starts, address) - 1
+            end = self._ends[self._starts[at]] if at >= 0 else 0
+        return end if address < end else 0
+
+
+class _Jobs:
+    """Pairs (block, flat address) on their way to the kernels, in a ring that both sides have.
+
+    A part of the ring is used again when the kernel that read it has run. Parts are not divided over the
+    ring's end; with three times the room that is needed, one is always free without waiting.
+
+    Args:
+        gpu: The accelerator.
+        most: Pairs that can be on their way at once.
+    """
+
+    def __init__(self, gpu: Gpu, most: int) -> None:
+        self._gpu = gpu
+        self._rows = rows = 3 * most
+        nbytes = -(-rows * 16 // mmap.PAGESIZE) * mmap.PAGESIZE
+        memory = mmap.mmap(-1, nbytes)
+        self._host = np.frombuffer(memory, dtype=np.int64)[: 2 * rows].reshape(rows, 2)
+        self._unpin: Callable[[], None] | None = gpu.pin(self._host.ctypes.data, nbytes)
+        self._device, self._owner = gpu.memory(nbytes)
+        self._head = 0
+        self._used: deque[tuple[int, int, Event]] = deque()
+        self._sent: tuple[int, int] | None = None
+
+    def send(self, stream: Any, blocks: Sequence[int], flats: npt.NDArray[np.int64]) -> int:
+        """Put pairs on their way to the accelerator, and give their address there."""
+        count = len(blocks)
+        start = self._head if self._head + count <= self._rows else 0
+        stop = start + count
+        self._wait_for(start, stop)
+        self._head = stop
+        self._host[start:stop, 0] = blocks
+        self._host[start:stop, 1] = flats
+        address = self._device + start * 16
+        self._gpu.copy_rows(stream, address, 0, self._host.ctypes.data + start * 16, 0, count * 16, 1)
+        self._sent = (start, stop)
+        return address
+
+    def used_until(self, event: Event) -> None:
+        """Say when the pairs sent last have been read."""
+        assert self._sent is not None
+        self._used.append((*self._sent, event))
+
+    def close(self) -> None:
+        """Undo the page lock."""
+        if self._unpin is not None:
+            self._unpin()
+            self._unpin = None
+
+    def _wait_for(self, start: int, stop: int) -> None:
+        """See to it that nothing reads a part of the ring."""
+        while self._used and self._gpu.passed(self._used[0][2]):
+            self._used.popleft()
+        for first, last, event in self._used:
+            if first < stop and start < last:
+                self._gpu.wait_here(event)
+
+
+def _addresses(regions: Sequence[Region]) -> npt.NDArray[np.int64]:
+    return np.array([region.address for region in regions], dtype=np.int64)
+
+
+def _runs(addresses: Sequence[int], end_of: Callable[[int], int]) -> Iterator[tuple[int, int, int]]:
+    """Find addresses at equal, positive distances in one range: first address, distance, how many."""
+    at = 0
+    while at < len(addresses):
+        rows, pitch, end = 1, 0, end_of(addresses[at])
+        while at + rows < len(addresses):
+            step = addresses[at + rows] - addresses[at + rows - 1]
+            if not 0 < step <= _MAX_PITCH_BYTES or (pitch and step != pitch):
+                break
+            if end_of(addresses[at + rows]) != end:
+                break
+            pitch = step
+            rows += 1
+        yield addresses[at], pitch, rows
+        at += rows
+
+
+def _view_columns(table: PageTable) -> tuple[npt.NDArray[np.uint64], ...]:
+    """Give base, stride, offset and size of every view."""
+    rows = [
+        (base, group.stride_bytes, offset, group.page_bytes)
+        for group in table.groups
+        for base, offset in zip(group.bases, group.offsets, strict=True)
+    ]
+    return tuple(np.array(rows, dtype=np.uint64).T.copy())

@@ -1,0 +1,326 @@
+"""Blocks in the memory of an accelerator: gathered and scattered beside the engine's computation.
+
+    store   pages ──gather kernel──► staging piece ──DMA──► regions      a piece when the one before is away
+    load    regions ──DMA──► staging piece ──scatter kernel──► pages     all pieces at once, streams keep order
+
+Nothing here waits for the accelerator. A store is queued; its pages are read when a staging piece is
+free, after everything the engine had enqueued by then (its *fence*). Until that happens the engine leaves
+the blocks alone, except where it `claim`s them: then what is queued is read first as far as there is
+staging, the rest is given up, and the engine's stream waits for the reads that have begun.
+
+`Method` says how bytes cross the link; a calibration chooses (`kvbm_device._calibration`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+
+from kvbm_core.device import Device, Fence, Stageable, Work
+from kvbm_core.errors import KvbmError
+from kvbm_core.tier import PAGE_BYTES, Region
+from kvbm_device._gpu import Event, Gpu
+from kvbm_device._link import Link, Method, PinnedMemory
+from kvbm_device._pages import PageTable
+
+__all__ = ["StagedDevice"]
+
+_TRIAL_BYTES: Final = 32 << 20
+_DIRECT_PLACES: Final = 64
+"""Blocks that a `device_direct` tier may be reading at once."""
+
+
+@dataclass(slots=True, eq=False)
+class _Loaded(Work):
+    """A scatter: all of it is on its way."""
+
+    gpu: Gpu
+    event: Event
+
+    def done(self) -> bool:
+        return self.gpu.passed(self.event)
+
+    @property
+    def given_up(self) -> frozenset[int]:
+        return frozenset()
+
+
+@dataclass(slots=True, eq=False)
+class _Stored(Work):
+    """A gather: its blocks wait, are on their way, or were given up."""
+
+    device: StagedDevice
+    left: int
+    """Blocks not yet away."""
+    lost: set[int] = field(default_factory=set)
+    error: Exception | None = None
+
+    def done(self) -> bool:
+        self.device.advance()
+        if self.error is not None and self.left == 0:
+            raise self.error
+        return self.left == 0
+
+    @property
+    def given_up(self) -> frozenset[int]:
+        return frozenset(self.lost)
+
+
+@dataclass(slots=True, eq=False)
+class _Wait:
+    """One block that waits to be gathered."""
+
+    work: _Stored
+    at: int
+    block: int
+    region: Region
+    fence: Event
+
+
+@dataclass(slots=True, eq=False)
+class _Piece:
+    """Blocks on their way out together."""
+
+    waits: list[_Wait]
+    buffer: int
+    read: Event
+    """Their pages have been read: the engine may overwrite them."""
+    away: Event
+    """Their regions hold them, and the staging piece is free again."""
+
+
+class StagedDevice(Device, Stageable):
+    """An engine's KV blocks in the memory of an accelerator.
+
+    Args:
+        gpu: The accelerator.
+        table: Where the pages lie.
+        owner: Keeps the engine's tensors alive.
+        staging_bytes: Memory of the accelerator to take for blocks on their way, both ways together.
+    """
+
+    def __init__(self, gpu: Gpu, table: PageTable, owner: Any, staging_bytes: int) -> None:
+        self._gpu = gpu
+        self._table = table
+        self._owner = owner
+        self._pinned = PinnedMemory()
+        self._out = Link(gpu, table, staging_bytes // 2, self._pinned, gather=True)
+        self._in = Link(gpu, table, staging_bytes // 2, self._pinned, gather=False)
+        self._lock = threading.Lock()
+        self._waits: deque[_Wait] = deque()
+        self._pieces: deque[_Piece] = deque()
+        self._free = list(range(self._out.pieces))
+        self._reading = gpu.stream(urgent=True)
+        self._bounce = threading.local()
+        self._places: list[int] | None = None
+        self._place_bytes = 0
+        self._direct: Any = None
+        self._closed = False
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"out {self._out.method}, in {self._in.method}"
+        return (
+            f"<StagedDevice {self._table.num_blocks} blocks of {self._table.block_bytes} bytes, {state}; "
+            f"{len(self._waits)} waiting, {len(self._pieces)} pieces on their way>"
+        )
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block: all pages of all layers."""
+        return self._table.block_bytes
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks the engine has."""
+        return self._table.num_blocks
+
+    @property
+    def links(self) -> tuple[Link, Link]:
+        """The way out and the way in."""
+        return self._out, self._in
+
+    @property
+    def deferred(self) -> bool:
+        """See `Device.deferred`."""
+        return True
+
+    def use(self, out: Method, into: Method) -> None:
+        """Choose how bytes leave and enter."""
+        self._out.method, self._in.method = out, into
+
+    def claim(self, blocks: Iterable[int]) -> Fence:
+        """See `Device.claim`."""
+        stream = self._gpu.engine_stream()
+        wanted = set(blocks)
+        with self._lock:
+            if wanted and (self._waits or self._pieces):
+                self._reap()
+                self._read_or_give_up(wanted)
+                for piece in self._pieces:
+                    if any(wait.block in wanted for wait in piece.waits):
+                        self._gpu.wait(stream, piece.read)
+            return self._gpu.record(stream)
+
+    def gather(self, blocks: Sequence[int], regions: Sequence[Region], fence: Fence = None) -> Work:
+        """See `Device.gather`. Without a fence, whatever the calling thread's stream has enqueued is seen."""
+        self._check("gather", blocks, regions)
+        fence = fence or self._gpu.record(self._gpu.engine_stream())
+        work = _Stored(self, len(blocks))
+        pairs = enumerate(zip(blocks, regions, strict=True))
+        with self._lock:
+            self._waits.extend(_Wait(work, at, block, region, fence) for at, (block, region) in pairs)
+        return work
+
+    def scatter(self, regions: Sequence[Region], blocks: Sequence[int], fence: Fence = None) -> Work:
+        """See `Device.scatter`."""
+        self._check("scatter", blocks, regions)
+        fence = fence or self._gpu.record(self._gpu.engine_stream())
+        with self._lock:
+            return _Loaded(self._gpu, self._in.load(regions, blocks, fence))
+
+    def advance(self) -> None:
+        """Read what waits as far as staging is free, and see what has arrived. Waits for nothing."""
+        more = True
+        while more:
+            with self._lock:  # Given back between pieces: the engine may want to claim.
+                self._reap()
+                more = bool(self._waits and self._free)
+                if more:
+                    waits = [self._waits.popleft() for _ in range(self._take())]
+                    self._read(waits, waits[0].fence)
+
+    def pinner(self) -> Callable[[int, int], Callable[[], None]] | None:
+        """See `Device.pinner`. What it raises says what copies of memory that is not page-locked cost."""
+        return self._pin
+
+    def _pin(self, address: int, nbytes: int) -> Callable[[], None]:
+        try:
+            unpin = self._gpu.pin(address, nbytes)
+        except KvbmError as error:
+            rates = [link.measure(address, min(nbytes, _TRIAL_BYTES)) / 1e9 for link in self.links]
+            raise KvbmError(
+                f"{error}; copies of such memory run at {rates[0]:.1f} GB/s out and {rates[1]:.1f} GB/s in",
+                operation="pin",
+            ) from error
+        self._pinned.add(address, nbytes)
+
+        def undo() -> None:
+            if self._pinned.remove(address):
+                unpin()
+
+        return undo
+
+    @property
+    def cpus(self) -> frozenset[int] | None:
+        """See `Device.cpus`."""
+        return self._gpu.cpus
+
+    def stage(self, nbytes: int) -> Region | None:
+        """See `Stageable.stage`."""
+        with self._lock:
+            if self._places is None:
+                self._place_bytes = -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+                start, self._direct = self._gpu.memory(_DIRECT_PLACES * self._place_bytes)
+                self._places = [start + at * self._place_bytes for at in range(_DIRECT_PLACES)]
+            assert nbytes <= self._place_bytes, "a device stages blocks of one size"
+            return Region(self._places.pop(), nbytes, on_device=True) if self._places else None
+
+    def unstage(self, region: Region) -> None:
+        """See `Stageable.unstage`."""
+        with self._lock:
+            assert self._places is not None
+            self._places.append(region.address)
+
+    def read(self, region: Region) -> memoryview:
+        """See `Stageable.read`. The view is the calling thread's until it calls again."""
+        memory = getattr(self._bounce, "memory", None)
+        if memory is None or len(memory) < region.nbytes:
+            memory = self._bounce.memory = mmap.mmap(-1, region.nbytes)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self._gpu.copy_rows(self._reading, address, 0, region.address, 0, region.nbytes, 1)
+        self._gpu.wait_here(self._gpu.record(self._reading))
+        return memoryview(memory)[: region.nbytes]
+
+    def close(self) -> None:
+        """Finish what is on its way, give up what waits, and let go of the engine's memory."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            for wait in self._waits:
+                self._lose(wait)
+            self._waits.clear()
+        self._gpu.finish()
+        with self._lock:
+            self._reap()
+        self._out.close()
+        self._in.close()
+        self._owner = self._direct = None
+
+    def _take(self) -> int:
+        """Count the blocks at the head of the queue that make one piece: of one fence, as many as fit."""
+        first = self._waits[0].fence
+        count = 0
+        for wait in self._waits:
+            if count == self._out.piece_blocks or wait.fence is not first:
+                break
+            count += 1
+        return count
+
+    def _read(self, waits: list[_Wait], fence: Event) -> None:
+        """Put one piece on its way, behind the last of its fences."""
+        buffer = self._free.pop()
+        try:
+            read, away = self._out.store([w.block for w in waits], [w.region for w in waits], fence, buffer)
+        except Exception as error:  # noqa: BLE001 - the accelerator's own error is not ours to know
+            self._free.append(buffer)
+            for wait in waits:
+                wait.work.error = error
+                wait.work.left -= 1
+            return
+        self._pieces.append(_Piece(waits, buffer, read, away))
+
+    def _reap(self) -> None:
+        """Take back the pieces that have arrived; they arrive in order."""
+        while self._pieces and self._gpu.passed(self._pieces[0].away):
+            piece = self._pieces.popleft()
+            self._free.append(piece.buffer)
+            for wait in piece.waits:
+                wait.work.left -= 1
+
+    def _read_or_give_up(self, wanted: set[int]) -> None:
+        """Read now what waits in blocks that the engine wants, as far as there is staging."""
+        hit = [wait for wait in self._waits if wait.block in wanted]
+        if not hit:
+            return
+        self._waits = deque(wait for wait in self._waits if wait.block not in wanted)
+        while hit and self._free:
+            count = min(len(hit), self._out.piece_blocks)
+            self._read(hit[:count], hit[count - 1].fence)
+            hit = hit[count:]
+        for wait in hit:
+            self._lose(wait)
+
+    def _lose(self, wait: _Wait) -> None:
+        wait.work.lost.add(wait.at)
+        wait.work.left -= 1
+
+    def _check(self, operation: str, blocks: Sequence[int], regions: Sequence[Region]) -> None:
+        if self._closed:
+            raise KvbmError(f"{operation} on a closed device", operation=operation)
+        if len(blocks) != len(regions):
+            raise ValueError(f"{operation} of {len(blocks)} blocks and {len(regions)} regions")
+        numbers = np.asarray(blocks, dtype=np.int64)
+        if len(numbers) and not (numbers.min() >= 0 and numbers.max() < self.num_blocks):
+            worst = numbers.max() if numbers.min() >= 0 else numbers.min()
+            raise IndexError(f"{operation} of block {worst}; there are {self.num_blocks}")
+        for region in regions:
+            if region.nbytes < self.block_bytes or (region.on_device and operation == "gather"):
+                raise ValueError(f"{operation} needs {self.block_bytes} bytes of host memory, got {region}")

@@ -1,0 +1,264 @@
+"""Gather and scatter on an accelerator, on a simulated one; `tests/gpu` runs the same on a real one."""
+
+import ctypes
+import mmap
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from simulated_gpu import SimulatedGpu
+from test_device import BLOCKS, SHAPES, content, same
+
+from kvbm_core import Stack, chain_keys, make_namespace, root_key
+from kvbm_core.errors import KvbmError
+from kvbm_core.tier import Region
+from kvbm_device._calibration import calibrate
+from kvbm_device._link import Method, PinnedMemory, Way, _runs
+from kvbm_device._pages import make_page_mover, page_table
+from kvbm_device._staged import StagedDevice
+from kvbm_device._views import page_views
+
+METHODS = [Method(Way.STAGED), Method(Way.DMA), Method(Way.KERNEL, 8)]
+
+
+def paged(count, nbytes):
+    """Host regions as a tier lends them: on pages, not neighbours."""
+    pitch = (nbytes // 4096 + 1) * 4096
+    memory = mmap.mmap(-1, count * pitch)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    return [Region(start + at * pitch, nbytes + 96, owner=memory) for at in range(count)]
+
+
+def opened(layers, gpu, num_blocks=BLOCKS, staging_bytes=0, method=METHODS[0]):
+    device = StagedDevice(gpu, page_table(page_views(layers, num_blocks), num_blocks), layers, staging_bytes)
+    device.pinner()(0, 1 << 60)  # All host memory counts as page-locked.
+    device.use(method, method)
+    return device
+
+
+def wait(gpu, work):
+    for _ in range(10_000):
+        if work.done():
+            return work
+        gpu.step()
+    raise AssertionError("the copy never ended")
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_block_moves_bit_for_bit_and_its_neighbours_stay(name, method):
+    make, _ = SHAPES[name]
+    source, target, gpu = make(1), make(2), SimulatedGpu(3)
+    before, goal = content(source, BLOCKS), content(target, BLOCKS)
+    reader, writer = opened(source, gpu, method=method), opened(target, gpu, method=method)
+    pairs = [(5, 1), (0, 6), (3, 3), (1, 0)]
+    regions = paged(len(pairs), reader.block_bytes)
+    random.Random(1).shuffle(regions)
+    assert not wait(gpu, reader.gather([b for b, _ in pairs], regions)).given_up
+    wait(gpu, writer.scatter(regions, [b for _, b in pairs]))
+    for read, written in pairs:
+        goal[written] = before[read]
+    assert all(same(a, b) for a, b in zip(content(source, BLOCKS), before, strict=True))
+    assert all(same(a, b) for a, b in zip(content(target, BLOCKS), goal, strict=True))
+    reader.close()
+    writer.close()
+    assert not gpu.pinned or gpu.pinned == [(0, 1 << 60)] * 2
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_an_engine_that_goes_on_never_mixes_old_and_new(seed):
+    """Blocks are written, stored, claimed and written anew while copies run late, in any legal order."""
+    chance, count, nbytes = random.Random(seed), 24, 512
+    memory = torch.zeros(count, nbytes, dtype=torch.uint8)
+    gpu = SimulatedGpu(seed, eager=chance.choice((0.0, 0.2, 0.6)))
+    method = chance.choice(METHODS)
+    device = opened({"layer": memory}, gpu, count, 1, method)
+    device._out.piece_blocks = device._in.piece_blocks = 1 if method.way is Way.STAGED else 3
+    stored = []  # (work, regions, what they must hold)
+    kept = {}  # content to region, of stores that are complete
+    loading = {}  # block to (work, region, which must live as long)
+    now = [bytes(nbytes)] * count
+    given_up = 0
+
+    def settle():
+        nonlocal given_up
+        for each in list(stored):
+            work, regions, contents = each
+            if work.done():
+                stored.remove(each)
+                given_up += len(work.given_up)
+                for at, (region, data) in enumerate(zip(regions, contents, strict=True)):
+                    if at not in work.given_up:
+                        assert bytes(region.view()[:nbytes]) == data
+                        kept[data] = region
+        for block, (work, _) in list(loading.items()):
+            if work.done():
+                del loading[block]
+
+    for _ in range(250):
+        settle()
+        free = [b for b in range(count) if b not in loading]
+        action = chance.random()
+        if action < 0.4 and free:  # A step of the engine: it claims blocks, then writes them.
+            blocks = chance.sample(free, min(len(free), chance.randint(1, 6)))
+            device.claim(blocks)
+            for block in blocks:
+                data = now[block] = chance.randbytes(nbytes)
+                address = memory[block].data_ptr()
+                gpu.put(gpu.engine, lambda a=address, d=data: ctypes.memmove(a, d, len(d)))
+        elif action < 0.7 and free:
+            blocks = chance.sample(free, min(len(free), chance.randint(1, 8)))
+            regions = paged(len(blocks), nbytes)
+            stored.append(
+                (device.gather(blocks, regions, device.claim(())), regions, [now[b] for b in blocks])
+            )
+        elif free and kept:
+            blocks = chance.sample(free, min(len(free), chance.randint(1, 6)))
+            data = [chance.choice(list(kept)) for _ in blocks]
+            regions = [kept[d] for d in data]
+            work = device.scatter(regions, blocks, device.claim(blocks))
+            for block, each, region in zip(blocks, data, regions, strict=True):
+                now[block] = each
+                loading[block] = (work, region)
+        for _ in range(chance.randint(0, 4)):
+            gpu.step()
+    while stored or loading:
+        settle()
+        gpu.step()
+    gpu.finish()
+    assert [bytes(row.numpy()) for row in memory] == now
+    assert kept
+    device.close()
+
+
+def test_what_is_claimed_before_it_was_read_is_given_up_and_says_so():
+    memory = torch.arange(8 * 4096, dtype=torch.int32).view(8, -1)
+    gpu = SimulatedGpu(1, eager=0)
+    device = opened({"layer": memory}, gpu, 8, 1)
+    device._out.piece_blocks = 1
+    regions = paged(8, device.block_bytes)
+    work = device.gather(range(8), regions, device.claim(()))
+    device.claim(range(8))  # Nothing was read yet: two pieces of staging, one block each.
+    memory_before = memory.clone()
+    gpu.put(gpu.engine, lambda: memory.zero_())
+    wait(gpu, work)
+    assert work.given_up == set(range(2, 8))
+    for at in range(2):
+        assert bytes(regions[at].view()[:16384]) == bytes(memory_before[at].numpy())
+    assert repr(device).endswith("0 waiting, 0 pieces on their way>")
+
+
+def test_a_stack_of_host_memory_over_an_accelerator(tmp_path):
+    memory = torch.zeros(64, 5000, dtype=torch.uint8)
+    for block in range(32):
+        memory[block] = torch.frombuffer(bytearray(random.Random(block).randbytes(5000)), dtype=torch.uint8)
+    gpu = SimulatedGpu(5, eager=0.9)
+    device = opened({"layer": memory}, gpu, 64, 1)
+    keys = chain_keys(root_key(), range(32), 1)
+    tiers = [{"backend": "cpu", "capacity": "1MiB"}, {"backend": "memory", "capacity": "1MiB"}]
+    with Stack.open({"tiers": tiers}, device, make_namespace({"a": 1})) as stack:
+        stack.store(keys, range(32))
+        stack.wait()
+        assert stack.load(keys, range(32, 64)) == 32
+        assert torch.equal(memory[32:], memory[:32])
+        assert {name: count.stored for name, count in stack.counts.items()} == {"cpu": 32, "memory": 32}
+
+
+def test_the_calibration_measures_each_way_and_leaves_the_blocks_as_they_were(caplog):
+    caplog.set_level("INFO", "kvbm_device")
+    memory = torch.randint(0, 255, (16, 4096), dtype=torch.uint8)
+    before = memory.clone()
+    gpu = SimulatedGpu(2)
+    device = StagedDevice(gpu, page_table(page_views({"layer": memory}, 16), 16), memory, 1)
+    rates = calibrate(gpu, device, "auto")
+    assert [str(rate.method) for rate in rates] == ["staged", "dma", "kernel:8", "kernel:16", "kernel:32"]
+    assert torch.equal(memory, before)
+    assert not gpu.pinned or len(gpu.pinned) == 2  # What the links hold; the sample is given back.
+    assert "blocks leave by" in caplog.text
+    for way in ("staged", "dma"):
+        assert [str(rate.method) for rate in calibrate(gpu, device, way)] == [way]
+        assert str(device.links[0].method) == str(device.links[1].method) == way
+
+
+def test_a_kernel_is_not_sent_to_memory_that_is_not_page_locked():
+    memory = torch.randint(0, 255, (4, 4096), dtype=torch.uint8)
+    gpu = SimulatedGpu(2)
+    device = StagedDevice(gpu, page_table(page_views({"layer": memory}, 4), 4), memory, 1)
+    device.use(METHODS[2], METHODS[2])
+    regions = paged(4, 4096)
+    assert device.links[0]._method(regions).way is Way.STAGED
+    device.pinner()(regions[0].address, 4 * 8192)
+    assert device.links[0]._method(regions).way is Way.KERNEL
+
+
+def test_neighbours_are_copied_together():
+    memory = PinnedMemory()
+    memory.add(100, 300)
+    memory.add(400, 200)
+    found = list(_runs([100, 200, 300, 400, 500, 1000, 900, 950], memory.end_of))
+    assert found == [(100, 100, 3), (400, 100, 2), (1000, 0, 1), (900, 50, 2)]
+    assert memory.remove(400)
+    assert not memory.remove(400)
+    assert [memory.end_of(at) for at in (99, 100, 399, 400)] == [0, 400, 400, 0]
+
+
+KERNEL = """
+import sys; sys.path.insert(0, {here!r})
+import numpy as np, torch
+from test_device import BLOCKS, SHAPES, content, same
+from kvbm_device._pages import TritonMover, make_page_mover, page_table
+from kvbm_device._views import page_views
+mover = make_page_mover("cpu")
+assert isinstance(mover, TritonMover) and mover.reaches_host
+for name, (make, _) in SHAPES.items():
+    source, target = make(1), make(2)
+    before, goal = content(source, BLOCKS), content(target, BLOCKS)
+    table = page_table(page_views(source, BLOCKS), BLOCKS)
+    flat = np.zeros((3, table.block_bytes), dtype=np.uint8)
+    def jobs(blocks):
+        return np.array([[b, flat[at].ctypes.data] for at, b in enumerate(blocks)], dtype=np.int64)
+    out, into = jobs([5, 0, 2]), jobs([1, 4, 6])
+    mover(table, out.ctypes.data, 3, 0, gather=True, programs=2)
+    mover(page_table(page_views(target, BLOCKS), BLOCKS), into.ctypes.data, 3, 0, gather=False, programs=0)
+    for read, written in ((5, 1), (0, 4), (2, 6)):
+        goal[written] = before[read]
+    assert all(same(a, b) for a, b in zip(content(source, BLOCKS), before)), name
+    assert all(same(a, b) for a, b in zip(content(target, BLOCKS), goal)), name
+print("all shapes")
+"""
+
+
+def test_the_kernel_moves_the_pages_of_every_shape(request):
+    """In Triton's interpreter, which reads host memory; it is chosen when Triton is imported."""
+    pytest.importorskip("triton", reason="no Triton here: the kernel is tested where there is")
+    code = KERNEL.format(here=str(request.path.parent))
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"TRITON_INTERPRET": "1", "PATH": "/usr/bin:/bin", "HOME": "/tmp"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert run.stdout.strip() == "all shapes", run.stderr[-3000:]
+
+
+def test_where_triton_is_missing_torch_moves_the_pages(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert not make_page_mover("cpu").reaches_host
+
+
+def test_memory_that_cannot_be_page_locked_says_what_that_costs(monkeypatch, caplog):
+    memory = torch.zeros(8, 4096, dtype=torch.uint8)
+    gpu = SimulatedGpu(2)
+    device = opened({"layer": memory}, gpu, 8, 1)
+
+    def refuse(address, nbytes):
+        raise KvbmError("cuMemHostRegister failed: CUDA_ERROR_OUT_OF_MEMORY (2)")
+
+    monkeypatch.setattr(gpu, "pin", refuse)
+    with Stack.open({"tiers": [{"backend": "cpu", "capacity": "1MiB"}]}, device, make_namespace({})) as stack:
+        stack.store(chain_keys(root_key(), range(4), 1), range(4))
+        stack.wait()
+        assert stack.counts["cpu"].stored == 4
+    assert "OUT_OF_MEMORY" in caplog.text
+    assert "GB/s out and" in caplog.text
