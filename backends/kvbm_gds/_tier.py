@@ -28,7 +28,7 @@ from kvbm_core.tier import (
 from kvbm_gds._config import GdsConfig
 from kvbm_gds._engines import Engines, open_engines
 from kvbm_gds._io import Io
-from kvbm_gds._slab import Entry, Sizing, Slab, least_share_bytes, plan_sizing
+from kvbm_gds._slab import Entry, Sizing, Slab, drop_other_ranks, least_share_bytes, plan_sizing
 
 __all__ = ["GdsTier"]
 
@@ -46,6 +46,7 @@ class GdsTier(Tier):
         self._sizing = _sizing(config, context)
         self._slab = Slab(config, context.rank)
         try:
+            drop_other_ranks(config, context.rank, context.world_size)
             self._engines: Engines = open_engines(config, self._slab, self._sizing, context.wake)
             entries = self._open_files()
         except BaseException:

@@ -384,6 +384,29 @@ def test_du_is_never_above_the_capacity(tmp_path, open_with, ranks, capacity, nb
     assert capacity * 0.8 < scales.most_bytes <= capacity
 
 
+def test_fewer_ranks_than_before_keep_to_the_capacity_and_keep_what_is_theirs(tmp_path, open_plain, caplog):
+    tiers = [open_plain(rank=rank, world_size=3) for rank in range(3)]
+    for tier in tiers:
+        fill(tier, range(20))
+        tier.close()
+    tiers = [open_plain(rank=rank, world_size=2) for rank in range(2)]
+    dropped = f"{tmp_path}/kv/rank2: an engine of more ranks left it; dropping it"
+    assert messages(caplog) == [dropped]
+    assert du_bytes(tmp_path / "kv") <= 8 * MIB
+    for tier in tiers:
+        assert_served(tier, range(20))
+
+
+def test_the_directory_of_a_further_rank_that_is_in_use_is_left_alone(tmp_path, open_plain):
+    further = open_plain(rank=1, world_size=2)
+    with pytest.raises(TierOpenError, match=r"rank1 is in use by another engine"):
+        open_plain()
+    assert fill(further, range(3)) == [(Outcome.DONE, Reason.NONE)] * 3
+    further.close()
+    open_plain()
+    assert sorted(path.name for path in (tmp_path / "kv").iterdir()) == ["rank0"]
+
+
 # Kills.
 
 NURSERY = """
