@@ -69,12 +69,19 @@ class RemoteConfig(TierConfig, frozen=True):
 
 
 def shown_url(url: str) -> str:
-    """Give a URL without the user, password and query it may carry."""
+    """Give a URL without the user, password and query it may carry, also where these are not encoded."""
     protocol, mark, rest = url.partition("://")
     place = rest.partition("?")[0].partition("#")[0]
+    user, at, where = place.rpartition("@")
+    if ":" in user:
+        # A password may have a slash in it.
+        return f"{protocol}{mark}***@{where}"
     host, slash, path = place.partition("/")
-    # In abfs the part before the @ is the container, and a password would have a colon before it.
-    if "@" in host and (protocol.lower() not in ("abfs", "abfss", "az") or ":" in host.rpartition("@")[0]):
+    if not at and "@" in rest and ":" in host:
+        # Or a question mark: then what is before it is a part of the password.
+        return f"{protocol}{mark}***"
+    # In abfs the part before the @ is the container.
+    if "@" in host and protocol.lower() not in ("abfs", "abfss", "az"):
         host = "***@" + host.rpartition("@")[2]
     return protocol + mark + host + slash + path
 

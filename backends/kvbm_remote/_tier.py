@@ -137,6 +137,8 @@ class RemoteTier(Tier):
 
     def discard(self, keys: Sequence[BlockKey]) -> None:
         """See `Tier.discard`. Absent here at once, deleted for all in the background."""
+        if self._closed:
+            return
         jobs = []
         with self._lock:
             for key in keys:
