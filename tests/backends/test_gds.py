@@ -539,7 +539,7 @@ def test_a_disk_too_full_for_the_lock_file_is_named(tmp_path, open_plain):
         assert files_open() == before
 
 
-def test_a_file_that_cannot_grow_ends_stores_with_full(tmp_path, open_tier, monkeypatch):
+def test_a_file_that_cannot_grow_ends_stores_with_full_and_one_line(tmp_path, open_tier, monkeypatch, caplog):
     # As on a file system that copies on write: what was allocated is no promise.
     monkeypatch.setattr(_slab.os, "posix_fallocate", lambda *_: None)
     with small_disk(tmp_path / "disk", 2 * MIB):
@@ -548,6 +548,12 @@ def test_a_file_that_cannot_grow_ends_stores_with_full(tmp_path, open_tier, monk
         stored = [n for n, end in enumerate(ends) if end.outcome is Outcome.DONE]
         assert 20 < len(stored) < 32
         assert {end.reason for end in ends} == {Reason.NONE, Reason.FULL}
+        [said] = messages(caplog)
+        assert said.endswith("(1 since the last such line)")
+        monkeypatch.setattr(_tier, "_REPORT_EVERY_S", 0.0)
+        tier._next_report_s.clear()
+        assert store(tier, 60).reason is Reason.FULL
+        assert messages(caplog)[1].endswith(f"({60 - len(stored)} since the last such line)")
         assert_served(tier, stored)
         tier.discard([key(n) for n in stored[:10]])
         # Their room on the disk is not given back, but their slots can be written again.
@@ -703,13 +709,13 @@ def test_an_index_that_cannot_be_written_puts_the_tier_out(tmp_path, open_plain,
         os.dup2(file.fileno(), tier._slab._index)
     # A store that cannot be noted has failed, and its slot is free again.
     assert in_turns(tier, stores([most])) == in_turns(tier, stores([most])) == [FAILED_ERROR]
-    assert len(messages(caplog)) == 2
+    assert len(messages(caplog)) == 1
     tier.discard([key(3), key(4)])
     assert "is out until the engine is restarted" in messages(caplog)[-1]
     assert "the index cannot be written (Bad file descriptor)" in messages(caplog)[-1]
     assert in_turns(tier, stores([most])) == in_turns(tier, loads([1])) == [FAILED_ERROR]
     assert lookup(tier, 3) is Outcome.MISSING
-    assert len(messages(caplog)) == 3
+    assert len(messages(caplog)) == 2
     tier.close()
     # The entry is still there, and so is the block.
     tier = open_plain()
