@@ -82,6 +82,10 @@ def test_two_tiers_share_a_store(url, open_tier):
         assert load((two, one)[n % 2], n)[1] == content(n)
 
 
+def test_only_memory_does_not_outlive_a_kill(url, open_tier):
+    assert open_tier(url).capabilities.durable is url.startswith("file")
+
+
 def test_ranks_and_namespaces_keep_apart(url, open_tier):
     store(open_tier(url, rank=0, world_size=2), 1)
     for others in ({"rank": 1, "world_size": 2}, {"rank": 0}, {"namespace": b"m" * 16}):
