@@ -492,6 +492,9 @@ def test_the_settings_are_read_from_a_mapping():
     assert config.storage_options == {"anon": True}
     with pytest.raises(ConfigError):
         convert({"url": "s3://b/x", "client": "boto3"}, RemoteConfig, "x")
+    with pytest.raises(ConfigError, match="storage_options: a str; write a mapping") as caught:
+        convert({"url": "s3://b/x", "storage_options": f"secret={MARKER}"}, RemoteConfig, "x")
+    assert MARKER not in "".join(traceback.format_exception(caught.value))
 
 
 # the collector
