@@ -23,9 +23,11 @@ import pytest
 from test_cpu import BLOCK, NAMESPACE, content, key, load, lookup, region, run, store
 from test_lmdb import du_bytes, small_disk
 
+from kvbm_core import Stack, chain_keys, root_key
 from kvbm_core.config import ByteSize
 from kvbm_core.errors import ConfigError, QueueFullError, TierError, TierOpenError
 from kvbm_core.layers import FOOTER_BYTES, CheckedTier
+from kvbm_core.testing import MemoryDevice
 from kvbm_core.tier import Op, Outcome, Reason, TierContext, Transfer
 from kvbm_gds import GdsConfig, GdsTier, _engines, _io, _probe, _slab, _tier
 from kvbm_gds._probe import Finding
@@ -607,6 +609,32 @@ def test_files_taken_away_under_a_running_tier(tmp_path, open_tier, caplog, harm
     assert_served(tier, range(survive))
     assert fill(tier, range(50, 60)) == [(Outcome.DONE, Reason.NONE)] * 10
     assert_served(tier, range(50, 60))
+
+
+@pytest.mark.parametrize("harm", [cut_slab, delete_slab, delete_index])
+def test_a_stack_counts_what_files_that_are_taken_away_cost_and_gives_no_wrong_byte(tmp_path, harm):
+    tier = {"backend": "gds", "capacity": 8 * MIB, "path": str(tmp_path / "kv"), "engine": "threads"}
+    keys, device = chain_keys(root_key(), range(40), 1), MemoryDevice(80, BLOCK - FOOTER_BYTES)
+    for block in range(40):
+        device.write(block, content(block)[: BLOCK - FOOTER_BYTES])
+
+    def right(count):
+        return all(device.read(40 + n) == device.read(n) for n in range(count))
+
+    with Stack.open({"tiers": [tier]}, device, NAMESPACE) as stack:
+        stack.store(keys, range(40))
+        stack.wait()
+        assert stack.load(keys, range(40, 80)) == 40
+        assert right(40)
+        harm(tmp_path / "kv/rank0")
+        for times in (1, 2, 3):
+            assert stack.load(keys, range(40, 80)) == 0
+            assert stack.counts["gds"].failed == {("load", "error"): 40 * times}
+        assert stack.match(keys) == 0, "it is left alone"
+    with Stack.open({"tiers": [tier]}, device, NAMESPACE) as stack:
+        count = stack.load(keys, range(40, 80))
+        assert count == (20 if harm is cut_slab else 0)
+        assert right(count)
 
 
 def test_a_transfer_in_flight_when_files_are_taken_away_fails(tmp_path, open_tier, caplog):
