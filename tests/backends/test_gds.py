@@ -1089,6 +1089,46 @@ def test_a_slot_is_not_written_while_a_late_load_still_reads_it(open_tier, hold)
     assert_served(tier, [100, 101])
 
 
+def test_another_models_entry_is_gone_before_its_slot_is_written(tmp_path, open_plain, hold):
+    """Else a kill in the middle of the write would leave an entry that vouches for half a block."""
+    tier = open_plain(1 * MIB, namespace=OTHER)
+    most = tier.capabilities.capacity_blocks
+    fill(tier, range(most))
+    tier.close()
+
+    def entries():
+        index = (tmp_path / "kv/rank0/index").read_bytes()
+        return sum(index[at : at + 16] == OTHER for at in range(4096, len(index), 80))
+
+    tier = open_plain(1 * MIB)
+    assert entries() == most
+    hold(tier, write=True)
+    tier.submit(stores([0, 1]))
+    assert entries() == most - 2
+
+
+@pytest.mark.parametrize("call", ["transfer", "check_xfer_state"])
+def test_a_status_of_nixl_that_is_not_done_fails_the_block(open_with, monkeypatch, call):
+    tier = open_with(engine=use_engine("libaio", monkeypatch))
+    fill(tier, range(4))
+    agent = tier._engines.host._agent
+    post, state = agent.transfer, agent.check_xfer_state
+
+    def transfer(handle):
+        post(handle)
+        # Not while the kernel works on it.
+        while state(handle) == "PROC":
+            pass
+        return "ERR"
+
+    said = {"transfer": transfer, "check_xfer_state": lambda h: "PROC" if state(h) == "PROC" else "ERR"}
+    with monkeypatch.context() as patch:
+        patch.setattr(agent, call, said[call])
+        assert in_turns(tier, [*loads(range(2)), *stores([10, 11])]) == [FAILED_ERROR] * 4
+    assert_served(tier, range(4))
+    assert fill(tier, [10, 11]) == [(Outcome.DONE, Reason.NONE)] * 2
+
+
 def test_a_second_store_of_a_key_on_its_way_is_busy(open_tier, hold):
     tier = open_tier()
     go_on = hold(tier, write=True)
