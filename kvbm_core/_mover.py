@@ -423,15 +423,15 @@ class Mover:
                 self._forget_doomed(traffic, late.key)
 
     def _collect_failed(self, traffic: _Traffic, completion: Completion, move: _Move) -> None:
-        if traffic.tier.holds(completion.ticket):
+        held = traffic.tier.holds(completion.ticket)
+        # It may be there after all, and nobody would know. In a shared tier it may be another engine's.
+        unknown = isinstance(move.job.op, Store) and not traffic.tier.capabilities.shared
+        if unknown and (held or completion.reason in (Reason.DEADLINE, Reason.ERROR)):
+            traffic.doomed.add(move.key)
+        if held:
             traffic.late[completion.ticket] = move
-            if isinstance(move.job.op, Store):  # It may be there after all, and nobody would know.
-                traffic.doomed.add(move.key)
             self._end_move(move, completion.reason)
         else:
-            if isinstance(move.job.op, Store) and completion.reason in (Reason.DEADLINE, Reason.ERROR):
-                # As above, and the tier has let go already.
-                traffic.doomed.add(move.key)
             self._fail(move, completion.reason)
 
     # Device.

@@ -53,6 +53,10 @@ class TierEntry(msgspec.Struct, frozen=True, kw_only=True):
     there, and a checksum costs a fifth of a memory copy)."""
     settings: Mapping[str, Any]
 
+    def __repr__(self) -> str:
+        keys = ", ".join(map(str, self.settings))
+        return f"TierEntry({self.backend!r}, name={self.name!r}, checked={self.checked}, settings=<{keys}>)"
+
 
 class StackConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything an operator can say about a stack."""
@@ -96,7 +100,9 @@ def parse_size(value: object, key: str = "size") -> ByteSize:
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if match is None or match[2] not in _UNITS:
         units = ", ".join(u for u in _UNITS if u)
-        raise ConfigError(f"{key}: {value!r} is not a size; write a number and a unit ({units}), like 8GiB")
+        raise ConfigError(
+            f"{key}: {_shape(value)} is not a size; write a number and a unit ({units}), like 8GiB"
+        )
     return ByteSize(math.floor(float(match[1]) * _UNITS[match[2]]))
 
 
@@ -147,9 +153,12 @@ def load_config(source: Mapping[str, Any] | str | Path) -> StackConfig:
     except OSError as error:
         raise ConfigError(f"configuration file {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"configuration file {path} is not YAML: {error}") from error
+        # Neither chained nor told: its text quotes the file, which may hold a password.
+        mark = getattr(error, "problem_mark", None)
+        place = f", see line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"configuration file {path} is not YAML{place}") from None
     if not isinstance(value, Mapping):
-        raise ConfigError(f"configuration file {path}: expected keys like 'tiers:', found {value!r}")
+        raise ConfigError(f"configuration file {path}: expected keys like 'tiers:', found {_shape(value)}")
     return _stack(value, str(path))
 
 
@@ -157,8 +166,8 @@ def _stack(value: Mapping[str, Any], where: str) -> StackConfig:
     refuse_unknown(value, StackConfig.__struct_fields__, where)
     tiers = value.get("tiers")
     if not isinstance(tiers, list | tuple) or not tiers:
-        raise ConfigError(f"{where}: tiers: {tiers!r}; write a list of at least one tier, fastest first, "
-                          "like [{backend: cpu, capacity: 8GiB}]")  # fmt: skip
+        raise ConfigError(f"{where}: tiers: {_shape(tiers)}; write a list of at least one tier, "
+                          "fastest first, like [{backend: cpu, capacity: 8GiB}]")  # fmt: skip
     entries = tuple(_tier_entry(index, tier, where) for index, tier in enumerate(tiers))
     names = [entry.name for entry in entries]
     for name in names:
@@ -173,7 +182,7 @@ def _stack(value: Mapping[str, Any], where: str) -> StackConfig:
 def _tier_entry(index: int, tier: object, where: str) -> TierEntry:
     where = f"{where}: tiers[{index}]"
     if not isinstance(tier, Mapping) or not isinstance(tier.get("backend"), str):
-        raise ConfigError(f"{where}: {tier!r}; write a mapping with a 'backend', like "
+        raise ConfigError(f"{where}: {_shape(tier)}; write a mapping with a 'backend', like "
                           "{backend: cpu, capacity: 8GiB}")  # fmt: skip
     settings = {k: v for k, v in tier.items() if k not in ("backend", "name", "checked")}
     checked = tier.get("checked")
@@ -214,4 +223,11 @@ def _explain(message: str, value: Mapping[str, Any]) -> str:
     text, _, path = message.partition(" - at `$.")
     key = path.rstrip("`")
     text = text.removeprefix("size: ")
-    return f"{key}: {text} (got {value.get(key)!r})" if key else text
+    return f"{key}: {text} (got {_shape(value.get(key))})" if key else text
+
+
+def _shape(value: object) -> str:
+    """Show a value, but not what is in a mapping or a list: it may hold a password."""
+    if isinstance(value, Mapping):
+        return f"a mapping of {', '.join(map(str, value))}"
+    return f"a list of {len(value)}" if isinstance(value, list | tuple) else repr(value)

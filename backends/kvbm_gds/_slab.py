@@ -33,7 +33,16 @@ from kvbm_core.errors import TierOpenError
 from kvbm_core.tier import PAGE_BYTES
 from kvbm_gds._config import GdsConfig
 
-__all__ = ["Entry", "Sizing", "Slab", "check", "least_share_bytes", "open_direct", "plan_sizing"]
+__all__ = [
+    "Entry",
+    "Sizing",
+    "Slab",
+    "check",
+    "drop_other_ranks",
+    "least_share_bytes",
+    "open_direct",
+    "plan_sizing",
+]
 
 _log = logging.getLogger("kvbm_gds")
 
@@ -328,6 +337,23 @@ class Slab:
 
     def _write_entry(self, slot: int, raw: bytes) -> None:
         _write_all(self._index, raw, _HEADER_BYTES + slot * _ENTRY_BYTES)
+
+
+def drop_other_ranks(config: GdsConfig, rank: int, world_size: int) -> None:
+    """Delete what an engine of more ranks left: nobody uses it, and the capacity is for all together.
+
+    Each rank deletes as much as its own share grows by, so the room is there before it is taken.
+
+    Raises:
+        TierOpenError: If another engine uses it.
+    """
+    for folder in _root(config).glob("rank*"):
+        name = folder.name.removeprefix("rank")
+        if name.isdigit() and int(name) >= world_size and int(name) % world_size == rank:
+            _log.warning("%s: an engine of more ranks left it; dropping it", folder)
+            left = Slab(config, int(name))
+            shutil.rmtree(folder, ignore_errors=True)
+            left.close()
 
 
 def check(config: GdsConfig) -> None:

@@ -8,7 +8,8 @@ All of the tier's state is touched by its caller's thread alone; the engine's th
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+import time
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -28,7 +29,7 @@ from kvbm_core.tier import (
 from kvbm_gds._config import GdsConfig
 from kvbm_gds._engines import Engines, open_engines
 from kvbm_gds._io import Io
-from kvbm_gds._slab import Entry, Sizing, Slab, least_share_bytes, plan_sizing
+from kvbm_gds._slab import Entry, Sizing, Slab, drop_other_ranks, least_share_bytes, plan_sizing
 
 __all__ = ["GdsTier"]
 
@@ -36,6 +37,8 @@ _log = logging.getLogger("kvbm_gds")
 
 _CLOSE_WAIT_S: Final = 10.0
 """How long `close` waits for the disk."""
+_REPORT_EVERY_S: Final = 60.0
+"""A disk that fails or is full fails every block: one line, and then how many they were."""
 
 
 class GdsTier(Tier):
@@ -46,6 +49,7 @@ class GdsTier(Tier):
         self._sizing = _sizing(config, context)
         self._slab = Slab(config, context.rank)
         try:
+            drop_other_ranks(config, context.rank, context.world_size)
             self._engines: Engines = open_engines(config, self._slab, self._sizing, context.wake)
             entries = self._open_files()
         except BaseException:
@@ -67,6 +71,9 @@ class GdsTier(Tier):
         self._flying: dict[int, tuple[Transfer, int, int]] = {}
         """Ticket to transfer, slot and sequence."""
         self._done: list[Completion] = []
+        self._failures = Counter[str]()
+        """Of each kind, since the last line in the log."""
+        self._next_report_s: dict[str, float] = {}
         self._closed = self._out = False
         self._capabilities = Capabilities(
             capacity_blocks=self._sizing.slots,
@@ -281,8 +288,17 @@ class GdsTier(Tier):
         self._complete(transfer, Outcome.DONE)
 
     def _report(self, kind: str, error: str) -> None:
-        if not self._out:
-            _log.error("a %s in %s failed: %s", kind, self._slab.path, error)
+        if self._out:
+            return
+        self._failures[kind] += 1
+        now_s = time.monotonic()
+        if now_s < self._next_report_s.get(kind, 0.0):
+            return
+        self._next_report_s[kind] = now_s + _REPORT_EVERY_S
+        _log.error(
+            "a %s in %s failed: %s (%d since the last such line)",
+            kind, self._slab.path, error, self._failures.pop(kind),
+        )  # fmt: skip
 
     def _complete(self, transfer: Transfer, outcome: Outcome, reason: Reason = Reason.NONE) -> None:
         self._done.append(Completion(transfer.ticket, outcome, reason))

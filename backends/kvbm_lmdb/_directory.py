@@ -31,7 +31,7 @@ from kvbm_core.block import KEY_BYTES, NAMESPACE_BYTES
 from kvbm_core.errors import TierOpenError
 from kvbm_lmdb._config import LmdbConfig
 
-__all__ = ["Directory", "Entry", "Sizing", "Store", "check", "open_store", "plan_sizing"]
+__all__ = ["Directory", "Entry", "Sizing", "Store", "check", "drop_other_ranks", "open_store", "plan_sizing"]
 
 _log = logging.getLogger("kvbm_lmdb")
 
@@ -197,6 +197,23 @@ class Directory:
             time.sleep(0.05)
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+
+
+def drop_other_ranks(config: LmdbConfig, rank: int, world_size: int) -> None:
+    """Delete what an engine of more ranks left: nobody uses it, and the capacity is for all together.
+
+    Each rank deletes as much as its own share grows by.
+
+    Raises:
+        TierOpenError: If another engine uses it.
+    """
+    for folder in _root(config).glob("rank*"):
+        name = folder.name.removeprefix("rank")
+        if name.isdigit() and int(name) >= world_size and int(name) % world_size == rank:
+            _log.warning("%s: an engine of more ranks left it; dropping it", folder)
+            left = Directory(config, int(name))
+            shutil.rmtree(folder, ignore_errors=True)
+            left.release()
 
 
 def check(config: LmdbConfig) -> None:

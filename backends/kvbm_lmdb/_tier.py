@@ -29,6 +29,7 @@ from kvbm_lmdb._directory import (
     ERASE_BLOCKS,
     Directory,
     Sizing,
+    drop_other_ranks,
     least_share_bytes,
     open_store,
     plan_sizing,
@@ -57,6 +58,7 @@ class LmdbTier(Tier):
         self._readers = config.readers
         self._directory = Directory(config, context.rank)
         try:
+            drop_other_ranks(config, context.rank, context.world_size)
             self._store = open_store(self._directory, sizing, config.readers)
             self._writer = Writer(self._store, sizing, self._directory, context.namespace)
             self._inventory = self._take_stock()

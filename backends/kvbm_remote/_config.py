@@ -28,7 +28,7 @@ class RemoteConfig(TierConfig, frozen=True):
 
     url: str
     """Where the blocks are. All engines that share them write the same."""
-    storage_options: Mapping[str, Any] = msgspec.field(default_factory=dict)
+    storage_options: Any = msgspec.field(default_factory=dict)
     """For the file system library, like ``endpoint_url``. Leave credentials to the environment."""
     client: Literal["auto", "obstore", "fsspec"] = "auto"
     """The library for s3. ``auto``: obstore, if it is installed and knows all the options."""
@@ -45,6 +45,10 @@ class RemoteConfig(TierConfig, frozen=True):
 
     def __post_init__(self) -> None:
         _check_url(self.url)
+        if not isinstance(self.storage_options, Mapping):
+            # Its type is checked here, because a message of the core's would show the value.
+            kind = type(self.storage_options).__name__
+            raise ConfigError(f"storage_options: a {kind}; write a mapping, like {{endpoint_url: ...}}")
         if not 1 <= self.max_in_flight <= _MAX_IN_FLIGHT:
             raise ConfigError(f"max_in_flight: {self.max_in_flight!r}; write 1 to {_MAX_IN_FLIGHT}")
         if not 0 < self.connect_timeout_s < math.inf:
@@ -69,12 +73,19 @@ class RemoteConfig(TierConfig, frozen=True):
 
 
 def shown_url(url: str) -> str:
-    """Give a URL without the user, password and query it may carry."""
+    """Give a URL without the user, password and query it may carry, also where these are not encoded."""
     protocol, mark, rest = url.partition("://")
     place = rest.partition("?")[0].partition("#")[0]
+    user, at, where = place.rpartition("@")
+    if ":" in user:
+        # A password may have a slash in it.
+        return f"{protocol}{mark}***@{where}"
     host, slash, path = place.partition("/")
-    # In abfs the part before the @ is the container, and a password would have a colon before it.
-    if "@" in host and (protocol.lower() not in ("abfs", "abfss", "az") or ":" in host.rpartition("@")[0]):
+    if not at and "@" in rest and ":" in host:
+        # Or a question mark: then what is before it is a part of the password.
+        return f"{protocol}{mark}***"
+    # In abfs the part before the @ is the container.
+    if "@" in host and protocol.lower() not in ("abfs", "abfss", "az"):
         host = "***@" + host.rpartition("@")[2]
     return protocol + mark + host + slash + path
 

@@ -25,6 +25,8 @@ _log = logging.getLogger("kvbm_remote")
 
 _END_WAIT_S: Final = 3.0
 """Cancelled jobs, and threads, have so long to end."""
+_TIDY_ABOVE: Final = 4096
+"""A queue longer than this is rid of jobs that were given up while they waited. The tier has fewer open."""
 
 
 @dataclass(eq=False, slots=True)
@@ -55,6 +57,7 @@ class Runner(ABC):
     """Runs jobs, at most so many at once, loads and lookups first."""
 
     def __init__(self) -> None:
+        self._to_do = threading.Condition()
         self._ahead: deque[Job] = deque()
         self._behind: deque[Job] = deque()
 
@@ -67,12 +70,20 @@ class Runner(ABC):
         """Finish what is queued until a time, give the rest up, then run `last`."""
 
     def _queue(self, jobs: Sequence[Job]) -> None:
-        for job in jobs:
-            (self._ahead if job.passes_stores else self._behind).append(job)
+        with self._to_do:
+            for queue in (self._ahead, self._behind):
+                # Nobody takes them while every thread, or the loop, hangs in a client library.
+                if len(queue) > _TIDY_ABOVE:
+                    waiting = [job for job in queue if not job.ended]
+                    queue.clear()
+                    queue.extend(waiting)
+            for job in jobs:
+                (self._ahead if job.passes_stores else self._behind).append(job)
 
     def _next(self) -> Job | None:
-        queue = self._ahead or self._behind
-        return queue.popleft() if queue else None
+        with self._to_do:
+            queue = self._ahead or self._behind
+            return queue.popleft() if queue else None
 
 
 class LoopRunner(Runner):
@@ -168,7 +179,6 @@ class ThreadRunner(Runner):
         super().__init__()
         self._handle = handle
         self._closing = False
-        self._to_do = threading.Condition()
         names = [f"kvbm-remote-{number}" for number in range(max_in_flight)]
         self._threads = [threading.Thread(target=self._run, name=name, daemon=True) for name in names]
         for thread in self._threads:

@@ -62,7 +62,7 @@ class RemoteTier(Tier):
         self._capabilities = Capabilities(
             capacity_blocks=None,
             queue_depth=self._depth,
-            durable=True,
+            durable=config.protocol != "memory",
             shared=True,
             remote_lookup=True,
             detail=f"{self._place} by {self._store.client}" + (", read only" if self._read_only else ""),
@@ -137,6 +137,8 @@ class RemoteTier(Tier):
 
     def discard(self, keys: Sequence[BlockKey]) -> None:
         """See `Tier.discard`. Absent here at once, deleted for all in the background."""
+        if self._closed:
+            return
         jobs = []
         with self._lock:
             for key in keys:

@@ -121,6 +121,41 @@ class Overwrites(MemoryTier):
         return super()._run(transfer)
 
 
+class _Batches(MemoryTier):
+    """Knows which keys are stored in the batch at hand."""
+
+    def submit(self, transfers: Sequence[Transfer]) -> None:
+        self.storing: set[BlockKey] = set()
+        super().submit(transfers)
+
+    def _run(self, transfer: Transfer) -> Completion:
+        if transfer.op is Op.STORE:
+            self.storing.add(transfer.key)
+        return super()._run(transfer)
+
+
+@_found_by("test_a_second_store_of_a_key_completes_as_before_or_after_or_busy")
+class FailsTheSecondStore(_Batches):
+    """Takes two stores of a key in one batch for an error."""
+
+    def _run(self, transfer: Transfer) -> Completion:
+        if transfer.op is Op.STORE and transfer.key in self.storing:
+            return Completion(transfer.ticket, Outcome.FAILED, Reason.ERROR)
+        return super()._run(transfer)
+
+
+@_found_by("test_a_load_beside_a_store_of_its_key_completes_as_before_or_after_or_busy")
+class ReadsWhatIsBeingWritten(_Batches):
+    """Gives the half that is written already."""
+
+    def _run(self, transfer: Transfer) -> Completion:
+        if transfer.op is Op.LOAD and transfer.key in self.storing and transfer.region:
+            half = transfer.region.nbytes // 2
+            transfer.region.view()[:half] = self._blocks[transfer.key][:half]
+            return Completion(transfer.ticket, Outcome.DONE)
+        return super()._run(transfer)
+
+
 @_found_by("test_loading_an_absent_key_completes_missing_and_leaves_the_region_as_it_was")
 class SaysDoneForNothing(MemoryTier):
     """A load of what is absent ends DONE."""
@@ -473,6 +508,16 @@ class SeesOnlyItsOwn(SharedFolder):
             self.own.add(transfer.key)
         elif transfer.key not in self.own:
             return Outcome.MISSING, Reason.MISSING
+        return super().end(transfer)
+
+
+@_found_by("test_engines_that_store_the_same_blocks_at_once_do_no_harm")
+class FailsWhereAnotherStores(SharedFolder):
+    """Takes a file that another engine made a moment ago for an error."""
+
+    def end(self, transfer: Transfer) -> tuple[Outcome, Reason]:
+        if transfer.op is Op.STORE and (self.folder / transfer.key.hex()).exists():
+            return Outcome.FAILED, Reason.ERROR
         return super().end(transfer)
 
 

@@ -23,9 +23,11 @@ import pytest
 from test_cpu import BLOCK, NAMESPACE, content, key, load, lookup, region, run, store
 from test_lmdb import du_bytes, small_disk
 
+from kvbm_core import Stack, chain_keys, root_key
 from kvbm_core.config import ByteSize
 from kvbm_core.errors import ConfigError, QueueFullError, TierError, TierOpenError
 from kvbm_core.layers import FOOTER_BYTES, CheckedTier
+from kvbm_core.testing import MemoryDevice
 from kvbm_core.tier import Op, Outcome, Reason, TierContext, Transfer
 from kvbm_gds import GdsConfig, GdsTier, _engines, _io, _probe, _slab, _tier
 from kvbm_gds._probe import Finding
@@ -384,6 +386,29 @@ def test_du_is_never_above_the_capacity(tmp_path, open_with, ranks, capacity, nb
     assert capacity * 0.8 < scales.most_bytes <= capacity
 
 
+def test_fewer_ranks_than_before_keep_to_the_capacity_and_keep_what_is_theirs(tmp_path, open_plain, caplog):
+    tiers = [open_plain(rank=rank, world_size=3) for rank in range(3)]
+    for tier in tiers:
+        fill(tier, range(20))
+        tier.close()
+    tiers = [open_plain(rank=rank, world_size=2) for rank in range(2)]
+    dropped = f"{tmp_path}/kv/rank2: an engine of more ranks left it; dropping it"
+    assert messages(caplog) == [dropped]
+    assert du_bytes(tmp_path / "kv") <= 8 * MIB
+    for tier in tiers:
+        assert_served(tier, range(20))
+
+
+def test_the_directory_of_a_further_rank_that_is_in_use_is_left_alone(tmp_path, open_plain):
+    further = open_plain(rank=1, world_size=2)
+    with pytest.raises(TierOpenError, match=r"rank1 is in use by another engine"):
+        open_plain()
+    assert fill(further, range(3)) == [(Outcome.DONE, Reason.NONE)] * 3
+    further.close()
+    open_plain()
+    assert sorted(path.name for path in (tmp_path / "kv").iterdir()) == ["rank0"]
+
+
 # Kills.
 
 NURSERY = """
@@ -516,7 +541,7 @@ def test_a_disk_too_full_for_the_lock_file_is_named(tmp_path, open_plain):
         assert files_open() == before
 
 
-def test_a_file_that_cannot_grow_ends_stores_with_full(tmp_path, open_tier, monkeypatch):
+def test_a_file_that_cannot_grow_ends_stores_with_full_and_one_line(tmp_path, open_tier, monkeypatch, caplog):
     # As on a file system that copies on write: what was allocated is no promise.
     monkeypatch.setattr(_slab.os, "posix_fallocate", lambda *_: None)
     with small_disk(tmp_path / "disk", 2 * MIB):
@@ -525,6 +550,12 @@ def test_a_file_that_cannot_grow_ends_stores_with_full(tmp_path, open_tier, monk
         stored = [n for n, end in enumerate(ends) if end.outcome is Outcome.DONE]
         assert 20 < len(stored) < 32
         assert {end.reason for end in ends} == {Reason.NONE, Reason.FULL}
+        [said] = messages(caplog)
+        assert said.endswith("(1 since the last such line)")
+        monkeypatch.setattr(_tier, "_REPORT_EVERY_S", 0.0)
+        tier._next_report_s.clear()
+        assert store(tier, 60).reason is Reason.FULL
+        assert messages(caplog)[1].endswith(f"({60 - len(stored)} since the last such line)")
         assert_served(tier, stored)
         tier.discard([key(n) for n in stored[:10]])
         # Their room on the disk is not given back, but their slots can be written again.
@@ -578,6 +609,32 @@ def test_files_taken_away_under_a_running_tier(tmp_path, open_tier, caplog, harm
     assert_served(tier, range(survive))
     assert fill(tier, range(50, 60)) == [(Outcome.DONE, Reason.NONE)] * 10
     assert_served(tier, range(50, 60))
+
+
+@pytest.mark.parametrize("harm", [cut_slab, delete_slab, delete_index])
+def test_a_stack_counts_what_files_that_are_taken_away_cost_and_gives_no_wrong_byte(tmp_path, harm):
+    tier = {"backend": "gds", "capacity": 8 * MIB, "path": str(tmp_path / "kv"), "engine": "threads"}
+    keys, device = chain_keys(root_key(), range(40), 1), MemoryDevice(80, BLOCK - FOOTER_BYTES)
+    for block in range(40):
+        device.write(block, content(block)[: BLOCK - FOOTER_BYTES])
+
+    def right(count):
+        return all(device.read(40 + n) == device.read(n) for n in range(count))
+
+    with Stack.open({"tiers": [tier]}, device, NAMESPACE) as stack:
+        stack.store(keys, range(40))
+        stack.wait()
+        assert stack.load(keys, range(40, 80)) == 40
+        assert right(40)
+        harm(tmp_path / "kv/rank0")
+        for times in (1, 2, 3):
+            assert stack.load(keys, range(40, 80)) == 0
+            assert stack.counts["gds"].failed == {("load", "error"): 40 * times}
+        assert stack.match(keys) == 0, "it is left alone"
+    with Stack.open({"tiers": [tier]}, device, NAMESPACE) as stack:
+        count = stack.load(keys, range(40, 80))
+        assert count == (20 if harm is cut_slab else 0)
+        assert right(count)
 
 
 def test_a_transfer_in_flight_when_files_are_taken_away_fails(tmp_path, open_tier, caplog):
@@ -680,13 +737,13 @@ def test_an_index_that_cannot_be_written_puts_the_tier_out(tmp_path, open_plain,
         os.dup2(file.fileno(), tier._slab._index)
     # A store that cannot be noted has failed, and its slot is free again.
     assert in_turns(tier, stores([most])) == in_turns(tier, stores([most])) == [FAILED_ERROR]
-    assert len(messages(caplog)) == 2
+    assert len(messages(caplog)) == 1
     tier.discard([key(3), key(4)])
     assert "is out until the engine is restarted" in messages(caplog)[-1]
     assert "the index cannot be written (Bad file descriptor)" in messages(caplog)[-1]
     assert in_turns(tier, stores([most])) == in_turns(tier, loads([1])) == [FAILED_ERROR]
     assert lookup(tier, 3) is Outcome.MISSING
-    assert len(messages(caplog)) == 3
+    assert len(messages(caplog)) == 2
     tier.close()
     # The entry is still there, and so is the block.
     tier = open_plain()
@@ -1030,6 +1087,46 @@ def test_a_slot_is_not_written_while_a_late_load_still_reads_it(open_tier, hold)
     assert late.region.view() == content(3)
     assert [store(tier, n).reason for n in (101, 102)] == [Reason.NONE, Reason.FULL]
     assert_served(tier, [100, 101])
+
+
+def test_another_models_entry_is_gone_before_its_slot_is_written(tmp_path, open_plain, hold):
+    """Else a kill in the middle of the write would leave an entry that vouches for half a block."""
+    tier = open_plain(1 * MIB, namespace=OTHER)
+    most = tier.capabilities.capacity_blocks
+    fill(tier, range(most))
+    tier.close()
+
+    def entries():
+        index = (tmp_path / "kv/rank0/index").read_bytes()
+        return sum(index[at : at + 16] == OTHER for at in range(4096, len(index), 80))
+
+    tier = open_plain(1 * MIB)
+    assert entries() == most
+    hold(tier, write=True)
+    tier.submit(stores([0, 1]))
+    assert entries() == most - 2
+
+
+@pytest.mark.parametrize("call", ["transfer", "check_xfer_state"])
+def test_a_status_of_nixl_that_is_not_done_fails_the_block(open_with, monkeypatch, call):
+    tier = open_with(engine=use_engine("libaio", monkeypatch))
+    fill(tier, range(4))
+    agent = tier._engines.host._agent
+    post, state = agent.transfer, agent.check_xfer_state
+
+    def transfer(handle):
+        post(handle)
+        # Not while the kernel works on it.
+        while state(handle) == "PROC":
+            pass
+        return "ERR"
+
+    said = {"transfer": transfer, "check_xfer_state": lambda h: "PROC" if state(h) == "PROC" else "ERR"}
+    with monkeypatch.context() as patch:
+        patch.setattr(agent, call, said[call])
+        assert in_turns(tier, [*loads(range(2)), *stores([10, 11])]) == [FAILED_ERROR] * 4
+    assert_served(tier, range(4))
+    assert fill(tier, [10, 11]) == [(Outcome.DONE, Reason.NONE)] * 2
 
 
 def test_a_second_store_of_a_key_on_its_way_is_busy(open_tier, hold):

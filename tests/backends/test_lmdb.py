@@ -203,6 +203,23 @@ def test_a_lowered_capacity_drops_a_file_that_is_too_large(tmp_path, open_tier, 
     assert list(open_tier(32 * MIB).inventory()) == [key(1)]
 
 
+def test_fewer_ranks_than_before_keep_to_the_capacity(tmp_path, caplog):
+    def open_ranks(count):
+        contexts = [TierContext(NAMESPACE, BLOCK, rank, count) for rank in range(count)]
+        return [LmdbTier(config(tmp_path), context) for context in contexts]
+
+    def fill_and_close(tiers):
+        for tier in tiers:
+            for n in range(tier.capabilities.capacity_blocks):
+                assert store(tier, n).outcome is Outcome.DONE
+            tier.close()
+
+    fill_and_close(open_ranks(2))
+    fill_and_close(open_ranks(1))
+    assert f"{tmp_path}/rank1: an engine of more ranks left it; dropping it" in caplog.text
+    assert du_bytes(tmp_path) <= 16 * MIB
+
+
 def test_a_capacity_lowered_a_little_keeps_the_newest(tmp_path, open_tier):
     tier = open_tier(32 * MIB)
     count = tier.capabilities.capacity_blocks

@@ -209,6 +209,17 @@ def test_each_fault_of_the_server_has_its_reason_and_recovery_needs_no_restart(
 
 
 @pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("mode", ["503", "429"])
+def test_a_store_that_asks_for_fewer_requests_is_not_asked_again(open_tier, proxy, client, mode):
+    tier = open_tier(proxy.endpoint, client=client, attempts=4)
+    assert load(tier, 1)[0].outcome is Outcome.MISSING
+    until(lambda: not tier._runner._tasks)
+    proxy.mode, before = mode, proxy.requests
+    assert load(tier, 1)[0].outcome is Outcome.FAILED
+    assert proxy.requests == before + 1
+
+
+@pytest.mark.parametrize("client", CLIENTS)
 def test_a_response_that_is_cut_off_is_never_done(open_tier, proxy, client):
     tier = open_tier(proxy.endpoint, client=client)
     store(tier, 1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import mmap
 import os
 import platform
 import shutil
@@ -22,26 +21,13 @@ from pathlib import Path
 
 import lmdb
 import numpy as np
+from bench_gds import MIB, SIZES, Memory
 
 from kvbm_core.config import ByteSize
 from kvbm_core.tier import Op, Outcome, Region, TierContext, Transfer
 from kvbm_cpu import CpuConfig, CpuTier
 from kvbm_lmdb import LmdbConfig, LmdbTier
 from kvbm_lmdb._directory import plan_sizing
-
-MIB = 1 << 20
-SIZES = (256 << 10, MIB, 4 * MIB)
-
-
-class Memory:
-    """Blocks next to each other in memory that is all present."""
-
-    def __init__(self, count: int, nbytes: int) -> None:
-        self.arena = mmap.mmap(-1, count * nbytes)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.arena))
-        ctypes.memset(self.address, 1, count * nbytes)
-        self.regions = [Region(self.address + n * nbytes, nbytes, owner=self.arena) for n in range(count)]
-        self.views = [region.view() for region in self.regions]
 
 
 def drive(tier, wake: threading.Event, op: Op, keys: list[bytes], regions: list[Region]) -> float:

@@ -1,3 +1,5 @@
+import traceback
+
 import pytest
 
 from kvbm_core import ConfigError, load_config
@@ -73,6 +75,30 @@ def test_a_backends_own_settings_are_strict():
         convert({}, MemoryConfig, "here")
     with pytest.raises(ConfigError, match=r"here: capacity: 'x' is not a size"):
         convert({"capacity": "x"}, MemoryConfig, "here")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tiers: {backend: cpu, secret: S3CRET}",
+        "tiers:\n  - {name: remote, secret: S3CRET}",
+        "- {secret: S3CRET}",
+        "tiers:\n  - {backend: cpu, capacity: 1GiB}\n    secret: S3CRET: x",
+        "tiers:\n  - {backend: cpu, secret: *S3CRET}",
+        "tiers:\n  - {backend: cpu, secret: !S3CRET}",
+        "tiers: [{backend: cpu}]\nstaging: {secret: S3CRET}",
+        "tiers: [{backend: cpu}]\nstaging: [S3CRET]",
+    ],
+)
+def test_a_mistake_shows_no_password_from_elsewhere(tmp_path, text):
+    (tmp_path / "stack.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "stack.yaml")
+    assert "S3CRET" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_the_repr_shows_no_backends_settings():
+    assert "1GiB" not in repr(load_config({"tiers": [CPU]}))
 
 
 def test_a_file_that_is_not_text_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """Tiers that cannot list their blocks: what they are asked, and what is done with the answers."""
 
 import random
+import time
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,7 @@ from kvbm_core import (
 from kvbm_core._finder import Finder
 from kvbm_core.memory import MemoryConfig, MemoryTier
 from kvbm_core.testing import FaultyTier, MemoryDevice
+from kvbm_core.tier import Op
 
 NOW = 100.0
 BLOCK = 4000
@@ -30,6 +32,13 @@ REMOTE = Capabilities(capacity_blocks=None, durable=True, shared=True, remote_lo
 
 def planner(ranks=1, above=()):
     return Planner([[*above, TierStatus("remote", REMOTE, [])]] * ranks)
+
+
+def until(true):
+    give_up_s = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < give_up_s
+        time.sleep(0.005)
 
 
 def answer(made, present, ranks=1, reason=Reason.MISSING):
@@ -189,6 +198,26 @@ def test_an_engine_loads_what_another_has_stored():
             assert third.counts["store"].loaded == 150
             for at in range(150):
                 assert device.read(200 + at) == random.Random(at).randbytes(BLOCK)
+
+
+@pytest.mark.parametrize("fault", ["error", "late"])
+def test_a_store_that_fails_takes_no_block_from_the_others(fault):
+    blocks = {}
+    first, _ = open_stack(blocks)
+    second, _ = open_stack(
+        blocks, fault=lambda transfer: fault if transfer.op is Op.STORE else None, store_deadline_s=0.1
+    )
+    with first, second:
+        first.store(KEYS[:4], range(4))
+        first.wait()
+        second.store(KEYS[:4], range(4))
+        second.wait()
+        assert second.counts["store"].failed.total() == 4
+        traffic = second._worker._mover._traffic[1]
+        until(lambda: not traffic.late and not traffic.doomed)
+        # Whatever was told to the tier has reached it.
+        assert second.match(KEYS[900:901]) == 0
+        assert set(blocks) == set(KEYS[:4])
 
 
 def test_a_store_that_hangs_costs_the_deadline_and_a_miss():

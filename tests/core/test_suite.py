@@ -59,12 +59,9 @@ def test_every_test_of_the_suite_is_named_by_a_broken_tier():
     untried = {
         "test_check_accepts_what_can_be_opened_and_changes_nothing": "a check is no tier; tried below",
         "test_close_ends_the_tiers_threads": "tried below",
-        "test_a_second_store_of_a_key_completes_as_before_or_after_or_busy": "needs threads",
-        "test_a_load_beside_a_store_of_its_key_completes_as_before_or_after_or_busy": "needs threads",
         "test_a_discarded_block_can_be_stored_again_at_once": "what fails it fails its neighbours too",
         "test_a_capacity_of_less_than_a_block_is_refused": "the core refuses it as well",
         "test_a_new_tier_lists_nothing": "as with its namespace",
-        "test_engines_that_store_the_same_blocks_at_once_do_no_harm": "needs threads",
     }
     tests = {name for name in vars(TierSuite) if name.startswith("test_")}
     assert tests - {broken.found_by for broken in BROKEN} == set(untried)

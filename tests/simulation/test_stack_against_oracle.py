@@ -1,6 +1,7 @@
 """Random programs over stacks of every order, with tiers that fail at random, against a dictionary.
 
-Replay one with ``KVBM_SEED=123 pytest tests/simulation``: the seed is in the failing test's name.
+Replay one with ``KVBM_SEED=123 pytest tests/simulation``: the seed is in the failing assertion.
+``KVBM_STEPS=5000`` makes each program as long as that.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from kvbm_core.tier import Capabilities
 
 SEED = int(os.environ.get("KVBM_SEED", "0"))
 BLOCK, DEVICE_BLOCKS, CHAINS, LENGTH = 3000, 64, 12, 24
-STEPS = 500
+STEPS = int(os.environ.get("KVBM_STEPS", "500"))
 FAULTS = ["error", "full", "flip", "short", "lie", "late", "twice", "hang"]
 
 
