@@ -127,7 +127,8 @@ class TierIndex:
 
     def stored(self, key: BlockKey) -> None:
         """Note that every rank has the block."""
-        self._move(key, BlockEvent.STORED)
+        if key not in self._filling:  # Asked first, because thousands are stored at once.
+            self._move(key, BlockEvent.STORED)
         self._filling.remove(key)
         self._idle.add(key)
 

@@ -35,6 +35,9 @@ __all__ = ["Mover"]
 
 logger = logging.getLogger("kvbm_core")
 
+_LENT_BLOCKS: Final = 128
+"""Of the lender's, looked up and put on their way at once."""
+
 _OPS: Final = {Store: Op.STORE, Load: Op.LOAD, Lookup: Op.LOOKUP}
 
 
@@ -171,9 +174,7 @@ class Mover:
         """Bring everything forward as far as it goes without waiting."""
         if self._broken:
             return
-        with self._lock:
-            while self._arrived:
-                self._start(self._arrived.popleft())
+        self._begin_arrived()
         self._end_gathers()
         with self._lock:
             for position in self._traffic:
@@ -331,23 +332,36 @@ class Mover:
                     self._traffic[tier].stores.append(_Move(move.job, move.at, tier, slot))
             self._let_go(move)
 
-    def _start(self, job: _Job) -> None:
-        if isinstance(job.op, Store):
-            self._store(job)
-            return
-        moves = [_Move(job, at, job.op.tier) for at in range(len(job.op.keys))]
-        if isinstance(job.op, Lookup):  # Small, and a request waits for it before anything else.
-            self._traffic[job.op.tier].loads.extendleft(reversed(moves))
-            return
-        if job.op.tier != self._lender_at:
-            self._traffic[job.op.tier].loads.extend(moves)
-            return
+    def _begin_arrived(self) -> None:
+        while True:
+            with self._lock:
+                if not self._arrived:
+                    return
+                job = self._arrived.popleft()
+                if isinstance(job.op, Store):
+                    self._store(job)
+                    continue
+                moves = [_Move(job, at, job.op.tier) for at in range(len(job.op.keys))]
+                if isinstance(job.op, Lookup):  # Small, and a request waits for it before anything else.
+                    self._traffic[job.op.tier].loads.extendleft(reversed(moves))
+                    continue
+                if job.op.tier != self._lender_at:
+                    self._traffic[job.op.tier].loads.extend(moves)
+                    continue
+            # In parts: the first blocks are on their way while the next are looked up, and are done with
+            # while the last are on their way.
+            for start in range(0, len(moves), _LENT_BLOCKS):
+                with self._lock:
+                    lent = self._borrow(moves[start : start + _LENT_BLOCKS])
+                self._scatter(lent)
+
+    def _borrow(self, moves: Sequence[_Move]) -> list[_Move]:
+        """Find blocks in the lender's memory; give those that are there."""
         for move in moves:
             move.slot = self._slots.borrow(move.key)
-            if move.slot:
-                self._landed.append(move)
-            else:
-                self._end(job, move.at, move.tier, Reason.MISSING)
+            if move.slot is None:
+                self._end(move.job, move.at, move.tier, Reason.MISSING)
+        return [move for move in moves if move.slot]
 
     # Tiers.
 
@@ -461,6 +475,11 @@ class Mover:
                     self._end_scatter(moves, done=done)
 
     def _end_scatter(self, moves: Sequence[_Move], *, done: bool) -> None:
+        if done and moves[0].tier == self._lender_at:  # All alike, and many.
+            self._end(moves[0].job, moves[0].at, self._lender_at, Reason.NONE, count=len(moves))
+            for move in moves:
+                self._let_go(move)
+            return
         for move in moves:
             if not done:
                 self._fail(move, Reason.ERROR)
@@ -493,13 +512,13 @@ class Mover:
             self._end(move.job, move.at, op.fill, reason)
         self._end(move.job, move.at, move.tier, reason)
 
-    def _end(self, job: _Job, at: int, tier: int, reason: Reason) -> None:
-        """Note how one block of a job ended in one tier."""
+    def _end(self, job: _Job, at: int, tier: int, reason: Reason, count: int = 1) -> None:
+        """Note how one block of a job ended in one tier, or that so many ended well."""
         if job not in self._jobs:
             return
         if reason is not Reason.NONE:
             job.failures.setdefault(tier, {})[at] = reason
-        job.left[tier] -= 1
+        job.left[tier] -= count
         if job.left[tier] == 0:
             del job.left[tier]
             seconds = time.monotonic() - job.began_s

@@ -16,6 +16,7 @@ from typing import Final
 
 from kvbm_core._breaker import Breaker
 from kvbm_core._finder import Finder
+from kvbm_core._guard import Guard
 from kvbm_core._index import TierIndex
 from kvbm_core._policy import EvictionPolicy, Lru
 from kvbm_core.block import BlockKey, BlockState
@@ -38,6 +39,8 @@ class TierCounts:
     stored: int = 0
     loaded: int = 0
     evicted: int = 0
+    declined: int = 0
+    """Found here, and computed all the same, because that was expected to be faster."""
     dropped: int = 0
     """Not even tried: the queue of blocks waiting to be stored here was full."""
     failed: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -83,6 +86,8 @@ class Planner:
         ranks: What each worker says of its tiers, fastest first.
         max_store_blocks: Blocks on their way into a tier that does not lend its memory, at once.
         policy: Makes the eviction order of one tier.
+        block_tokens: Tokens a block, where only what loads faster than the engine computes shall be loaded;
+            the engine tells `guard` how fast it computes. 0: what a tier has is loaded.
 
     Raises:
         ConfigError: If the ranks have different stacks; names rank and difference.
@@ -94,6 +99,7 @@ class Planner:
         *,
         max_store_blocks: int = 512,
         policy: Callable[[], EvictionPolicy] = Lru,
+        block_tokens: int = 0,
     ) -> None:
         _same_stack(ranks)
         self._world_size = len(ranks)
@@ -108,6 +114,7 @@ class Planner:
         for position, statuses in enumerate(zip(*ranks, strict=True)):
             self._open(position, statuses, policy())
         self._lender = next((i for i, tier in enumerate(self._tiers) if tier.lends), -1)
+        self.guard = Guard(len(self._tiers), block_tokens, self._lender)
         self.loading_blocks = 0
         """Blocks on their way to the device."""
 
@@ -153,6 +160,13 @@ class Planner:
                 break
         return found
 
+    def worth(self, tiers: Sequence[int], now_s: float) -> int:
+        """Count the leading blocks of a match that are expected to load faster than they are computed."""
+        count = self.guard.worth(tiers, now_s)
+        for tier in tiers[count:]:
+            self._tiers[tier].counts.declined += 1
+        return count
+
     def lookup(self, keys: Sequence[BlockKey], now_s: float) -> bool:
         """Plan to ask the tiers that cannot list their blocks for those that `match` did not find.
 
@@ -167,7 +181,12 @@ class Planner:
         for position, tier in enumerate(self._tiers):
             # A block that is on its way there needs no question, and is no hit yet.
             absent = tier.index.state(keys[0]) is BlockState.ABSENT
-            if tier.finder is None or not absent or not tier.breaker.closed(now_s):
+            if (
+                tier.finder is None
+                or not absent
+                or not tier.breaker.closed(now_s)
+                or self.guard.is_slow(position)
+            ):
                 continue
             if tier.finder.asking(keys[0]):
                 asking = True
@@ -250,6 +269,8 @@ class Planner:
             pending = self._pending[report.op]
             pending.failures.setdefault(report.tier, {}).update(report.failures)
             pending.waiting[report.tier] -= 1
+            if isinstance(pending.op, Load) and report.tier == pending.op.tier and not report.failures:
+                self.guard.loaded(report.tier, len(pending.op.keys), report.seconds, now_s)
             if pending.waiting[report.tier] == 0:
                 del pending.waiting[report.tier]
                 self._end_leg(pending, report.tier, now_s)

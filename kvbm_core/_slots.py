@@ -24,7 +24,9 @@ class Slot:
     """A region and its users."""
 
     region: Region
-    users: int = 0
+    users: int = 1
+    key: BlockKey | None = None
+    """Of a block in the lender's memory."""
     when_free: list[Callable[[], object]] = field(default_factory=list)
 
 
@@ -61,12 +63,12 @@ class Slots:
         region = self._staging.take() if self._staging else None
         if self._staging is None or region is None:
             return None
-        return Slot(region, 1, [partial(self._staging.give_back, region)])
+        return Slot(region, when_free=[partial(self._staging.give_back, region)])
 
     def stage_on(self, device: Stageable, nbytes: int) -> Slot | None:
         """Use memory of the device. None if all that it sets aside is in use."""
         region = device.stage(nbytes)
-        return None if region is None else Slot(region, 1, [partial(device.unstage, region)])
+        return None if region is None else Slot(region, when_free=[partial(device.unstage, region)])
 
     def share(self, slot: Slot) -> Slot:
         """Add a user."""
@@ -77,6 +79,8 @@ class Slots:
         """Take a user away."""
         slot.users -= 1
         if slot.users == 0:
+            if slot.key is not None:
+                del self._lent[slot.key]
             for action in slot.when_free:
                 action()
 
@@ -104,6 +108,5 @@ class Slots:
     def _use_lent(self, key: BlockKey, region: Region | None) -> Slot | None:
         if region is None:
             return None
-        slot = self._lent[key] = Slot(region, 1)
-        slot.when_free.append(partial(self._lent.pop, key))
+        slot = self._lent[key] = Slot(region, key=key)
         return slot

@@ -92,11 +92,10 @@ def chain_keys(
     step = block_tokens * 8
     keys = []
     for index in range(len(tokens) // block_tokens):
-        digest = hashlib.sha256(parent)
-        digest.update(packed[index * step : (index + 1) * step])
+        content = parent + packed[index * step : (index + 1) * step]
         if extras and index in extras:
-            digest.update(struct.pack("<q", len(extras[index])) + extras[index])
-        parent = digest.digest()
+            content += struct.pack("<q", len(extras[index])) + extras[index]
+        parent = hashlib.sha256(content).digest()
         keys.append(parent)
     return keys
 

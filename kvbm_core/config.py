@@ -70,6 +70,9 @@ class StackConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     lookup_deadline_s: float = 0.25
     """A tier that cannot list its blocks, like a remote store, is asked before a prompt is computed;
     the prompt waits no longer than this for each answer. Seconds, above 0."""
+    only_faster: bool = True
+    """Load only what is expected to load faster than the engine computes it, by what was measured of
+    both; false: whatever a tier has."""
     max_load_fraction: float = 0.5
     """Largest part of the engine's KV blocks that may be waiting for loads at once, above 0, at
     most 1. Blocks that wait cannot be used by a running request."""

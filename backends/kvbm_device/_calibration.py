@@ -25,10 +25,10 @@ __all__ = ["Rate", "calibrate"]
 logger = logging.getLogger("kvbm_device")
 
 _SAMPLE_BYTES: Final = 64 << 20
-_ROUNDS: Final = 3
+_ROUNDS: Final = 5
 """The first compiles and warms up; the best counts."""
 _PROGRAMS: Final = (8, 16, 32)
-_KERNEL_HANDICAP: Final = 0.95
+_KERNEL_HANDICAP: Final = 0.9
 """A kernel that crosses the link itself takes multiprocessors from the engine."""
 
 

@@ -16,7 +16,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -30,6 +30,9 @@ from kvbm_vllm._weights import AdapterDigests
 __all__ = ["SchedulerHalf"]
 
 logger = logging.getLogger("kvbm_vllm")
+
+_MAX_STEPS: Final = 64
+"""Under way at once; what is older was lost."""
 
 
 @dataclass(slots=True)
@@ -79,6 +82,9 @@ class SchedulerHalf:
         self._given: list[int] = []
         """Device blocks that this step gives to requests to write into."""
         self._reported: dict[str, int] = {}
+        self._step = 0
+        self._computing: dict[int, tuple[int, float]] = {}
+        """Of steps under way, by number: tokens, and when it was planned."""
 
     def __repr__(self) -> str:
         return f"<SchedulerHalf {len(self._sequences)} requests; {self._planner!r}>"
@@ -96,7 +102,9 @@ class SchedulerHalf:
         """
         ranks = sorted(handshakes, key=lambda handshake: handshake.rank)
         self._planner = Planner(
-            [handshake.status for handshake in ranks], max_store_blocks=self._config.max_store_blocks
+            [handshake.status for handshake in ranks],
+            max_store_blocks=self._config.max_store_blocks,
+            block_tokens=self._block_tokens if self._config.only_faster else 0,
         )
         self._block_bytes = sum(handshake.block_bytes for handshake in ranks)
         logger.info("KvbmConnector is ready: %r", self._planner)
@@ -118,6 +126,7 @@ class SchedulerHalf:
         if len(tiers) < len(keys) and planner.lookup(keys[len(tiers) :], now_s):
             # A remote tier must be asked; the answer comes by its deadline.
             return None, False
+        tiers = tiers[: planner.worth(tiers, now_s)]
         if not tiers:
             return 0, False
         if planner.loading_blocks and planner.loading_blocks + len(tiers) > self._max_load_blocks:
@@ -159,7 +168,12 @@ class SchedulerHalf:
         if self._planner is None:
             return StepPlan()
         plan = msgspec.structs.replace(self._planner.take(now_s), overwrites=self._given)
-        return StepPlan(plan, idle=output.total_num_scheduled_tokens == 0)
+        tokens = output.total_num_scheduled_tokens
+        self._step += 1
+        if tokens:
+            self._computing[self._step] = (tokens, now_s)
+            self._computing.pop(self._step - _MAX_STEPS, None)
+        return StepPlan(plan, self._step, idle=tokens == 0)
 
     def finished(self, request: Any) -> None:
         """Plan to store what the request has computed last, and forget it."""
@@ -172,7 +186,10 @@ class SchedulerHalf:
         """Take in what the workers report."""
         if not isinstance(outcomes, Outcomes) or self._planner is None:
             return
-        for op, failures in self._planner.report(outcomes.reports, time.monotonic()):
+        now_s = time.monotonic()
+        tokens, began_s = self._computing.pop(outcomes.step, (0, now_s))
+        self._planner.guard.computed(tokens, now_s - began_s, now_s)
+        for op, failures in self._planner.report(outcomes.reports, now_s):
             if failures and op.request in self._sequences:
                 self._sequences[op.request].may_load = False
 

@@ -30,6 +30,8 @@ class StepPlan(KVConnectorMetadata):
     """What the leader tells every worker in each step."""
 
     plan: Plan = field(default_factory=Plan)
+    number: int = 0
+    """Of this step."""
     idle: bool = False
     """Nothing is computed in this step: it only polls."""
 
@@ -39,8 +41,10 @@ class Outcomes(KVConnectorWorkerMetadata):
     """What the workers tell the leader, collected over ranks by vLLM."""
 
     reports: list[Report]
+    step: int = 0
+    """Number of the step in which something was computed and which they came with; 0 for none."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Put the reports of two workers together; the planner counts them."""
         assert isinstance(other, Outcomes)
-        return Outcomes(self.reports + other.reports)
+        return Outcomes(self.reports + other.reports, max(self.step, other.step))

@@ -29,9 +29,12 @@ class WorkerHalf:
         ConfigError: If the model's blocks cannot be stored.
     """
 
-    _IDLE_WAIT_S: Final = 0.005
+    _IDLE_WAIT_S: Final = 0.002
     """How long a step in which nothing is computed waits for progress, so that an engine that only
     waits for a disk does not burn a core."""
+    _IDLE_STEPS: Final = 3
+    """It waits from the third such step on: vLLM starts up to two before it takes the result of the step
+    that computed something, and a request waits for that."""
 
     def __init__(self, config: StackConfig, vllm_config: Any, kv_cache_config: Any) -> None:
         block_tokens(vllm_config, kv_cache_config)
@@ -41,6 +44,7 @@ class WorkerHalf:
         self._worker: Worker | None = None
         self._block_bytes = 0
         self._begun: StepPlan | None = None
+        self._idle_steps = 0
         self._loads: dict[int, Load] = {}
         self._open_loads: dict[str, set[int]] = {}
         self._finished: set[str] = set()
@@ -93,7 +97,8 @@ class WorkerHalf:
         """
         if self._worker is None:
             return set()
-        if self._begun and self._begun.idle:
+        self._idle_steps = self._idle_steps + 1 if self._begun and self._begun.idle else 0
+        if self._idle_steps >= self._IDLE_STEPS:
             self._worker.wait(self._IDLE_WAIT_S)
         for report in self._worker.reports():
             self._reports.append(report)
@@ -111,7 +116,8 @@ class WorkerHalf:
     def take_outcomes(self) -> Outcomes | None:
         """Take what the leader must know."""
         reports, self._reports = self._reports, []
-        return Outcomes(reports) if reports else None
+        number = self._begun.number if self._begun and not self._begun.idle else 0
+        return Outcomes(reports, number) if reports or number else None
 
     def close(self) -> None:
         """Close the tiers. May be called twice."""

@@ -48,7 +48,7 @@ COMMON = {
     "torch_dtype": "bfloat16", "bos_token_id": 128000, "eos_token_id": 128001, "tie_word_embeddings": False,
     "attention_bias": False, "mlp_bias": False,
 }  # fmt: skip
-HOST_GIB = 24
+HOST_GIB = int(os.environ.get("HOST_GIB", "24"))
 
 
 def connector(name: str, folder: str) -> dict | None:
@@ -84,10 +84,12 @@ class Engine:
         transfer = connector(name, folder)
         options = {"kv_transfer_config": transfer} if transfer else {}
         if arguments.profile:
-            options["profiler_config"] = {"profiler": "torch", "torch_profiler_dir": str(arguments.profile)}
+            options["profiler_config"] = {
+                "profiler": "torch", "torch_profiler_dir": str(arguments.profile), "torch_profiler_with_stack": False
+            }  # fmt: skip
         self.llm = LLM(
             model=str(model), skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16",
-            max_model_len=max(arguments.lengths) + 64, enforce_eager=not arguments.graphs,
+            max_model_len=max(4096, *arguments.lengths) + 64, enforce_eager=not arguments.graphs,
             gpu_memory_utilization=0.6, max_num_batched_tokens=8192, seed=0, disable_log_stats=False, **options,
         )  # fmt: skip
         self.params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
@@ -175,6 +177,30 @@ def stores(name: str, arguments: argparse.Namespace) -> None:
         print("RESULT", json.dumps(found), flush=True)
 
 
+def profile(name: str, arguments: argparse.Namespace) -> None:
+    """Where the host's time goes, in a prompt from the GPU's cache and in a restored one."""
+    import cProfile
+    import pstats
+
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        engine = Engine(name, arguments, folder)
+        p = prompt(max(arguments.lengths), 1)
+        engine.ask([p])
+        time.sleep(arguments.settle)
+        for what in ("gpu_hit", "gpu_hit", "restored"):
+            if what == "restored":
+                engine.llm.reset_prefix_cache()
+            profiler = cProfile.Profile()
+            profiler.enable()
+            seconds, _ = engine.ask([p])
+            profiler.disable()
+            print(f"== {name} {what}: {seconds * 1e3:.1f} ms")
+            stats = pstats.Stats(profiler)
+            stats.sort_stats("tottime").print_stats(14)
+            stats.sort_stats("cumtime").print_stats("kvbm", 24)
+        print("RESULT {}")
+
+
 def turn(lock: Path) -> object:
     """Wait until no other engine runs."""
     import vllm  # noqa: F401 - the long part of starting, done beside the others
@@ -200,6 +226,7 @@ def main() -> int:
     parser.add_argument(
         "--stores", action="store_true", help="measure the time until all is stored, nothing else"
     )
+    parser.add_argument("--cprofile", action="store_true", help="where the host's time goes, nothing else")
     parser.add_argument("--profile", type=Path, help="folder for a trace of one restored prompt")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)
@@ -208,11 +235,12 @@ def main() -> int:
         HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_USE_FLASHINFER_SAMPLER="0", PYTHONHASHSEED="0"
     )
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    if arguments.stores:
-        os.environ["VLLM_ENABLE_MULTIPROCESSING"] = "0"
+    if arguments.stores or arguments.cprofile:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if arguments.lock:
         mine = turn(arguments.lock)
-        (stores if arguments.stores else measure)(arguments.names[0], arguments)
+        run = stores if arguments.stores else profile if arguments.cprofile else measure
+        run(arguments.names[0], arguments)
         del mine
         return 0
     results = []
@@ -232,7 +260,9 @@ def main() -> int:
             results += found
             print(
                 "\n".join(
-                    lines[-60:] if status or not found else [l for l in lines if "RESULT" in l or "kvbm" in l]
+                    lines[-160:]
+                    if status or not found
+                    else [l for l in lines if "RESULT" in l or arguments.cprofile]
                 )
             )
     if arguments.json:

@@ -1,0 +1,129 @@
+"""Whether loading beats computing: what was measured of both, and what follows for a prefix.
+
+    prefix      │ b0 b1 b2 b3 │ b4 b5 b6 b7 │ b8 ...      found in: host │ disk │ disk
+    computing   ├──────────────────────────────► n blocks take n * block_tokens * seconds a token
+    loading     ├────► host        ├─────────────► disk    tiers load side by side; the slowest counts
+
+The leading blocks are loaded that save the most time; if none save any, nothing is. Pure: times come in
+as arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = ["Guard"]
+
+_MEMORY: Final = 0.7
+"""What earlier measurements count for, when a new one comes."""
+_MIN_TOKENS: Final = 512
+"""Steps with fewer say more of the engine's fixed cost than of computing."""
+_MIN_BLOCKS: Final = 8
+"""Likewise of loads."""
+_TRIAL_BLOCKS: Final = 16
+"""Loaded of a prefix, at most, from a tier that nothing is known of, once it is known how fast the engine
+computes."""
+_TRIAL_FRACTION: Final = 0.05
+"""Of a prompt's computing time: what a new try of a tier that was found slow may cost, at most."""
+_TRIAL_EVERY_S: Final = 30.0
+
+
+@dataclass(slots=True)
+class _Speed:
+    """A moving average of what one unit takes. Long measurements weigh more than short ones."""
+
+    took_s: float = 0.0
+    units: float = 0.0
+    ended_s: float = float("-inf")
+    """When the last one ended. What waited for it before it began itself was not slow."""
+
+    def note(self, units: int, seconds: float, now_s: float) -> None:
+        self.took_s = _MEMORY * self.took_s + now_s - max(now_s - seconds, self.ended_s)
+        self.units = _MEMORY * self.units + units
+        self.ended_s = now_s
+
+    @property
+    def seconds(self) -> float | None:
+        """For one unit; None: not known."""
+        return self.took_s / self.units if self.units else None
+
+
+class Guard:
+    """Chooses how much of a prefix is loaded.
+
+    Args:
+        tiers: How many tiers there are.
+        block_tokens: Tokens a block; 0 if the engine says nothing of how fast it computes. Then all is loaded.
+        trusted: A tier that needs no try: the one that lends its memory. -1 for none.
+    """
+
+    def __init__(self, tiers: int, block_tokens: int = 0, trusted: int = -1) -> None:
+        self._block_tokens = block_tokens
+        self._trusted = trusted
+        self._computing = _Speed()
+        self._loading = [_Speed() for _ in range(tiers)]
+        self._tried_s = [-_TRIAL_EVERY_S] * tiers
+
+    def __repr__(self) -> str:
+        speeds = ["?" if s.seconds is None else f"{s.seconds * 1e3:.3g}" for s in self._loading]
+        computing = self._block_seconds()
+        engine = "?" if computing is None else f"{computing * 1e3:.3g}"
+        return f"<Guard ms a block: computed {engine}, loaded {', '.join(speeds)}>"
+
+    def computed(self, tokens: int, seconds: float, now_s: float) -> None:
+        """Take in that a step of the engine that computed so many tokens has ended, after this time."""
+        if tokens >= _MIN_TOKENS:
+            self._computing.note(tokens, seconds, now_s)
+
+    def loaded(self, tier: int, blocks: int, seconds: float, now_s: float) -> None:
+        """Take in that blocks have been loaded, this time after the plan's arrival."""
+        if blocks >= _MIN_BLOCKS:
+            self._loading[tier].note(blocks, seconds, now_s)
+
+    def is_slow(self, tier: int) -> bool:
+        """Say whether a block from this tier takes longer than computing it."""
+        computing, loading = self._block_seconds(), self._loading[tier].seconds
+        return computing is not None and loading is not None and loading >= computing
+
+    def worth(self, tiers: Sequence[int], now_s: float) -> int:
+        """Count the leading blocks that shall be loaded.
+
+        Args:
+            tiers: For each block of a prefix the tier it would come from.
+            now_s: The time, in seconds, on any clock that does not go back.
+        """
+        computing = self._block_seconds()
+        if computing is None or not tiers:
+            return len(tiers)
+        taken = dict.fromkeys(tiers, 0.0)
+        tried = dict.fromkeys(tiers, 0)
+        budget_s = _TRIAL_FRACTION * computing * len(tiers)
+        best, most_s, slowest_s = 0, 0.0, 0.0
+        for at, tier in enumerate(tiers, 1):
+            seconds = self._loading[tier].seconds
+            if seconds is None and tier == self._trusted:
+                seconds = 0.0
+            if seconds is None or self._is_due(tier, seconds, computing, now_s):
+                # A try: bounded, and free as far as the choice goes.
+                tried[tier] += 1
+                if tried[tier] > (_TRIAL_BLOCKS if seconds is None else budget_s / seconds):
+                    break
+                seconds = 0.0
+            taken[tier] += seconds
+            slowest_s = max(slowest_s, taken[tier])
+            if (saved_s := at * computing - slowest_s) > most_s:
+                best, most_s = at, saved_s
+        for tier in dict.fromkeys(tiers[:best]):
+            if self.is_slow(tier):
+                self._tried_s[tier] = now_s
+        return best
+
+    def _block_seconds(self) -> float | None:
+        seconds = self._computing.seconds
+        return None if seconds is None or not self._block_tokens else seconds * self._block_tokens
+
+    def _is_due(self, tier: int, seconds: float, computing: float, now_s: float) -> bool:
+        """Say whether a tier that was slow when it was last asked shall be tried again."""
+        return seconds >= computing and now_s - self._tried_s[tier] >= _TRIAL_EVERY_S

@@ -1,0 +1,101 @@
+"""What is loaded and what is computed, from what was measured of both."""
+
+import pytest
+
+from kvbm_core._guard import Guard
+from kvbm_core._planner import Planner
+from kvbm_core.block import chain_keys, root_key
+from kvbm_core.plan import Report, TierStatus
+from kvbm_core.tier import Capabilities
+
+TOKENS = 16
+
+
+def guard(computing_s=None, *loading_s, trusted=-1):
+    """Blocks take these seconds to compute and, by tier, to load; None: not measured."""
+    made = Guard(len(loading_s), TOKENS, trusted)
+    if computing_s is not None:
+        made.computed(1024, computing_s / TOKENS * 1024, 100.0)
+    for tier, seconds in enumerate(loading_s):
+        if seconds is not None:
+            made.loaded(tier, 100, 100 * seconds, 100.0)
+    return made
+
+
+def test_what_is_faster_than_computing_is_loaded_and_the_rest_is_computed():
+    fast_then_slow = [0] * 10 + [1] * 50
+    assert guard(0.01, 0.001, 0.02).worth(fast_then_slow, 101.0) == 10 + 1  # One block: the first try.
+    made = guard(0.01, 0.001, 0.02)
+    made.worth(fast_then_slow, 101.0)
+    assert made.worth(fast_then_slow, 102.0) == 10
+    assert guard(0.01, 0.001, 0.009).worth(fast_then_slow, 101.0) == 60
+    assert guard(0.01, 0.02, 0.001).worth([1] * 5, 101.0) == 5
+
+
+def test_tiers_load_side_by_side():
+    """A slow head is worth its time where a long fast tail follows it; alone it is not."""
+    made = guard(0.01, 0.001, 0.02)
+    made.worth([1] * 100, 101.0)
+    assert made.worth([1] * 5 + [0] * 95, 102.0) == 100
+    assert made.worth([1] * 5, 102.0) == 0
+
+
+def test_while_the_engine_has_not_computed_anything_all_is_loaded():
+    assert guard(None, 5.0).worth([0] * 1000, 1.0) == 1000
+    assert Guard(1).worth([0] * 1000, 1.0) == 1000
+    made = Guard(1)
+    made.computed(4096, 0.001, 1.0)
+    made.loaded(0, 100, 100.0, 1.0)
+    assert made.worth([0] * 10, 2.0) == 10
+    assert not made.is_slow(0)
+
+
+def test_a_tier_of_which_nothing_is_known_is_tried_with_a_few_blocks():
+    assert guard(0.01, None).worth([0] * 1000, 101.0) == 16
+    assert guard(0.01, None, trusted=0).worth([0] * 1000, 101.0) == 1000
+
+
+def test_a_slow_tier_is_tried_again_later_at_a_twentieth_of_the_cost():
+    made = guard(0.01, 0.04)
+    assert made.worth([0] * 1000, 101.0) == 12  # 12 * 0.04 s are 4.8 % of 1000 * 0.01 s.
+    assert made.worth([0] * 1000, 130.9) == 0
+    assert made.worth([0] * 1000, 131.1) == 12
+    assert made.worth([0] * 10, 170.0) == 0  # Not even one block is cheap enough.
+    for at in range(12):
+        made.loaded(0, 12, 12 * 0.001, 200.0 + at)
+    assert not made.is_slow(0)
+    assert made.worth([0] * 1000, 220.0) == 1000
+
+
+def test_loads_that_waited_for_others_are_not_slow():
+    """Ten loads of 100 blocks arrive at once and end one after the other, 1 ms a block."""
+    made = guard(0.01, None)
+    for at in range(1, 11):
+        made.loaded(0, 100, 0.1 * at, 50.0 + 0.1 * at)
+    made.loaded(0, 100, 1.0, 51.0)  # In the same step as the one before.
+    assert not made.is_slow(0)
+    assert "computed 10, loaded" in repr(made)
+    assert made._loading[0].seconds == pytest.approx(0.001, rel=0.35)
+
+
+def test_steps_of_a_few_tokens_and_loads_of_a_few_blocks_say_nothing():
+    made = guard(0.01, 0.001)
+    made.computed(16, 1.0, 200.0)
+    made.loaded(0, 7, 100.0, 200.0)
+    assert repr(made) == "<Guard ms a block: computed 10, loaded 1>"
+
+
+def test_the_planner_measures_its_loads_and_counts_what_it_declines():
+    ready = Capabilities(capacity_blocks=200, queue_depth=64, durable=True)
+    keys = chain_keys(root_key(), range(100), 1)
+    planner = Planner([[TierStatus("disk", ready, keys)]], block_tokens=TOKENS)
+    tiers = planner.match(keys, 1.0)
+    assert planner.worth(tiers, 1.0) == 100
+    planner.load("a", keys, range(100), tiers)
+    (op,) = planner.take(1.0).loads
+    planner.report([Report(op.op, 0, {}, 2.0)], 3.0)
+    planner.guard.computed(1600, 1.0, 3.0)
+    assert planner.guard.is_slow(0)
+    assert planner.worth(tiers, 3.0) == 2  # A try: 0.04 s of 1 s.
+    assert planner.worth(tiers, 3.1) == 0
+    assert planner.counts["disk"].declined == 98 + 100
