@@ -55,7 +55,7 @@ class Guard:
 
     Args:
         tiers: How many tiers there are.
-        block_tokens: Tokens a block; 0 if the engine says nothing of how fast it computes. Then all is loaded.
+        block_tokens: Tokens a block; 0 if nobody says how fast the engine computes. Then all is loaded.
         trusted: A tier that needs no try: the one that lends its memory. -1 for none.
     """
 

@@ -19,17 +19,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Final
 
-from kvbm_core._slots import Slot, Slots
+from kvbm_core._moves import Failed, Job, Move, Traffic, failed_report, is_done, transfer_of
+from kvbm_core._slots import Slots
 from kvbm_core._staging import Staging
 from kvbm_core.block import BlockKey
-from kvbm_core.device import Device, Fence, Stageable, Work
+from kvbm_core.device import Device, Stageable, Work
 from kvbm_core.errors import QueueFullError, TierError
 from kvbm_core.layers import FOOTER_BYTES, DeadlineTier
 from kvbm_core.plan import Load, Lookup, Plan, Report, Store
-from kvbm_core.tier import Addressable, Completion, Op, Outcome, Reason, Tier, Transfer
+from kvbm_core.tier import Addressable, Completion, Outcome, Reason, Tier, Transfer
 
 __all__ = ["Mover"]
 
@@ -37,60 +37,6 @@ logger = logging.getLogger("kvbm_core")
 
 _LENT_BLOCKS: Final = 128
 """Of the lender's, looked up and put on their way at once."""
-
-_OPS: Final = {Store: Op.STORE, Load: Op.LOAD, Lookup: Op.LOOKUP}
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    """One operation of a plan."""
-
-    op: Store | Load | Lookup
-    began_s: float
-    deadline_s: float
-    left: dict[int, int]
-    """Tier to blocks whose end there is not known yet."""
-    fence: Fence = None
-    """Where it came in the engine's order of work."""
-    failures: dict[int, dict[int, Reason]] = field(default_factory=dict)
-
-
-@dataclass(slots=True, eq=False)
-class _Move:
-    """One block of a job on its way to or from one tier."""
-
-    job: _Job
-    at: int
-    """Position in the operation's keys."""
-    tier: int
-    slot: Slot | None = None
-    fills: bool = False
-    """The slot is the lender's and shall be published."""
-
-    @property
-    def key(self) -> BlockKey:
-        return self.job.op.keys[self.at]
-
-
-@dataclass(slots=True, eq=False)
-class _Traffic:
-    """What is under way in one tier behind its layers."""
-
-    tier: DeadlineTier
-    loads: deque[_Move] = field(default_factory=deque)
-    """Not yet submitted: the tier's queue is full, or no region is free."""
-    stores: deque[_Move] = field(default_factory=deque)
-    """Likewise. They wait for the loads, and leave half of the tier's queue to them."""
-    open: dict[int, _Move] = field(default_factory=dict)
-    late: dict[int, _Move] = field(default_factory=dict)
-    """Given up, but the region is still the tier's."""
-    doomed: set[BlockKey] = field(default_factory=set)
-    """Keys of late moves, to be forgotten when the tier has let go: dropped, or stored too late."""
-
-    def busy_with(self, key: BlockKey) -> bool:
-        """Say whether a transfer of this block is under way."""
-        moves = itertools.chain(self.open.values(), self.late.values(), self.loads, self.stores)
-        return any(move.key == key for move in moves)
 
 
 class Mover:
@@ -121,14 +67,14 @@ class Mover:
         self._limits_s = {Load: load_deadline_s, Store: store_deadline_s, Lookup: lookup_deadline_s}
         self._lender_at = next((i for i, tier in enumerate(tiers) if isinstance(tier, Addressable)), -1)
         self._slots = Slots(None if self._lender_at < 0 else tiers[self._lender_at], staging)
-        self._traffic = {i: _Traffic(t) for i, t in enumerate(tiers) if isinstance(t, DeadlineTier)}
+        self._traffic = {i: Traffic(t) for i, t in enumerate(tiers) if isinstance(t, DeadlineTier)}
         self._lock = threading.Lock()
         self._tickets = itertools.count(1)
-        self._arrived: deque[_Job] = deque()
-        self._jobs: set[_Job] = set()
-        self._gathers: list[tuple[Work, list[_Move]]] = []
-        self._landed: list[_Move] = []
-        self._scatters: list[tuple[Work, list[_Move]]] = []
+        self._arrived: deque[Job] = deque()
+        self._jobs: set[Job] = set()
+        self._gathers: list[tuple[Work, list[Move]]] = []
+        self._landed: list[Move] = []
+        self._scatters: list[tuple[Work, list[Move]]] = []
         self._reports: list[Report] = []
         self._broken = False
 
@@ -201,7 +147,7 @@ class Mover:
             self._broken = True
             for job in list(self._jobs):
                 for tier in list(job.left):
-                    self._reports.append(_failed_report(job, tier))
+                    self._reports.append(failed_report(job, tier))
             self._jobs.clear()
 
     def close(self) -> None:
@@ -213,12 +159,12 @@ class Mover:
 
     # Plans in.
 
-    def _job(self, op: Store | Load | Lookup, tiers: Sequence[int]) -> _Job:
+    def _job(self, op: Store | Load | Lookup, tiers: Sequence[int]) -> Job:
         now_s = time.monotonic()
-        job = _Job(op, now_s, now_s + self._limits_s[type(op)], dict.fromkeys(tiers, len(op.keys)))
+        job = Job(op, now_s, now_s + self._limits_s[type(op)], dict.fromkeys(tiers, len(op.keys)))
         with self._lock:
             if self._broken:
-                self._reports += [_failed_report(job, tier) for tier in tiers]
+                self._reports += [failed_report(job, tier) for tier in tiers]
             else:
                 self._jobs.add(job)
         return job
@@ -234,7 +180,7 @@ class Mover:
         for key in keys:
             self._slots.drop(key)
 
-    def _take_stores(self, stores: Sequence[_Job], claimed: set[int]) -> None:
+    def _take_stores(self, stores: Sequence[Job], claimed: set[int]) -> None:
         """Start stores now if the device or the engine cannot wait, else leave them to the mover's thread."""
         if not self._device.deferred:
             with self._lock:
@@ -251,7 +197,7 @@ class Mover:
                     self._arrived.remove(job)
                     self._store(job)
 
-    def _store(self, job: _Job) -> None:
+    def _store(self, job: Job) -> None:
         """Bring a store's blocks into host regions. Under the lock, so that a claim finds them queued."""
         assert isinstance(job.op, Store)
         moves = [move for at in range(len(job.op.keys)) if (move := self._land(job, at))]
@@ -260,7 +206,7 @@ class Mover:
         elif moves:
             self._gather(moves)
 
-    def _land(self, job: _Job, at: int) -> _Move | None:
+    def _land(self, job: Job, at: int) -> Move | None:
         """Find the region that a store's block goes through."""
         op, key = job.op, job.op.keys[at]
         assert isinstance(op, Store)
@@ -269,7 +215,7 @@ class Mover:
         else:
             slot, reason = (self._slots.reserve(key) if self._lender_at in op.tiers else None), Reason.FULL
             if slot:
-                return _Move(job, at, self._lender_at, slot, fills=True)
+                return Move(job, at, self._lender_at, slot, fills=True)
             if self._lender_at in op.tiers:
                 self._end(job, at, self._lender_at, Reason.FULL)
             others = [tier for tier in op.tiers if tier != self._lender_at]
@@ -279,9 +225,9 @@ class Mover:
                 if tier != self._lender_at:
                     self._end(job, at, tier, reason)
             return None
-        return _Move(job, at, self._lender_at, slot)
+        return Move(job, at, self._lender_at, slot)
 
-    def _gather(self, moves: list[_Move]) -> None:
+    def _gather(self, moves: list[Move]) -> None:
         job = moves[0].job
         assert isinstance(job.op, Store)
         regions = [move.slot.region for move in moves if move.slot]
@@ -289,20 +235,20 @@ class Mover:
             work: Work = self._device.gather([job.op.blocks[move.at] for move in moves], regions, job.fence)
         except Exception:  # A device's error is as foreign as a tier's: it becomes an outcome.
             logger.exception("gather failed")
-            work = _Failed()
+            work = Failed()
         self._gathers.append((work, moves))
 
     def _end_gathers(self) -> None:
         with self._lock:
             gathers = list(self._gathers)
         # Asking starts copies, and the engine's thread must not wait for that.
-        ended = [(each, done) for each in gathers if (done := _done(each[0])) is not None]
+        ended = [(each, done) for each in gathers if (done := is_done(each[0])) is not None]
         with self._lock:
             for each, done in ended:
                 self._gathers.remove(each)
                 self._end_gather(*each, done=done)
 
-    def _end_gather(self, work: Work, moves: Sequence[_Move], *, done: bool) -> None:
+    def _end_gather(self, work: Work, moves: Sequence[Move], *, done: bool) -> None:
         lost = work.given_up if done else frozenset(range(len(moves)))
         # Given up: there was not enough staging on the device when the engine wanted the block back.
         reason = Reason.FULL if done else Reason.ERROR
@@ -316,20 +262,20 @@ class Mover:
         self._publish(there)
         self._forward(there)
 
-    def _publish(self, moves: Sequence[_Move]) -> None:
+    def _publish(self, moves: Sequence[Move]) -> None:
         for move in moves:
             if move.fills:
                 self._slots.publish(move.key)
                 self._end(move.job, move.at, self._lender_at, Reason.NONE)
 
-    def _forward(self, moves: Sequence[_Move]) -> None:
+    def _forward(self, moves: Sequence[Move]) -> None:
         """Queue blocks that lie in a host region for every other tier of their store."""
         for move in moves:
             assert isinstance(move.job.op, Store)
             for tier in move.job.op.tiers:
                 if tier != self._lender_at and move.slot:
                     slot = self._slots.share(move.slot)
-                    self._traffic[tier].stores.append(_Move(move.job, move.at, tier, slot))
+                    self._traffic[tier].stores.append(Move(move.job, move.at, tier, slot))
             self._let_go(move)
 
     def _begin_arrived(self) -> None:
@@ -341,7 +287,7 @@ class Mover:
                 if isinstance(job.op, Store):
                     self._store(job)
                     continue
-                moves = [_Move(job, at, job.op.tier) for at in range(len(job.op.keys))]
+                moves = [Move(job, at, job.op.tier) for at in range(len(job.op.keys))]
                 if isinstance(job.op, Lookup):  # Small, and a request waits for it before anything else.
                     self._traffic[job.op.tier].loads.extendleft(reversed(moves))
                     continue
@@ -355,7 +301,7 @@ class Mover:
                     lent = self._borrow(moves[start : start + _LENT_BLOCKS])
                 self._scatter(lent)
 
-    def _borrow(self, moves: Sequence[_Move]) -> list[_Move]:
+    def _borrow(self, moves: Sequence[Move]) -> list[Move]:
         """Find blocks in the lender's memory; give those that are there."""
         for move in moves:
             move.slot = self._slots.borrow(move.key)
@@ -374,10 +320,10 @@ class Mover:
         stores = sum(isinstance(move.job.op, Store) for move in traffic.open.values())
         self._feed_from(traffic, traffic.stores, min(room, max(1, depth // 2) - stores))
 
-    def _feed_from(self, traffic: _Traffic, queue: deque[_Move], room: int) -> int:
+    def _feed_from(self, traffic: Traffic, queue: deque[Move], room: int) -> int:
         """Submit up to `room` moves and return how many."""
         now_s = time.monotonic()
-        moves: dict[int, _Move] = {}
+        moves: dict[int, Move] = {}
         while queue and (len(moves) < room or queue[0].job.deadline_s <= now_s):
             if queue[0].job.deadline_s <= now_s:
                 self._fail(queue.popleft(), Reason.DEADLINE)
@@ -386,10 +332,10 @@ class Mover:
             else:
                 moves[next(self._tickets)] = queue.popleft()
         if moves:
-            self._send(traffic, [_transfer(ticket, move) for ticket, move in moves.items()], moves)
+            self._send(traffic, [transfer_of(ticket, move) for ticket, move in moves.items()], moves)
         return len(moves)
 
-    def _send(self, traffic: _Traffic, batch: list[Transfer], moves: dict[int, _Move]) -> None:
+    def _send(self, traffic: Traffic, batch: list[Transfer], moves: dict[int, Move]) -> None:
         try:
             traffic.tier.submit(batch)
         except TierError as error:
@@ -399,7 +345,7 @@ class Mover:
         else:
             traffic.open.update(moves)
 
-    def _has_slot(self, move: _Move) -> bool:
+    def _has_slot(self, move: Move) -> bool:
         """Find the region that a load goes through, if it has none yet."""
         op = move.job.op
         if move.slot or isinstance(op, Lookup):
@@ -436,7 +382,7 @@ class Mover:
                 self._let_go(late, filled=False)
                 self._forget_doomed(traffic, late.key)
 
-    def _collect_failed(self, traffic: _Traffic, completion: Completion, move: _Move) -> None:
+    def _collect_failed(self, traffic: Traffic, completion: Completion, move: Move) -> None:
         held = traffic.tier.holds(completion.ticket)
         # It may be there after all, and nobody would know. In a shared tier it may be another engine's.
         unknown = isinstance(move.job.op, Store) and not traffic.tier.capabilities.shared
@@ -450,9 +396,9 @@ class Mover:
 
     # Device.
 
-    def _scatter(self, landed: list[_Move]) -> None:
+    def _scatter(self, landed: list[Move]) -> None:
         """Start the copies into device blocks, one batch a job."""
-        batches: dict[_Job, list[_Move]] = {}
+        batches: dict[Job, list[Move]] = {}
         for move in landed:
             batches.setdefault(move.job, []).append(move)
         for job, moves in batches.items():
@@ -463,18 +409,18 @@ class Mover:
                 work: Work = self._device.scatter(regions, blocks, job.fence)
             except Exception:  # As in `_gather`.
                 logger.exception("scatter failed")
-                work = _Failed()
+                work = Failed()
             self._scatters.append((work, moves))
 
     def _end_scatters(self) -> None:
-        states = [(*each, _done(each[0])) for each in self._scatters]
+        states = [(*each, is_done(each[0])) for each in self._scatters]
         self._scatters = [(work, moves) for work, moves, done in states if done is None]
         with self._lock:
             for _, moves, done in states:
                 if done is not None:
                     self._end_scatter(moves, done=done)
 
-    def _end_scatter(self, moves: Sequence[_Move], *, done: bool) -> None:
+    def _end_scatter(self, moves: Sequence[Move], *, done: bool) -> None:
         if done and moves[0].tier == self._lender_at:  # All alike, and many.
             self._end(moves[0].job, moves[0].at, self._lender_at, Reason.NONE, count=len(moves))
             for move in moves:
@@ -493,26 +439,26 @@ class Mover:
 
     # Ends.
 
-    def _fail(self, move: _Move, reason: Reason) -> None:
+    def _fail(self, move: Move, reason: Reason) -> None:
         """End a move whose region, if it has one, is ours again."""
         self._end_move(move, reason)
         self._let_go(move, filled=False)
         if move.tier in self._traffic:
             self._forget_doomed(self._traffic[move.tier], move.key)
 
-    def _forget_doomed(self, traffic: _Traffic, key: BlockKey) -> None:
+    def _forget_doomed(self, traffic: Traffic, key: BlockKey) -> None:
         """Have the tier forget a block that may be there and nobody knows, unless it is on its way again."""
         if key in traffic.doomed and not traffic.busy_with(key):
             traffic.doomed.remove(key)
             traffic.tier.discard([key])
 
-    def _end_move(self, move: _Move, reason: Reason) -> None:
+    def _end_move(self, move: Move, reason: Reason) -> None:
         op = move.job.op
         if isinstance(op, Load) and op.fill >= 0:
             self._end(move.job, move.at, op.fill, reason)
         self._end(move.job, move.at, move.tier, reason)
 
-    def _end(self, job: _Job, at: int, tier: int, reason: Reason, count: int = 1) -> None:
+    def _end(self, job: Job, at: int, tier: int, reason: Reason, count: int = 1) -> None:
         """Note how one block of a job ended in one tier, or that so many ended well."""
         if job not in self._jobs:
             return
@@ -526,39 +472,9 @@ class Mover:
         if not job.left:
             self._jobs.discard(job)
 
-    def _let_go(self, move: _Move, *, filled: bool = True) -> None:
+    def _let_go(self, move: Move, *, filled: bool = True) -> None:
         """Stop using a move's region; one that was meant for the lender and never filled is given back."""
         if move.slot:
             if move.fills and not filled:
                 self._slots.abandon(move.slot, move.key)
             self._slots.release(move.slot)
-
-
-class _Failed(Work):
-    """A copy that could not be started."""
-
-    def done(self) -> bool:
-        raise RuntimeError("the copy could not be started")
-
-    @property
-    def given_up(self) -> frozenset[int]:
-        return frozenset()
-
-
-def _done(work: Work) -> bool | None:
-    """True: copied. False: failed. None: not yet."""
-    try:
-        return True if work.done() else None
-    except Exception:  # As in `Mover._gather`.
-        if not isinstance(work, _Failed):
-            logger.exception("a device copy failed")
-        return False
-
-
-def _transfer(ticket: int, move: _Move) -> Transfer:
-    region = move.slot.region if move.slot else None
-    return Transfer(ticket, _OPS[type(move.job.op)], move.key, region, move.job.deadline_s)
-
-
-def _failed_report(job: _Job, tier: int) -> Report:
-    return Report(job.op.op, tier, dict.fromkeys(range(len(job.op.keys)), Reason.ERROR), 0.0)

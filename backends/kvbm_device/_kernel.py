@@ -9,7 +9,7 @@ __all__ = ["move_pages_kernel"]
 
 
 @triton.jit(do_not_specialize=["jobs", "total"])  # type: ignore[untyped-decorator]
-def move_pages_kernel(  # noqa: ANN201, D103, PLR0913 - the compiler reads this, see `kvbm_device._pages`
+def move_pages_kernel(  # type: ignore[no-untyped-def]
     table, jobs, stride_bytes, page_words, total,
     VIEWS: tl.constexpr, CHUNKS: tl.constexpr, WORDS: tl.constexpr, WORD_BYTES: tl.constexpr,
     ALIGNED: tl.constexpr, GATHER: tl.constexpr,

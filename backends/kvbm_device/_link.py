@@ -29,7 +29,7 @@ from kvbm_device._pages import PageTable
 __all__ = ["Link", "Method", "PinnedMemory", "Way"]
 
 _PIECE_BYTES: Final = 32 << 20
-"""A fraction of a millisecond on the link, and so long that what is said to the driver per piece is not felt."""
+"""Half a millisecond on the link: what is said to the driver for each piece is not felt."""
 _MIN_PIECES: Final = 2
 _MAX_PITCH_BYTES: Final = (1 << 31) - 1
 """Of the driver's copy of rows."""
@@ -62,7 +62,7 @@ class Link:
         gpu: The accelerator.
         table: Where the pages lie.
         staging_bytes: Memory of the accelerator to take.
-        pinned: What is page-locked: a kernel can reach no other memory, and DMA of rows stays in one range.
+        pinned: What is page-locked: a kernel reaches no other memory, and DMA of rows stays in one range.
         gather: Out of the accelerator, or into it.
     """
 

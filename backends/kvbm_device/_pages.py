@@ -134,7 +134,7 @@ class TritonMover:
 
 
 class TorchMover:
-    """torch's own indexing, one view after the other. Flat memory must be on the device, block after block."""
+    """torch's own indexing, view by view. Flat memory must be on the device, block after block."""
 
     reaches_host = False
 

@@ -1,7 +1,7 @@
 """Blocks in the memory of an accelerator: gathered and scattered beside the engine's computation.
 
     store   pages ──gather kernel──► staging piece ──DMA──► regions      a piece when the one before is away
-    load    regions ──DMA──► staging piece ──scatter kernel──► pages     all pieces at once, streams keep order
+    load    regions ──DMA──► staging piece ──scatter kernel──► pages     all at once, streams keep order
 
 Nothing here waits for the accelerator. A store is queued; its pages are read when a staging piece is
 free, after everything the engine had enqueued by then (its *fence*). Until that happens the engine leaves

@@ -173,7 +173,7 @@ class SchedulerHalf:
         if tokens:
             self._computing[self._step] = (tokens, now_s)
             self._computing.pop(self._step - _MAX_STEPS, None)
-        return StepPlan(plan, self._step, idle=tokens == 0)
+        return StepPlan(plan, self._step, computes=tokens > 0, idle=not self._computing)
 
     def finished(self, request: Any) -> None:
         """Plan to store what the request has computed last, and forget it."""

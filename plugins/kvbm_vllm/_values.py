@@ -32,8 +32,11 @@ class StepPlan(KVConnectorMetadata):
     plan: Plan = field(default_factory=Plan)
     number: int = 0
     """Of this step."""
+    computes: bool = False
+    """Whether vLLM computes something in this step."""
     idle: bool = False
-    """Nothing is computed in this step: it only polls."""
+    """Nothing is computed, and no result is due of an earlier step: it only polls. vLLM starts steps that
+    compute nothing before it takes the result of one that does, and a request waits for that."""
 
 
 @dataclass

@@ -29,12 +29,9 @@ class WorkerHalf:
         ConfigError: If the model's blocks cannot be stored.
     """
 
-    _IDLE_WAIT_S: Final = 0.002
-    """How long a step in which nothing is computed waits for progress, so that an engine that only
-    waits for a disk does not burn a core."""
-    _IDLE_STEPS: Final = 3
-    """It waits from the third such step on: vLLM starts up to two before it takes the result of the step
-    that computed something, and a request waits for that."""
+    _IDLE_WAIT_S: Final = 0.005
+    """How long an idle step waits for progress: an engine that only waits for a disk shall not burn a core,
+    and the mover's thread needs the interpreter meanwhile."""
 
     def __init__(self, config: StackConfig, vllm_config: Any, kv_cache_config: Any) -> None:
         block_tokens(vllm_config, kv_cache_config)
@@ -44,7 +41,6 @@ class WorkerHalf:
         self._worker: Worker | None = None
         self._block_bytes = 0
         self._begun: StepPlan | None = None
-        self._idle_steps = 0
         self._loads: dict[int, Load] = {}
         self._open_loads: dict[str, set[int]] = {}
         self._finished: set[str] = set()
@@ -97,8 +93,7 @@ class WorkerHalf:
         """
         if self._worker is None:
             return set()
-        self._idle_steps = self._idle_steps + 1 if self._begun and self._begun.idle else 0
-        if self._idle_steps >= self._IDLE_STEPS:
+        if self._begun and self._begun.idle:
             self._worker.wait(self._IDLE_WAIT_S)
         for report in self._worker.reports():
             self._reports.append(report)
@@ -116,7 +111,7 @@ class WorkerHalf:
     def take_outcomes(self) -> Outcomes | None:
         """Take what the leader must know."""
         reports, self._reports = self._reports, []
-        number = self._begun.number if self._begun and not self._begun.idle else 0
+        number = self._begun.number if self._begun and self._begun.computes else 0
         return Outcomes(reports, number) if reports or number else None
 
     def close(self) -> None:

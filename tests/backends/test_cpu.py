@@ -4,8 +4,8 @@ import ctypes
 import gc
 import hashlib
 import logging
-import os
 import mmap
+import os
 import time
 import weakref
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kvbm_core.tier import Region, TierContext
+from kvbm_core.tier import TierContext
 from kvbm_cpu import CpuConfig, CpuTier
 from kvbm_device import StagedDevice, open_device
 from kvbm_device._link import Method, Way
@@ -164,7 +164,7 @@ def main() -> None:
             rows["vLLM swap_blocks_batch"] = vllms(layers, blocks, regions, page, arguments.rounds)
         best = [rows[str(method)][way] / link[way] for way, method in enumerate(chosen)]
         print(
-            f"  link {link[0]}/{link[1]}; chosen {chosen[0]} and {chosen[1]}: {best[0]:.3f}/{best[1]:.3f} of it"
+            f"  link {link[0]}/{link[1]}; chosen {chosen[0]}, {chosen[1]}: {best[0]:.3f}/{best[1]:.3f} of it"
         )
         print("  " + ", ".join(f"{name} {out}/{into}" for name, (out, into) in rows.items()), flush=True)
         found.append(

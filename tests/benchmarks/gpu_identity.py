@@ -146,7 +146,7 @@ def run(arguments: argparse.Namespace, folder: str) -> int:
     right = sum(f[:2] in (c[:2], r[:2]) for f, c, r in triples)
     tokens = sum(f[0] in (c[0], r[0]) for f, c, r in triples)
     print(
-        f"loads made to fail: {dict(connector.counts['cpu'].failed)}; as computed or as restored, bit for bit: ",
+        f"loads made to fail: {dict(connector.counts['cpu'].failed)}; as computed or restored, bit for bit: ",
         end="",
     )
     print(f"{right} of {len(prompts)}; tokens alone: {tokens} of {len(prompts)}")

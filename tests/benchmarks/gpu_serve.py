@@ -85,12 +85,14 @@ class Engine:
         options = {"kv_transfer_config": transfer} if transfer else {}
         if arguments.profile:
             options["profiler_config"] = {
-                "profiler": "torch", "torch_profiler_dir": str(arguments.profile), "torch_profiler_with_stack": False
+                "profiler": "torch", "torch_profiler_dir": str(arguments.profile),
+                "torch_profiler_with_stack": False,
             }  # fmt: skip
         self.llm = LLM(
             model=str(model), skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16",
             max_model_len=max(4096, *arguments.lengths) + 64, enforce_eager=not arguments.graphs,
-            gpu_memory_utilization=0.6, max_num_batched_tokens=8192, seed=0, disable_log_stats=False, **options,
+            gpu_memory_utilization=0.6, max_num_batched_tokens=8192, seed=0,
+            disable_log_stats=False, **options,
         )  # fmt: skip
         self.params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
 
@@ -159,7 +161,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict:
 
 
 def stores(name: str, arguments: argparse.Namespace) -> None:
-    """How long after the start of a cold prompt the last of its stores has ended. The engine in this process."""
+    """How long after the start of a cold prompt its last store has ended. The engine in this process."""
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         engine = Engine(name, arguments, folder)
         core = engine.llm.llm_engine.engine_core.engine_core
@@ -253,7 +255,7 @@ def main() -> int:
             with log.open("w") as file:
                 children.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT))
             time.sleep(1)  # So that they take turns in this order.
-        for child, log, name in zip(children, logs, arguments.names, strict=True):
+        for child, log in zip(children, logs, strict=True):
             status = child.wait()
             lines = log.read_text().splitlines()
             found = [json.loads(line[7:]) for line in lines if line.startswith("RESULT ")]
@@ -262,7 +264,7 @@ def main() -> int:
                 "\n".join(
                     lines[-160:]
                     if status or not found
-                    else [l for l in lines if "RESULT" in l or arguments.cprofile]
+                    else [line for line in lines if "RESULT" in line or arguments.cprofile]
                 )
             )
     if arguments.json:

@@ -78,7 +78,7 @@ def test_a_block_moves_bit_for_bit_and_its_neighbours_stay(name, method):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
-def test_an_engine_that_goes_on_never_mixes_old_and_new(method):
+def test_an_engine_that_goes_on_never_mixes_old_and_new(method):  # noqa: C901 - as on the simulated one
     """The engine's stream is kept busy, so that a copy that did not wait would see other bytes."""
     chance, count, words = random.Random(5), 64, 16_384
     memory = torch.zeros(count, words, dtype=torch.int32, device="cuda")

@@ -1,0 +1,104 @@
+"""What the mover has under way: jobs of a plan, the moves of their blocks, and the traffic of each tier."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Final
+
+from kvbm_core._slots import Slot
+from kvbm_core.block import BlockKey
+from kvbm_core.device import Fence, Work
+from kvbm_core.layers import DeadlineTier
+from kvbm_core.plan import Load, Lookup, Report, Store
+from kvbm_core.tier import Op, Reason, Transfer
+
+__all__ = ["Failed", "Job", "Move", "Traffic", "failed_report", "is_done", "transfer_of"]
+
+logger = logging.getLogger("kvbm_core")
+
+_OPS: Final = {Store: Op.STORE, Load: Op.LOAD, Lookup: Op.LOOKUP}
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One operation of a plan."""
+
+    op: Store | Load | Lookup
+    began_s: float
+    deadline_s: float
+    left: dict[int, int]
+    """Tier to blocks whose end there is not known yet."""
+    fence: Fence = None
+    """Where it came in the engine's order of work."""
+    failures: dict[int, dict[int, Reason]] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Move:
+    """One block of a job on its way to or from one tier."""
+
+    job: Job
+    at: int
+    """Position in the operation's keys."""
+    tier: int
+    slot: Slot | None = None
+    fills: bool = False
+    """The slot is the lender's and shall be published."""
+
+    @property
+    def key(self) -> BlockKey:
+        return self.job.op.keys[self.at]
+
+
+@dataclass(slots=True, eq=False)
+class Traffic:
+    """What is under way in one tier behind its layers."""
+
+    tier: DeadlineTier
+    loads: deque[Move] = field(default_factory=deque)
+    """Not yet submitted: the tier's queue is full, or no region is free."""
+    stores: deque[Move] = field(default_factory=deque)
+    """Likewise. They wait for the loads, and leave half of the tier's queue to them."""
+    open: dict[int, Move] = field(default_factory=dict)
+    late: dict[int, Move] = field(default_factory=dict)
+    """Given up, but the region is still the tier's."""
+    doomed: set[BlockKey] = field(default_factory=set)
+    """Keys of late moves, to be forgotten when the tier has let go: dropped, or stored too late."""
+
+    def busy_with(self, key: BlockKey) -> bool:
+        """Say whether a transfer of this block is under way."""
+        moves = itertools.chain(self.open.values(), self.late.values(), self.loads, self.stores)
+        return any(move.key == key for move in moves)
+
+
+class Failed(Work):
+    """A copy that could not be started."""
+
+    def done(self) -> bool:
+        raise RuntimeError("the copy could not be started")
+
+    @property
+    def given_up(self) -> frozenset[int]:
+        return frozenset()
+
+
+def is_done(work: Work) -> bool | None:
+    """True: copied. False: failed. None: not yet."""
+    try:
+        return True if work.done() else None
+    except Exception:  # As in `Mover._gather`.
+        if not isinstance(work, Failed):
+            logger.exception("a device copy failed")
+        return False
+
+
+def transfer_of(ticket: int, move: Move) -> Transfer:
+    region = move.slot.region if move.slot else None
+    return Transfer(ticket, _OPS[type(move.job.op)], move.key, region, move.job.deadline_s)
+
+
+def failed_report(job: Job, tier: int) -> Report:
+    return Report(job.op.op, tier, dict.fromkeys(range(len(job.op.keys)), Reason.ERROR), 0.0)
