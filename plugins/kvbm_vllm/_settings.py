@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from kvbm_core import ConfigError, StackConfig, check_stack, load_config
 from kvbm_device import check_copy
+from kvbm_vllm._kvbm_env import check_environment, makes_stack, read_tiers
 
 __all__ = ["block_tokens", "check_settings", "read_settings"]
 
@@ -19,12 +21,34 @@ _PARTIAL_KINDS = ("Mamba", "SlidingWindow", "ChunkedLocal", "CrossAttention", "S
 
 
 def read_settings(vllm_config: Any) -> StackConfig:
-    """Read the stack from ``kv_connector_extra_config``: the mapping itself, or ``{"config": path}``.
+    """Read the stack from ``kv_connector_extra_config`` or from the environment.
+
+    The first has the mapping itself, or ``{"config": path}``; the second NVIDIA's variables for KVBM.
 
     Raises:
-        ConfigError: If something in it is wrong.
+        ConfigError: If something in it is wrong, or both say what the stack is.
     """
-    extra = dict(vllm_config.kv_transfer_config.kv_connector_extra_config)
+    check_environment(os.environ)
+    extra = dict(vllm_config.kv_transfer_config.kv_connector_extra_config or {})
+    written, variables = [key for key in ("tiers", _FILE_KEY) if key in extra], makes_stack(os.environ)
+    if written and variables:
+        raise ConfigError(
+            f"kv_connector_extra_config has {written[0]!r}, and the environment has {', '.join(variables)}: "
+            "both say what the tiers are; take one of them away"
+        )
+    if variables:
+        ranks = vllm_config.parallel_config.world_size
+        tiers = read_tiers(os.environ, lambda: _block_bytes(vllm_config), ranks)
+        return load_config({**extra, "tiers": tiers})
+    if not extra:
+        raise ConfigError(
+            "kv_connector_extra_config is empty: write 'tiers' or 'config' there, or set "
+            "DYN_KVBM_CPU_CACHE_GB, DYN_KVBM_DISK_CACHE_GB or both in the environment"
+        )
+    return _read_extra(extra)
+
+
+def _read_extra(extra: dict[str, Any]) -> StackConfig:
     if _FILE_KEY not in extra:
         return load_config(extra)
     path = extra.pop(_FILE_KEY)
@@ -78,6 +102,7 @@ def _block_bytes(vllm_config: Any) -> int | None:
         return None
     element_bytes = 1 if "fp8" in cache.cache_dtype else model.dtype.itemsize
     per_token = model.get_num_kv_heads(parallel) * model.get_head_size() * element_bytes
-    layers = model.get_num_layers(parallel)
+    # Not those of this rank alone: every rank must come to the same number.
+    layers = -(-model.get_total_num_hidden_layers() // parallel.pipeline_parallel_size)
     planes = 1 if model.use_mla else 2
     return int(planes * layers * per_token * cache.block_size * parallel.world_size)
