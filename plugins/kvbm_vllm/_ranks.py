@@ -89,7 +89,7 @@ def _differences(facts: Mapping[str, str], first: Mapping[str, str]) -> list[str
 def _shown(name: str, facts: Mapping[str, str]) -> str:
     """Show a value without what may be a password in it."""
     value = facts.get(name, "not there")
-    if ".options." in name:
+    if "options." in name:
         return "(hidden)"
     value = re.sub(r"//[^/@]*@", "//(hidden)@", value)
     return value if len(value) <= _LONGEST_VALUE else value[:_LONGEST_VALUE] + "..."

@@ -1,6 +1,9 @@
 """Several ranks: differences found at start, and real engines with two workers."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +12,7 @@ from kvbm_core import Capabilities, ConfigError, TierStatus, load_config
 from kvbm_vllm._ranks import check_ranks, rank_facts
 from kvbm_vllm._values import Handshake
 
-REMOTE = {"backend": "remote", "url": "s3://me:secret@host/kv", "options": {"key": "secret"}}
+REMOTE = {"backend": "remote", "url": "s3://me:secret@host/kv", "storage_options": {"key": "secret"}}
 
 
 def said(rank, *, namespace=None, **config):
@@ -78,7 +81,7 @@ def test_a_rank_that_is_missing_or_comes_twice_is_found():
 
 
 def test_no_password_is_shown():
-    other = {"backend": "remote", "url": "s3://you:word@host/other", "options": {"key": "word"}}
+    other = {"backend": "remote", "url": "s3://you:word@host/other", "storage_options": {"key": "word"}}
     tiers = [{"backend": "cpu", "capacity": "1GiB"}, other]
     message = refusal(said(0), said(1, tiers=tiers))
     assert "url is s3://(hidden)@host/other, there s3://(hidden)@host/kv" in message
@@ -95,3 +98,120 @@ def test_many_differences_are_counted():
 def test_the_layers_of_a_pipelines_stages_are_their_own():
     first = said(0, namespace={"ranks": [1, 2, 0]})
     check_ranks([first, said(1, namespace={"ranks": [1, 2, 1], "layers": [["1", "bf16"]]})], 2)
+
+
+# Real engines with two workers. They are processes of their own, so faults travel as files.
+
+_HALF = """
+from dataclasses import replace
+from pathlib import Path
+
+from kvbm_core import Backend, Op, hookimpl
+from kvbm_core.testing import FaultyTier
+from kvbm_lmdb import LmdbConfig, LmdbTier
+
+
+class Half(FaultyTier):
+    pass
+
+
+def open_half(config, context):
+    folder, second = Path(config.path).parent, context.rank == 1
+
+    def fault(transfer):
+        return "error" if second and transfer.op is Op.LOAD and (folder / "loads-fail").exists() else None
+
+    tier = Half(LmdbTier(config, context), fault)
+    if second and (folder / "shared").exists():
+        changed = replace(tier.capabilities, shared=True)
+        Half.capabilities = property(lambda self: changed)
+    return tier
+
+
+@hookimpl
+def kvbm_backends():
+    return [Backend("half", LmdbConfig, open_half)]
+"""
+
+
+@pytest.fixture
+def half(tmp_path, monkeypatch):
+    """A stranger's backend, LMDB that fails on rank 1 as files in its folder say."""
+    site = tmp_path / "site"
+    info = site / "kvbm_half-0.1.dist-info"
+    info.mkdir(parents=True)
+    (site / "kvbm_half.py").write_text(_HALF)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvbm-half\nVersion: 0.1\n")
+    (info / "entry_points.txt").write_text("[kvbm_core]\nhalf = kvbm_half\n")
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    # Two workers and the scheduler share the machine; threads that spin would take all of it.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return {"backend": "half", "capacity": "512MiB", "path": str(tmp_path / "kv")}
+
+
+CPU = {"backend": "cpu", "capacity": "256MiB"}
+
+
+@pytest.mark.engine
+def test_two_tensor_parallel_ranks_over_a_restart_and_through_the_failure_of_one(
+    llama, start, half, tmp_path
+):
+    from engines import BLOCK_TOKENS, assert_restored, connector, loaded, make_prompts, own_answers, restore
+
+    options = {"tensor_parallel_size": 2, "max_model_len": 2048}
+    prompts = make_prompts(50, seed=41, longest=1500)
+    blocks = [(len(prompt) - 1) // BLOCK_TOKENS for prompt in prompts]
+    llm = start(llama, [CPU, half], **options)
+    own = own_answers(llm, prompts)
+    already = sum(loaded(llm).values())
+    assert_restored(prompts, own, restore(llm, prompts))
+    assert loaded(llm) == {"cpu": already + sum(blocks), "half": 0}
+
+    llm = start(llama, [CPU, half], **options)
+    whole = prompts[:-6]
+    assert_restored(whole, own, restore(llm, whole))
+    assert loaded(llm)["half"] > 0
+
+    # One rank fails: its part of a block is missing, so the block is, and it is computed by both.
+    (tmp_path / "loads-fail").touch()
+    before, failed = loaded(llm), connector(llm).counts["half"].failed
+    alone = [number for number in range(len(whole), len(prompts)) if number % 3 and blocks[number]]
+    restored = restore(llm, [prompts[number] for number in alone])
+    assert [answer for answer, _ in restored] == [own[number] for number in alone]
+    assert len(alone) >= 3
+    assert loaded(llm) == before
+    assert failed["load", "error"] > 0
+
+    # What was computed is in host memory again, on both.
+    again = [prompts[number] for number in alone]
+    assert_restored(again, [own[number] for number in alone], restore(llm, again))
+
+
+@pytest.mark.engine
+def test_two_pipeline_stages_restore_what_they_have_stored(llama, start, half):
+    from engines import assert_restored, loaded, make_prompts, own_answers, restore
+
+    options = {"pipeline_parallel_size": 2, "max_model_len": 2048}
+    prompts = make_prompts(20, seed=43, longest=1500)
+    llm = start(llama, [CPU, half], **options)
+    own = own_answers(llm, prompts)
+    assert_restored(prompts, own, restore(llm, prompts))
+    llm = start(llama, [CPU, half], **options)
+    assert_restored(prompts, own, restore(llm, prompts))
+    assert loaded(llm)["half"] > 0
+
+
+@pytest.mark.engine
+def test_an_engine_does_not_start_with_ranks_that_differ(llama, half, tmp_path):
+    (tmp_path / "shared").touch()
+    program = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from engines import make_engine\n"
+        f"if __name__ == '__main__': make_engine({str(llama)!r}, {[CPU, half]!r}, tensor_parallel_size=2)\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, str(tmp_path / "program.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode != 0
+    assert "rank 1 differs from rank 0: tier half: shared is True, there False" in done.stderr + done.stdout
