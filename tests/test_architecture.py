@@ -28,7 +28,7 @@ MAY_SWALLOW = {
 }
 
 
-CORE_CODE_LINES = 2100
+CORE_CODE_LINES = 2150
 """Without comments, docstrings and empty lines. The aim is 1,500."""
 
 

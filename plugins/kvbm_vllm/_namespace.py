@@ -19,7 +19,7 @@ _NOT_CONTENT: Final = ("_name_or_path", "transformers_version", "name_or_path")
 
 
 def namespace_facts(
-    vllm_config: Any, kv_caches: Mapping[str, Any], num_blocks: int, weights_id: str | None
+    vllm_config: Any, kv_caches: Mapping[str, Any], num_blocks: int, weights_id: str | None, replicas: int = 1
 ) -> dict[str, Any]:
     """List what one rank's namespace is made of.
 
@@ -28,6 +28,7 @@ def namespace_facts(
         kv_caches: Layer name to KV tensor (or tensors), as registered.
         num_blocks: KV blocks the engine has; not part of the namespace.
         weights_id: As in the configuration.
+        replicas: Neighbouring ranks that hold the same KV: they share a namespace.
 
     Returns:
         For `kvbm_core.make_namespace`.
@@ -41,7 +42,11 @@ def namespace_facts(
         "cache_dtype": str(cache.cache_dtype),
         "block_tokens": cache.block_size,
         "layers": [_layer_facts(name, tensors, num_blocks) for name, tensors in kv_caches.items()],
-        "ranks": [parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.rank],
+        "ranks": [
+            parallel.tensor_parallel_size // replicas,
+            parallel.pipeline_parallel_size,
+            parallel.rank // replicas,
+        ],
     }
 
 

@@ -10,7 +10,7 @@ from kvbm_core import ConfigError, StackConfig, check_stack, load_config
 from kvbm_device import check_copy
 from kvbm_vllm._kvbm_env import check_environment, makes_stack, read_tiers
 
-__all__ = ["block_tokens", "check_settings", "read_settings"]
+__all__ = ["block_tokens", "check_settings", "read_settings", "replicas"]
 
 logger = logging.getLogger("kvbm_vllm")
 
@@ -93,6 +93,17 @@ def block_tokens(vllm_config: Any, kv_cache_config: Any) -> int:
         if getattr(vllm_config.parallel_config, key, 1) > 1:
             raise ConfigError(f"{key}: KvbmConnector does not support more than 1; leave it out")
     return int(groups[0].kv_cache_spec.block_size)
+
+
+def replicas(vllm_config: Any, kv_cache_config: Any) -> int:
+    """Say how many neighbouring ranks hold the same KV: of a model with MLA all that are tensor parallel.
+
+    Models with fewer KV heads than ranks hold some heads several times, too. That is not used: nothing
+    in vLLM's configuration proves it for every layer.
+    """
+    [group] = kv_cache_config.kv_cache_groups
+    mla = type(group.kv_cache_spec).__name__ == "MLAAttentionSpec"
+    return int(vllm_config.parallel_config.tensor_parallel_size) if mla else 1
 
 
 def _block_bytes(vllm_config: Any) -> int | None:
