@@ -80,7 +80,7 @@ VARIABLES: Final = (
     Variable("DYN_KVBM_METRICS", Use.PLUGIN, "By `kvbm_metrics`: metrics on a port of their own."),
     Variable("DYN_KVBM_METRICS_PORT", Use.PLUGIN, "By `kvbm_metrics`: that port."),
     Variable("DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS", Use.PLUGIN,
-        "By `kvbm_etcd`: how long the leader waits for its workers to register."),
+        "By `kvbm_etcd`, where it is configured: how long the leader waits for its workers."),
     Variable("DYN_KVBM_DISK_ALLOCATOR_TYPE", Use.FIXED,
         "Files are opened with O_DIRECT from the start, and without it where the file system refuses.",
         ("default", "open-direct")),
