@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import multiprocessing
 import sys
+from importlib import metadata
 from types import ModuleType
 from typing import Any, Final
 
@@ -13,8 +13,12 @@ __all__ = ["register"]
 
 _NAMES: Final = ("KvbmConnector", "DynamoConnector")
 """The second is what NVIDIA's KVBM calls its connector."""
-_THEIR_PATHS: Final = ("kvbm.vllm_integration.connector", "dynamo.llm.vllm_integration.connector")
-"""Where the guides for KVBM, the present and an older one, tell vLLM to find it."""
+_THEIR_PATHS: Final = {
+    "kvbm.vllm_integration.connector": "kvbm",
+    "dynamo.llm.vllm_integration.connector": "ai-dynamo",
+}
+"""Where the guides for KVBM, the present and an older one, tell vLLM to find it, and the distribution
+that has it."""
 
 _checked: set[str | None] = set()
 """Engines whose configuration was checked in this process."""
@@ -47,10 +51,18 @@ def register() -> None:
 
 def _stand_in() -> None:
     """Answer to the module paths of NVIDIA's guides, where the package itself is not installed."""
-    for path in _THEIR_PATHS:
-        if path not in sys.modules and importlib.util.find_spec(path.partition(".")[0]) is None:
+    for path, distribution in _THEIR_PATHS.items():
+        if path not in sys.modules and not _installed(distribution):
             # An import of a module that is known asks for none of its parents.
             sys.modules[path] = _StandIn(path)
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        metadata.distribution(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 class _StandIn(ModuleType):

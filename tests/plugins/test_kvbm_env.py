@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -243,6 +244,21 @@ def test_the_guides_connector_is_found_by_any_of_its_paths(llama, tmp_path, monk
 def test_tiers_in_both_places_are_refused_and_both_are_named(llama, monkeypatch, extra):
     with pytest.raises(Exception, match=rf"has '{next(iter(extra))}', .* DYN_KVBM_CPU_CACHE_GB: both say"):
         configure(llama, {"DYN_KVBM_CPU_CACHE_GB": "1"}, monkeypatch, kv_connector_extra_config=extra)
+
+
+def test_where_nvidias_package_is_installed_its_path_leads_to_it(tmp_path, monkeypatch):
+    from kvbm_vllm.register import _stand_in
+
+    theirs, older = PATHS[2:]
+    info = tmp_path / "kvbm-1.6.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvbm\nVersion: 1.6.1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for path in (theirs, older):
+        monkeypatch.delitem(sys.modules, path, raising=False)
+    _stand_in()
+    assert theirs not in sys.modules
+    assert older in sys.modules
 
 
 @pytest.mark.engine

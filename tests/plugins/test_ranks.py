@@ -215,3 +215,38 @@ def test_an_engine_does_not_start_with_ranks_that_differ(llama, half, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode != 0
     assert "rank 1 differs from rank 0: tier half: shared is True, there False" in done.stderr + done.stdout
+
+
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory):
+    """A small random model with MLA, of DeepSeek's kind."""
+    import torch
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    torch.manual_seed(0)
+    config = DeepseekV2Config(
+        vocab_size=2000, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, kv_lora_rank=512, q_lora_rank=None, qk_rope_head_dim=64, qk_nope_head_dim=128,
+        v_head_dim=128, n_routed_experts=2, n_shared_experts=1, num_experts_per_tok=1,
+        moe_intermediate_size=64, first_k_dense_replace=2, max_position_embeddings=4096,
+        initializer_range=0.15, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("latent")
+    DeepseekV2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.engine
+def test_what_two_ranks_hold_alike_is_stored_once(latent, start, half, tmp_path):
+    from engines import assert_restored, connector, drain, loaded, make_prompts, own_answers, restore
+
+    tiers = [{"backend": "remote", "url": f"file://{tmp_path}/objects"}]
+    prompts = make_prompts(16, seed=45, longest=800)[10:]
+    llm = start(latent, tiers, tensor_parallel_size=2, max_model_len=2048, extra={"lookup_deadline_s": 10})
+    own = own_answers(llm, prompts)
+    drain(llm)
+    assert_restored(prompts, own, restore(llm, prompts))
+    assert loaded(llm)["remote"] > 0
+    objects = [path for path in (tmp_path / "objects").rglob("*") if path.is_file()]
+    assert {path.parent.parent.name for path in objects} == {"r0of1"}
+    assert len(objects) == connector(llm).counts["remote"].stored
