@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -98,6 +99,20 @@ def test_many_differences_are_counted():
 def test_the_layers_of_a_pipelines_stages_are_their_own():
     first = said(0, namespace={"ranks": [1, 2, 0]})
     check_ranks([first, said(1, namespace={"ranks": [1, 2, 1], "layers": [["1", "bf16"]]})], 2)
+
+
+def test_ranks_of_a_model_with_mla_are_replicas_and_no_others_are():
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
+
+    from kvbm_vllm._settings import replicas
+
+    engine = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=4))
+    shape = {"block_size": 16, "num_kv_heads": 1, "head_size": 576, "dtype": torch.bfloat16}
+    for spec, count in ((MLAAttentionSpec(**shape), 4), (FullAttentionSpec(**shape), 1)):
+        assert (
+            replicas(engine, SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)])) == count
+        )
 
 
 # Real engines with two workers. They are processes of their own, so faults travel as files.
