@@ -72,6 +72,7 @@ def check_settings(vllm_config: Any) -> None:
         raise ConfigError(f'kv_role: {role!r}; KvbmConnector stores and loads: write "kv_both"')
     config = read_settings(vllm_config)
     check_copy(config.device_copy)
+    _require_prefixes(vllm_config)
     check_stack(config, block_bytes=_block_bytes(vllm_config))
 
 
@@ -80,8 +81,10 @@ def block_tokens(vllm_config: Any, kv_cache_config: Any) -> int:
 
     Raises:
         ConfigError: If the model's layers do not all keep the KV of every token, as models with
-            Mamba layers or sliding windows do, or if a block is divided over ranks by tokens.
+            Mamba layers or sliding windows do, if a block is divided over ranks by tokens, or if vLLM
+            cannot go on after a prefix that was loaded.
     """
+    _require_prefixes(vllm_config)
     groups = kv_cache_config.kv_cache_groups
     kinds = [type(group.kv_cache_spec).__name__ for group in groups]
     if len(groups) != 1 or any(kind.startswith(_PARTIAL_KINDS) for kind in kinds):
@@ -93,6 +96,21 @@ def block_tokens(vllm_config: Any, kv_cache_config: Any) -> int:
         if getattr(vllm_config.parallel_config, key, 1) > 1:
             raise ConfigError(f"{key}: KvbmConnector does not support more than 1; leave it out")
     return int(groups[0].kv_cache_spec.block_size)
+
+
+def _require_prefixes(vllm_config: Any) -> None:
+    """Refuse MLA where vLLM computes prompts only as a whole.
+
+    Its CPU build switches chunked prefill and prefix caching off for such models, and computes other
+    tokens after a prefix that was loaded, although every byte of it is right.
+    """
+    model = vllm_config.model_config
+    if model is not None and model.use_mla and not vllm_config.scheduler_config.enable_chunked_prefill:
+        raise ConfigError(
+            "enable_chunked_prefill: False; for a model with MLA vLLM cannot go on after a prefix that was "
+            "loaded then. Leave it on; where vLLM switches it off itself, as on a CPU, serve this model "
+            "without KvbmConnector"
+        )
 
 
 def replicas(vllm_config: Any, kv_cache_config: Any) -> int:
