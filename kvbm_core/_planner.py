@@ -32,6 +32,11 @@ _MAX_KNOWN_BLOCKS: Final = 1 << 18
 """Remembered of a shared tier; what is forgotten is looked up, or stored, once more."""
 
 
+_GRAVITY: Final = (Reason.MISSING, Reason.BUSY, Reason.FULL, Reason.DEADLINE, Reason.ERROR, Reason.CORRUPT)
+"""Of what two ranks say of one block, the graver counts: a rank whose tier fails must be noticed beside
+one that only has not the block, and a corrupt part must be dropped."""
+
+
 @dataclass(slots=True)
 class TierCounts:
     """What has happened in one tier since the start, in blocks."""
@@ -267,7 +272,9 @@ class Planner:
         finished = []
         for report in reports:
             pending = self._pending[report.op]
-            pending.failures.setdefault(report.tier, {}).update(report.failures)
+            known = pending.failures.setdefault(report.tier, {})
+            known.update({at: max(why, known.get(at, why), key=_GRAVITY.index)
+                          for at, why in report.failures.items()})  # fmt: skip
             pending.waiting[report.tier] -= 1
             if isinstance(pending.op, Load) and report.tier == pending.op.tier and not report.failures:
                 self.guard.loaded(report.tier, len(pending.op.keys), report.seconds, now_s)

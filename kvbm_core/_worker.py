@@ -14,7 +14,7 @@ from kvbm_core.block import Namespace
 from kvbm_core.config import StackConfig, TierEntry, convert
 from kvbm_core.device import Device, Stageable
 from kvbm_core.errors import TierOpenError
-from kvbm_core.layers import FOOTER_BYTES, CheckedTier, DeadlineTier
+from kvbm_core.layers import FOOTER_BYTES, CheckedTier, DeadlineTier, ReplicaTier
 from kvbm_core.plan import Plan, Report, TierStatus
 from kvbm_core.tier import Addressable, Backend, Capabilities, Tier, TierConfig, TierContext
 
@@ -57,6 +57,7 @@ class Worker:
         namespace: 16 bytes, see `kvbm_core.block`.
         rank: Of this worker.
         world_size: Workers the engine has.
+        replicas: Neighbouring ranks that hold the same bytes; divides `world_size`.
         registry: Where backends are found; by default the installed ones.
 
     Raises:
@@ -77,6 +78,7 @@ class Worker:
         *,
         rank: int = 0,
         world_size: int = 1,
+        replicas: int = 1,
         registry: Registry | None = None,
     ) -> None:
         self._event = threading.Event()
@@ -86,7 +88,7 @@ class Worker:
             device.cpus,
         )  # fmt: skip
         self._names = [entry.name for entry in config.tiers]
-        self._tiers = _open_tiers(config, context, registry or Registry(), device)
+        self._tiers = _open_tiers(config, context, replicas, registry or Registry(), device)
         self._mover = Mover(
             self._tiers, device, _staging(config, self._tiers, context),
             load_deadline_s=config.load_deadline_s, store_deadline_s=config.store_deadline_s,
@@ -169,13 +171,15 @@ def _resolve(config: StackConfig, registry: Registry) -> list[tuple[TierEntry, B
     return resolved
 
 
-def _open_tiers(config: StackConfig, context: TierContext, registry: Registry, device: Device) -> list[Tier]:
+def _open_tiers(
+    config: StackConfig, context: TierContext, replicas: int, registry: Registry, device: Device
+) -> list[Tier]:
     tiers: list[Tier] = []
     lends = False
     try:
         for entry, backend, settings in _resolve(config, registry):
             woken = threading.Event()
-            opened = backend.open(settings, dataclasses.replace(context, wake=woken.set))
+            opened = _open(backend, settings, dataclasses.replace(context, wake=woken.set), replicas)
             tier = _layered(opened, entry, context, woken, device, first_lender=not lends)
             lends = lends or isinstance(tier, Addressable)
             tiers.append(tier)
@@ -184,6 +188,16 @@ def _open_tiers(config: StackConfig, context: TierContext, registry: Registry, d
             tier.close()
         raise
     return tiers
+
+
+def _open(backend: Backend, settings: TierConfig, context: TierContext, replicas: int) -> Tier:
+    """Open a tier. In a shared one ranks that hold the same bytes meet, and the first of them writes."""
+    if replicas == 1 or not backend.shared:
+        return backend.open(settings, context)
+    shard, place = divmod(context.rank, replicas)
+    shards = context.world_size // replicas
+    tier = backend.open(settings, dataclasses.replace(context, rank=shard, world_size=shards))
+    return ReplicaTier(tier, context.wake) if place else tier
 
 
 def _layered(

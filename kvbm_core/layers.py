@@ -1,8 +1,8 @@
 """What cuts across all tiers, as wrappers with the same interface.
 
-mover ──► DeadlineTier ──► CheckedTier ──► the backend's tier
-          a thread a tier,    footer on store,
-          a bound on time     proof on load
+mover ──► DeadlineTier ──► CheckedTier ──► ReplicaTier ──► the backend's tier
+          a thread a tier,    footer on store,   only where another rank
+          a bound on time     proof on load      writes the same bytes
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kvbm_core.block import KEY_BYTES, NAMESPACE_BYTES, BlockKey, Namespace
 from kvbm_core.errors import QueueFullError, TierError
 from kvbm_core.tier import Capabilities, Completion, Op, Outcome, Reason, Region, Tier, Transfer
 
-__all__ = ["FOOTER_BYTES", "CheckedTier", "DeadlineTier"]
+__all__ = ["FOOTER_BYTES", "CheckedTier", "DeadlineTier", "ReplicaTier"]
 
 logger = logging.getLogger("kvbm_core")
 
@@ -116,6 +116,51 @@ class CheckedTier(Tier):
         if content[-FOOTER_BYTES:] == self._footer(transfer.key, content):
             return completion
         return Completion(completion.ticket, Outcome.FAILED, Reason.CORRUPT)
+
+
+class ReplicaTier(Tier):
+    """Leaves writing to another rank that holds the same bytes.
+
+    Behaviour:
+        - A store completes DONE and writes nothing. A block counts as stored when every rank has said
+          so, and the one that writes says it last or first.
+    """
+
+    def __init__(self, inner: Tier, wake: Callable[[], None]) -> None:
+        self._inner = inner
+        self._wake = wake
+        self._left: list[Completion] = []
+
+    def __repr__(self) -> str:
+        return f"<Replica {self._inner!r}>"
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """See `Tier.capabilities`."""
+        return self._inner.capabilities
+
+    def inventory(self) -> Iterable[BlockKey]:
+        """See `Tier.inventory`."""
+        return self._inner.inventory()
+
+    def submit(self, transfers: Sequence[Transfer]) -> None:
+        """See `Tier.submit`."""
+        self._inner.submit([transfer for transfer in transfers if transfer.op is not Op.STORE])
+        self._left += [Completion(t.ticket, Outcome.DONE) for t in transfers if t.op is Op.STORE]
+        self._wake()
+
+    def poll(self) -> Sequence[Completion]:
+        """See `Tier.poll`."""
+        left, self._left = self._left, []
+        return [*left, *self._inner.poll()]
+
+    def discard(self, keys: Sequence[BlockKey]) -> None:
+        """See `Tier.discard`."""
+        self._inner.discard(keys)
+
+    def close(self) -> None:
+        """See `Tier.close`."""
+        self._inner.close()
 
 
 class DeadlineTier(Tier):

@@ -302,3 +302,6 @@ class Backend:
     """Find mistakes early, before an engine loads its model: a path that cannot be written, a
     directory in use. Changes nothing. Raises `TierOpenError`."""
     contract_version: int = CONTRACT_VERSION
+    shared: bool = False
+    """Its tiers are `shared`. Then of neighbouring ranks that hold the same bytes only the first writes,
+    and all are told the same rank, so that they read what it has written."""

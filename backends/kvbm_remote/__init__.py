@@ -23,4 +23,4 @@ __all__ = ["RemoteConfig", "RemoteTier", "kvbm_backends"]
 @hookimpl
 def kvbm_backends() -> Sequence[Backend]:
     """Offer the backend ``remote``."""
-    return [Backend("remote", RemoteConfig, RemoteTier, check)]
+    return [Backend("remote", RemoteConfig, RemoteTier, check, shared=True)]

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from kvbm_cli._demo import DemoSettings, run_demo
 from kvbm_cli._engine import HOST
+from kvbm_cli._model import prepare_model
 from kvbm_cli._screen import Screen
 from kvbm_core.config import parse_size
 from kvbm_core.errors import KvbmError
@@ -198,3 +199,13 @@ def demo(  # One parameter an option: this is how typer is told of them.
         screen.say("Interrupted; vLLM was stopped.")
         status = INTERRUPTED
     raise typer.Exit(status)
+
+
+@app.command("model")
+def print_model() -> None:
+    """Prepare the demo's model, once, and print the folder it is in."""
+    try:
+        typer.echo(prepare_model())
+    except KvbmError as error:
+        typer.echo(f"kvbm model: {error}", err=True)
+        raise typer.Exit(1) from error

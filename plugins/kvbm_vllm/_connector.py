@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
 from kvbm_core import TierCounts
+from kvbm_vllm._kvbm_env import explain
 from kvbm_vllm._logging import share_log
 from kvbm_vllm._scheduler import SchedulerHalf
 from kvbm_vllm._settings import read_settings
@@ -35,6 +37,8 @@ class KvbmConnector(KVConnectorBase_V1):
         self._mover: WorkerHalf | None = None
         if role is KVConnectorRole.SCHEDULER:
             _recompute_failures(vllm_config.kv_transfer_config)
+            for line in explain(os.environ):
+                logger.info(line)
             self._leader = SchedulerHalf(config, vllm_config, kv_cache_config)
         else:
             self._mover = WorkerHalf(config, vllm_config, kv_cache_config)

@@ -8,10 +8,9 @@ from typing import Any, Final
 
 import vllm
 
-from kvbm_core import Namespace, make_namespace
 from kvbm_vllm._weights import weights_digest
 
-__all__ = ["engine_namespace"]
+__all__ = ["namespace_facts"]
 
 _FORMAT: Final = 1
 """Raise it when the order of bytes in a block changes."""
@@ -19,22 +18,23 @@ _FORMAT: Final = 1
 _NOT_CONTENT: Final = ("_name_or_path", "transformers_version", "name_or_path")
 
 
-def engine_namespace(
-    vllm_config: Any, kv_caches: Mapping[str, Any], num_blocks: int, weights_id: str | None
-) -> Namespace:
-    """Make one rank's namespace.
+def namespace_facts(
+    vllm_config: Any, kv_caches: Mapping[str, Any], num_blocks: int, weights_id: str | None, replicas: int = 1
+) -> dict[str, Any]:
+    """List what one rank's namespace is made of.
 
     Args:
         vllm_config: vLLM's configuration in the worker.
         kv_caches: Layer name to KV tensor (or tensors), as registered.
         num_blocks: KV blocks the engine has; not part of the namespace.
         weights_id: As in the configuration.
+        replicas: Neighbouring ranks that hold the same KV: they share a namespace.
 
     Returns:
-        16 bytes.
+        For `kvbm_core.make_namespace`.
     """
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
-    facts = {
+    return {
         "format": _FORMAT,
         # Releases have laid out the same shapes differently.
         "vllm": ".".join(vllm.__version__.split(".")[:2]),
@@ -42,9 +42,12 @@ def engine_namespace(
         "cache_dtype": str(cache.cache_dtype),
         "block_tokens": cache.block_size,
         "layers": [_layer_facts(name, tensors, num_blocks) for name, tensors in kv_caches.items()],
-        "ranks": [parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.rank],
+        "ranks": [
+            parallel.tensor_parallel_size // replicas,
+            parallel.pipeline_parallel_size,
+            parallel.rank // replicas,
+        ],
     }
-    return make_namespace(facts)
 
 
 def _models(vllm_config: Any) -> list[Any]:

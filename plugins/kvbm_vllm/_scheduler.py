@@ -22,6 +22,7 @@ import msgspec
 
 from kvbm_core import Planner, StackConfig, TierCounts
 from kvbm_vllm._keys import RequestKeys, cacheable
+from kvbm_vllm._ranks import check_ranks
 from kvbm_vllm._settings import block_tokens
 from kvbm_vllm._stats import KvbmStats, flatten
 from kvbm_vllm._values import Handshake, Outcomes, StepPlan
@@ -70,6 +71,7 @@ class SchedulerHalf:
 
     def __init__(self, config: StackConfig, vllm_config: Any, kv_cache_config: Any) -> None:
         self._config = config
+        self._world_size: int = vllm_config.parallel_config.world_size
         self._block_tokens = block_tokens(vllm_config, kv_cache_config)
         self._max_load_blocks = max(1, int(kv_cache_config.num_blocks * config.max_load_fraction))
         self._adapters = AdapterDigests()
@@ -98,8 +100,9 @@ class SchedulerHalf:
         """Take in what the workers say of their tiers.
 
         Raises:
-            ConfigError: If their stacks differ.
+            ConfigError: If one is missing or differs from the others; names rank and difference.
         """
+        check_ranks(handshakes, self._world_size)
         ranks = sorted(handshakes, key=lambda handshake: handshake.rank)
         self._planner = Planner(
             [handshake.status for handshake in ranks],

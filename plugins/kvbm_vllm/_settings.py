@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from kvbm_core import ConfigError, StackConfig, check_stack, load_config
 from kvbm_device import check_copy
+from kvbm_vllm._kvbm_env import check_environment, makes_stack, read_tiers
 
-__all__ = ["block_tokens", "check_settings", "read_settings"]
+__all__ = ["block_tokens", "check_settings", "read_settings", "replicas"]
 
 logger = logging.getLogger("kvbm_vllm")
 
@@ -19,12 +21,34 @@ _PARTIAL_KINDS = ("Mamba", "SlidingWindow", "ChunkedLocal", "CrossAttention", "S
 
 
 def read_settings(vllm_config: Any) -> StackConfig:
-    """Read the stack from ``kv_connector_extra_config``: the mapping itself, or ``{"config": path}``.
+    """Read the stack from ``kv_connector_extra_config`` or from the environment.
+
+    The first has the mapping itself, or ``{"config": path}``; the second NVIDIA's variables for KVBM.
 
     Raises:
-        ConfigError: If something in it is wrong.
+        ConfigError: If something in it is wrong, or both say what the stack is.
     """
-    extra = dict(vllm_config.kv_transfer_config.kv_connector_extra_config)
+    check_environment(os.environ)
+    extra = dict(vllm_config.kv_transfer_config.kv_connector_extra_config or {})
+    written, variables = [key for key in ("tiers", _FILE_KEY) if key in extra], makes_stack(os.environ)
+    if written and variables:
+        raise ConfigError(
+            f"kv_connector_extra_config has {written[0]!r}, and the environment has {', '.join(variables)}: "
+            "both say what the tiers are; take one of them away"
+        )
+    if variables:
+        ranks = vllm_config.parallel_config.world_size
+        tiers = read_tiers(os.environ, lambda: _block_bytes(vllm_config), ranks)
+        return load_config({**extra, "tiers": tiers})
+    if not extra:
+        raise ConfigError(
+            "kv_connector_extra_config is empty: write 'tiers' or 'config' there, or set "
+            "DYN_KVBM_CPU_CACHE_GB, DYN_KVBM_DISK_CACHE_GB or both in the environment"
+        )
+    return _read_extra(extra)
+
+
+def _read_extra(extra: dict[str, Any]) -> StackConfig:
     if _FILE_KEY not in extra:
         return load_config(extra)
     path = extra.pop(_FILE_KEY)
@@ -48,6 +72,7 @@ def check_settings(vllm_config: Any) -> None:
         raise ConfigError(f'kv_role: {role!r}; KvbmConnector stores and loads: write "kv_both"')
     config = read_settings(vllm_config)
     check_copy(config.device_copy)
+    _require_prefixes(vllm_config)
     check_stack(config, block_bytes=_block_bytes(vllm_config))
 
 
@@ -56,8 +81,10 @@ def block_tokens(vllm_config: Any, kv_cache_config: Any) -> int:
 
     Raises:
         ConfigError: If the model's layers do not all keep the KV of every token, as models with
-            Mamba layers or sliding windows do, or if a block is divided over ranks by tokens.
+            Mamba layers or sliding windows do, if a block is divided over ranks by tokens, or if vLLM
+            cannot go on after a prefix that was loaded.
     """
+    _require_prefixes(vllm_config)
     groups = kv_cache_config.kv_cache_groups
     kinds = [type(group.kv_cache_spec).__name__ for group in groups]
     if len(groups) != 1 or any(kind.startswith(_PARTIAL_KINDS) for kind in kinds):
@@ -71,6 +98,32 @@ def block_tokens(vllm_config: Any, kv_cache_config: Any) -> int:
     return int(groups[0].kv_cache_spec.block_size)
 
 
+def _require_prefixes(vllm_config: Any) -> None:
+    """Refuse MLA where vLLM computes prompts only as a whole.
+
+    Its CPU build switches chunked prefill and prefix caching off for such models, and computes other
+    tokens after a prefix that was loaded, although every byte of it is right.
+    """
+    model = vllm_config.model_config
+    if model is not None and model.use_mla and not vllm_config.scheduler_config.enable_chunked_prefill:
+        raise ConfigError(
+            "enable_chunked_prefill: False; for a model with MLA vLLM cannot go on after a prefix that was "
+            "loaded then. Leave it on; where vLLM switches it off itself, as on a CPU, serve this model "
+            "without KvbmConnector"
+        )
+
+
+def replicas(vllm_config: Any, kv_cache_config: Any) -> int:
+    """Say how many neighbouring ranks hold the same KV: of a model with MLA all that are tensor parallel.
+
+    Models with fewer KV heads than ranks hold some heads several times, too. That is not used: nothing
+    in vLLM's configuration proves it for every layer.
+    """
+    [group] = kv_cache_config.kv_cache_groups
+    mla = type(group.kv_cache_spec).__name__ == "MLAAttentionSpec"
+    return int(vllm_config.parallel_config.tensor_parallel_size) if mla else 1
+
+
 def _block_bytes(vllm_config: Any) -> int | None:
     """Estimate the bytes of a block over all ranks, before vLLM knows. None if that is not possible."""
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
@@ -78,6 +131,7 @@ def _block_bytes(vllm_config: Any) -> int | None:
         return None
     element_bytes = 1 if "fp8" in cache.cache_dtype else model.dtype.itemsize
     per_token = model.get_num_kv_heads(parallel) * model.get_head_size() * element_bytes
-    layers = model.get_num_layers(parallel)
+    # Not those of this rank alone: every rank must come to the same number.
+    layers = -(-model.get_total_num_hidden_layers() // parallel.pipeline_parallel_size)
     planes = 1 if model.use_mla else 2
     return int(planes * layers * per_token * cache.block_size * parallel.world_size)

@@ -23,6 +23,8 @@ class Handshake(KVConnectorHandshakeMetadata):
     status: list[TierStatus]
     block_bytes: int
     """Of this rank's part of a block."""
+    facts: dict[str, str]
+    """What must be alike on every rank, see `kvbm_vllm._ranks`."""
 
 
 @dataclass

@@ -6,10 +6,11 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Final
 
-from kvbm_core import Load, Report, StackConfig, Worker
+from kvbm_core import Load, Report, StackConfig, Worker, make_namespace
 from kvbm_device import open_device
-from kvbm_vllm._namespace import engine_namespace
-from kvbm_vllm._settings import block_tokens
+from kvbm_vllm._namespace import namespace_facts
+from kvbm_vllm._ranks import rank_facts
+from kvbm_vllm._settings import block_tokens, replicas
 from kvbm_vllm._values import Handshake, Outcomes, StepPlan
 
 __all__ = ["WorkerHalf"]
@@ -35,11 +36,13 @@ class WorkerHalf:
 
     def __init__(self, config: StackConfig, vllm_config: Any, kv_cache_config: Any) -> None:
         block_tokens(vllm_config, kv_cache_config)
+        self._replicas = replicas(vllm_config, kv_cache_config)
         self._config = config
         self._vllm_config = vllm_config
         self._num_blocks: int = kv_cache_config.num_blocks
         self._worker: Worker | None = None
         self._block_bytes = 0
+        self._facts: dict[str, str] = {}
         self._begun: StepPlan | None = None
         self._loads: dict[int, Load] = {}
         self._open_loads: dict[str, set[int]] = {}
@@ -63,16 +66,21 @@ class WorkerHalf:
             copy=self._config.device_copy, staging_bytes=self._config.device_staging,
         )  # fmt: skip
         self._block_bytes = device.block_bytes
-        namespace = engine_namespace(self._vllm_config, kv_caches, self._num_blocks, self._config.weights_id)
-        self._worker = Worker(
-            self._config, device, namespace, rank=parallel.rank, world_size=parallel.world_size
+        facts = namespace_facts(
+            self._vllm_config, kv_caches, self._num_blocks, self._config.weights_id, self._replicas
         )
+        self._facts = rank_facts(self._config, facts)
+        self._worker = Worker(
+            self._config, device, make_namespace(facts), rank=parallel.rank, world_size=parallel.world_size,
+            replicas=self._replicas,
+        )  # fmt: skip
 
     def handshake(self) -> Handshake | None:
         """Say what the tiers can do and hold."""
         if self._worker is None:
             return None
-        return Handshake(self._vllm_config.parallel_config.rank, self._worker.status(), self._block_bytes)
+        rank = self._vllm_config.parallel_config.rank
+        return Handshake(rank, self._worker.status(), self._block_bytes, self._facts)
 
     def begin(self, step: object) -> None:
         """Start a step's plan, once, before anything of the step is computed."""

@@ -64,6 +64,23 @@ def test_what_is_being_stored_is_not_matched_before_every_rank_has_it():
     assert made.match(keys(1), NOW) == [0]
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize(
+    ("reasons", "counted", "forgotten"),
+    [
+        ((Reason.MISSING, Reason.ERROR), "error", False),
+        ((Reason.ERROR, Reason.CORRUPT), "corrupt", True),
+        ((Reason.MISSING, Reason.MISSING), "missing", True),
+    ],
+)
+def test_of_what_two_ranks_say_of_a_block_the_graver_counts(order, reasons, counted, forgotten):
+    made = planner(status("disk", 4, found=(1,)), ranks=2)
+    [op] = load(made, 1).loads
+    made.report([Report(op.op, 0, {0: reasons[rank]}) for rank in order], NOW)
+    assert made.counts["disk"].failed == {("load", counted): 1}
+    assert (made.match(keys(1), NOW) == []) is forgotten
+
+
 def test_a_rank_that_fails_fails_the_block_and_the_others_drop_it():
     made = planner(status("cpu", 4, lends=True), ranks=2)
     made.store(keys(1, 2), [1, 2], [], NOW)

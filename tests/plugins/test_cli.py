@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from importlib import resources
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -117,6 +118,18 @@ def test_help_explains_every_option():
         "--max-tokens", "--port", "--keep", "--json",
     ):  # fmt: skip
         assert option in output
+
+
+def test_the_models_folder_is_printed_and_an_error_is_one_line(monkeypatch):
+    monkeypatch.setattr("kvbm_cli._app.prepare_model", lambda: Path("/models/small"))
+    assert CliRunner().invoke(app, ["model"]).stdout == "/models/small\n"
+
+    def refuse():
+        raise DemoError("the model is not there")
+
+    monkeypatch.setattr("kvbm_cli._app.prepare_model", refuse)
+    result = CliRunner().invoke(app, ["model"])
+    assert (result.exit_code, result.stderr) == (1, "kvbm model: the model is not there\n")
 
 
 def test_a_missing_extra_is_one_line_that_says_what_to_install():

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.engine
 CPU = {"backend": "cpu", "capacity": "64MiB"}
 
 
-def configure(model, tiers, **transfer):
+def configure(model, tiers, *, engine=None, **transfer):
     """What `vllm serve` does before it starts an engine."""
     from vllm.config import KVTransferConfig
     from vllm.engine.arg_utils import EngineArgs
@@ -20,8 +20,9 @@ def configure(model, tiers, **transfer):
         "kv_role": "kv_both",
         "kv_connector_extra_config": {"tiers": tiers},
     }
+    options = {"dtype": "bfloat16", "block_size": 32, "max_model_len": 4096, **(engine or {})}
     return EngineArgs(
-        model=str(model), skip_tokenizer_init=True, dtype="bfloat16", block_size=32, max_model_len=4096,
+        model=str(model), skip_tokenizer_init=True, **options,
         kv_transfer_config=KVTransferConfig(**{**settings, **transfer}),
     ).create_engine_config()  # fmt: skip
 
