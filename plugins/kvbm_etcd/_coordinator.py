@@ -145,7 +145,7 @@ class EtcdCoordinator(Coordinator):
         try:
             while not self._closing.is_set():
                 self._closing.wait(self._tick(client))
-        except Exception:  # noqa: BLE001 - the thread's top: a bug here must not hold up a start.
+        except Exception:  # The thread's top: a bug here must not hold up a start.
             logger.exception("a bug in kvbm_etcd")
             self._enter(_State.ADRIFT, EtcdError("a bug, see above; it is not tried again"))
         if self._state is _State.LISTED and self._lease is not None:

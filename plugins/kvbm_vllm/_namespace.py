@@ -9,9 +9,9 @@ from typing import Any, Final
 import vllm
 
 from kvbm_core import Namespace, make_namespace
-from kvbm_vllm._weights import weights_digest
+from kvbm_vllm._weights import UNKNOWN, weights_digest
 
-__all__ = ["engine_namespace"]
+__all__ = ["engine_namespaces"]
 
 _FORMAT: Final = 1
 """Raise it when the order of bytes in a block changes."""
@@ -19,10 +19,10 @@ _FORMAT: Final = 1
 _NOT_CONTENT: Final = ("_name_or_path", "transformers_version", "name_or_path")
 
 
-def engine_namespace(
+def engine_namespaces(
     vllm_config: Any, kv_caches: Mapping[str, Any], num_blocks: int, weights_id: str | None
-) -> Namespace:
-    """Make one rank's namespace.
+) -> tuple[Namespace, Namespace]:
+    """Make one rank's namespace, and the one that it shares with the other ranks of its engine.
 
     Args:
         vllm_config: vLLM's configuration in the worker.
@@ -31,7 +31,7 @@ def engine_namespace(
         weights_id: As in the configuration.
 
     Returns:
-        16 bytes.
+        16 bytes each.
     """
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     facts = {
@@ -44,7 +44,13 @@ def engine_namespace(
         "layers": [_layer_facts(name, tensors, num_blocks) for name, tensors in kv_caches.items()],
         "ranks": [parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.rank],
     }
-    return make_namespace(facts)
+    # Ranks of a pipeline have different layers, and each gives weights it cannot read a name of its own.
+    models = [
+        {**model, "weights": UNKNOWN} if model["weights"].startswith(UNKNOWN) else model
+        for model in facts["models"]
+    ]
+    shared = {**facts, "models": models, "layers": None, "ranks": facts["ranks"][:2]}
+    return make_namespace(facts), make_namespace(shared)
 
 
 def _models(vllm_config: Any) -> list[Any]:

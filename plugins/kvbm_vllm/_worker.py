@@ -6,9 +6,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Final
 
-from kvbm_core import Load, Report, StackConfig, Worker
+from kvbm_core import Coordinator, Load, Report, StackConfig, Worker
 from kvbm_device import open_device
-from kvbm_vllm._namespace import engine_namespace
+from kvbm_vllm._membership import join_as_worker
+from kvbm_vllm._namespace import engine_namespaces
 from kvbm_vllm._settings import block_tokens
 from kvbm_vllm._values import Handshake, Outcomes, StepPlan
 
@@ -39,6 +40,7 @@ class WorkerHalf:
         self._vllm_config = vllm_config
         self._num_blocks: int = kv_cache_config.num_blocks
         self._worker: Worker | None = None
+        self._coordinator: Coordinator | None = None
         self._block_bytes = 0
         self._begun: StepPlan | None = None
         self._loads: dict[int, Load] = {}
@@ -56,6 +58,7 @@ class WorkerHalf:
         Raises:
             ConfigError: For tensors of an unknown shape.
             TierOpenError: If a tier cannot be opened.
+            CoordinatorError: If another process is registered in this one's place.
         """
         parallel = self._vllm_config.parallel_config
         device = open_device(
@@ -63,10 +66,13 @@ class WorkerHalf:
             copy=self._config.device_copy, staging_bytes=self._config.device_staging,
         )  # fmt: skip
         self._block_bytes = device.block_bytes
-        namespace = engine_namespace(self._vllm_config, kv_caches, self._num_blocks, self._config.weights_id)
+        namespace, shared = engine_namespaces(
+            self._vllm_config, kv_caches, self._num_blocks, self._config.weights_id
+        )
         self._worker = Worker(
             self._config, device, namespace, rank=parallel.rank, world_size=parallel.world_size
         )
+        self._coordinator = join_as_worker(self._config, self._vllm_config, namespace, shared)
 
     def handshake(self) -> Handshake | None:
         """Say what the tiers can do and hold."""
@@ -117,6 +123,8 @@ class WorkerHalf:
         """Close the tiers. May be called twice."""
         if self._worker:
             self._worker.close()
+        if self._coordinator:
+            self._coordinator.close()
 
     def _end(self, load: Load, report: Report) -> None:
         del self._loads[load.op]
