@@ -173,12 +173,12 @@ class EtcdCoordinator(Coordinator):
         return _RETRY_S
 
     def _enter(self, state: _State, error: EtcdError | None = None) -> None:
-        with self._changed:
-            before, self._state, self._error = self._state, state, error
-            self._changed.notify_all()
-        if before is not state:
+        if state is not self._state:
             level = logging.INFO if state is _State.LISTED else logging.WARNING
             logger.log(level, self._said(state, error))
+        with self._changed:
+            self._state, self._error = state, error
+            self._changed.notify_all()
 
     def _said(self, state: _State, error: EtcdError | None) -> str:
         assert self._entry is not None
