@@ -369,8 +369,9 @@ def test_a_token_that_has_ended_is_replaced_in_silence(join, safe, safe_server, 
     with FaultProxy(safe_server) as proxy:
         worker = join(0, settings={**safe, "endpoints": [proxy.endpoint.replace("http:", "https:")]})
         log.clear()
-        # Any change of rights makes all tokens old.
-        safe_server.ctl(f"--user=root:{SECRET}", "role", "add", "another")
+        # It forgets all tokens.
+        safe_server.ctl(f"--user=root:{SECRET}", "auth", "disable")
+        safe_server.ctl("auth", "enable")
         requests = proxy.requests
         until(lambda: proxy.requests > requests + 10)
         assert "listed" in repr(worker)
