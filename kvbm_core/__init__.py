@@ -10,10 +10,12 @@ from kvbm_core._stack import Stack
 from kvbm_core._worker import Worker, check_stack
 from kvbm_core.block import BlockKey, BlockState, Namespace, chain_keys, make_namespace, root_key
 from kvbm_core.config import ByteSize, StackConfig, load_config
+from kvbm_core.coordinator import Coordinator, Member
 from kvbm_core.device import Device, Stageable, Work
 from kvbm_core.errors import (
     BackendError,
     ConfigError,
+    CoordinatorError,
     KvbmError,
     QueueFullError,
     TierError,
@@ -51,9 +53,12 @@ __all__ = [
     "Capabilities",
     "Completion",
     "ConfigError",
+    "Coordinator",
+    "CoordinatorError",
     "Device",
     "KvbmError",
     "Load",
+    "Member",
     "Namespace",
     "Op",
     "Outcome",

@@ -1,14 +1,16 @@
-"""Finds a backend by its name through the entry points of installed packages."""
+"""Finds backends and coordinators by name through the entry points of installed packages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 import pluggy
 
 from kvbm_core import hookspecs
 from kvbm_core.config import refuse_unknown
+from kvbm_core.coordinator import Coordinator
 from kvbm_core.errors import BackendError, ConfigError
 from kvbm_core.tier import CONTRACT_VERSION, Backend, TierConfig
 
@@ -47,6 +49,26 @@ class Registry:
             self._loaded[name] = self._load(self._point(name))
         return self._loaded[name]
 
+    def coordinator(self, entry: Mapping[str, Any]) -> Coordinator:
+        """Make the coordinator that a configuration's ``coordinator`` describes. Connects nowhere.
+
+        Raises:
+            BackendError: As `backend` does.
+            ConfigError: For a wrong setting.
+        """
+        settings = dict(entry)
+        name = settings.pop("backend", None)
+        if not isinstance(name, str):
+            raise ConfigError(
+                "coordinator: write a mapping with a 'backend', like "
+                "{backend: etcd, endpoints: ['http://host:2379']}"
+            )
+        point = self._point(name)
+        made = _plugin(point).hook.kvbm_coordinator(settings=settings)
+        if not isinstance(made, Coordinator):
+            raise BackendError(f"backend {name!r} of {_owner(point)} makes no coordinator")
+        return made
+
     def _point(self, name: str) -> EntryPoint:
         found = [point for point in self._points if point.name == name]
         if len(found) > 1:
@@ -63,24 +85,30 @@ class Registry:
         return found[0]
 
     def _load(self, point: EntryPoint) -> Backend:
-        owner = _owner(point)
-        try:
-            plugin = point.load()
-        except Exception as error:
-            raise BackendError(f"backend {point.name!r} of {owner} cannot be imported: {error}") from error
-        manager = pluggy.PluginManager(hookspecs.ENTRY_POINT_GROUP)
-        manager.add_hookspecs(hookspecs)
-        try:
-            manager.register(plugin)
-            manager.check_pending()
-        except pluggy.PluginValidationError as error:
-            raise BackendError(f"backend {point.name!r} of {owner}: {error}") from error
+        owner, manager = _owner(point), _plugin(point)
         try:
             offered = [backend for batch in manager.hook.kvbm_backends() for backend in batch]
         except Exception as error:
             message = f"backend {point.name!r} of {owner}: kvbm_backends() failed: {error}"
             raise BackendError(message) from error
         return _accept(offered, point.name, owner)
+
+
+def _plugin(point: EntryPoint) -> pluggy.PluginManager:
+    """Import what an entry point names, and give its hooks."""
+    owner = _owner(point)
+    try:
+        plugin = point.load()
+    except Exception as error:
+        raise BackendError(f"backend {point.name!r} of {owner} cannot be imported: {error}") from error
+    manager = pluggy.PluginManager(hookspecs.ENTRY_POINT_GROUP)
+    manager.add_hookspecs(hookspecs)
+    try:
+        manager.register(plugin)
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        raise BackendError(f"backend {point.name!r} of {owner}: {error}") from error
+    return manager
 
 
 def _accept(offered: list[object], name: str, owner: str) -> Backend:

@@ -37,7 +37,10 @@ def check_stack(
         ConfigError: For an unknown backend or a wrong setting.
         TierOpenError: For what the backend finds at the place itself.
     """
-    for entry, backend, settings in _resolve(config, registry or Registry()):
+    registry = registry or Registry()
+    if config.coordinator is not None:
+        registry.coordinator(config.coordinator).close()
+    for entry, backend, settings in _resolve(config, registry):
         capacity = getattr(settings, "capacity", None)
         if block_bytes and isinstance(capacity, int) and capacity < block_bytes:
             raise TierOpenError(

@@ -90,6 +90,9 @@ class StackConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     weights_id: str | None = None
     """Names the model's weights, in place of the digest of their files. Give it where the files
     cannot be read by the engine, and change it whenever the weights change."""
+    coordinator: Mapping[str, Any] | None = None
+    """Where the engine's processes register: ``backend`` names the coordinator, all other keys are
+    its own. None: nowhere."""
 
 
 def parse_size(value: object, key: str = "size") -> ByteSize:

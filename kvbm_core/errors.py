@@ -6,6 +6,7 @@
     ├── TierError                  a tier failed
     │   ├── TierOpenError          it could not be opened (path, lock, permissions, memory)
     │   └── QueueFullError         it refused a batch; nothing of the batch was started
+    ├── CoordinatorError           the processes of an engine did not come together
     └── TransitionError            a bug: a block was moved along an illegal edge
 
 A failed transfer is not an error: it is a `Completion` whose outcome says so.
@@ -16,6 +17,7 @@ from __future__ import annotations
 __all__ = [
     "BackendError",
     "ConfigError",
+    "CoordinatorError",
     "KvbmError",
     "QueueFullError",
     "TierError",
@@ -58,6 +60,10 @@ class QueueFullError(TierError):
     """A tier refused a batch because its queue is full; nothing of the batch was started."""
 
     temporary = True
+
+
+class CoordinatorError(KvbmError):
+    """The processes of an engine did not come together. The message names them and what to change."""
 
 
 class TransitionError(KvbmError):

@@ -12,14 +12,15 @@ points to a module with this in it::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import pluggy
 
+from kvbm_core.coordinator import Coordinator
 from kvbm_core.tier import Backend
 
-__all__ = ["ENTRY_POINT_GROUP", "hookimpl", "hookspec", "kvbm_backends"]
+__all__ = ["ENTRY_POINT_GROUP", "hookimpl", "hookspec", "kvbm_backends", "kvbm_coordinator"]
 
 ENTRY_POINT_GROUP: Final = "kvbm_core"
 
@@ -30,3 +31,8 @@ hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 @hookspec
 def kvbm_backends() -> Sequence[Backend]:  # type: ignore[empty-body]
     """Offer backends. A package offers those its entry points name."""
+
+
+@hookspec(firstresult=True)
+def kvbm_coordinator(settings: Mapping[str, Any]) -> Coordinator:  # type: ignore[empty-body]
+    """Make the coordinator of the package's entry point. Raises `ConfigError` for a wrong setting."""

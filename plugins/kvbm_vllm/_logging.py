@@ -7,7 +7,7 @@ from typing import Final
 
 __all__ = ["share_log"]
 
-_OURS: Final = ("kvbm_core", "kvbm_cpu", "kvbm_lmdb", "kvbm_vllm")
+_OURS: Final = ("kvbm_core", "kvbm_cpu", "kvbm_lmdb", "kvbm_etcd", "kvbm_vllm")
 
 
 def share_log() -> None:

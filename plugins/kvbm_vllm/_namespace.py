@@ -8,9 +8,9 @@ from typing import Any, Final
 
 import vllm
 
-from kvbm_vllm._weights import weights_digest
+from kvbm_vllm._weights import UNKNOWN, weights_digest
 
-__all__ = ["namespace_facts"]
+__all__ = ["namespace_facts", "shared_facts"]
 
 _FORMAT: Final = 1
 """Raise it when the order of bytes in a block changes."""
@@ -48,6 +48,16 @@ def namespace_facts(
             parallel.rank // replicas,
         ],
     }
+
+
+def shared_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out of a rank's facts what is its own: the rest names what all ranks of an engine share."""
+    # Ranks of a pipeline have different layers, and each gives weights it cannot read a name of its own.
+    models = [
+        {**model, "weights": UNKNOWN} if model["weights"].startswith(UNKNOWN) else model
+        for model in facts["models"]
+    ]
+    return {**facts, "models": models, "layers": None, "ranks": facts["ranks"][:2]}
 
 
 def _models(vllm_config: Any) -> list[Any]:

@@ -20,8 +20,9 @@ from typing import Any, Final
 
 import msgspec
 
-from kvbm_core import Planner, StackConfig, TierCounts
+from kvbm_core import Coordinator, Planner, StackConfig, TierCounts
 from kvbm_vllm._keys import RequestKeys, cacheable
+from kvbm_vllm._membership import join_as_leader
 from kvbm_vllm._ranks import check_ranks
 from kvbm_vllm._settings import block_tokens
 from kvbm_vllm._stats import KvbmStats, flatten
@@ -71,7 +72,8 @@ class SchedulerHalf:
 
     def __init__(self, config: StackConfig, vllm_config: Any, kv_cache_config: Any) -> None:
         self._config = config
-        self._world_size: int = vllm_config.parallel_config.world_size
+        self._vllm_config = vllm_config
+        self._coordinator: Coordinator | None = None
         self._block_tokens = block_tokens(vllm_config, kv_cache_config)
         self._max_load_blocks = max(1, int(kv_cache_config.num_blocks * config.max_load_fraction))
         self._adapters = AdapterDigests()
@@ -101,8 +103,10 @@ class SchedulerHalf:
 
         Raises:
             ConfigError: If one is missing or differs from the others; names rank and difference.
+            CoordinatorError: If a coordinator is configured, and they do not all come together there.
         """
-        check_ranks(handshakes, self._world_size)
+        check_ranks(handshakes, self._vllm_config.parallel_config.world_size)
+        self._coordinator = join_as_leader(self._config, self._vllm_config)
         ranks = sorted(handshakes, key=lambda handshake: handshake.rank)
         self._planner = Planner(
             [handshake.status for handshake in ranks],
@@ -111,6 +115,11 @@ class SchedulerHalf:
         )
         self._block_bytes = sum(handshake.block_bytes for handshake in ranks)
         logger.info("KvbmConnector is ready: %r", self._planner)
+
+    def close(self) -> None:
+        """Be listed no more. May be called twice."""
+        if self._coordinator:
+            self._coordinator.close()
 
     def match(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Say how many tokens after `num_computed_tokens` can be loaded; None: ask again."""

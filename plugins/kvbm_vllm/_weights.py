@@ -16,9 +16,12 @@ from typing import Any, Final
 
 import xxhash
 
-__all__ = ["AdapterDigests", "digest_files", "find_files", "weights_digest"]
+__all__ = ["UNKNOWN", "AdapterDigests", "digest_files", "find_files", "weights_digest"]
 
 logger = logging.getLogger("kvbm_vllm")
+
+UNKNOWN: Final = "unknown:"
+"""How the name of weights begins whose files were not found."""
 
 _CHUNK_BYTES: Final = 64 << 20
 _THREADS: Final = 8
@@ -47,7 +50,7 @@ def weights_digest(model: str, revision: str | None, weights_id: str | None) -> 
             "set weights_id in the connector's configuration to a name that changes with the weights",
             model,
         )
-        return f"unknown:{os.urandom(16).hex()}"
+        return f"{UNKNOWN}{os.urandom(16).hex()}"
     began_s = time.monotonic()
     digest = digest_files(files)
     logger.info(
@@ -130,4 +133,4 @@ def _adapter_digest(path: str) -> str:
             return digest_files(files)
     except OSError as error:
         logger.warning("the LoRA adapter %s cannot be read (%s): its blocks are kept apart", path, error)
-    return f"unknown:{os.urandom(16).hex()}"
+    return f"{UNKNOWN}{os.urandom(16).hex()}"

@@ -6,9 +6,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Final
 
-from kvbm_core import Load, Report, StackConfig, Worker, make_namespace
+from kvbm_core import Coordinator, Load, Report, StackConfig, Worker, make_namespace
 from kvbm_device import open_device
-from kvbm_vllm._namespace import namespace_facts
+from kvbm_vllm._membership import join_as_worker
+from kvbm_vllm._namespace import namespace_facts, shared_facts
 from kvbm_vllm._ranks import rank_facts
 from kvbm_vllm._settings import block_tokens, replicas
 from kvbm_vllm._values import Handshake, Outcomes, StepPlan
@@ -41,6 +42,7 @@ class WorkerHalf:
         self._vllm_config = vllm_config
         self._num_blocks: int = kv_cache_config.num_blocks
         self._worker: Worker | None = None
+        self._coordinator: Coordinator | None = None
         self._block_bytes = 0
         self._facts: dict[str, str] = {}
         self._begun: StepPlan | None = None
@@ -59,6 +61,7 @@ class WorkerHalf:
         Raises:
             ConfigError: For tensors of an unknown shape.
             TierOpenError: If a tier cannot be opened.
+            CoordinatorError: If another process is registered in this one's place.
         """
         parallel = self._vllm_config.parallel_config
         device = open_device(
@@ -70,10 +73,14 @@ class WorkerHalf:
             self._vllm_config, kv_caches, self._num_blocks, self._config.weights_id, self._replicas
         )
         self._facts = rank_facts(self._config, facts)
+        namespace = make_namespace(facts)
         self._worker = Worker(
-            self._config, device, make_namespace(facts), rank=parallel.rank, world_size=parallel.world_size,
+            self._config, device, namespace, rank=parallel.rank, world_size=parallel.world_size,
             replicas=self._replicas,
         )  # fmt: skip
+        self._coordinator = join_as_worker(
+            self._config, self._vllm_config, namespace, make_namespace(shared_facts(facts))
+        )
 
     def handshake(self) -> Handshake | None:
         """Say what the tiers can do and hold."""
@@ -126,6 +133,8 @@ class WorkerHalf:
         """Close the tiers. May be called twice."""
         if self._worker:
             self._worker.close()
+        if self._coordinator:
+            self._coordinator.close()
 
     def _end(self, load: Load, report: Report) -> None:
         del self._loads[load.op]

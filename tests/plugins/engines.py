@@ -39,11 +39,13 @@ def make_engine(model: Path, tiers: list[dict[str, Any]] | None, **options: Any)
     from vllm.config import KVTransferConfig
 
     extra = options.pop("extra", {})
+    transfer = options.pop("transfer", {})
     if tiers is not None:
         options["kv_transfer_config"] = KVTransferConfig(
             kv_connector="KvbmConnector",
             kv_role="kv_both",
             kv_connector_extra_config={"tiers": tiers, **extra},
+            **transfer,
         )
     defaults = {
         "enforce_eager": True, "dtype": "bfloat16", "skip_tokenizer_init": True, "max_model_len": 8192,

@@ -57,6 +57,14 @@ def test_an_unknown_top_level_key_names_the_nearest(llama):
         configure(llama, [CPU], kv_connector_extra_config={"tiers": [CPU], "load_deadline": 3})
 
 
+def test_a_coordinators_mistake_is_found_as_early(llama):
+    entry = {"backend": "etcd", "endpoints": ["http://nowhere:1"]}
+    extra = {"tiers": [CPU], "coordinator": entry}
+    configure(llama, [CPU], kv_connector_extra_config=extra)
+    with pytest.raises(Exception, match="unknown key 'lease'; did you mean 'lease_s'"):
+        configure(llama, [CPU], kv_connector_extra_config={**extra, "coordinator": {**entry, "lease": 1}})
+
+
 def test_the_role_must_be_both(llama):
     with pytest.raises(Exception, match='write "kv_both"'):
         configure(llama, [CPU], kv_role="kv_producer")
