@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
@@ -30,7 +31,6 @@ INTERRUPTED = 130
 """The exit status that shells give to a command ended by Ctrl-C."""
 _PLAIN_WIDTH = 140
 """Without a terminal there is no width to fit; rich would assume 80 and fold the table."""
-_PICTURES = (".png", ".svg", ".pdf")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -51,7 +51,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def chat(options: argparse.Namespace, console: Console) -> int:
     """Put the load on the server, and show and write what came of it."""
-    load = Load(_plan(options))
+    load = Load(Plan(**{field.name: getattr(options, field.name) for field in fields(Plan)}))
     started = datetime.now(UTC)
     interrupted = False
     try:
@@ -79,7 +79,7 @@ def chat(options: argparse.Namespace, console: Console) -> int:
 
 
 async def _talk(load: Load, options: argparse.Namespace, console: Console) -> None:
-    text = options.text or resources.files("kvbm_cli").joinpath("story.txt").read_text(encoding="utf-8")
+    text = resources.files("kvbm_cli").joinpath("story.txt").read_text(encoding="utf-8")
     async with Client(options.url) as client:
         load.model, limit = await choose_model(client, options.model)
         script = await write_script(client, load, limit, text)
@@ -114,87 +114,47 @@ def compare(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _plan(options: argparse.Namespace) -> Plan:
-    return Plan(
-        users=options.users,
-        rounds=options.rounds,
-        qps=options.qps,
-        system_tokens=options.system_prompt,
-        history_tokens=options.history,
-        answer_tokens=options.answer,
-        exact=options.exact,
-        duration_s=options.duration,
-        seed=options.seed,
-    )
-
-
 def _told(plan: Plan) -> str:
     wanted = f"{plan.requests} requests" if plan.requests else f"{plan.duration_s:g} s"
     return f"{plan.users} users, {wanted}, each user asks every {plan.gap_s:g} s"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m kvbm_bench", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m kvbm_bench")
     commands = parser.add_subparsers(dest="command", required=True)
     load = commands.add_parser(
         "chat", help="let users talk to a server, round after round", usage="%(prog)s [OPTION ...]"
     )
-    _add_server(load)
     _add_load(load)
-    _add_output(load)
-    comparison = commands.add_parser("compare", help="show runs beside each other")
-    comparison.add_argument("runs", nargs="+", type=Path, metavar="RUN.json", help="files of `chat --json`")
-    comparison.add_argument("--plot", type=_picture, metavar="FILE", help="draw them: .png, .svg or .pdf")
-    return parser
-
-
-def _add_server(load: argparse.ArgumentParser) -> None:
-    load.add_argument(
-        "--url",
-        type=_url,
-        default="http://127.0.0.1:8000",
-        help="of the server (default: %(default)s); a key is read from OPENAI_API_KEY",
-    )
-    load.add_argument("--model", metavar="ID", help="as the server calls it; needless where it has only one")
-
-
-def _add_load(load: argparse.ArgumentParser) -> None:
-    """Add what the load is made of; the lengths by default are those of LMBenchmark's long input."""
-    numbers = [
-        ("--users", 15, 1, "who talk at the same time"),
-        ("--rounds", 20, 1, "questions that a user asks"),
-        ("--system-prompt", 1000, 0, "tokens at the start of every prompt, the same for all"),
-        ("--history", 20000, 0, "tokens behind it, others for each user"),
-        ("--answer", 100, 1, "tokens of an answer, at most"),
-        ("--seed", 0, 0, "another one makes other text"),
-    ]
-    for name, default, least, what in numbers:
-        load.add_argument(
-            name, type=_whole(least), default=default, metavar="N", help=f"{what} (default: {default})"
-        )
-    load.add_argument(
-        "--qps",
-        type=_positive,
-        default=1.0,
-        metavar="X",
-        help="requests a second, all users together: a user asks every users / qps seconds (default: 1)",
-    )
-    load.add_argument(
-        "--duration",
-        type=_positive,
-        metavar="S",
-        help="replace users who finish for so many seconds (default: each has one conversation)",
-    )
-    load.add_argument(
-        "--exact", action="store_true", help="answers of full length (ignore_eos, for vLLM and its like)"
-    )
-    load.add_argument("--text", type=_text, metavar="FILE", help="whose sentences to use (default: a story)")
-
-
-def _add_output(load: argparse.ArgumentParser) -> None:
+    load.add_argument("--url", type=_url, default="http://127.0.0.1:8000", help="default: %(default)s")
+    load.add_argument("--model", metavar="ID", help="needless where the server has only one")
     load.add_argument("--label", help="for comparisons (default: the name of the --json file)")
     load.add_argument("--csv", type=_writable, metavar="FILE", help="a row a request, LMBenchmark's columns")
     load.add_argument("--json", type=_writable, metavar="FILE", help="everything, for `compare`")
+    comparison = commands.add_parser("compare", help="show runs beside each other")
+    comparison.add_argument("runs", nargs="+", type=Path, metavar="RUN.json", help="files of `chat --json`")
+    comparison.add_argument("--plot", type=_picture, metavar="FILE", help="draw them: .png or .svg")
+    return parser
+
+
+def _add_load(load: argparse.ArgumentParser) -> None:
+    """Add the fields of the plan; the lengths by default are those of LMBenchmark's long input."""
+    rows: list[tuple[str, str, Callable[[str], float], float | None, str]] = [
+        ("--users", "users", _whole(1), 15, "who talk at the same time"),
+        ("--rounds", "rounds", _whole(1), 20, "questions that a user asks"),
+        ("--qps", "qps", _positive, 1.0, "requests a second of all: a user asks every users / qps seconds"),
+        ("--system-prompt", "system_tokens", _whole(0), 1000, "tokens that all prompts begin with"),
+        ("--history", "history_tokens", _whole(0), 20000, "tokens behind it, others for each user"),
+        ("--answer", "answer_tokens", _whole(1), 100, "tokens of an answer, at most"),
+        ("--seed", "seed", _whole(0), 0, "another one makes other text"),
+        ("--duration", "duration_s", _positive, None, "seconds in which users who finish are replaced"),
+    ]
+    for option, field, kind, default, what in rows:
+        text = f"{what} (default: {default or 'one conversation each'})" if default != 0 else what
+        load.add_argument(option, dest=field, type=kind, default=default, metavar="N", help=text)
+    load.add_argument(
+        "--exact", action="store_true", help="answers of full length (ignore_eos: vLLM, SGLang)"
+    )
 
 
 def _whole(least: int) -> Callable[[str], int]:
@@ -227,16 +187,6 @@ def _url(value: str) -> str:
     return value.rstrip("/").removesuffix("/v1")
 
 
-def _text(value: str) -> str:
-    try:
-        text = Path(value).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise argparse.ArgumentTypeError(f"{value} cannot be read as UTF-8 text: {error}") from error
-    if not text.strip():
-        raise argparse.ArgumentTypeError(f"{value} is empty; name a file with sentences in it")
-    return text
-
-
 def _writable(value: str) -> Path:
     file = Path(value)
     if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
@@ -245,6 +195,6 @@ def _writable(value: str) -> Path:
 
 
 def _picture(value: str) -> Path:
-    if Path(value).suffix not in _PICTURES:
-        raise argparse.ArgumentTypeError(f"{value!r} is no picture; let it end with {', '.join(_PICTURES)}")
+    if Path(value).suffix not in (".png", ".svg"):
+        raise argparse.ArgumentTypeError(f"{value!r} cannot be drawn; let its name end with .png or .svg")
     return _writable(value)

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from kvbm_bench._client import Client
 from kvbm_bench._errors import BenchError
 from kvbm_bench._plan import Plan
@@ -67,8 +69,8 @@ async def write_script(client: Client, load: Load, limit: int | None, text: str)
     counts = []
     for words in _PROBE_WORDS:
         message = {"role": "user", "content": sentences.passage(words, "probe")}
-        reply = await client.ask(load.model, [message], max_tokens=8, exact=plan.exact)
-        counts.append(reply.prompt_tokens)
+        _, timing = await client.ask(load.model, [message], max_tokens=8, exact=plan.exact)
+        counts.append(timing.prompt_tokens)
     # The difference of two lengths: what the chat template adds falls out.
     tokens_per_word = (counts[1] - counts[0]) / (_PROBE_WORDS[1] - _PROBE_WORDS[0])
     if tokens_per_word <= 0:
@@ -139,7 +141,7 @@ class _Seat:
             self.due_s = time.monotonic() + self.load.plan.gap_s
             self.load.running += 1
             try:
-                reply = await self.client.ask(
+                text, timing = await self.client.ask(
                     self.load.model, messages, self.load.plan.answer_tokens, exact=self.load.plan.exact
                 )
             except BenchError as error:
@@ -148,8 +150,10 @@ class _Seat:
                 return
             finally:
                 self.load.running -= 1
-            self.load.requests.append(Request.of(user, number, reply, late=late))
-            messages.append({"role": "assistant", "content": reply.text})
+            self.load.requests.append(
+                Request(user=user, number=number, late=late, **msgspec.structs.asdict(timing))
+            )
+            messages.append({"role": "assistant", "content": text})
 
     def _over(self) -> bool:
         limit_s = self.load.plan.duration_s

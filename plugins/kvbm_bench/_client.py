@@ -8,11 +8,11 @@ import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
+import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvbm_bench._errors import BenchError
@@ -26,22 +26,25 @@ _COUNTERS = {"vllm:prompt_tokens_by_source_total": "source", "vllm:kvbm_loaded_b
 """Where a prompt's tokens came from: the name of a counter of vLLM, and the label that tells them apart."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """One answer, timed from the client's side."""
+class Timing(msgspec.Struct, frozen=True, kw_only=True):
+    """How long one answer took, seen from the client's side."""
 
-    text: str
     launched_s: float
     """The wall clock's time of sending the request."""
     first_token_s: float
-    """From sending the request to the first piece of text."""
-    gaps_s: tuple[float, ...]
-    """Between one piece of text and the next. vLLM sends a piece for every token."""
+    """From sending the request to the first piece of the answer."""
     generation_s: float
     """From the first piece to the end."""
+    gaps_s: tuple[float, ...]
+    """Between one piece and the next. vLLM sends a piece for every token."""
     prompt_tokens: int
     """As the server counted them, chat template included."""
     answer_tokens: int
+
+    @property
+    def finished_s(self) -> float:
+        """The wall clock's time of the end."""
+        return self.launched_s + self.first_token_s + self.generation_s
 
 
 class Client:
@@ -84,8 +87,10 @@ class Client:
                 f"({type(error).__name__}: {error}); start the server, or write its address"
             ) from error
 
-    async def ask(self, model: str, messages: Sequence[Message], max_tokens: int, *, exact: bool) -> Reply:
-        """Send a chat, take the answer as a stream, and time it.
+    async def ask(
+        self, model: str, messages: Sequence[Message], max_tokens: int, *, exact: bool
+    ) -> tuple[str, Timing]:
+        """Send a chat, take the answer as a stream, and return it with its times.
 
         Raises:
             BenchError: the server refused the request, failed in the middle, or answered nothing.
@@ -121,12 +126,11 @@ class Client:
             raise BenchError("the model answered nothing; --exact makes it answer in full length")
         if not usage:
             raise BenchError("the server does not count tokens in a stream (stream_options.include_usage)")
-        return Reply(
-            text=text,
+        return text, Timing(
             launched_s=launched_s,
             first_token_s=times_s[0],
-            gaps_s=tuple(later - earlier for earlier, later in itertools.pairwise(times_s)),
             generation_s=time.perf_counter() - sent_s - times_s[0],
+            gaps_s=tuple(round(later - earlier, 5) for earlier, later in itertools.pairwise(times_s)),
             prompt_tokens=usage["prompt_tokens"],
             answer_tokens=usage["completion_tokens"],
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from kvbm_bench._report import Run, percentile, summarise
@@ -33,7 +34,7 @@ def make_comparison(groups: Groups) -> Table:
         first, between = summary.first_token_s, summary.inter_token_s
         failed = f" ({summary.failures} failed)" if summary.failures else ""
         table.add_row(
-            label if len(groups[label]) == 1 else f"{label} ({len(groups[label])} runs)",
+            escape(label if len(groups[label]) == 1 else f"{label} ({len(groups[label])} runs)"),
             f"{summary.requests}{failed}",
             *(f"{value_s:.3f}" for value_s in (first.p50, first.p95, first.p99)),
             f"{base_s / first.p50:.2f} x",

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
+from rich.markup import escape
 from rich.table import Table
 
-from kvbm_bench._client import Reply
+from kvbm_bench._client import Timing
 from kvbm_bench._errors import BenchError
 from kvbm_bench._plan import Plan
 
@@ -28,40 +29,14 @@ CSV_COLUMNS = {
 """The columns of LMBenchmark's `multi-round-qa.py`, in its order, and the fields that stand in them."""
 
 
-class Request(msgspec.Struct, frozen=True):
+class Request(Timing, frozen=True, kw_only=True):
     """One question that was answered."""
 
     user: int
     number: int
     """Of the round, counted from 1."""
-    launched_s: float
-    """The wall clock's time, as is `finished_s`."""
-    finished_s: float
-    first_token_s: float
-    generation_s: float
-    """From the first token to the end."""
-    prompt_tokens: int
-    answer_tokens: int
-    gaps_s: tuple[float, ...]
-    """Between one piece of the answer and the next."""
     late: bool = False
     """Sent behind its time: the answer before it was not there."""
-
-    @classmethod
-    def of(cls, user: int, number: int, reply: Reply, *, late: bool) -> Request:
-        """Make it of what the client measured."""
-        return cls(
-            user=user,
-            number=number,
-            launched_s=reply.launched_s,
-            finished_s=reply.launched_s + reply.first_token_s + reply.generation_s,
-            first_token_s=reply.first_token_s,
-            generation_s=reply.generation_s,
-            prompt_tokens=reply.prompt_tokens,
-            answer_tokens=reply.answer_tokens,
-            gaps_s=tuple(round(gap_s, 5) for gap_s in reply.gaps_s),
-            late=late,
-        )
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -179,7 +154,7 @@ def _duration_s(requests: Sequence[Request]) -> float:
 
 def make_table(run: Run, summary: Summary) -> Table:
     """Draw the percentiles of one run."""
-    table = Table(title=f"{run.label}: {summary.requests} requests in {summary.duration_s:.1f} s")
+    table = Table(title=f"{escape(run.label)}: {summary.requests} requests in {summary.duration_s:.1f} s")
     for heading in ("", "mean", *(f"p{percent}" for percent in PERCENTILES)):
         table.add_column(heading, justify="right" if heading else "left")
     rows = [
@@ -202,9 +177,8 @@ def remarks(run: Run, summary: Summary) -> list[str]:
         f"{summary.answer_tokens_per_s:,.1f} answer tokens/s."
     ]
     if run.counted:
-        lines.append(
-            "Counted by the server: " + ", ".join(f"{k}: {v:,}" for k, v in run.counted.items()) + "."
-        )
+        counts = ", ".join(f"{name}: {count:,}" for name, count in run.counted.items())
+        lines.append(f"Counted by the server, prompt tokens by source and blocks by tier: {counts}.")
     if summary.late:
         lines.append(
             f"{summary.late} of {summary.requests} requests were sent late, "
