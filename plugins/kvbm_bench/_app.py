@@ -29,7 +29,7 @@ from kvbm_bench._report import Run, make_table, read_json, remarks, summarise, w
 
 INTERRUPTED = 130
 """The exit status that shells give to a command ended by Ctrl-C."""
-_PLAIN_WIDTH = 140
+_PLAIN_WIDTH = 160
 """Without a terminal there is no width to fit; rich would assume 80 and fold the table."""
 
 
@@ -79,6 +79,7 @@ def chat(options: argparse.Namespace, console: Console) -> int:
 
 
 async def _talk(load: Load, options: argparse.Namespace, console: Console) -> None:
+    # The demo's story: a file of the same distribution.
     text = resources.files("kvbm_cli").joinpath("story.txt").read_text(encoding="utf-8")
     async with Client(options.url) as client:
         load.model, limit = await choose_model(client, options.model)

@@ -21,6 +21,8 @@ from kvbm_bench._text import Message
 SILENCE_LIMIT_S = 600.0
 """The longest pause in an answer; a long prompt on a slow processor is silent for minutes."""
 CONNECT_LIMIT_S = 10.0
+KEEP_ALIVE_S = 2.0
+"""Less than uvicorn, under vLLM, keeps an idle connection: else a request meets one that is being closed."""
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _COUNTERS = {"vllm:prompt_tokens_by_source_total": "source", "vllm:kvbm_loaded_blocks_total": "tier"}
 """Where a prompt's tokens came from: the name of a counter of vLLM, and the label that tells them apart."""
@@ -58,7 +60,7 @@ class Client:
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(SILENCE_LIMIT_S, connect=CONNECT_LIMIT_S),
             # The load decides how many requests there are at once.
-            limits=httpx.Limits(max_connections=None),
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEP_ALIVE_S),
             # A proxy named in the environment has no business on the way to this machine.
             trust_env=httpx.URL(url).host not in _LOOPBACK,
         )

@@ -23,21 +23,26 @@ def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def make_comparison(groups: Groups) -> Table:
-    """Draw a row for each label; the speed-up is that of the median, against the first label."""
+    """Draw a row for each label; the speed-up is that of the median, against the first label.
+
+    The first question of a conversation can find its history nowhere, so later ones stand apart.
+    """
     table = Table(title="Time to first token, and the rest")
-    headings = ("run", "requests", "p50 (s)", "p95 (s)", "p99 (s)", "speed-up")
+    headings = ("run", "requests", "p50 (s)", "p95 (s)", "p99 (s)", "speed-up", "later rounds p50 (s)")
     for heading in (*headings, "between tokens p50, p95 (s)", "prompt tok/s", "answer tok/s"):
         table.add_column(heading, justify="left" if heading == "run" else "right")
     summaries = {label: summarise(runs) for label, runs in groups.items()}
     base_s = next(iter(summaries.values())).first_token_s.p50
     for label, summary in summaries.items():
         first, between = summary.first_token_s, summary.inter_token_s
+        later_s = [each.first_token_s for run in groups[label] for each in run.requests if each.number > 1]
         failed = f" ({summary.failures} failed)" if summary.failures else ""
         table.add_row(
             escape(label if len(groups[label]) == 1 else f"{label} ({len(groups[label])} runs)"),
             f"{summary.requests}{failed}",
             *(f"{value_s:.3f}" for value_s in (first.p50, first.p95, first.p99)),
             f"{base_s / first.p50:.2f} x",
+            f"{percentile(later_s, 50):.3f}" if later_s else "-",
             f"{between.p50:.4f}, {between.p95:.4f}" if between else "-",
             f"{summary.prompt_tokens_per_s:,.1f}",
             f"{summary.answer_tokens_per_s:,.1f}",
@@ -71,8 +76,8 @@ def draw(groups: Groups, file: Path) -> None:
         low, high = ([percentile(each, percent) for each in times_s] for percent in (5, 95))
         by_round.fill_between(numbers, low, high, color=line.get_color(), alpha=0.15)
         ordered = sorted(request.first_token_s for request in requests)
-        share = [100 * (at + 1) / len(ordered) for at in range(len(ordered))]
-        shares.step(ordered, share, where="post", color=line.get_color(), label=label)
+        share = [100 * at / len(ordered) for at in range(len(ordered) + 1)]
+        shares.step([ordered[0], *ordered], share, where="post", color=line.get_color(), label=label)
     by_round.set(xlabel="round", ylabel="time to first token (s)", yscale="log")
     by_round.set_title("Median by round, 5 to 95 % shaded")
     by_round.xaxis.get_major_locator().set_params(integer=True)

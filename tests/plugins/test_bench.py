@@ -415,12 +415,12 @@ def shown(table):
 
 def test_runs_of_one_label_count_as_one():
     slow = [make_run("without", [request(first_token_s=first_s)]) for first_s in (2.0, 4.0)]
-    fast = make_run("with", [request(first_token_s=0.5)])
+    fast = make_run("with", [request(first_token_s=0.5), request(first_token_s=0.3, number=2)])
     groups = group([slow[0], fast, slow[1]])
     assert list(groups) == ["without", "with"]
     text = shown(make_comparison(groups))
-    assert re.search(r"without \(2 runs\) +│ +2 │ +3\.000 ", text)
-    assert re.search(r"with +│ +1 │ +0\.500 .* 6\.00 x", text)
+    assert re.search(r"without \(2 runs\) +│ +2 │ +3\.000 │ .* 1\.00 x │ +- │", text)
+    assert re.search(r"with +│ +2 │ +0\.400 │ .* 7\.50 x │ +0\.300 │", text)
 
 
 def test_runs_that_cannot_be_compared_are_said_to_be_so():
