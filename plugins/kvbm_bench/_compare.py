@@ -83,6 +83,8 @@ def draw(groups: Groups, file: Path) -> None:
     by_round.xaxis.get_major_locator().set_params(integer=True)
     shares.set(xlabel="time to first token (s)", ylabel="requests (%)", xscale="log")
     shares.set_title("Share of requests with their first token")
+    for axis in (by_round.yaxis, shares.xaxis):
+        axis.set_major_formatter("{x:g}")
     for panel in (by_round, shares):
         panel.grid(visible=True, alpha=0.3)
     by_round.legend()
