@@ -1,0 +1,5 @@
+"""`python -m kvbm_bench`."""
+
+from kvbm_bench import main
+
+main()
