@@ -13,7 +13,6 @@ a container without udev and a kernel without nvidia-fs.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import platform
@@ -27,102 +26,11 @@ from pathlib import Path
 import torch
 from bench_gds import SIZES, Memory, bench
 
-from kvbm_core import Device, Region, Stack, Stageable, Work, chain_keys, make_namespace, root_key
+from kvbm_core import Stack, chain_keys, make_namespace, root_key
+from kvbm_device import open_device
 from kvbm_gds._probe import DIRECT, HOST, run_probe
 
 PAGE = 4096
-
-
-class Event(Work):
-    """A copy on the current stream."""
-
-    def __init__(self) -> None:
-        self.event = torch.cuda.Event()
-        self.event.record()
-
-    def done(self) -> bool:
-        return self.event.query()
-
-
-class HostedDevice(Device):
-    """Blocks in one tensor on the GPU; copies block by block. For this measurement, not for an engine."""
-
-    def __init__(self, count: int, nbytes: int) -> None:
-        self.blocks = torch.zeros((count, nbytes), dtype=torch.uint8, device="cuda")
-        self.stream = torch.cuda.Stream()
-
-    @property
-    def block_bytes(self) -> int:
-        return self.blocks.shape[1]
-
-    @property
-    def num_blocks(self) -> int:
-        return self.blocks.shape[0]
-
-    def gather(self, blocks, regions):
-        for block, region in zip(blocks, regions, strict=True):
-            self.tensor(region).copy_(self.blocks[block])
-        return Event()
-
-    def scatter(self, regions, blocks):
-        with torch.cuda.stream(self.stream):
-            for block, region in zip(blocks, regions, strict=True):
-                self.blocks[block].copy_(self.tensor(region), non_blocking=True)
-            return Event()
-
-    def tensor(self, region: Region) -> torch.Tensor:
-        assert not region.on_device
-        memory = (ctypes.c_ubyte * self.block_bytes).from_address(region.address)
-        return torch.frombuffer(memory, dtype=torch.uint8)
-
-    def pinner(self):
-        runtime = torch.cuda.cudart()
-
-        def pin(address, nbytes):
-            assert int(runtime.cudaHostRegister(address, nbytes, 0)) == 0
-            return lambda: runtime.cudaHostUnregister(address)
-
-        return pin
-
-    def close(self) -> None:
-        pass
-
-
-class StagingDevice(HostedDevice, Stageable):
-    """Sets device memory aside for a tier to read into."""
-
-    def __init__(self, count: int, nbytes: int, places: int = 64) -> None:
-        super().__init__(count, nbytes)
-        # Whole pages, and the room behind a block for its footer.
-        self.place_bytes = -(-(nbytes + 96) // PAGE) * PAGE
-        memory = torch.zeros(places * self.place_bytes + PAGE, dtype=torch.uint8, device="cuda")
-        start = -memory.data_ptr() % PAGE
-        self.places = {
-            memory.data_ptr() + start + at * self.place_bytes: memory[
-                start + at * self.place_bytes : start + (at + 1) * self.place_bytes
-            ]
-            for at in range(places)
-        }
-        self.free = list(self.places)
-        self.bounce = torch.empty(self.place_bytes, dtype=torch.uint8).pin_memory()
-        self.reading = torch.cuda.Stream()
-
-    def stage(self, nbytes: int) -> Region | None:
-        return Region(self.free.pop(), nbytes, on_device=True) if self.free else None
-
-    def unstage(self, region: Region) -> None:
-        self.free.append(region.address)
-
-    def read(self, region: Region) -> memoryview:
-        with torch.cuda.stream(self.reading):
-            self.bounce.copy_(self.places[region.address], non_blocking=True)
-        self.reading.synchronize()
-        return memoryview(self.bounce.numpy())[: region.nbytes]
-
-    def tensor(self, region: Region) -> torch.Tensor:
-        if region.on_device:
-            return self.places[region.address][: self.block_bytes]
-        return super().tensor(region)
 
 
 def allow_compatibility_mode(folder: Path) -> None:
@@ -138,7 +46,7 @@ def allow_compatibility_mode(folder: Path) -> None:
     os.environ["CUFILE_ENV_PATH_JSON"] = str(settings)
 
 
-def measure(name: str, made: type[HostedDevice], engine: str, folder: Path, count: int, nbytes: int) -> None:
+def measure(name: str, engine: str, folder: Path, count: int, nbytes: int) -> None:
     """Store blocks, start again with an empty host tier, and load them from the disk."""
     tiers = [
         {"backend": "cpu", "capacity": 4 * (nbytes + PAGE)},
@@ -151,20 +59,20 @@ def measure(name: str, made: type[HostedDevice], engine: str, folder: Path, coun
     ]
     keys, namespace = chain_keys(root_key(), range(count), 1), make_namespace({"run": name, "n": count})
     options = {"tiers": tiers, "load_deadline_s": 60, "store_deadline_s": 60, "max_store_blocks": count}
-    device = made(count, nbytes)
+    blocks = torch.zeros((count, nbytes), dtype=torch.uint8, device="cuda")
     content = torch.frombuffer(bytearray(random.Random(1).randbytes(nbytes)), dtype=torch.uint8).cuda()
     for at in range(count):
-        device.blocks[at] = content.roll(at * 97)
-    expected = device.blocks.clone()
-    with Stack.open(options, device, namespace) as stack:
+        blocks[at] = content.roll(at * 97)
+    expected = blocks.clone()
+    with Stack.open(options, open_device({"blocks": blocks}, count), namespace) as stack:
         for at in range(0, count, 32):
             stack.store(keys[at : at + 32], range(at, at + 32), keys[:at])
             stack.wait()
         assert stack.counts["gds"].stored == count, stack.counts
     seconds = []
     for _ in range(4):
-        device = made(count, nbytes)
-        with Stack.open(options, device, namespace) as stack:
+        blocks.zero_()
+        with Stack.open(options, open_device({"blocks": blocks}, count), namespace) as stack:
             torch.cuda.synchronize()
             start_s = time.perf_counter()
             loaded = stack.load(keys, range(count))
@@ -172,7 +80,7 @@ def measure(name: str, made: type[HostedDevice], engine: str, folder: Path, coun
             seconds.append(time.perf_counter() - start_s)
             assert loaded == count, stack.counts
             detail = [tier.capabilities.detail for tier in stack._worker._tiers if tier.capabilities.detail]
-        assert torch.equal(device.blocks, expected), "other bytes came back"
+        assert torch.equal(blocks, expected), "other bytes came back"
     rate = count * nbytes / statistics.median(seconds[1:]) / 1e9
     print(
         f"{name:28} {nbytes >> 10:5} KiB x {count}: {rate:5.2f} GB/s, bytes equal; {detail}",
@@ -187,7 +95,8 @@ def bare_reads(folder: Path, count: int, nbytes: int) -> None:
     path = folder / "bare"
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT)
     memory = Memory(count, nbytes)
-    unpin = (HostedDevice(1, nbytes).pinner() or (lambda *_: None))(memory.address, count * nbytes)
+    runtime = torch.cuda.cudart()
+    assert int(runtime.cudaHostRegister(memory.address, count * nbytes, 0)) == 0
     pinned = torch.frombuffer(memory.arena, dtype=torch.uint8).view(count, nbytes)
     views = memory.views
     for at in range(count):
@@ -206,8 +115,7 @@ def bare_reads(folder: Path, count: int, nbytes: int) -> None:
             seconds.append(time.perf_counter() - start_s)
     os.close(fd)
     path.unlink()
-    if unpin:
-        unpin()
+    runtime.cudaHostUnregister(memory.address)
     rate = count * nbytes / statistics.median(seconds[1:]) / 1e9
     print(f"{'bare preadv + copy to GPU':28} {nbytes >> 10:5} KiB x {count}: {rate:5.2f} GB/s", flush=True)
 
@@ -245,10 +153,10 @@ def main() -> None:
                 )
                 print(f"ratio {tier / bare:.2f}, {detail}", flush=True)
     bare_reads(folder, arguments.blocks, arguments.nbytes)
-    measure("through host memory", HostedDevice, "posix", folder, arguments.blocks, arguments.nbytes)
-    measure("straight to the GPU", StagingDevice, "gds", folder, arguments.blocks, arguments.nbytes)
-    measure("through host memory", HostedDevice, "posix", folder, 4 * arguments.blocks, 256 << 10)
-    measure("straight to the GPU", StagingDevice, "gds", folder, 4 * arguments.blocks, 256 << 10)
+    measure("through host memory", "posix", folder, arguments.blocks, arguments.nbytes)
+    measure("straight to the GPU", "gds", folder, arguments.blocks, arguments.nbytes)
+    measure("through host memory", "posix", folder, 4 * arguments.blocks, 256 << 10)
+    measure("straight to the GPU", "gds", folder, 4 * arguments.blocks, 256 << 10)
 
 
 if __name__ == "__main__":
