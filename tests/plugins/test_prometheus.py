@@ -10,6 +10,7 @@ from prometheus import DEPLOY, Prometheus, concrete, free_port, panels
 
 from kvbm_core import Op
 from kvbm_core._breaker import Breaker
+from kvbm_core.layers import FOOTER_BYTES
 from kvbm_metrics import METRICS
 
 pytestmark = pytest.mark.engine
@@ -130,7 +131,9 @@ def test_prometheus_has_every_metric_with_the_connectors_own_counts(watch, tmp_p
         assert operations[("store", "cpu")] > 0
         assert operations[("store", "lmdb")] > 0
         [capacity] = prometheus.query(f'vllm:kvbm_tier_capacity_bytes{{job="{job}", tier="cpu"}}').values()
-        assert 0.9 * (8 << 20) < capacity <= 8 << 20
+        # Each rank's share of a block lies on pages of its own, with a footer.
+        page_bytes = -(-(BLOCK_BYTES // ranks + FOOTER_BYTES) // 4096) * 4096
+        assert capacity == (8 << 20) // ranks // page_bytes * BLOCK_BYTES
     # vLLM's own count of the tokens it was promised.
     assert prometheus.query("vllm:external_prefix_cache_hits_total") == {(): saved}
 
