@@ -55,6 +55,7 @@ METRICS: Final[Mapping[str, Metric]] = {
         Metric("saved_tokens", _COUNTER, "Tokens loaded and therefore not computed.", ("tier",)),
         Metric("hit_blocks", _COUNTER, "Blocks asked for and found here.", ("tier",)),
         Metric("missed_blocks", _COUNTER, "Blocks asked for and found neither here nor above.", ("tier",)),
+        Metric("declined_blocks", _COUNTER, "Blocks found here and computed: expected faster.", ("tier",)),
         Metric("loaded_blocks", _COUNTER, "Blocks loaded into the engine.", ("tier",)),
         Metric("loaded_bytes", _COUNTER, "Bytes loaded into the engine, over all ranks.", ("tier",)),
         Metric("stored_blocks", _COUNTER, "Blocks stored.", ("tier",)),

@@ -153,6 +153,7 @@ class Tally:
     def _totals(self) -> Iterator[tuple[str, int]]:
         yield from self._counted.items()
         for tier, counts in self._planner.counts.items():
+            yield f"declined_blocks|{tier}", counts.declined
             yield f"loaded_blocks|{tier}", counts.loaded
             yield f"loaded_bytes|{tier}", counts.loaded * self._block_bytes
             yield f"stored_blocks|{tier}", counts.stored

@@ -39,7 +39,9 @@ def watch(start, llama, tmp_path, monkeypatch):
     opened = []
 
     def watch(tiers, **options):
-        llm = start(llama, tiers, disable_log_stats=False, **options)
+        # What is loaded must not depend on how fast this machine is.
+        extra = {"only_faster": False, **options.pop("extra", {})}
+        llm = start(llama, tiers, disable_log_stats=False, extra=extra, **options)
         opened.append(Prometheus(tmp_path, ports, DEPLOY / "rules" / "kvbm.yml").__enter__())
         return llm, opened[-1]
 
@@ -68,6 +70,7 @@ def counted(llm):
             ("stored_blocks", tier): counts.stored,
             ("stored_bytes", tier): counts.stored * BLOCK_BYTES,
             ("evicted_blocks", tier): counts.evicted,
+            ("declined_blocks", tier): counts.declined,
         }
         values |= {("dropped_blocks", reason, tier): n for reason, n in counts.dropped.items()}
         values |= {("failed_transfers", *what, tier): n for what, n in counts.failed.items()}
