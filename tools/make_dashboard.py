@@ -118,7 +118,7 @@ ROWS: Final[Sequence[tuple[str, Sequence[Json]]]] = [
               (f"{total('loaded_blocks', 'tier')} / ({total('stored_blocks', 'tier')} > 0)", "{{tier}}"),
               width=6, defaults=steps((None, "orange"), (1, "green"))),
         panel("timeseries", "Found, and computed all the same",
-              "Blocks a second that were expected to load more slowly than the engine computes them.", "short",
+              "Blocks a second that were expected to load more slowly than they are computed.", "short",
               (rate("declined_blocks", "tier"), "{{tier}}"), width=6),
     ]),
     ("How full?", [
