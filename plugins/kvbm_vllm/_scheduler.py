@@ -108,8 +108,8 @@ class SchedulerHalf:
         """Take in what the workers say of their tiers.
 
         Raises:
-            ConfigError: If one is missing or differs from the others; names rank and difference. If the port for
-                metrics cannot be had.
+            ConfigError: If one is missing or differs from the others; names rank and difference. Or
+                if the port for metrics cannot be had.
             CoordinatorError: If a coordinator is configured, and they do not all come together there.
         """
         check_ranks(handshakes, self._vllm_config.parallel_config.world_size)
