@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final
 
 from kvbm_core._breaker import Breaker
+from kvbm_core._counts import TierCounts, TierLevels
 from kvbm_core._finder import Finder
 from kvbm_core._guard import Guard
 from kvbm_core._index import TierIndex
@@ -24,7 +25,7 @@ from kvbm_core.errors import ConfigError
 from kvbm_core.plan import Load, Lookup, Plan, Report, Store, TierStatus
 from kvbm_core.tier import Reason
 
-__all__ = ["Planner", "TierCounts", "TierLevels"]
+__all__ = ["Planner"]
 
 logger = logging.getLogger("kvbm_core")
 
@@ -35,33 +36,6 @@ _MAX_KNOWN_BLOCKS: Final = 1 << 18
 _GRAVITY: Final = (Reason.MISSING, Reason.BUSY, Reason.FULL, Reason.DEADLINE, Reason.ERROR, Reason.CORRUPT)
 """Of what two ranks say of one block, the graver counts: a rank whose tier fails must be noticed beside
 one that only has not the block, and a corrupt part must be dropped."""
-
-
-@dataclass(slots=True)
-class TierCounts:
-    """What has happened in one tier since the start, in blocks."""
-
-    stored: int = 0
-    loaded: int = 0
-    evicted: int = 0
-    declined: int = 0
-    """Found here, and computed all the same, because that was expected to be faster."""
-    dropped: Counter[str] = field(default_factory=Counter)
-    """Not even tried, by why: ``backlog`` (too many were waiting to be stored here), ``unusable`` (the
-    tier is left alone after failures), ``gone`` (it left the lender before its turn came)."""
-    failed: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By operation (``store``, ``load``, ``lookup``) and reason."""
-
-
-class TierLevels(NamedTuple):
-    """Where one tier stands now."""
-
-    blocks: int
-    """In it, those on their way in among them."""
-    waiting_blocks: int
-    """Being stored, or waiting for that."""
-    usable: bool
-    """False while it is left alone after failures."""
 
 
 @dataclass(slots=True)
