@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench compat clean setup-demo setup-dev
+.PHONY: help demo services test lint bench compat clean fetch-services setup-demo setup-dev
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=python3.12]"
@@ -18,10 +18,17 @@ setup-demo:
 setup-dev:
 	@$(PYTHON) tools/setup.py --venv $(VENV) --extras dev
 
+# Tests that find no Prometheus are skipped where it cannot be had.
+fetch-services:
+	-@$(BIN)/python tools/services.py fetch
+
 demo: setup-demo ## set up, then show time to first token cold, from memory and from LMDB (ARGS="--help")
 	@$(BIN)/kvbm demo $(ARGS)
 
-test: setup-dev ## set up, then run all tests (ARGS="-k name")
+services: setup-dev ## start etcd and Prometheus on this machine, until Ctrl-C
+	@$(BIN)/python tools/services.py run
+
+test: setup-dev fetch-services ## set up, then run all tests (ARGS="-k name")
 	@$(BIN)/python -m pytest $(ARGS)
 
 lint: setup-dev ## check style, types and who may import whom

@@ -4,7 +4,8 @@ Backend authors start from `Tier` and `Backend`, engine authors from `Planner`, 
 `Device`, or from `Stack`, which joins them in one process.
 """
 
-from kvbm_core._planner import Planner, TierCounts
+from kvbm_core._counts import TierCounts
+from kvbm_core._planner import Planner
 from kvbm_core._registry import Registry
 from kvbm_core._stack import Stack
 from kvbm_core._worker import Worker, check_stack

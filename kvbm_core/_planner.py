@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from kvbm_core._breaker import Breaker
+from kvbm_core._counts import TierCounts, TierLevels
 from kvbm_core._finder import Finder
 from kvbm_core._guard import Guard
 from kvbm_core._index import TierIndex
@@ -24,7 +25,7 @@ from kvbm_core.errors import ConfigError
 from kvbm_core.plan import Load, Lookup, Plan, Report, Store, TierStatus
 from kvbm_core.tier import Reason
 
-__all__ = ["Planner", "TierCounts"]
+__all__ = ["Planner"]
 
 logger = logging.getLogger("kvbm_core")
 
@@ -35,21 +36,6 @@ _MAX_KNOWN_BLOCKS: Final = 1 << 18
 _GRAVITY: Final = (Reason.MISSING, Reason.BUSY, Reason.FULL, Reason.DEADLINE, Reason.ERROR, Reason.CORRUPT)
 """Of what two ranks say of one block, the graver counts: a rank whose tier fails must be noticed beside
 one that only has not the block, and a corrupt part must be dropped."""
-
-
-@dataclass(slots=True)
-class TierCounts:
-    """What has happened in one tier since the start, in blocks."""
-
-    stored: int = 0
-    loaded: int = 0
-    evicted: int = 0
-    declined: int = 0
-    """Found here, and computed all the same, because that was expected to be faster."""
-    dropped: int = 0
-    """Not even tried: the queue of blocks waiting to be stored here was full."""
-    failed: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By operation (``store``, ``load``, ``lookup``) and reason."""
 
 
 @dataclass(slots=True)
@@ -137,6 +123,13 @@ class Planner:
     def occupancy(self) -> dict[str, int]:
         """Blocks in each tier, by its name."""
         return {tier.name: len(tier.index) for tier in self._tiers}
+
+    def levels(self, now_s: float) -> dict[str, TierLevels]:
+        """Where each tier stands, by its name."""
+        return {
+            t.name: TierLevels(len(t.index), t.storing + len(t.owed), t.breaker.closed(now_s))
+            for t in self._tiers
+        }
 
     def busy(self, now_s: float) -> bool:
         """Say whether something is under way, or would be if `take` were called."""
@@ -345,9 +338,10 @@ class Planner:
         What the lender has already is owed, because it need not be gathered again; so is what is
         too much at once. Without a lender the surplus is dropped.
         """
-        room = max(0, self._max_store_blocks - tier.storing) if tier.breaker.closed(now_s) else 0
+        usable = tier.breaker.closed(now_s)
+        room = max(0, self._max_store_blocks - tier.storing) if usable else 0
         if self._lender < 0 or tier.lends:
-            tier.counts.dropped += len(keys[room:])
+            tier.counts.dropped["backlog" if usable else "unusable"] += len(keys[room:])
             return keys[:room]
         lent = self._tiers[self._lender].index
         fresh = [key for key in keys if key not in lent]
@@ -360,7 +354,7 @@ class Planner:
             if len(tier.owed) < self._max_store_blocks:
                 tier.owed[key] = None
             elif key not in tier.owed:
-                tier.counts.dropped += 1
+                tier.counts.dropped["backlog"] += 1
 
     def _pay(self, position: int, now_s: float) -> None:
         """Plan the copies from the lender that are owed to a tier."""
@@ -377,7 +371,7 @@ class Planner:
             if state is BlockState.READY:
                 keys.append(key)
             elif key not in tier.index:
-                tier.counts.dropped += 1
+                tier.counts.dropped["gone"] += 1
         keys = self._reserve(position, keys, ())
         lender.index.pin(keys)
         if keys:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from kvbm_core._planner import Planner, TierCounts
+from kvbm_core._counts import TierCounts
+from kvbm_core._planner import Planner
 from kvbm_core._registry import Registry
 from kvbm_core._worker import Worker
 from kvbm_core.block import BlockKey, Namespace

@@ -30,6 +30,7 @@ from kvbm_cpu import CpuConfig
 from kvbm_etcd import EtcdConfig
 from kvbm_gds import GdsConfig
 from kvbm_lmdb import LmdbConfig
+from kvbm_metrics import METRICS
 from kvbm_remote import RemoteConfig
 
 ROOT = Path(__file__).parent.parent
@@ -443,19 +444,22 @@ def test_every_error_is_named():
     assert [line for line in drawn if line not in docstring] == []
 
 
-def test_every_counter_is_documented():
-    tree = ast.parse((ROOT / "plugins" / "kvbm_vllm" / "_stats.py").read_text())
-    counters = next(
-        ast.literal_eval(node.value)
-        for node in tree.body
-        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "_COUNTERS"
-    )
+def test_every_metric_is_documented():
     written = {
-        row[0]: (row[2], re.findall(r"`(\w+)`", row[1]))
-        for row in rows((REFERENCE / "metrics.md").read_text())
-        if row[0].startswith("`vllm:kvbm_")
+        row[0]: (row[1], re.findall(r"`(\w+)`", row[2]), row[3])
+        for row in rows(section(REFERENCE / "metrics.md", "Metrics").split("\n## ")[0])
     }
-    assert written == {f"`vllm:kvbm_{name}_total`": entry for name, entry in counters.items()}
+    assert written == {
+        f"`{metric.exported}`": (metric.kind.value, list(metric.labels), metric.text)
+        for metric in METRICS.values()
+    }
+
+
+def test_every_alert_is_documented_with_its_severity():
+    file = ROOT / "plugins" / "kvbm_metrics" / "deploy" / "rules" / "kvbm.yml"
+    [group] = yaml.safe_load(file.read_text())["groups"]
+    documented = {name: row[1] for name, row in table(DOCS / "how-to" / "monitor.md", "Alerts").items()}
+    assert documented == {rule["alert"]: rule["labels"]["severity"] for rule in group["rules"]}
 
 
 # What the documentation speaks of.

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from kvbm_core.device import Device, Fence, Work
 from kvbm_core.errors import KvbmError
 from kvbm_core.tier import Region
+from kvbm_device._counts import CopyCounts
 from kvbm_device._views import PageView
 
 __all__ = ["HostDevice"]
@@ -58,6 +59,7 @@ class HostDevice(Device):
     def __init__(self, views: Sequence[PageView], num_blocks: int, owner: Any = None) -> None:
         if any(view.on_device for view in views):
             raise KvbmError("a view is not in host memory", operation="open")
+        self.counts = CopyCounts()
         self._num_blocks = num_blocks
         self._block_bytes = sum(view.page_bytes for view in views)
         self._num_views = len(views)
@@ -102,6 +104,7 @@ class HostDevice(Device):
         self._check("gather", blocks, regions)
         for pages, stored in self._pairs(blocks, regions):
             np.copyto(stored, pages)
+        self.counts.gathered_blocks += len(blocks)
         return _Finished()
 
     def scatter(self, regions: Sequence[Region], blocks: Sequence[int], fence: Fence = None) -> Work:
@@ -109,6 +112,7 @@ class HostDevice(Device):
         self._check("scatter", blocks, regions)
         for pages, stored in self._pairs(blocks, regions):
             np.copyto(pages, stored)
+        self.counts.scattered_blocks += len(blocks)
         return _Finished()
 
     def pinner(self) -> Callable[[int, int], Callable[[], None]] | None:

@@ -26,6 +26,7 @@ import numpy as np
 from kvbm_core.device import Device, Fence, Stageable, Work
 from kvbm_core.errors import KvbmError
 from kvbm_core.tier import PAGE_BYTES, Region
+from kvbm_device._counts import CopyCounts
 from kvbm_device._gpu import Event, Gpu
 from kvbm_device._link import Link, Method, PinnedMemory
 from kvbm_device._pages import PageTable
@@ -107,6 +108,7 @@ class StagedDevice(Device, Stageable):
     """
 
     def __init__(self, gpu: Gpu, table: PageTable, owner: Any, staging_bytes: int) -> None:
+        self.counts = CopyCounts()
         self._gpu = gpu
         self._table = table
         self._owner = owner
@@ -183,6 +185,8 @@ class StagedDevice(Device, Stageable):
         self._check("scatter", blocks, regions)
         fence = fence or self._gpu.record(self._gpu.engine_stream())
         with self._lock:
+            # What a `device_direct` tier has read did not come from host memory.
+            self.counts.scattered_blocks += sum(not region.on_device for region in regions)
             return _Loaded(self._gpu, self._in.load(regions, blocks, fence))
 
     def advance(self) -> None:
@@ -292,6 +296,7 @@ class StagedDevice(Device, Stageable):
         while self._pieces and self._gpu.passed(self._pieces[0].away):
             piece = self._pieces.popleft()
             self._free.append(piece.buffer)
+            self.counts.gathered_blocks += len(piece.waits)
             for wait in piece.waits:
                 wait.work.left -= 1
 
@@ -309,6 +314,7 @@ class StagedDevice(Device, Stageable):
             self._lose(wait)
 
     def _lose(self, wait: _Wait) -> None:
+        self.counts.staging_full_blocks += 1
         wait.work.lost.add(wait.at)
         wait.work.left -= 1
 

@@ -145,7 +145,7 @@ class KvbmConnector(KVConnectorBase_V1):
         return self._leader.take_stats() if self._leader else None
 
     def shutdown(self) -> None:
-        """Close the tiers, and be listed no more."""
+        """Close the tiers and the port for metrics, and be listed no more."""
         for half in (self._leader, self._mover):
             if half:
                 half.close()

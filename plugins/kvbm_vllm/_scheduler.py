@@ -21,11 +21,12 @@ from typing import Any, Final
 import msgspec
 
 from kvbm_core import Coordinator, Planner, StackConfig, TierCounts
+from kvbm_metrics import MetricsServer, Readings, Tally
 from kvbm_vllm._keys import RequestKeys, cacheable
 from kvbm_vllm._membership import join_as_leader
 from kvbm_vllm._ranks import check_ranks
 from kvbm_vllm._settings import block_tokens
-from kvbm_vllm._stats import KvbmStats, flatten
+from kvbm_vllm._stats import KvbmStats, open_server
 from kvbm_vllm._values import Handshake, Outcomes, StepPlan
 from kvbm_vllm._weights import AdapterDigests
 
@@ -50,6 +51,10 @@ class _Sequence:
     offered_blocks: int = 0
     """Blocks the planner was offered for storing."""
     match_start: int = 0
+    asked_blocks: int = 0
+    """Of the last match; 0 once it is counted."""
+    found_tiers: list[int] = field(default_factory=list)
+    """Of the last match, what is not worth loading included."""
     match_tiers: list[int] = field(default_factory=list)
     """The last match: first block, and for each block the tier it was found in."""
     may_load: bool = True
@@ -79,13 +84,14 @@ class SchedulerHalf:
         self._adapters = AdapterDigests()
         self._epoch: bytes | None = None
         self._planner: Planner | None = None
-        self._block_bytes = 0
+        self._tally: Tally | None = None
+        self._vllm_config = vllm_config
+        self._server: MetricsServer | None = None
         self._sequences: dict[str, _Sequence] = {}
         self._running: set[str] = set()
         """Requests scheduled in the last step."""
         self._given: list[int] = []
         """Device blocks that this step gives to requests to write into."""
-        self._reported: dict[str, int] = {}
         self._step = 0
         self._computing: dict[int, tuple[int, float]] = {}
         """Of steps under way, by number: tokens, and when it was planned."""
@@ -102,30 +108,30 @@ class SchedulerHalf:
         """Take in what the workers say of their tiers.
 
         Raises:
-            ConfigError: If one is missing or differs from the others; names rank and difference.
+            ConfigError: If one is missing or differs from the others; names rank and difference. Or
+                if the port for metrics cannot be had.
             CoordinatorError: If a coordinator is configured, and they do not all come together there.
         """
         check_ranks(handshakes, self._vllm_config.parallel_config.world_size)
         self._coordinator = join_as_leader(self._config, self._vllm_config)
         ranks = sorted(handshakes, key=lambda handshake: handshake.rank)
+        status = [handshake.status for handshake in ranks]
+        block_bytes = sum(handshake.block_bytes for handshake in ranks)
         self._planner = Planner(
-            [handshake.status for handshake in ranks],
+            status,
             max_store_blocks=self._config.max_store_blocks,
             block_tokens=self._block_tokens if self._config.only_faster else 0,
         )
-        self._block_bytes = sum(handshake.block_bytes for handshake in ranks)
+        self._tally = Tally(self._planner, status, self._block_tokens, block_bytes)
+        self._server = open_server(self._vllm_config)
         logger.info("KvbmConnector is ready: %r", self._planner)
-
-    def close(self) -> None:
-        """Be listed no more. May be called twice."""
-        if self._coordinator:
-            self._coordinator.close()
 
     def match(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Say how many tokens after `num_computed_tokens` can be loaded; None: ask again."""
         sequence, planner = self._sequence(request), self._planner
         if sequence is None or planner is None or not sequence.may_load:
             return 0, False
+        sequence.asked_blocks = 0
         if num_computed_tokens % self._block_tokens or getattr(request, "skip_reading_prefix_cache", False):
             return 0, False
         start = num_computed_tokens // self._block_tokens
@@ -138,20 +144,24 @@ class SchedulerHalf:
         if len(tiers) < len(keys) and planner.lookup(keys[len(tiers) :], now_s):
             # A remote tier must be asked; the answer comes by its deadline.
             return None, False
+        sequence.asked_blocks, sequence.found_tiers = len(keys), tiers
         tiers = tiers[: planner.worth(tiers, now_s)]
+        sequence.match_start, sequence.match_tiers = start, tiers
         if not tiers:
             return 0, False
         if planner.loading_blocks and planner.loading_blocks + len(tiers) > self._max_load_blocks:
             # Blocks that wait for loads cannot be preempted. Loads end by their deadline, so does this.
             return None, False
-        sequence.match_start, sequence.match_tiers = start, tiers
         return len(tiers) * self._block_tokens, True
 
     def allocated(self, request: Any, blocks: list[int], num_external_tokens: int) -> None:
         """Plan the load that was matched, into the blocks vLLM has given to the request."""
         sequence = self._sequence(request)
-        if sequence is None or self._planner is None:
+        if sequence is None or self._planner is None or self._tally is None:
             return
+        if sequence.asked_blocks:
+            self._tally.matched(sequence.asked_blocks, sequence.found_tiers)
+            sequence.asked_blocks = 0
         # vLLM may have preempted it since the last step: what that step computed is in the old blocks,
         # which are not overwritten before this step's plan is carried out.
         self._offer(sequence, time.monotonic())
@@ -177,9 +187,10 @@ class SchedulerHalf:
             if request_id in self._sequences:
                 self._sequences[request_id].computed_tokens = 0
         self._follow(output)
-        if self._planner is None:
+        if self._planner is None or self._tally is None:
             return StepPlan()
         plan = msgspec.structs.replace(self._planner.take(now_s), overwrites=self._given)
+        self._tally.planned(plan)
         tokens = output.total_num_scheduled_tokens
         self._step += 1
         if tokens:
@@ -191,17 +202,21 @@ class SchedulerHalf:
         """Plan to store what the request has computed last, and forget it."""
         sequence = self._sequences.pop(request.request_id, None)
         self._running.discard(request.request_id)
+        if self._tally:
+            self._tally.finished(request.request_id)
         if sequence:
             self._offer(sequence, time.monotonic())
 
     def outcomes(self, outcomes: Any) -> None:
         """Take in what the workers report."""
-        if not isinstance(outcomes, Outcomes) or self._planner is None:
+        if not isinstance(outcomes, Outcomes) or self._planner is None or self._tally is None:
             return
+        self._tally.reported(outcomes.reports, outcomes.copied)
         now_s = time.monotonic()
         tokens, began_s = self._computing.pop(outcomes.step, (0, now_s))
         self._planner.guard.computed(tokens, now_s - began_s, now_s)
         for op, failures in self._planner.report(outcomes.reports, now_s):
+            self._tally.loaded(op, failures)
             if failures and op.request in self._sequences:
                 self._sequences[op.request].may_load = False
 
@@ -227,11 +242,18 @@ class SchedulerHalf:
 
     def take_stats(self) -> KvbmStats | None:
         """Give what was counted since the last call."""
-        flat = flatten(self.counts, self._block_bytes)
-        news = {key: value - self._reported.get(key, 0) for key, value in flat.items()}
-        self._reported = flat
-        news = {key: value for key, value in news.items() if value}
-        return KvbmStats(data=news) if news else None
+        news: Readings = self._tally.take(time.monotonic()) if self._tally else {}
+        if self._server:
+            self._server.observe(news)
+        return KvbmStats(data=dict(news)) if news else None
+
+    def close(self) -> None:
+        """Be listed no more, and stop serving metrics. May be called twice."""
+        if self._coordinator:
+            self._coordinator.close()
+        server, self._server = self._server, None
+        if server:
+            server.close()
 
     def _sequence(self, request: Any) -> _Sequence | None:
         sequence = self._sequences.get(request.request_id)

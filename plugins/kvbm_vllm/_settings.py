@@ -8,6 +8,7 @@ from typing import Any
 
 from kvbm_core import ConfigError, StackConfig, check_stack, load_config
 from kvbm_device import check_copy
+from kvbm_metrics import read_port
 from kvbm_vllm._kvbm_env import check_environment, makes_stack, read_tiers
 
 __all__ = ["block_tokens", "check_settings", "read_settings", "replicas"]
@@ -70,6 +71,7 @@ def check_settings(vllm_config: Any) -> None:
     role = vllm_config.kv_transfer_config.kv_role
     if role != "kv_both":
         raise ConfigError(f'kv_role: {role!r}; KvbmConnector stores and loads: write "kv_both"')
+    read_port(os.environ)
     config = read_settings(vllm_config)
     check_copy(config.device_copy)
     _require_prefixes(vllm_config)

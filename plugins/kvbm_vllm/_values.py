@@ -11,6 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvbm_core import Plan, Report, TierStatus
+from kvbm_metrics import merge
 
 __all__ = ["Handshake", "Outcomes", "StepPlan"]
 
@@ -48,8 +49,12 @@ class Outcomes(KVConnectorWorkerMetadata):
     reports: list[Report]
     step: int = 0
     """Number of the step in which something was computed and which they came with; 0 for none."""
+    copied: dict[str, int] = field(default_factory=dict)
+    """Readings of the devices since the last time, see `kvbm_metrics`."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Put the reports of two workers together; the planner counts them."""
         assert isinstance(other, Outcomes)
-        return Outcomes(self.reports + other.reports, max(self.step, other.step))
+        copied = dict(self.copied)
+        merge(copied, other.copied)
+        return Outcomes(self.reports + other.reports, max(self.step, other.step), copied)

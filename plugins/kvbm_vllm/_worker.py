@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from kvbm_core import Coordinator, Load, Report, StackConfig, Worker, make_namespace
-from kvbm_device import open_device
+from kvbm_device import CopyCounts, open_device
+from kvbm_metrics import device_readings
 from kvbm_vllm._membership import join_as_worker
 from kvbm_vllm._namespace import namespace_facts, shared_facts
 from kvbm_vllm._ranks import rank_facts
@@ -45,6 +46,8 @@ class WorkerHalf:
         self._coordinator: Coordinator | None = None
         self._block_bytes = 0
         self._facts: dict[str, str] = {}
+        self._counts = CopyCounts()
+        self._copied: dict[str, int] = {}
         self._begun: StepPlan | None = None
         self._loads: dict[int, Load] = {}
         self._open_loads: dict[str, set[int]] = {}
@@ -68,6 +71,7 @@ class WorkerHalf:
             kv_caches, self._num_blocks,
             copy=self._config.device_copy, staging_bytes=self._config.device_staging,
         )  # fmt: skip
+        self._counts = getattr(device, "counts", self._counts)
         self._block_bytes = device.block_bytes
         facts = namespace_facts(
             self._vllm_config, kv_caches, self._num_blocks, self._config.weights_id, self._replicas
@@ -127,7 +131,7 @@ class WorkerHalf:
         """Take what the leader must know."""
         reports, self._reports = self._reports, []
         number = self._begun.number if self._begun and self._begun.computes else 0
-        return Outcomes(reports, number) if reports or number else None
+        return Outcomes(reports, number, self._take_copied()) if reports or number else None
 
     def close(self) -> None:
         """Close the tiers. May be called twice."""
@@ -135,6 +139,17 @@ class WorkerHalf:
             self._worker.close()
         if self._coordinator:
             self._coordinator.close()
+
+    def _take_copied(self) -> dict[str, int]:
+        """Give what the device has copied since the last call."""
+        before, counts = self._copied, self._counts
+        self._copied = device_readings(
+            counts.gathered_blocks * self._block_bytes,
+            counts.scattered_blocks * self._block_bytes,
+            counts.staging_full_blocks,
+        )
+        news = {key: value - before.get(key, 0) for key, value in self._copied.items()}
+        return {key: value for key, value in news.items() if value}
 
     def _end(self, load: Load, report: Report) -> None:
         del self._loads[load.op]

@@ -58,6 +58,7 @@ def test_a_block_moves_bit_for_bit_and_its_neighbours_stay(name, method):
     random.Random(1).shuffle(regions)
     assert not wait(gpu, reader.gather([b for b, _ in pairs], regions)).given_up
     wait(gpu, writer.scatter(regions, [b for _, b in pairs]))
+    assert (reader.counts.gathered_blocks, writer.counts.scattered_blocks) == (len(pairs), len(pairs))
     for read, written in pairs:
         goal[written] = before[read]
     assert all(same(a, b) for a, b in zip(content(source, BLOCKS), before, strict=True))
@@ -145,6 +146,7 @@ def test_what_is_claimed_before_it_was_read_is_given_up_and_says_so():
     gpu.put(gpu.engine, lambda: memory.zero_())
     wait(gpu, work)
     assert work.given_up == set(range(2, 8))
+    assert device.counts.staging_full_blocks == 6
     for at in range(2):
         assert bytes(regions[at].view()[:16384]) == bytes(memory_before[at].numpy())
     assert repr(device).endswith("0 waiting, 0 pieces on their way>")

@@ -150,7 +150,7 @@ def test_without_a_lender_what_is_too_much_is_dropped_and_counted():
     made = planner(status("disk", 9), max_store_blocks=2)
     store(made, 1, 2, 3)
     assert made.occupancy == {"disk": 2}
-    assert made.counts["disk"].dropped == 1
+    assert made.counts["disk"].dropped == {"backlog": 1}
 
 
 def test_a_corrupt_block_is_forgotten_and_the_load_is_reported():
@@ -264,7 +264,7 @@ def test_what_is_owed_is_dropped_if_the_lender_has_it_no_more():
     end(made, first, tiers=[1])
     end(made, made.take(NOW))
     # 3 found the queue full, 2 left the lender before its turn came.
-    assert made.counts["disk"].dropped == 2
+    assert made.counts["disk"].dropped == {"backlog": 1, "gone": 1}
     assert made.occupancy == {"cpu": 1, "disk": 1}
 
 

@@ -1,0 +1,36 @@
+"""What is known of one tier in numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+__all__ = ["TierCounts", "TierLevels"]
+
+
+@dataclass(slots=True)
+class TierCounts:
+    """What has happened in one tier since the start, in blocks."""
+
+    stored: int = 0
+    loaded: int = 0
+    evicted: int = 0
+    declined: int = 0
+    """Found here, and computed all the same, because that was expected to be faster."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Not even tried, by why: ``backlog`` (too many were waiting to be stored here), ``unusable`` (the
+    tier is left alone after failures), ``gone`` (it left the lender before its turn came)."""
+    failed: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By operation (``store``, ``load``, ``lookup``) and reason."""
+
+
+class TierLevels(NamedTuple):
+    """Where one tier stands now."""
+
+    blocks: int
+    """In it, those on their way in among them."""
+    waiting_blocks: int
+    """Being stored, or waiting for that."""
+    usable: bool
+    """False while it is left alone after failures."""

@@ -1,0 +1,29 @@
+"""Metrics of the stack: one table of what there is, counted by the leader, served to Prometheus.
+
+    planner, reports ──► Tally ──► readings ──► Exporter on vLLM's /metrics
+                                           └──► MetricsServer, on a port of its own
+
+The dashboard, the alert rules and a compose file lie in `deploy`; ``python -m kvbm_metrics FOLDER``
+copies them out.
+"""
+
+from __future__ import annotations
+
+from kvbm_metrics._exporter import Exporter
+from kvbm_metrics._server import MetricsServer, read_port
+from kvbm_metrics._table import METRICS, Kind, Metric, Readings, device_readings, merge, reading
+from kvbm_metrics._tally import Tally
+
+__all__ = [
+    "METRICS",
+    "Exporter",
+    "Kind",
+    "Metric",
+    "MetricsServer",
+    "Readings",
+    "Tally",
+    "device_readings",
+    "merge",
+    "read_port",
+    "reading",
+]

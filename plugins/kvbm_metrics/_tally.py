@@ -1,0 +1,185 @@
+"""What the leader of an engine counts, turned into readings once a step."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from kvbm_core import Load, Plan, Planner, Reason, Report, TierStatus
+from kvbm_metrics._table import Readings, device_readings, reading
+
+__all__ = ["Tally"]
+
+_FAILURES: Final = {
+    "store": ("full", "busy", "deadline", "error"),
+    "load": ("missing", "corrupt", "full", "busy", "deadline", "error"),
+    "lookup": ("busy", "deadline", "error"),
+}
+_DROPS: Final = ("backlog", "unusable", "gone")
+_PLAIN: Final = ("saved_tokens", "hit_blocks", "missed_blocks")
+
+
+@dataclass(slots=True)
+class _Open:
+    """An operation in one tier that not every rank has reported."""
+
+    kind: str
+    ranks_left: int
+    slowest_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _Request:
+    """The loads of one request."""
+
+    blocks_left: int
+    ended: list[tuple[Load, Mapping[int, Reason]]] = field(default_factory=list)
+
+
+class Tally:
+    """Counts for one engine, over all of its ranks. No clock, no Prometheus.
+
+    Args:
+        planner: Whose counts these are.
+        ranks: What each worker says of its tiers, as the planner was told.
+        block_tokens: Tokens of a block.
+        block_bytes: Bytes of a block over all ranks.
+    """
+
+    def __init__(
+        self, planner: Planner, ranks: Sequence[Sequence[TierStatus]], block_tokens: int, block_bytes: int
+    ) -> None:
+        self._planner = planner
+        self._tiers = list(planner.counts)
+        self._capacities = {status.name: status.capabilities.capacity_blocks for status in ranks[0]}
+        for status in itertools.chain(*ranks):
+            limits = [self._capacities[status.name], status.capabilities.capacity_blocks]
+            self._capacities[status.name] = min((n for n in limits if n is not None), default=None)
+        self._block_tokens = block_tokens
+        self._block_bytes = block_bytes
+        self._world_size = len(ranks)
+        self._open: dict[tuple[int, int], _Open] = {}
+        self._requests: dict[str, _Request] = {}
+        self._loading: Counter[str] = Counter()
+        self._counted: Counter[str] = Counter()
+        self._seconds: dict[str, list[float]] = {}
+        self._told: dict[str, int] = {}
+
+    def __repr__(self) -> str:
+        return f"<Tally {len(self._open)} operations open, {len(self._requests)} requests loading>"
+
+    def matched(self, asked_blocks: int, tiers: Sequence[int]) -> None:
+        """Count one request's question, asked of each tier for what those above have not.
+
+        Args:
+            asked_blocks: Complete blocks that the engine's own cache had not.
+            tiers: For each block found the tier that has it.
+        """
+        self._counted["asked_tokens"] += asked_blocks * self._block_tokens
+        found = Counter(tiers)
+        for position, tier in enumerate(self._tiers):
+            asked_blocks -= found[position]
+            self._counted[reading("hit_blocks", tier)] += found[position]
+            self._counted[reading("missed_blocks", tier)] += asked_blocks
+
+    def planned(self, plan: Plan) -> None:
+        """Note a plan's operations, of which reports will come."""
+        for store in plan.stores:
+            for position in store.tiers:
+                self._open[store.op, position] = _Open("store", self._world_size)
+        for lookup in plan.lookups:
+            self._open[lookup.op, lookup.tier] = _Open("lookup", self._world_size)
+        for load in plan.loads:
+            self._open[load.op, load.tier] = _Open("load", self._world_size)
+            self._loading[self._tiers[load.tier]] += len(load.keys)
+            request = self._requests.setdefault(load.request, _Request(0))
+            request.blocks_left += len(load.keys)
+
+    def reported(self, reports: Iterable[Report], copied: Mapping[str, int]) -> None:
+        """Take in the reports of all ranks, and what their devices have copied since the last time."""
+        self._counted.update(copied)
+        for report in reports:
+            # A copy that a memory tier keeps of a load is no operation of its own.
+            open_ = self._open.get((report.op, report.tier))
+            if open_ is None:
+                continue
+            open_.ranks_left -= 1
+            open_.slowest_s = max(open_.slowest_s, report.seconds)
+            if open_.ranks_left == 0:
+                del self._open[report.op, report.tier]
+                key = reading("operation_seconds", open_.kind, self._tiers[report.tier])
+                self._seconds.setdefault(key, []).append(open_.slowest_s)
+
+    def loaded(self, load: Load, failures: Mapping[int, Reason]) -> None:
+        """Take in a load that has ended on every rank; with a request's last one its saved tokens count."""
+        self._loading[self._tiers[load.tier]] -= len(load.keys)
+        request = self._requests.get(load.request)
+        if request is None:
+            return
+        request.blocks_left -= len(load.keys)
+        request.ended.append((load, failures))
+        if request.blocks_left:
+            return
+        del self._requests[load.request]
+        # The engine computes everything after the first block that failed.
+        for each, failed in sorted(request.ended, key=lambda pair: pair[0].op):
+            good_blocks = min(failed, default=len(each.keys))
+            tokens = good_blocks * self._block_tokens
+            self._counted[reading("saved_tokens", self._tiers[each.tier])] += tokens
+            if failed:
+                break
+
+    def finished(self, request: str) -> None:
+        """Forget a request: what still loads for it saves nothing."""
+        self._requests.pop(request, None)
+
+    def take(self, now_s: float) -> Readings:
+        """Give what is new since the last call; at the first everything, so that series start at zero."""
+        totals, gauges = dict(self._totals()), dict(self._gauges(now_s))
+        told = self._told
+        if not told:
+            totals = dict.fromkeys(self._zeros(), 0) | totals
+        news: dict[str, Any] = {
+            key: value - told.get(key, 0) for key, value in totals.items() if told.get(key) != value
+        }
+        news |= {key: value for key, value in gauges.items() if told.get(key) != value}
+        self._told = {**told, **totals, **gauges}
+        seconds, self._seconds = self._seconds, {}
+        return news | seconds
+
+    def _totals(self) -> Iterator[tuple[str, int]]:
+        yield from self._counted.items()
+        for tier, counts in self._planner.counts.items():
+            yield f"declined_blocks|{tier}", counts.declined
+            yield f"loaded_blocks|{tier}", counts.loaded
+            yield f"loaded_bytes|{tier}", counts.loaded * self._block_bytes
+            yield f"stored_blocks|{tier}", counts.stored
+            yield f"stored_bytes|{tier}", counts.stored * self._block_bytes
+            yield f"evicted_blocks|{tier}", counts.evicted
+            for reason, count in counts.dropped.items():
+                yield f"dropped_blocks|{reason}|{tier}", count
+            for (operation, reason), count in counts.failed.items():
+                yield f"failed_transfers|{operation}|{reason}|{tier}", count
+
+    def _gauges(self, now_s: float) -> Iterator[tuple[str, int]]:
+        for tier, levels in self._planner.levels(now_s).items():
+            yield f"tier_used_bytes|{tier}", levels.blocks * self._block_bytes
+            yield f"tier_usable|{tier}", int(levels.usable)
+            yield f"queued_blocks|store|{tier}", levels.waiting_blocks
+            yield f"queued_blocks|load|{tier}", self._loading[tier]
+            capacity = self._capacities[tier]
+            if capacity is not None:
+                yield f"tier_capacity_bytes|{tier}", capacity * self._block_bytes
+
+    def _zeros(self) -> Iterator[str]:
+        """Name the series that will be there: what appears with its first event has no rate."""
+        yield "asked_tokens"
+        yield from device_readings(0, 0, 0)
+        for tier in self._tiers:
+            yield from (reading(name, tier) for name in _PLAIN)
+            yield from (reading("dropped_blocks", reason, tier) for reason in _DROPS)
+            for operation, reasons in _FAILURES.items():
+                yield from (reading("failed_transfers", operation, reason, tier) for reason in reasons)
