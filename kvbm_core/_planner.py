@@ -158,12 +158,10 @@ class Planner:
                 break
         return found
 
-    def worth(self, tiers: Sequence[int], now_s: float) -> int:
-        """Count the leading blocks of a match that are expected to load faster than they are computed."""
-        count = self.guard.worth(tiers, now_s)
-        for tier in tiers[count:]:
+    def decline(self, tiers: Iterable[int]) -> None:
+        """Note that blocks found in these tiers are computed, because `guard` finds that faster."""
+        for tier in tiers:
             self._tiers[tier].counts.declined += 1
-        return count
 
     def lookup(self, keys: Sequence[BlockKey], now_s: float) -> bool:
         """Plan to ask the tiers that cannot list their blocks for those that `match` did not find.

@@ -11,17 +11,22 @@ import vllm
 
 from kvbm_core import Coordinator, Member, Namespace, Registry, StackConfig
 from kvbm_core.config import TierEntry
+from kvbm_metrics import read_port
 
 __all__ = ["join_as_leader", "join_as_worker"]
 
 
 def join_as_leader(config: StackConfig, vllm_config: Any) -> Coordinator | None:
-    """Register the leader and wait for its workers. None if no coordinator is configured.
+    """Register the leader, with the address of its metrics, and wait for its workers.
+
+    None if no coordinator is configured.
 
     Raises:
         CoordinatorError: If the processes of the engine do not come together.
     """
-    coordinator = _join(config, vllm_config)
+    port = read_port(os.environ)
+    metrics = f"http://{socket.gethostname()}:{port}/metrics" if port else ""
+    coordinator = _join(config, vllm_config, metrics=metrics)
     if coordinator is not None:
         try:
             coordinator.gather()

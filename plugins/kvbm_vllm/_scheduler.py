@@ -145,7 +145,7 @@ class SchedulerHalf:
             # A remote tier must be asked; the answer comes by its deadline.
             return None, False
         sequence.asked_blocks, sequence.found_tiers = len(keys), tiers
-        tiers = tiers[: planner.worth(tiers, now_s)]
+        tiers = tiers[: planner.guard.worth(tiers, now_s)]
         sequence.match_start, sequence.match_tiers = start, tiers
         if not tiers:
             return 0, False
@@ -161,6 +161,8 @@ class SchedulerHalf:
             return
         if sequence.asked_blocks:
             self._tally.matched(sequence.asked_blocks, sequence.found_tiers)
+            # Once for each request, however often it was asked for before there was room for it.
+            self._planner.decline(sequence.found_tiers[len(sequence.match_tiers) :])
             sequence.asked_blocks = 0
         # vLLM may have preempted it since the last step: what that step computed is in the old blocks,
         # which are not overwritten before this step's plan is carried out.

@@ -90,12 +90,13 @@ def test_the_planner_measures_its_loads_and_counts_what_it_declines():
     keys = chain_keys(root_key(), range(100), 1)
     planner = Planner([[TierStatus("disk", ready, keys)]], block_tokens=TOKENS)
     tiers = planner.match(keys, 1.0)
-    assert planner.worth(tiers, 1.0) == 100
+    assert planner.guard.worth(tiers, 1.0) == 100
     planner.load("a", keys, range(100), tiers)
     (op,) = planner.take(1.0).loads
     planner.report([Report(op.op, 0, {}, 2.0)], 3.0)
     planner.guard.computed(1600, 1.0, 3.0)
     assert planner.guard.is_slow(0)
-    assert planner.worth(tiers, 3.0) == 2  # A try: 0.04 s of 1 s.
-    assert planner.worth(tiers, 3.1) == 0
-    assert planner.counts["disk"].declined == 98 + 100
+    assert planner.guard.worth(tiers, 3.0) == 2  # A try: 0.04 s of 1 s.
+    planner.decline(tiers[2:])
+    assert planner.guard.worth(tiers, 3.1) == 0
+    assert planner.counts["disk"].declined == 98
