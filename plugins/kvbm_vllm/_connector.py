@@ -25,7 +25,7 @@ logger = logging.getLogger("kvbm_vllm")
 class KvbmConnector(KVConnectorBase_V1):
     """Stores every complete block into the stack and loads what vLLM's prefix cache has lost.
 
-    Loads are asynchronous, stores are snapshots: vLLM's blocks are never held back. What fails is
+    Loads are asynchronous, stores hold no block back. What fails is
     computed. Works with vLLM 0.28 to 0.33.
     """
 
@@ -124,7 +124,7 @@ class KvbmConnector(KVConnectorBase_V1):
         """Blocks are stored whole, by the plan."""
 
     def wait_for_save(self) -> None:
-        """Stores are snapshots taken when the plan starts."""
+        """Stores are started with the plan, and hold nothing back."""
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Name the requests whose loads have ended. Nothing is ever sent."""
