@@ -90,9 +90,9 @@ class Mover:
         return not self._broken and bool(self._jobs or any(t.open for t in self._traffic.values()))
 
     @property
-    def copying(self) -> bool:
-        """Whether the device has copies under way, which wake nobody when they end."""
-        return bool(self._gathers or self._scatters)
+    def scattering(self) -> bool:
+        """Whether the device has blocks on their way that requests wait for; it wakes nobody."""
+        return bool(self._scatters)
 
     def submit(self, plan: Plan) -> None:
         """Start a plan: drops, then stores, then loads. In the engine's thread.

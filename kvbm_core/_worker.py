@@ -70,8 +70,9 @@ class Worker:
 
     _TICK_S = 0.001
     """How often the mover looks while something is in flight."""
-    _COPY_TICK_S = 0.0002
-    """Likewise while the device copies: its copies wake nobody, and requests wait for them."""
+    _SCATTER_TICK_S = 0.0005
+    """Likewise while the device scatters what requests wait for. Not more often: each look takes the
+    interpreter from the engine."""
 
     def __init__(
         self,
@@ -149,7 +150,7 @@ class Worker:
 
     def _run(self) -> None:
         while not self._closing:
-            tick_s = self._COPY_TICK_S if self._mover.copying else self._TICK_S
+            tick_s = self._SCATTER_TICK_S if self._mover.scattering else self._TICK_S
             self._event.wait(tick_s if self._mover.active else None)
             self._event.clear()
             try:

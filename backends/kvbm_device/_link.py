@@ -31,6 +31,9 @@ __all__ = ["Link", "Method", "PinnedMemory", "Way"]
 _PIECE_BYTES: Final = 32 << 20
 """Half a millisecond on the link: what is said to the driver for each piece is not felt."""
 _MIN_PIECES: Final = 2
+_MOST_RUNS: Final = 2
+"""Of rows, each a call to the driver; more are one call that names every block. A call gives the interpreter
+lock away, and beside a thread that computes it comes back only after milliseconds."""
 _MAX_PITCH_BYTES: Final = (1 << 31) - 1
 """Of the driver's copy of rows."""
 
@@ -200,9 +203,16 @@ class Link:
         )
 
     def _copy(self, regions: Sequence[Region], staged: int) -> None:
-        """Copy between contiguous staging and regions, as few copies as their distances allow."""
+        """Copy between contiguous staging and regions: as rows where these lie at equal distances."""
         block_bytes = self.block_bytes
-        for address, pitch, rows in _runs([r.address for r in regions], self._pinned.end_of):
+        runs = list(_runs([r.address for r in regions], self._pinned.end_of))
+        if len(runs) > _MOST_RUNS and self._pinned.end_of(runs[0][0]):
+            places = np.uint64(staged) + np.arange(len(regions), dtype=np.uint64) * np.uint64(block_bytes)
+            flats = _addresses(regions).astype(np.uint64)
+            ends = (flats, places) if self._gather else (places, flats)
+            self._gpu.copy_batch(self._copies, *ends, np.full(len(regions), block_bytes, dtype=np.uint64))
+            return
+        for address, pitch, rows in runs:
             inside, outside = (staged, block_bytes), (address, pitch or block_bytes)
             target, source = (outside, inside) if self._gather else (inside, outside)
             self._gpu.copy_rows(self._copies, *target, *source, block_bytes, rows)
