@@ -208,9 +208,11 @@ class Link:
         runs = list(_runs([r.address for r in regions], self._pinned.end_of))
         if len(runs) > _MOST_RUNS and self._pinned.end_of(runs[0][0]):
             places = np.uint64(staged) + np.arange(len(regions), dtype=np.uint64) * np.uint64(block_bytes)
-            flats = _addresses(regions).astype(np.uint64)
-            ends = (flats, places) if self._gather else (places, flats)
-            self._gpu.copy_batch(self._copies, *ends, np.full(len(regions), block_bytes, dtype=np.uint64))
+            flats, sizes = _addresses(regions).astype(np.uint64), np.full_like(places, block_bytes)
+            if self._gather:
+                self._gpu.copy_batch(self._copies, flats, places, sizes)
+            else:
+                self._gpu.copy_batch(self._copies, places, flats, sizes)
             return
         for address, pitch, rows in runs:
             inside, outside = (staged, block_bytes), (address, pitch or block_bytes)

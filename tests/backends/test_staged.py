@@ -195,6 +195,25 @@ def test_a_kernel_is_not_sent_to_memory_that_is_not_page_locked():
     assert device.links[0]._method(regions).way is Way.KERNEL
 
 
+@pytest.mark.parametrize("seed", [1, 2, None])
+def test_regions_in_any_order_are_copied_with_few_calls(seed, monkeypatch):
+    memory = torch.randint(0, 2**31, (64, 1000), dtype=torch.int32)
+    gpu, calls = SimulatedGpu(1), []
+    device = opened({"layer": memory}, gpu, 64, 1 << 20)
+    assert device.links[0].piece_blocks >= 32
+    for name in ("copy_rows", "copy_batch"):
+        real = getattr(gpu, name)
+        monkeypatch.setattr(gpu, name, lambda *a, name=name, real=real: (calls.append(name), real(*a)))
+    regions = paged(32, device.block_bytes)
+    if seed is not None:
+        random.Random(seed).shuffle(regions)
+    wait(gpu, device.gather(range(32), regions))
+    wait(gpu, device.scatter(regions, range(32, 64)))
+    assert torch.equal(memory[:32], memory[32:])
+    # Each way the kernel's jobs, and the blocks.
+    assert sorted(calls) == ["copy_batch"] * 2 * (seed is not None) + ["copy_rows"] * (2 + 2 * (seed is None))
+
+
 def test_neighbours_are_copied_together():
     memory = PinnedMemory()
     memory.add(100, 300)
