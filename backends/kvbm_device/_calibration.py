@@ -104,7 +104,7 @@ def _store_all(gpu: Gpu, link: Link, blocks: Sequence[int], regions: Sequence[Re
     for at, first in enumerate(range(0, len(blocks), link.piece_blocks)):
         part = slice(first, first + link.piece_blocks)
         gpu.wait_here(away[at % link.pieces])
-        _, away[at % link.pieces] = link.store(blocks[part], regions[part], fence, at % link.pieces)
+        _, away[at % link.pieces] = link.store(blocks[part], regions[part], [fence], at % link.pieces)
     for event in away:
         gpu.wait_here(event)
     return time.perf_counter() - start_s

@@ -98,22 +98,22 @@ class Link:
         self._views = _view_columns(table)
 
     def store(
-        self, blocks: Sequence[int], regions: Sequence[Region], fence: Event, buffer: int
+        self, blocks: Sequence[int], regions: Sequence[Region], fences: Sequence[Event], buffer: int
     ) -> tuple[Event, Event]:
-        """Start to copy blocks out, through one piece that the caller knows to be free.
+        """Start to copy blocks out behind all fences, through one piece that the caller knows to be free.
 
         Returns:
             When the blocks have been read, and when the regions are filled.
         """
         method = self._method(regions)
+        for fence in fences:
+            self._gpu.wait(self._copies if method.way is Way.DMA else self._kernels, fence)
         if method.way is Way.DMA:
-            self._gpu.wait(self._copies, fence)
             self._batch(blocks, regions)
             done = self._gpu.record(self._copies)
             return done, done
         staged = method.way is Way.STAGED
         flats = self._flats(buffer, len(blocks)) if staged else _addresses(regions)
-        self._gpu.wait(self._kernels, fence)
         self._move(self._kernels, blocks, flats, method)
         read = self._gpu.record(self._kernels)
         self._jobs.used_until(read)

@@ -198,7 +198,7 @@ class StagedDevice(Device, Stageable):
                 more = bool(self._waits and self._free)
                 if more:
                     waits = [self._waits.popleft() for _ in range(self._take())]
-                    self._read(waits, waits[0].fence)
+                    self._read(waits)
 
     def pinner(self) -> Callable[[int, int], Callable[[], None]] | None:
         """See `Device.pinner`. What it raises says what copies of memory that is not page-locked cost."""
@@ -278,11 +278,12 @@ class StagedDevice(Device, Stageable):
             count += 1
         return count
 
-    def _read(self, waits: list[_Wait], fence: Event) -> None:
-        """Put one piece on its way, behind the last of its fences."""
+    def _read(self, waits: list[_Wait]) -> None:
+        """Put one piece on its way, behind all of its fences: they need not be in the order of the queue."""
         buffer = self._free.pop()
+        fences = list({id(wait.fence): wait.fence for wait in waits}.values())
         try:
-            read, away = self._out.store([w.block for w in waits], [w.region for w in waits], fence, buffer)
+            read, away = self._out.store([w.block for w in waits], [w.region for w in waits], fences, buffer)
         except Exception as error:  # noqa: BLE001 - the accelerator's own error is not ours to know
             self._free.append(buffer)
             for wait in waits:
@@ -308,7 +309,7 @@ class StagedDevice(Device, Stageable):
         self._waits = deque(wait for wait in self._waits if wait.block not in wanted)
         while hit and self._free:
             count = min(len(hit), self._out.piece_blocks)
-            self._read(hit[:count], hit[count - 1].fence)
+            self._read(hit[:count])
             hit = hit[count:]
         for wait in hit:
             self._lose(wait)

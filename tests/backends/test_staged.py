@@ -152,6 +152,23 @@ def test_what_is_claimed_before_it_was_read_is_given_up_and_says_so():
     assert repr(device).endswith("0 waiting, 0 pieces on their way>")
 
 
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_claim_reads_blocks_of_several_stores_behind_all_their_fences(seed, method):
+    """A store that was claimed is started before older ones, so the fences are not in the queue's order."""
+    memory = torch.zeros(8, 4096, dtype=torch.uint8)
+    gpu = SimulatedGpu(seed, eager=0)
+    device = opened({"layer": memory}, gpu, 8, 1 << 16, method)
+    early = device.claim(())
+    gpu.put(gpu.engine, lambda: memory[2].fill_(7))
+    late = device.claim(())
+    regions = paged(2, device.block_bytes)
+    works = [device.gather([2], regions[:1], late), device.gather([1], regions[1:], early)]
+    device.claim([1, 2])
+    assert not any(wait(gpu, work).given_up for work in works)
+    assert bytes(regions[0].view()[:4096]) == bytes([7]) * 4096
+
+
 def test_a_stack_of_host_memory_over_an_accelerator(tmp_path):
     memory = torch.zeros(64, 5000, dtype=torch.uint8)
     for block in range(32):
