@@ -277,8 +277,9 @@ class _Jobs:
         nbytes = -(-rows * 16 // mmap.PAGESIZE) * mmap.PAGESIZE
         memory = mmap.mmap(-1, nbytes)
         self._host = np.frombuffer(memory, dtype=np.int64)[: 2 * rows].reshape(rows, 2)
-        self._unpin: Callable[[], None] | None = gpu.pin(self._host.ctypes.data, nbytes)
+        # The page lock last: where there is no memory, nothing is left locked.
         self._device, self._owner = gpu.memory(nbytes)
+        self._unpin: Callable[[], None] | None = gpu.pin(self._host.ctypes.data, nbytes)
         self._head = 0
         self._used: deque[tuple[int, int, Event]] = deque()
         self._sent: tuple[int, int] | None = None

@@ -114,7 +114,12 @@ class StagedDevice(Device, Stageable):
         self._owner = owner
         self._pinned = PinnedMemory()
         self._out = Link(gpu, table, staging_bytes // 2, self._pinned, gather=True)
-        self._in = Link(gpu, table, staging_bytes // 2, self._pinned, gather=False)
+        try:
+            self._in = Link(gpu, table, staging_bytes // 2, self._pinned, gather=False)
+        except BaseException:
+            # Memory that is freed while it is page-locked cannot be locked again by who gets its address.
+            self._out.close()
+            raise
         self._lock = threading.Lock()
         self._waits: deque[_Wait] = deque()
         self._pieces: deque[_Piece] = deque()

@@ -201,6 +201,26 @@ def test_the_calibration_measures_each_way_and_leaves_the_blocks_as_they_were(ca
         assert str(device.links[0].method) == str(device.links[1].method) == way
 
 
+@pytest.mark.parametrize("allowed", range(4))
+def test_an_accelerator_without_enough_memory_leaves_nothing_page_locked(allowed, monkeypatch):
+    """Opening is tried again with less, and the same address cannot be locked twice."""
+    memory = torch.zeros(8, 4096, dtype=torch.uint8)
+    gpu, taken = SimulatedGpu(0), []
+    take = gpu.memory
+
+    def full(nbytes):
+        if len(taken) == allowed:
+            raise MemoryError("no memory")
+        taken.append(nbytes)
+        return take(nbytes)
+
+    monkeypatch.setattr(gpu, "memory", full)
+    with pytest.raises(MemoryError):
+        StagedDevice(gpu, page_table(page_views({"layer": memory}, 8), 8), memory, 1)
+    assert len(taken) == allowed
+    assert gpu.pinned == []
+
+
 def test_a_kernel_is_not_sent_to_memory_that_is_not_page_locked():
     memory = torch.randint(0, 255, (4, 4096), dtype=torch.uint8)
     gpu = SimulatedGpu(2)
