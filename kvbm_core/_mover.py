@@ -37,6 +37,8 @@ logger = logging.getLogger("kvbm_core")
 
 _LENT_BLOCKS: Final = 128
 """Of the lender's, looked up and put on their way at once."""
+_SETTLE_S: Final = 10.0
+"""How long copies under way are waited for at the end."""
 
 
 class Mover:
@@ -143,19 +145,31 @@ class Mover:
 
     def fail_all(self) -> None:
         """Give up for good, after a bug: end every job and refuse all that comes."""
+        self._broken = True
+        self._settle()  # What is said to have failed must not be written any more.
         with self._lock:
-            self._broken = True
             for job in list(self._jobs):
                 for tier in list(job.left):
                     self._reports.append(failed_report(job, tier))
             self._jobs.clear()
 
     def close(self) -> None:
-        """Close the tiers, then the device's memory."""
+        """Wait for the copies under way, then close the tiers, then the device's memory."""
+        self._settle()  # The tiers undo the page lock of what the device may be reading and writing.
         for tier in self._tiers:
             tier.close()
         self._slots.close()
         self._device.close()
+
+    def _settle(self) -> None:
+        """Wait for the device's copies, but not for ever."""
+        works = [work for work, _ in [*self._gathers, *self._scatters]]
+        give_up_s = time.monotonic() + _SETTLE_S
+        while works := [work for work in works if is_done(work) is None]:
+            if time.monotonic() > give_up_s:
+                logger.error("%d copies of the device have not ended within %g s", len(works), _SETTLE_S)
+                return
+            time.sleep(0.001)
 
     # Plans in.
 
@@ -244,6 +258,8 @@ class Mover:
         # Asking starts copies, and the engine's thread must not wait for that.
         ended = [(each, done) for each in gathers if (done := is_done(each[0])) is not None]
         with self._lock:
+            if self._broken:  # The engine's blocks are not claimed any more: these bytes may be of others.
+                return
             for each, done in ended:
                 self._gathers.remove(each)
                 self._end_gather(*each, done=done)

@@ -14,6 +14,7 @@ staging, the rest is given up, and the engine's stream waits for the reads that 
 from __future__ import annotations
 
 import ctypes
+import logging
 import mmap
 import threading
 from collections import deque
@@ -32,6 +33,8 @@ from kvbm_device._link import Link, Method, PinnedMemory
 from kvbm_device._pages import PageTable
 
 __all__ = ["StagedDevice"]
+
+logger = logging.getLogger("kvbm_device")
 
 _TRIAL_BYTES: Final = 32 << 20
 _DIRECT_PLACES: Final = 64
@@ -192,7 +195,11 @@ class StagedDevice(Device, Stageable):
         with self._lock:
             # What a `device_direct` tier has read did not come from host memory.
             self.counts.scattered_blocks += sum(not region.on_device for region in regions)
-            return _Loaded(self._gpu, self._in.load(regions, blocks, fence))
+            try:
+                return _Loaded(self._gpu, self._in.load(regions, blocks, fence))
+            except Exception:
+                self._halt()
+                raise
 
     def advance(self) -> None:
         """Read what waits as far as staging is free, and see what has arrived. Waits for nothing."""
@@ -290,12 +297,20 @@ class StagedDevice(Device, Stageable):
         try:
             read, away = self._out.store([w.block for w in waits], [w.region for w in waits], fences, buffer)
         except Exception as error:  # noqa: BLE001 - the accelerator's own error is not ours to know
+            self._halt()
             self._free.append(buffer)
             for wait in waits:
                 wait.work.error = error
                 wait.work.left -= 1
             return
         self._pieces.append(_Piece(waits, buffer, read, away))
+
+    def _halt(self) -> None:
+        """Wait for what was begun of a copy that failed: its regions and blocks will be used for others."""
+        try:
+            self._gpu.finish()
+        except Exception:  # An accelerator that fails runs nothing any more.
+            logger.exception("the accelerator fails")
 
     def _reap(self) -> None:
         """Take back the pieces that have arrived; they arrive in order."""

@@ -5,6 +5,7 @@ import mmap
 import random
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -21,6 +22,16 @@ from kvbm_device._staged import StagedDevice
 from kvbm_device._views import page_views
 
 METHODS = [Method(Way.STAGED), Method(Way.DMA), Method(Way.KERNEL, 8)]
+
+KEYS = chain_keys(root_key(), range(4), 1)
+TWO_TIERS = [{"backend": "cpu", "capacity": "1MiB"}, {"backend": "memory", "capacity": "1MiB"}]
+
+
+def until(condition):
+    give_up_s = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < give_up_s
+        time.sleep(0.002)
 
 
 def paged(count, nbytes):
@@ -199,6 +210,80 @@ def test_the_calibration_measures_each_way_and_leaves_the_blocks_as_they_were(ca
     for way in ("staged", "dma"):
         assert [str(rate.method) for rate in calibrate(gpu, device, way)] == [way]
         assert str(device.links[0].method) == str(device.links[1].method) == way
+
+
+def small_stack(gpu, **options):
+    """Eight blocks on an accelerator, the first four stored in host memory."""
+    memory = torch.zeros(8, 5000, dtype=torch.uint8)
+    memory[:4] = torch.arange(1, 5, dtype=torch.uint8)[:, None]
+    device = opened({"layer": memory}, gpu, 8, 1)
+    stack = Stack.open({"tiers": TWO_TIERS, **options}, device, make_namespace({"a": 1}))
+    stack.store(KEYS, range(4))
+    stack.wait()
+    return memory, device, stack
+
+
+def test_host_memory_stays_page_locked_until_the_copies_under_way_have_ended(monkeypatch):
+    gpu, pending = SimulatedGpu(5, eager=0.9), []
+    pin = gpu.pin
+
+    def watched(address, nbytes):
+        undo = pin(address, nbytes)
+        return lambda: (pending.append(sum(map(len, gpu.streams))), undo())
+
+    monkeypatch.setattr(gpu, "pin", watched)
+    _, device, stack = small_stack(gpu)
+    gpu.eager = 0  # From here on nothing runs by itself.
+    stack.store(chain_keys(root_key(), range(8, 12), 1), range(4, 8))
+    until(lambda: device._pieces)
+    gpu.eager = 0.9
+    stack.close()
+    assert pending
+    assert not any(pending)
+
+
+def test_a_load_that_a_bug_has_ended_is_written_no_more(monkeypatch):
+    gpu = SimulatedGpu(5, eager=0.9)
+    memory, _, stack = small_stack(gpu)
+    mover = stack._worker._mover
+
+    def bug():
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(mover, "_end_scatters", bug)
+    assert stack.load(KEYS, range(4, 8)) == 0
+    memory[4:] = 9  # The engine may give the blocks to others now.
+    gpu.finish()
+    assert bool((memory[4:] == 9).all())
+    stack.close()
+
+
+@pytest.mark.parametrize("way", ["gather", "scatter"])
+def test_a_copy_that_fails_halfway_is_not_under_way_any_more(way, monkeypatch):
+    """Its regions and blocks are free for others as soon as that is known."""
+    memory = torch.zeros(8, 4096, dtype=torch.uint8)
+    gpu = SimulatedGpu(1, eager=0)
+    device = opened({"layer": memory}, gpu, 8, 1)
+    regions, calls = paged(2, device.block_bytes), []
+    for region in regions:
+        region.view()[:] = b"\1" * region.nbytes
+
+    def refuse(*args, **options):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KvbmError("out of memory")
+        real(*args, **options)
+
+    # The first piece's kernel or copy begins, the second's does not.
+    name = "copy_rows" if way == "gather" else "move_pages"
+    real = getattr(gpu, name)
+    monkeypatch.setattr(gpu, name, refuse)
+    with pytest.raises(KvbmError):
+        if way == "gather":
+            wait(gpu, device.gather([0], regions[:1], device.claim(())))
+        else:
+            device.scatter(regions, [0, 1])
+    assert not any(gpu.streams)
 
 
 @pytest.mark.parametrize("allowed", range(4))
