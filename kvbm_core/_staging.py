@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import mmap
 from collections.abc import Callable
 
 from kvbm_core.tier import Region
 
 __all__ = ["Staging"]
+
+logger = logging.getLogger("kvbm_core")
 
 
 class Staging:
@@ -27,7 +30,7 @@ class Staging:
         self._count = max(1, nbytes // slot_bytes)
         self._memory = mmap.mmap(-1, self._count * slot_bytes)
         base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self._unpin = pin(base, self._count * slot_bytes) if pin else None
+        self._unpin = _page_lock(base, self._count * slot_bytes, pin) if pin else None
         # Last in, first out: a slot just used is warm in the processor's cache.
         self._free = [
             Region(base + i * slot_bytes, region_bytes, owner=self._memory)
@@ -50,3 +53,18 @@ class Staging:
         if self._unpin:
             self._unpin()
             self._unpin = None
+
+
+def _page_lock(
+    address: int, nbytes: int, pin: Callable[[int, int], Callable[[], None]]
+) -> Callable[[], None] | None:
+    """Page-lock memory, or say that it goes without."""
+    try:
+        return pin(address, nbytes)
+    except Exception as error:  # noqa: BLE001 - the accelerator's own error type is not ours to know
+        logger.warning(
+            "cannot page-lock %d bytes of staging memory (%s: %s); going on with pageable memory. Raise the "
+            "memlock limit (ulimit -l) or write a smaller staging",
+            nbytes, type(error).__name__, error,
+        )  # fmt: skip
+        return None

@@ -11,10 +11,11 @@ import logging
 import mmap
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from kvbm_core.errors import ConfigError, KvbmError
 from kvbm_core.tier import PAGE_BYTES, Region
 from kvbm_device._gpu import Gpu
 from kvbm_device._link import Link, Method, Way
@@ -53,15 +54,19 @@ def calibrate(gpu: Gpu, device: StagedDevice, copy: str) -> list[Rate]:
 
     Returns:
         What was measured, also in the log.
+
+    Raises:
+        ConfigError: If that way needs Triton, and it is not installed.
     """
     methods = [m for m in _methods(gpu) if copy in ("auto", m.way.value)]
+    if not methods:
+        raise ConfigError(f"device_copy: {copy!r} needs triton; install it, or write auto, staged or dma")
     count = max(1, min(device.num_blocks, _SAMPLE_BYTES // device.block_bytes))
     blocks = random.Random(0).sample(range(device.num_blocks), count)
     pitch = -(-device.block_bytes // PAGE_BYTES) * PAGE_BYTES
     memory = mmap.mmap(-1, count * pitch)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    pin = device.pinner()
-    unpin = pin(address, count * pitch) if pin else None
+    unpin = _page_lock(device, address, count * pitch)
     regions = [Region(address + at * pitch, device.block_bytes, owner=memory) for at in range(count)]
     try:
         rates = [_measure(gpu, device.links, method, blocks, regions) for method in methods]
@@ -73,6 +78,16 @@ def calibrate(gpu: Gpu, device: StagedDevice, copy: str) -> list[Rate]:
     device.use(out, into)
     _log(rates, device, out, into)
     return rates
+
+
+def _page_lock(device: StagedDevice, address: int, nbytes: int) -> Callable[[], None] | None:
+    """Page-lock the sample. Where that cannot be, the tiers' memory is not locked either."""
+    pin = device.pinner()
+    try:
+        return pin(address, nbytes) if pin else None
+    except KvbmError as error:
+        logger.warning("copies are measured with memory that is not page-locked: %s", error)
+        return None
 
 
 def _methods(gpu: Gpu) -> list[Method]:

@@ -243,10 +243,25 @@ class StagedDevice(Device, Stageable):
         with self._lock:
             if self._places is None:
                 self._place_bytes = -(-nbytes // PAGE_BYTES) * PAGE_BYTES
-                start, self._direct = self._gpu.memory(_DIRECT_PLACES * self._place_bytes)
-                self._places = [start + at * self._place_bytes for at in range(_DIRECT_PLACES)]
+                self._places = self._make_places()
             assert nbytes <= self._place_bytes, "a device stages blocks of one size"
             return Region(self._places.pop(), nbytes, on_device=True) if self._places else None
+
+    def _make_places(self) -> list[int]:
+        """Take memory for as many places as there is memory for."""
+        count = _DIRECT_PLACES
+        while count:
+            try:
+                start, self._direct = self._gpu.memory(count * self._place_bytes)
+            except MemoryError:
+                count //= 2
+            else:
+                return [start + at * self._place_bytes for at in range(count)]
+        logger.error(
+            "the accelerator has no memory for a block of %d bytes on its way from a disk: lower "
+            "gpu_memory_utilization", self._place_bytes,
+        )  # fmt: skip
+        return []
 
     def unstage(self, region: Region) -> None:
         """See `Stageable.unstage`."""

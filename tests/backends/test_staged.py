@@ -13,7 +13,7 @@ from simulated_gpu import SimulatedGpu
 from test_device import BLOCKS, SHAPES, content, same
 
 from kvbm_core import Stack, chain_keys, make_namespace, root_key
-from kvbm_core.errors import KvbmError
+from kvbm_core.errors import ConfigError, KvbmError
 from kvbm_core.tier import Region
 from kvbm_device._calibration import calibrate
 from kvbm_device._link import Method, PinnedMemory, Way, _runs
@@ -306,6 +306,46 @@ def test_an_accelerator_without_enough_memory_leaves_nothing_page_locked(allowed
     assert gpu.pinned == []
 
 
+@pytest.mark.parametrize("room", [64, 17, 0])
+def test_a_device_direct_tier_makes_do_with_what_memory_there_is(room, monkeypatch):
+    memory = torch.zeros(8, 4096, dtype=torch.uint8)
+    gpu = SimulatedGpu(0)
+    device, take = opened({"layer": memory}, gpu, 8, 1), gpu.memory
+
+    def full(nbytes):
+        if nbytes > room * 8192:
+            raise MemoryError("no memory")
+        return take(nbytes)
+
+    monkeypatch.setattr(gpu, "memory", full)
+    places = [device.stage(4192) for _ in range(65)]
+    count = {64: 64, 17: 16, 0: 0}[room]
+    assert [place is not None for place in places] == [True] * count + [False] * (65 - count)
+    assert len({place.address for place in places if place}) == count
+
+
+def test_the_calibration_goes_on_where_memory_cannot_be_page_locked(monkeypatch, caplog):
+    memory = torch.randint(0, 255, (16, 4096), dtype=torch.uint8)
+    before, gpu = memory.clone(), SimulatedGpu(2)
+    device = StagedDevice(gpu, page_table(page_views({"layer": memory}, 16), 16), memory, 1)
+
+    def refuse(address, nbytes):
+        raise KvbmError("cuMemHostRegister failed: CUDA_ERROR_NOT_SUPPORTED (801)")
+
+    monkeypatch.setattr(gpu, "pin", refuse)
+    calibrate(gpu, device, "auto")
+    assert torch.equal(memory, before)
+    assert "NOT_SUPPORTED" in caplog.text
+
+
+def test_a_way_that_needs_a_kernel_is_refused_where_there_is_none():
+    memory = torch.zeros(4, 4096, dtype=torch.uint8)
+    gpu = SimulatedGpu(2, has_kernel=False)
+    device = StagedDevice(gpu, page_table(page_views({"layer": memory}, 4), 4), memory, 1)
+    with pytest.raises(ConfigError, match="device_copy: 'kernel'.*triton"):
+        calibrate(gpu, device, "kernel")
+
+
 def test_a_kernel_is_not_sent_to_memory_that_is_not_page_locked():
     memory = torch.randint(0, 255, (4, 4096), dtype=torch.uint8)
     gpu = SimulatedGpu(2)
@@ -390,7 +430,8 @@ def test_where_triton_is_missing_torch_moves_the_pages(monkeypatch):
     assert not make_page_mover("cpu").reaches_host
 
 
-def test_memory_that_cannot_be_page_locked_says_what_that_costs(monkeypatch, caplog):
+@pytest.mark.parametrize("tiers", [TWO_TIERS[:1], TWO_TIERS, TWO_TIERS[1:]], ids=len)
+def test_memory_that_cannot_be_page_locked_says_what_that_costs(tiers, monkeypatch, caplog):
     memory = torch.zeros(8, 4096, dtype=torch.uint8)
     gpu = SimulatedGpu(2)
     device = opened({"layer": memory}, gpu, 8, 1)
@@ -399,9 +440,9 @@ def test_memory_that_cannot_be_page_locked_says_what_that_costs(monkeypatch, cap
         raise KvbmError("cuMemHostRegister failed: CUDA_ERROR_OUT_OF_MEMORY (2)")
 
     monkeypatch.setattr(gpu, "pin", refuse)
-    with Stack.open({"tiers": [{"backend": "cpu", "capacity": "1MiB"}]}, device, make_namespace({})) as stack:
+    with Stack.open({"tiers": tiers}, device, make_namespace({})) as stack:
         stack.store(chain_keys(root_key(), range(4), 1), range(4))
         stack.wait()
-        assert stack.counts["cpu"].stored == 4
+        assert [count.stored for count in stack.counts.values()] == [4] * len(tiers)
     assert "OUT_OF_MEMORY" in caplog.text
     assert "GB/s out and" in caplog.text
