@@ -66,6 +66,8 @@ class _Pending:
     """Tier to ranks still to report."""
     failures: dict[int, dict[int, Reason]] = field(default_factory=dict)
     """Tier to position to reason, over all ranks."""
+    took_s: float = 0.0
+    """Of a load: on the slowest rank."""
     doomed: bool = False
     """A reset came in between: what arrives is dropped again."""
 
@@ -267,8 +269,8 @@ class Planner:
             known.update({at: max(why, known.get(at, why), key=_GRAVITY.index)
                           for at, why in report.failures.items()})  # fmt: skip
             pending.waiting[report.tier] -= 1
-            if isinstance(pending.op, Load) and report.tier == pending.op.tier and not report.failures:
-                self.guard.loaded(report.tier, len(pending.op.keys), report.seconds, now_s)
+            if isinstance(pending.op, Load) and report.tier == pending.op.tier:
+                pending.took_s = max(pending.took_s, report.seconds)
             if pending.waiting[report.tier] == 0:
                 del pending.waiting[report.tier]
                 self._end_leg(pending, report.tier, now_s)
@@ -405,6 +407,8 @@ class Planner:
         elif isinstance(op, Load) and asked:
             kind = "load"
             tier.counts.loaded += len(op.keys) - len(failures)
+            if not failures:
+                self.guard.loaded(position, len(op.keys), pending.took_s, now_s)
             self._end_load(pending, position)
         else:
             kind = "store"

@@ -100,3 +100,14 @@ def test_the_planner_measures_its_loads_and_counts_what_it_declines():
     planner.decline(tiers[2:])
     assert planner.guard.worth(tiers, 3.1) == 0
     assert planner.counts["disk"].declined == 98
+
+
+def test_a_load_on_several_ranks_is_measured_once_and_by_the_slowest():
+    ready = Capabilities(capacity_blocks=200, queue_depth=64, durable=True)
+    keys = chain_keys(root_key(), range(100), 1)
+    planner = Planner([[TierStatus("disk", ready, keys)]] * 4, block_tokens=TOKENS)
+    planner.load("a", keys, range(100), planner.match(keys, 1.0))
+    (op,) = planner.take(1.0).loads
+    planner.guard.computed(1600, 1.0, 3.0)
+    planner.report([Report(op.op, 0, {}, seconds) for seconds in (1.0, 2.0, 1.5, 1.0)], 3.0)
+    assert repr(planner.guard) == "<Guard ms a block: computed 10, loaded 20>"
