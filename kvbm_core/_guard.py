@@ -87,6 +87,10 @@ class Guard:
         computing, loading = self._block_seconds(), self._loading[tier].seconds
         return computing is not None and loading is not None and loading >= computing
 
+    def shuns(self, tier: int, now_s: float) -> bool:
+        """Say whether a tier need not even be asked: it is slow, and no new try is due."""
+        return self.is_slow(tier) and now_s - self._tried_s[tier] < _TRIAL_EVERY_S
+
     def worth(self, tiers: Sequence[int], now_s: float) -> int:
         """Count the leading blocks that shall be loaded.
 

@@ -183,7 +183,7 @@ class Planner:
                 tier.finder is None
                 or not absent
                 or not tier.breaker.closed(now_s)
-                or self.guard.is_slow(position)
+                or self.guard.shuns(position, now_s)
             ):
                 continue
             if tier.finder.asking(keys[0]):

@@ -111,3 +111,19 @@ def test_a_load_on_several_ranks_is_measured_once_and_by_the_slowest():
     planner.guard.computed(1600, 1.0, 3.0)
     planner.report([Report(op.op, 0, {}, seconds) for seconds in (1.0, 2.0, 1.5, 1.0)], 3.0)
     assert repr(planner.guard) == "<Guard ms a block: computed 10, loaded 20>"
+
+
+def test_a_slow_tier_that_must_be_asked_is_asked_again_when_a_try_is_due():
+    remote = Capabilities(capacity_blocks=None, durable=True, shared=True, remote_lookup=True)
+    keys = chain_keys(root_key(), range(1000), 1)
+    planner = Planner([[TierStatus("remote", remote, [])]], block_tokens=TOKENS)
+    planner.guard.computed(1600, 1.0, 3.0)
+    planner.guard.loaded(0, 100, 4.0, 3.0)
+    assert planner.lookup(keys, 4.0)
+    (op,) = planner.take(4.0).lookups
+    planner.report([Report(op.op, 0, {})], 4.0)
+    tiers = planner.match(keys, 4.0)
+    assert planner.worth(tiers, 4.0) > 0
+    others = chain_keys(root_key(), range(1000, 2000), 1)
+    assert not planner.lookup(others, 5.0)
+    assert planner.lookup(others, 40.0)
