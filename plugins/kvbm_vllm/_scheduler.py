@@ -57,6 +57,10 @@ class _Sequence:
     """Of the last match, what is not worth loading included."""
     match_tiers: list[int] = field(default_factory=list)
     """The last match: first block, and for each block the tier it was found in."""
+    judged: tuple[int, list[int]] | None = None
+    """The match that was last weighed against computing, until blocks are given for what came of it."""
+    worth: int = 0
+    """Its leading blocks that shall be loaded."""
     may_load: bool = True
     """False after a load that failed: the request computes, so that it cannot fail in a circle."""
     may_store: bool = True
@@ -145,7 +149,10 @@ class SchedulerHalf:
             # A remote tier must be asked; the answer comes by its deadline.
             return None, False
         sequence.asked_blocks, sequence.found_tiers = len(keys), tiers
-        tiers = tiers[: planner.guard.worth(tiers, now_s)]
+        # vLLM asks in each step until it has room, and a try of a slow tier is given once.
+        if (start, tiers) != sequence.judged:
+            sequence.judged, sequence.worth = (start, tiers), planner.guard.worth(tiers, now_s)
+        tiers = tiers[: sequence.worth]
         sequence.match_start, sequence.match_tiers = start, tiers
         if not tiers:
             return 0, False
@@ -168,6 +175,7 @@ class SchedulerHalf:
         # which are not overwritten before this step's plan is carried out.
         self._offer(sequence, time.monotonic())
         sequence.blocks, sequence.computed_tokens = list(blocks), 0
+        sequence.judged = None
         if num_external_tokens:
             count = num_external_tokens // self._block_tokens
             start = sequence.match_start

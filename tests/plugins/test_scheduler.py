@@ -137,3 +137,24 @@ def test_a_request_whose_blocks_are_not_stored_overwrites_all_the_same():
     plan = step(made, {"a": 3}, cached=[("a", 10, [8])])
     assert plan.overwrites == [8]
     assert plan.stores == []
+
+
+def test_a_request_that_must_wait_for_room_is_judged_once():
+    """vLLM asks in every step until it has blocks for it: a try is not used up by asking."""
+    made = half()
+    tokens = [*range(100 * TOKENS + 1)]
+    capabilities = Capabilities(capacity_blocks=200, durable=True)
+    keys = made._sequence(request("b", tokens)).keys.first(100)
+    made._planner = Planner([[TierStatus("disk", capabilities, keys)]], block_tokens=TOKENS)
+    made._planner.guard.computed(1600, 4.0, 1.0)  # 10 ms a block
+    made._planner.guard.loaded(0, 100, 4.0, 1.0)  # 40 ms a block
+    made._planner.guard._tried_s[0] = float("-inf")
+    asked = request("b", tokens)
+    tried = made.match(asked, 0)
+    assert tried == (1 * TOKENS, True)
+    for _ in range(3):
+        assert made.match(asked, 0) == tried
+    made.allocated(asked, list(range(101)), TOKENS)
+    assert made.counts["disk"].declined == 99
+    assert [op.blocks for op in step(made).loads] == [[0]]
+    assert made.match(request("c", tokens), 0) == (0, False)
