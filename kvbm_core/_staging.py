@@ -7,6 +7,7 @@ import logging
 import mmap
 from collections.abc import Callable
 
+from kvbm_core.errors import KvbmError
 from kvbm_core.tier import Region
 
 __all__ = ["Staging"]
@@ -61,10 +62,11 @@ def _page_lock(
     """Page-lock memory, or say that it goes without."""
     try:
         return pin(address, nbytes)
-    except Exception as error:  # noqa: BLE001 - the accelerator's own error type is not ours to know
+    except KvbmError as error:
         logger.warning(
-            "cannot page-lock %d bytes of staging memory (%s: %s); going on with pageable memory. Raise the "
+            "cannot page-lock %d bytes of staging memory: %s; going on with pageable memory. Raise the "
             "memlock limit (ulimit -l) or write a smaller staging",
-            nbytes, type(error).__name__, error,
-        )  # fmt: skip
+            nbytes,
+            error,
+        )
         return None

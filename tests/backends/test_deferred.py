@@ -87,7 +87,7 @@ def test_what_is_overwritten_before_its_store_began_is_stored_as_it_was_or_not_a
         reports = made.end()
         # Two of the five found a piece of staging; nobody was waited for.
         lost = {report.tier: set(report.failures) for report in reports}
-        assert lost == dict.fromkeys(range(len(tiers)), {3, 6, 7})
+        assert lost == {tier: {3, 6, 7} for tier in range(len(tiers))}
         assert {why for report in reports for why in report.failures.values()} == {Reason.FULL}
         stored = {key: at for at, key in enumerate(KEYS[:8]) if at not in {3, 6, 7}}
         for tier in made.worker._tiers:
@@ -185,7 +185,8 @@ def test_an_engine_over_its_tiers_never_loads_what_is_not_its_keys(seed):  # noq
                 made.writes(blocks, keys)
             for _ in range(chance.randint(0, 3)):
                 made.poll()
-            while sum(map(len, made.gpu.streams)) > 40 or chance.random() < 0.5:  # An engine is not far ahead.
+            # An engine is not far ahead.
+            while sum(map(len, made.gpu.streams)) > 40 or chance.random() < 0.5:
                 made.gpu.step()
         while planner.busy(NOW):
             made.worker.submit(planner.take(NOW))

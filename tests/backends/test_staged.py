@@ -278,11 +278,12 @@ def test_a_copy_that_fails_halfway_is_not_under_way_any_more(way, monkeypatch):
     name = "copy_rows" if way == "gather" else "move_pages"
     real = getattr(gpu, name)
     monkeypatch.setattr(gpu, name, refuse)
+    copy = {
+        "gather": lambda: wait(gpu, device.gather([0], regions[:1], device.claim(()))),
+        "scatter": lambda: device.scatter(regions, [0, 1]),
+    }
     with pytest.raises(KvbmError):
-        if way == "gather":
-            wait(gpu, device.gather([0], regions[:1], device.claim(())))
-        else:
-            device.scatter(regions, [0, 1])
+        copy[way]()
     assert not any(gpu.streams)
 
 
@@ -342,7 +343,7 @@ def test_a_way_that_needs_a_kernel_is_refused_where_there_is_none():
     memory = torch.zeros(4, 4096, dtype=torch.uint8)
     gpu = SimulatedGpu(2, has_kernel=False)
     device = StagedDevice(gpu, page_table(page_views({"layer": memory}, 4), 4), memory, 1)
-    with pytest.raises(ConfigError, match="device_copy: 'kernel'.*triton"):
+    with pytest.raises(ConfigError, match=r"device_copy: 'kernel'.*triton"):
         calibrate(gpu, device, "kernel")
 
 
