@@ -163,13 +163,10 @@ class Mover:
 
     def _settle(self) -> None:
         """Wait for the device's copies, but not for ever."""
-        works = [work for work, _ in [*self._gathers, *self._scatters]]
         give_up_s = time.monotonic() + _SETTLE_S
-        while works := [work for work in works if is_done(work) is None]:
-            if time.monotonic() > give_up_s:
-                logger.error("%d copies of the device have not ended within %g s", len(works), _SETTLE_S)
-                return
-            time.sleep(0.001)
+        for work, _ in [*self._gathers, *self._scatters]:
+            while is_done(work) is None and time.monotonic() < give_up_s:
+                time.sleep(0.001)
 
     # Plans in.
 

@@ -67,7 +67,7 @@ class _Pending:
     failures: dict[int, dict[int, Reason]] = field(default_factory=dict)
     """Tier to position to reason, over all ranks."""
     took_s: float = 0.0
-    """Of a load: on the slowest rank."""
+    """On the slowest rank so far."""
     doomed: bool = False
     """A reset came in between: what arrives is dropped again."""
 
@@ -269,8 +269,7 @@ class Planner:
             known.update({at: max(why, known.get(at, why), key=_GRAVITY.index)
                           for at, why in report.failures.items()})  # fmt: skip
             pending.waiting[report.tier] -= 1
-            if isinstance(pending.op, Load) and report.tier == pending.op.tier:
-                pending.took_s = max(pending.took_s, report.seconds)
+            pending.took_s = max(pending.took_s, report.seconds)
             if pending.waiting[report.tier] == 0:
                 del pending.waiting[report.tier]
                 self._end_leg(pending, report.tier, now_s)

@@ -31,7 +31,11 @@ class Staging:
         self._count = max(1, nbytes // slot_bytes)
         self._memory = mmap.mmap(-1, self._count * slot_bytes)
         base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self._unpin = _page_lock(base, self._count * slot_bytes, pin) if pin else None
+        self._unpin: Callable[[], None] | None = None
+        try:
+            self._unpin = pin(base, self._count * slot_bytes) if pin else None
+        except KvbmError as error:
+            logger.warning("staging goes on with pageable memory; raise the limit, ulimit -l: %s", error)
         # Last in, first out: a slot just used is warm in the processor's cache.
         self._free = [
             Region(base + i * slot_bytes, region_bytes, owner=self._memory)
@@ -54,19 +58,3 @@ class Staging:
         if self._unpin:
             self._unpin()
             self._unpin = None
-
-
-def _page_lock(
-    address: int, nbytes: int, pin: Callable[[int, int], Callable[[], None]]
-) -> Callable[[], None] | None:
-    """Page-lock memory, or say that it goes without."""
-    try:
-        return pin(address, nbytes)
-    except KvbmError as error:
-        logger.warning(
-            "cannot page-lock %d bytes of staging memory: %s; going on with pageable memory. Raise the "
-            "memlock limit (ulimit -l) or write a smaller staging",
-            nbytes,
-            error,
-        )
-        return None

@@ -52,7 +52,7 @@ class Engine:
     def end(self):
         """Poll until no copy and no job is left; give the reports."""
         reports = []
-        while self.mover.active or self.mover.copying:
+        while self.mover.active or self.mover._gathers or self.mover._scatters:
             self.poll()
             reports += self.worker.reports()
         return reports

@@ -123,7 +123,7 @@ def test_a_slow_tier_that_must_be_asked_is_asked_again_when_a_try_is_due():
     (op,) = planner.take(4.0).lookups
     planner.report([Report(op.op, 0, {})], 4.0)
     tiers = planner.match(keys, 4.0)
-    assert planner.worth(tiers, 4.0) > 0
+    assert planner.guard.worth(tiers, 4.0) > 0
     others = chain_keys(root_key(), range(1000, 2000), 1)
     assert not planner.lookup(others, 5.0)
     assert planner.lookup(others, 40.0)

@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("vllm")
 from kvbm_core import Capabilities, Planner, Report, TierStatus, load_config
+from kvbm_metrics import Tally
 from kvbm_vllm._scheduler import SchedulerHalf
 from kvbm_vllm._values import Outcomes
 
@@ -22,9 +23,13 @@ def half():
         SimpleNamespace(model_config=None, parallel_config=SimpleNamespace(world_size=1)),
         SimpleNamespace(num_blocks=64, kv_cache_groups=[SimpleNamespace(kv_cache_spec=FullAttentionSpec())]),
     )
-    capabilities = Capabilities(capacity_blocks=64, addressable=True)
-    made._planner = Planner([[TierStatus("cpu", capabilities, [])]], block_tokens=TOKENS)
+    begin_with(made, TierStatus("cpu", Capabilities(capacity_blocks=64, addressable=True), []))
     return made
+
+
+def begin_with(made, *tiers):
+    made._planner = Planner([tiers], block_tokens=TOKENS)
+    made._tally = Tally(made._planner, [tiers], TOKENS, 4096)
 
 
 def request(name, tokens, **other):
@@ -145,7 +150,7 @@ def test_a_request_that_must_wait_for_room_is_judged_once():
     tokens = [*range(100 * TOKENS + 1)]
     capabilities = Capabilities(capacity_blocks=200, durable=True)
     keys = made._sequence(request("b", tokens)).keys.first(100)
-    made._planner = Planner([[TierStatus("disk", capabilities, keys)]], block_tokens=TOKENS)
+    begin_with(made, TierStatus("disk", capabilities, keys))
     made._planner.guard.computed(1600, 4.0, 1.0)  # 10 ms a block
     made._planner.guard.loaded(0, 100, 4.0, 1.0)  # 40 ms a block
     made._planner.guard._tried_s[0] = float("-inf")
