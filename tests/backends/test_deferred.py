@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import torch
 from simulated_gpu import SimulatedGpu
-from test_staged import METHODS, opened
+from test_staged import METHODS, opened, until
 
 from kvbm_core import Planner, Reason, Worker, chain_keys, load_config, make_namespace, root_key
 from kvbm_core.plan import Plan, Store
@@ -185,6 +185,8 @@ def test_an_engine_over_its_tiers_never_loads_what_is_not_its_keys(seed):  # noq
                 made.writes(blocks, keys)
             for _ in range(chance.randint(0, 3)):
                 made.poll()
+            while chance.random() < 0.2 and any(traffic.open for traffic in made.mover._traffic.values()):
+                until(lambda: made.poll() or not any(t.open for t in made.mover._traffic.values()))
             # An engine is not far ahead.
             while sum(map(len, made.gpu.streams)) > 40 or chance.random() < 0.5:
                 made.gpu.step()
