@@ -16,9 +16,11 @@ _OURS: Final = (
 def share_log() -> None:
     """Give our loggers vLLM's handlers; vLLM sets none on the root, so ours would be silent."""
     theirs = logging.getLogger("vllm")
+    # vLLM may have taken the root's handlers too; those get our lines already.
+    handlers = [each for each in theirs.handlers if each not in logging.getLogger().handlers]
     for name in _OURS:
         ours = logging.getLogger(name)
         ours.setLevel(theirs.level)
-        for handler in theirs.handlers:
+        for handler in handlers:
             if handler not in ours.handlers:
                 ours.addHandler(handler)
