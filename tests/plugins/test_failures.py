@@ -41,6 +41,25 @@ def test_a_tier_that_fails_costs_a_load_and_nothing_else(faulty, llama, start, f
     assert generate(llm, [fresh])[0] == answer
 
 
+def test_what_loads_more_slowly_than_it_computes_is_computed_after_one_try(faulty, llama, start):
+    """Each load takes a second, whatever it loads; so many tokens take a fraction of one to compute."""
+    prompt = next(p for p in make_prompts(60, seed=17, longest=1900) if len(p) > 1500)
+    llm = start(llama, [{"backend": "faulty", "capacity": "256MiB"}], extra={"only_faster": True})
+    answer = generate(llm, [prompt])
+    drain(llm)
+    faulty.fault = lambda transfer: "late" if transfer.op is Op.LOAD else None
+    forget(llm)
+    assert generate(llm, [prompt]) == answer
+    tried = loaded(llm)["faulty"]
+    assert 0 < tried <= 16 < (len(prompt) - 1) // 32
+    for _ in range(2):
+        forget(llm)
+        assert generate(llm, [prompt]) == answer
+    counts = connector(llm).counts["faulty"]
+    assert (counts.loaded, counts.failed.total()) == (tried, 0)
+    assert counts.declined == 3 * ((len(prompt) - 1) // 32) - tried
+
+
 def test_only_the_part_before_a_failed_block_is_used(faulty, llama, start):
     prompt = make_prompts(1, seed=13, longest=640)[-1]
     llm = start(llama, [{"backend": "faulty", "capacity": "64MiB"}])
