@@ -368,7 +368,13 @@ def test_an_interrupted_run_keeps_what_it_has(server, tmp_path):
 
     server.before = stall
     command = [sys.executable, "-m", "kvbm_bench", "chat", "--url", server.url, *SMALL, "--json", "run.json"]
-    with subprocess.Popen([*command, "--users", "1"], cwd=tmp_path, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [*command, "--users", "1"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        # What a shell starts beside itself ignores it, and so would this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         try:
             assert stalled.wait(PATIENCE_S)
             process.send_signal(signal.SIGINT)

@@ -539,7 +539,13 @@ def test_a_file_without_a_coordinator_is_an_error_of_the_command(tmp_path, capsy
 def test_watching(join, etcd_server, engine):
     worker = join(0)
     command = [sys.executable, "-m", "kvbm_etcd", "watch", "--interval", "0.1", "--endpoint"]
-    with subprocess.Popen([*command, etcd_server.endpoint], stdout=subprocess.PIPE, text=True) as watch:
+    with subprocess.Popen(
+        [*command, etcd_server.endpoint],
+        stdout=subprocess.PIPE,
+        text=True,
+        # What a shell starts beside itself ignores it, and so would this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as watch:
         try:
             assert f"+ {engine} worker 0 (host0" in watch.stdout.readline()
             join(1)
