@@ -37,7 +37,10 @@ def make_engine(model: Path, tiers: list[dict[str, Any]] | None, **options: Any)
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     from vllm import LLM
     from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
+    # An engine that was refused at its start leaves its worker's connector behind, and the next would get it.
+    ensure_kv_transfer_shutdown()
     extra = options.pop("extra", {})
     transfer = options.pop("transfer", {})
     if tiers is not None:
