@@ -25,8 +25,8 @@ logger = logging.getLogger("kvbm_vllm")
 class KvbmConnector(KVConnectorBase_V1):
     """Stores every complete block into the stack and loads what vLLM's prefix cache has lost.
 
-    Loads are asynchronous, stores hold no block back. What fails is
-    computed. Works with vLLM 0.28 to 0.33.
+    Loads are asynchronous, stores hold no block back. What fails is computed. Works with vLLM 0.26 to
+    0.33.
     """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
