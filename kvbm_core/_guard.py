@@ -10,6 +10,7 @@ as arguments.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -101,33 +102,36 @@ class Guard:
         computing = self._block_seconds()
         if computing is None or not tiers:
             return len(tiers)
-        taken = dict.fromkeys(tiers, 0.0)
-        tried = dict.fromkeys(tiers, 0)
+        taken, counts = dict.fromkeys(tiers, 0.0), dict.fromkeys(tiers, 0)
         budget_s = _TRIAL_FRACTION * computing * len(tiers)
+        costs = {tier: self._cost(tier, budget_s, now_s) for tier in taken}
         best, most_s, slowest_s = 0, 0.0, 0.0
         for at, tier in enumerate(tiers, 1):
-            seconds = self._loading[tier].seconds
-            if seconds is None and tier == self._trusted:
-                seconds = 0.0
-            if seconds is None or self._is_due(tier, seconds, computing, now_s):
-                # A try: bounded, and free as far as the choice goes.
-                tried[tier] += 1
-                if tried[tier] > (_TRIAL_BLOCKS if seconds is None else budget_s / seconds):
-                    break
-                seconds = 0.0
-            taken[tier] += seconds
-            slowest_s = max(slowest_s, taken[tier])
+            seconds, most_blocks = costs[tier]
+            counts[tier] += 1
+            if counts[tier] > most_blocks:
+                break
+            taken[tier] = spent_s = taken[tier] + seconds
+            # Written out, because thousands of blocks are asked for.
+            slowest_s = spent_s if spent_s > slowest_s else slowest_s
             if (saved_s := at * computing - slowest_s) > most_s:
                 best, most_s = at, saved_s
-        for tier in dict.fromkeys(tiers[:best]):
-            if self.is_slow(tier):
-                self._tried_s[tier] = now_s
+        for tier in filter(self.is_slow, dict.fromkeys(tiers[:best])):
+            self._tried_s[tier] = now_s
         return best
 
     def _block_seconds(self) -> float | None:
         seconds = self._computing.seconds
         return None if seconds is None or not self._block_tokens else seconds * self._block_tokens
 
-    def _is_due(self, tier: int, seconds: float, computing: float, now_s: float) -> bool:
-        """Say whether a tier that was slow when it was last asked shall be tried again."""
-        return seconds >= computing and now_s - self._tried_s[tier] >= _TRIAL_EVERY_S
+    def _cost(self, tier: int, budget_s: float, now_s: float) -> tuple[float, float]:
+        """Say what a block of a tier takes, in seconds, and how many may be loaded.
+
+        A try is bounded, and free as far as the choice goes: of a tier that nothing is known of, or of one
+        that was slow when it was last asked.
+        """
+        seconds = self._loading[tier].seconds
+        if seconds is None:
+            return 0.0, math.inf if tier == self._trusted else _TRIAL_BLOCKS
+        is_due = self.is_slow(tier) and not self.shuns(tier, now_s)
+        return (0.0, budget_s / seconds) if is_due else (seconds, math.inf)
