@@ -74,9 +74,13 @@ class Guard:
         return f"<Guard ms a block: computed {engine}, loaded {', '.join(speeds)}>"
 
     def computed(self, tokens: int, seconds: float, now_s: float) -> None:
-        """Take in that a step of the engine that computed so many tokens has ended, after this time."""
+        """Take in that a step of the engine that computed so many tokens has ended, after this time.
+
+        Tokens are 0 for a step that something else delayed.
+        """
         if tokens >= _MIN_TOKENS:
             self._computing.note(tokens, seconds, now_s)
+        self._computing.ended_s = now_s
 
     def loaded(self, tier: int, blocks: int, seconds: float, now_s: float) -> None:
         """Take in that blocks have been loaded, this time after the plan's arrival."""

@@ -21,12 +21,12 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
-from kvbm_core._moves import Failed, Job, Move, Traffic, failed_report, is_done, transfer_of
+from kvbm_core._moves import Failed, Job, Move, Traffic, failed_report, in_parts, is_done, transfer_of
 from kvbm_core._slots import Slots
 from kvbm_core._staging import Staging
 from kvbm_core.block import BlockKey
 from kvbm_core.device import Device, Stageable, Work
-from kvbm_core.errors import QueueFullError, TierError
+from kvbm_core.errors import KvbmError, QueueFullError, TierError
 from kvbm_core.layers import FOOTER_BYTES, DeadlineTier
 from kvbm_core.plan import Load, Lookup, Plan, Report, Store
 from kvbm_core.tier import Addressable, Completion, Outcome, Reason, Tier, Transfer
@@ -35,8 +35,11 @@ __all__ = ["Mover"]
 
 logger = logging.getLogger("kvbm_core")
 
-_LENT_BLOCKS: Final = 128
-"""Of the lender's, looked up and put on their way at once."""
+_AHEAD_BYTES: Final = 512 << 20
+"""On the device's streams at once: ten milliseconds of a link, so that the mover's thread may be late."""
+_PAUSE_S: Final = 0.001
+_COPY_PAUSE_S: Final = 0.0005
+"""While the device copies: it wakes nobody. Not shorter: each look takes the interpreter from the engine."""
 _SETTLE_S: Final = 10.0
 """How long copies under way are waited for at the end."""
 
@@ -73,17 +76,16 @@ class Mover:
         self._lock = threading.Lock()
         self._tickets = itertools.count(1)
         self._arrived: deque[Job] = deque()
+        self._lent: deque[list[Move]] = deque()
+        """Loads from the lender that were not started."""
         self._jobs: set[Job] = set()
-        self._gathers: list[tuple[Work, list[Move]]] = []
+        self._copies: list[tuple[Work, list[Move]]] = []
         self._landed: list[Move] = []
-        self._scatters: list[tuple[Work, list[Move]]] = []
         self._reports: list[Report] = []
         self._broken = False
 
     def __repr__(self) -> str:
-        ways = ", ".join(
-            f"{i}: {len(t.open)} open {len(t.loads) + len(t.stores)} queued" for i, t in self._traffic.items()
-        )
+        ways = ", ".join(f"{i}: {traffic!r}" for i, traffic in self._traffic.items())
         return f"<Mover {len(self._jobs)} jobs; {ways}; {self._slots!r}>"
 
     @property
@@ -92,45 +94,51 @@ class Mover:
         return not self._broken and bool(self._jobs or any(t.open for t in self._traffic.values()))
 
     @property
-    def scattering(self) -> bool:
-        """Whether the device has blocks on their way that requests wait for; it wakes nobody."""
-        return bool(self._scatters)
+    def pause_s(self) -> float | None:
+        """How long `poll` need not be called; None: until a plan comes, or a tier has ended something."""
+        return (_COPY_PAUSE_S if self._copies else _PAUSE_S) if self.active else None
 
     def submit(self, plan: Plan) -> None:
         """Start a plan: drops, then stores, then loads. In the engine's thread.
 
         Whatever the plan overwrites may be overwritten on return; where the device is not deferred, so may
-        the blocks of its stores.
+        the blocks of its stores. Raises what `_load_in_step` raises.
         """
         # All are noted before anything is done: whatever fails from here on, `fail_all` ends them.
         stores = [self._job(op, op.tiers) for op in plan.stores]
         loads = [self._job(op, [op.tier] if op.fill < 0 else [op.tier, op.fill]) for op in plan.loads]
         lookups = [self._job(op, [op.tier]) for op in plan.lookups]
-        if self._broken:
-            return
-        with self._lock:
-            for tier, keys in plan.drops:
-                self._drop(tier, keys)
+        in_step = [job for job in loads if isinstance(job.op, Load) and job.op.in_step]
         claimed = {block for op in plan.loads for block in op.blocks}.union(plan.overwrites)
-        self._take_stores(stores, claimed)
+        if not self._broken:
+            with self._lock:
+                for tier, keys in plan.drops:
+                    self._drop(tier, keys)
+            self._take_stores(stores, claimed)
+        elif not in_step:
+            return
         fence = self._device.claim(claimed) if claimed else None
         for job in loads:
             job.fence = fence
-        self._arrived.extend([*lookups, *loads])
+        for job in in_step:
+            self._load_in_step(job)
+        self._arrived.extend([*lookups, *(job for job in loads if job not in in_step)])
 
     def poll(self) -> None:
         """Bring everything forward as far as it goes without waiting."""
         if self._broken:
             return
         self._begin_arrived()
-        self._end_gathers()
+        self._end_copies()
+        self._start_lent()
         with self._lock:
             for position in self._traffic:
                 self._collect(position)
                 self._feed(position)
             landed, self._landed = self._landed, []
-        self._scatter(landed)
-        self._end_scatters()
+        if landed:
+            self._scatter(landed)
+            self._end_copies()
 
     @property
     def has_reports(self) -> bool:
@@ -164,7 +172,7 @@ class Mover:
     def _settle(self) -> None:
         """Wait for the device's copies, but not for ever."""
         give_up_s = time.monotonic() + _SETTLE_S
-        for work, _ in [*self._gathers, *self._scatters]:
+        for work, _ in list(self._copies):
             while is_done(work) is None and time.monotonic() < give_up_s:
                 time.sleep(0.001)
 
@@ -181,12 +189,8 @@ class Mover:
         return job
 
     def _drop(self, position: int, keys: Sequence[BlockKey]) -> None:
-        """Have a tier forget blocks; those still in use, as soon as they are not."""
         if position in self._traffic:
-            traffic = self._traffic[position]
-            late = {move.key for move in traffic.late.values()}
-            traffic.doomed |= late.intersection(keys)
-            traffic.tier.discard([key for key in keys if key not in late])
+            self._traffic[position].drop(keys)
             return
         for key in keys:
             self._slots.drop(key)
@@ -247,19 +251,22 @@ class Mover:
         except Exception:  # A device's error is as foreign as a tier's: it becomes an outcome.
             logger.exception("gather failed")
             work = Failed()
-        self._gathers.append((work, moves))
+        self._copies.append((work, moves))
 
-    def _end_gathers(self) -> None:
+    def _end_copies(self) -> None:
         with self._lock:
-            gathers = list(self._gathers)
+            copies = list(self._copies)
         # Asking starts copies, and the engine's thread must not wait for that.
-        ended = [(each, done) for each in gathers if (done := is_done(each[0])) is not None]
+        ended = [(each, done) for each in copies if (done := is_done(each[0])) is not None]
         with self._lock:
             if self._broken:  # The engine's blocks are not claimed any more: these bytes may be of others.
                 return
-            for each, done in ended:
-                self._gathers.remove(each)
-                self._end_gather(*each, done=done)
+            for (work, moves), done in ended:
+                self._copies.remove((work, moves))
+                if isinstance(moves[0].job.op, Store):
+                    self._end_gather(work, moves, done=done)
+                else:
+                    self._end_scatter(moves, done=done)
 
     def _end_gather(self, work: Work, moves: Sequence[Move], *, done: bool) -> None:
         lost = work.given_up if done else frozenset(range(len(moves)))
@@ -307,12 +314,32 @@ class Mover:
                 if job.op.tier != self._lender_at:
                     self._traffic[job.op.tier].loads.extend(moves)
                     continue
-            # In parts: the first blocks are on their way while the next are looked up, and are done with
-            # while the last are on their way.
-            for start in range(0, len(moves), _LENT_BLOCKS):
-                with self._lock:
-                    lent = self._borrow(moves[start : start + _LENT_BLOCKS])
-                self._scatter(lent)
+            self._lent += in_parts(moves)
+
+    def _start_lent(self) -> None:
+        """Start loads from the lender's memory, as far as the device has not enough to copy."""
+        ahead = sum(len(moves) for _, moves in self._copies if isinstance(moves[0].job.op, Load))
+        while self._lent and not self._broken and ahead * self._device.block_bytes < _AHEAD_BYTES:
+            ahead += len(self._lent[0])
+            self._load_lent(self._lent.popleft())
+
+    def _load_lent(self, moves: Sequence[Move]) -> list[Work]:
+        with self._lock:
+            lent = self._borrow(moves)
+        return self._scatter(lent)
+
+    def _load_in_step(self, job: Job) -> None:
+        """Have the engine's work wait for a load. In the engine's thread; also after a bug, see `fail_all`.
+
+        Raises:
+            KvbmError: If a block is not there. The engine would compute with whatever is in its place.
+        """
+        moves = [Move(job, at, self._lender_at) for at in range(len(job.op.keys))]
+        works = [work for part in in_parts(moves) for work in self._load_lent(part)]
+        if any(move.slot is None for move in moves) or any(isinstance(work, Failed) for work in works):
+            raise KvbmError("blocks that this step computes with cannot be loaded", operation="load")
+        for work in works:
+            self._device.join(work)
 
     def _borrow(self, moves: Sequence[Move]) -> list[Move]:
         """Find blocks in the lender's memory; give those that are there."""
@@ -368,11 +395,7 @@ class Mover:
             assert isinstance(self._device, Stageable)
             move.slot = self._slots.stage_on(self._device, self._device.block_bytes + FOOTER_BYTES)
             return move.slot is not None
-        if op.fill >= 0:
-            move.slot = self._slots.reserve(move.key)
-            move.fills = move.slot is not None
-        if move.slot is None:
-            move.slot = self._slots.stage()
+        move.slot, move.fills = self._slots.for_load(move.key, keep=op.fill >= 0)
         return move.slot is not None
 
     def _collect(self, position: int) -> None:
@@ -393,7 +416,7 @@ class Mover:
             late = traffic.late.pop(ticket, None)
             if late:
                 self._let_go(late, filled=False)
-                self._forget_doomed(traffic, late.key)
+                traffic.forget_doomed(late.key)
 
     def _collect_failed(self, traffic: Traffic, completion: Completion, move: Move) -> None:
         held = traffic.tier.holds(completion.ticket)
@@ -409,9 +432,9 @@ class Mover:
 
     # Device.
 
-    def _scatter(self, landed: list[Move]) -> None:
+    def _scatter(self, landed: list[Move]) -> list[Work]:
         """Start the copies into device blocks, one batch a job."""
-        batches: dict[Job, list[Move]] = {}
+        works, batches = [], dict[Job, list[Move]]()
         for move in landed:
             batches.setdefault(move.job, []).append(move)
         for job, moves in batches.items():
@@ -423,15 +446,10 @@ class Mover:
             except Exception:  # As in `_gather`.
                 logger.exception("scatter failed")
                 work = Failed()
-            self._scatters.append((work, moves))
-
-    def _end_scatters(self) -> None:
-        states = [(*each, is_done(each[0])) for each in self._scatters]
-        self._scatters = [(work, moves) for work, moves, done in states if done is None]
-        with self._lock:
-            for _, moves, done in states:
-                if done is not None:
-                    self._end_scatter(moves, done=done)
+            works.append(work)
+            with self._lock:
+                self._copies.append((work, moves))
+        return works
 
     def _end_scatter(self, moves: Sequence[Move], *, done: bool) -> None:
         if done and moves[0].tier == self._lender_at:  # All alike, and many.
@@ -457,13 +475,7 @@ class Mover:
         self._end_move(move, reason)
         self._let_go(move, filled=False)
         if move.tier in self._traffic:
-            self._forget_doomed(self._traffic[move.tier], move.key)
-
-    def _forget_doomed(self, traffic: Traffic, key: BlockKey) -> None:
-        """Have the tier forget a block that may be there and nobody knows, unless it is on its way again."""
-        if key in traffic.doomed and not traffic.busy_with(key):
-            traffic.doomed.remove(key)
-            traffic.tier.discard([key])
+            self._traffic[move.tier].forget_doomed(move.key)
 
     def _end_move(self, move: Move, reason: Reason) -> None:
         op = move.job.op
@@ -472,16 +484,11 @@ class Mover:
         self._end(move.job, move.at, move.tier, reason)
 
     def _end(self, job: Job, at: int, tier: int, reason: Reason, count: int = 1) -> None:
-        """Note how one block of a job ended in one tier, or that so many ended well."""
+        """Note how one block of a job ended in one tier, see `Job.end`."""
         if job not in self._jobs:
             return
-        if reason is not Reason.NONE:
-            job.failures.setdefault(tier, {})[at] = reason
-        job.left[tier] -= count
-        if job.left[tier] == 0:
-            del job.left[tier]
-            seconds = time.monotonic() - job.began_s
-            self._reports.append(Report(job.op.op, tier, job.failures.get(tier, {}), seconds))
+        if report := job.end(at, tier, reason, count):
+            self._reports.append(report)
         if not job.left:
             self._jobs.discard(job)
 

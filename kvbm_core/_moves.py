@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -15,10 +17,11 @@ from kvbm_core.layers import DeadlineTier
 from kvbm_core.plan import Load, Lookup, Report, Store
 from kvbm_core.tier import Op, Reason, Transfer
 
-__all__ = ["Failed", "Job", "Move", "Traffic", "failed_report", "is_done", "transfer_of"]
+__all__ = ["Failed", "Job", "Move", "Traffic", "failed_report", "in_parts", "is_done", "transfer_of"]
 
 logger = logging.getLogger("kvbm_core")
 
+_PART_BLOCKS: Final = 128
 _OPS: Final = {Store: Op.STORE, Load: Op.LOAD, Lookup: Op.LOOKUP}
 
 
@@ -34,6 +37,16 @@ class Job:
     fence: Fence = None
     """Where it came in the engine's order of work."""
     failures: dict[int, dict[int, Reason]] = field(default_factory=dict)
+
+    def end(self, at: int, tier: int, reason: Reason, count: int = 1) -> Report | None:
+        """Note how one block ended in one tier, or that so many ended well; report the last of a tier."""
+        if reason is not Reason.NONE:
+            self.failures.setdefault(tier, {})[at] = reason
+        self.left[tier] -= count
+        if self.left[tier]:
+            return None
+        del self.left[tier]
+        return Report(self.op.op, tier, self.failures.get(tier, {}), time.monotonic() - self.began_s)
 
 
 @dataclass(slots=True, eq=False)
@@ -53,7 +66,7 @@ class Move:
         return self.job.op.keys[self.at]
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Traffic:
     """What is under way in one tier behind its layers."""
 
@@ -68,10 +81,25 @@ class Traffic:
     doomed: set[BlockKey] = field(default_factory=set)
     """Keys of late moves, to be forgotten when the tier has let go: dropped, or stored too late."""
 
+    def __repr__(self) -> str:
+        return f"{len(self.open)} open {len(self.loads) + len(self.stores)} queued"
+
     def busy_with(self, key: BlockKey) -> bool:
         """Say whether a transfer of this block is under way."""
         moves = itertools.chain(self.open.values(), self.late.values(), self.loads, self.stores)
         return any(move.key == key for move in moves)
+
+    def drop(self, keys: Sequence[BlockKey]) -> None:
+        """Have the tier forget blocks; those still in use, as soon as they are not."""
+        late = {move.key for move in self.late.values()}
+        self.doomed |= late.intersection(keys)
+        self.tier.discard([key for key in keys if key not in late])
+
+    def forget_doomed(self, key: BlockKey) -> None:
+        """Have the tier forget a block that may be there and nobody knows, unless it is on its way again."""
+        if key in self.doomed and not self.busy_with(key):
+            self.doomed.remove(key)
+            self.tier.discard([key])
 
 
 class Failed(Work):
@@ -93,6 +121,11 @@ def is_done(work: Work) -> bool | None:
         if not isinstance(work, Failed):
             logger.exception("a device copy failed")
         return False
+
+
+def in_parts(moves: list[Move]) -> list[list[Move]]:
+    """Divide a load from the lender: the first blocks are on their way while the next are looked up."""
+    return [moves[start : start + _PART_BLOCKS] for start in range(0, len(moves), _PART_BLOCKS)]
 
 
 def transfer_of(ticket: int, move: Move) -> Transfer:

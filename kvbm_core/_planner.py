@@ -106,10 +106,11 @@ class Planner:
         self._ops = itertools.count(1)
         for position, statuses in enumerate(zip(*ranks, strict=True)):
             self._open(position, statuses, policy())
-        self._lender = next((i for i, tier in enumerate(self._tiers) if tier.lends), -1)
-        self.guard = Guard(len(self._tiers), block_tokens, self._lender)
+        self.lender = next((i for i, tier in enumerate(self._tiers) if tier.lends), -1)
+        """Position of the tier that lends its memory; -1 for none."""
+        self.guard = Guard(len(self._tiers), block_tokens, self.lender)
         self.loading_blocks = 0
-        """Blocks on their way to the device."""
+        """Blocks on their way to the device, for which requests wait. Of a load in-step, the device waits."""
 
     def __repr__(self) -> str:
         tiers = ", ".join(f"{t.name} {len(t.index)}/{t.index.capacity_blocks}" for t in self._tiers)
@@ -197,7 +198,13 @@ class Planner:
         return asking
 
     def load(
-        self, request: str, keys: Sequence[BlockKey], blocks: Sequence[int], tiers: Sequence[int]
+        self,
+        request: str,
+        keys: Sequence[BlockKey],
+        blocks: Sequence[int],
+        tiers: Sequence[int],
+        *,
+        in_step: bool = False,
     ) -> None:
         """Plan to load blocks, and keep them from being evicted until that is done.
 
@@ -206,6 +213,7 @@ class Planner:
             keys: Of consecutive blocks.
             blocks: The device blocks to fill, one a key.
             tiers: As `match` found them in this step, one a key.
+            in_step: The engine uses the blocks in this step; only from the tier that lends its memory.
         """
         for position in set(tiers):
             there = [key for key, tier in zip(keys, tiers, strict=True) if tier == position]
@@ -213,12 +221,11 @@ class Planner:
         fills = self._plan_fills(keys, tiers)
         start = 0
         for (tier, fill), run in itertools.groupby(zip(tiers, fills, strict=True)):
-            stop = start + len(list(run))
-            op = Load(next(self._ops), request, tier, fill, list(keys[start:stop]), list(blocks[start:stop]))
+            part = slice(start, start := start + len(list(run)))
+            op = Load(next(self._ops), request, tier, fill, list(keys[part]), list(blocks[part]), in_step)
             self._loads.append(op)
             self._expect(op, [tier] if fill < 0 else [tier, fill])
-            start = stop
-        self.loading_blocks += len(keys)
+        self.loading_blocks += 0 if in_step else len(keys)
 
     def store(
         self, keys: Sequence[BlockKey], blocks: Sequence[int], ancestors: Sequence[BlockKey], now_s: float
@@ -247,7 +254,7 @@ class Planner:
 
     def take(self, now_s: float) -> Plan:
         """Take everything planned since the last call."""
-        if self._lender >= 0:
+        if self.lender >= 0:
             for position in range(len(self._tiers)):
                 self._pay(position, now_s)
         drops, self._drops = self._drops, {}
@@ -309,7 +316,7 @@ class Planner:
 
     def _plan_fills(self, keys: Sequence[BlockKey], tiers: Sequence[int]) -> list[int]:
         """Choose which blocks the lender keeps as they pass through its memory."""
-        lender = self._lender
+        lender = self.lender
         lower = [
             key
             for key, tier in zip(keys, tiers, strict=True)
@@ -339,10 +346,10 @@ class Planner:
         """
         usable = tier.breaker.closed(now_s)
         room = max(0, self._max_store_blocks - tier.storing) if usable else 0
-        if self._lender < 0 or tier.lends:
+        if self.lender < 0 or tier.lends:
             tier.counts.dropped["backlog" if usable else "unusable"] += len(keys[room:])
             return keys[:room]
-        lent = self._tiers[self._lender].index
+        lent = self._tiers[self.lender].index
         fresh = [key for key in keys if key not in lent]
         self._owe(tier, [*fresh[room:], *(key for key in keys if key in lent)])
         return fresh[:room]
@@ -357,7 +364,7 @@ class Planner:
 
     def _pay(self, position: int, now_s: float) -> None:
         """Plan the copies from the lender that are owed to a tier."""
-        tier, lender = self._tiers[position], self._tiers[self._lender]
+        tier, lender = self._tiers[position], self._tiers[self.lender]
         if not tier.owed or not tier.breaker.closed(now_s):
             return
         keys: list[BlockKey] = []
@@ -435,7 +442,8 @@ class Planner:
 
     def _end_load(self, pending: _Pending, position: int) -> None:
         op, index = pending.op, self._tiers[position].index
-        self.loading_blocks -= len(op.keys)
+        assert isinstance(op, Load)
+        self.loading_blocks -= 0 if op.in_step else len(op.keys)
         # The head of a prefix is unpinned last and so evicted last.
         for key in reversed(op.keys):
             if index.unpin(key):
@@ -464,8 +472,8 @@ class Planner:
         op = pending.op
         if isinstance(op, Store) and not op.blocks:
             for key in op.keys:
-                if self._tiers[self._lender].index.unpin(key):
-                    self._discard(self._lender, [key])
+                if self._tiers[self.lender].index.unpin(key):
+                    self._discard(self.lender, [key])
 
     def _drop(self, position: int, key: BlockKey, *, corrupt: bool = False) -> None:
         """Forget a READY block, as soon as nobody reads it."""

@@ -70,6 +70,11 @@ class Slots:
         region = device.stage(nbytes)
         return None if region is None else Slot(region, when_free=[partial(device.unstage, region)])
 
+    def for_load(self, key: BlockKey, *, keep: bool) -> tuple[Slot | None, bool]:
+        """Use memory for a block that a load brings, and say whether it is the lender's, who may keep it."""
+        slot = self.reserve(key) if keep else None
+        return (slot, True) if slot else (self.stage(), False)
+
     def share(self, slot: Slot) -> Slot:
         """Add a user."""
         slot.users += 1

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Sequence
+from typing import Final
 
 from kvbm_core._mover import Mover
 from kvbm_core._registry import Registry
@@ -21,6 +22,9 @@ from kvbm_core.tier import Addressable, Backend, Capabilities, Tier, TierConfig,
 __all__ = ["Worker", "check_stack"]
 
 logger = logging.getLogger("kvbm_core")
+
+_LAST_POLL_S: Final = 10.0
+"""How long a poll under way is waited for when the mover has failed."""
 
 
 def check_stack(
@@ -68,12 +72,6 @@ class Worker:
         TierOpenError: If a tier cannot be opened; those already open are closed again.
     """
 
-    _TICK_S = 0.001
-    """How often the mover looks while something is in flight."""
-    _SCATTER_TICK_S = 0.0005
-    """Likewise while the device scatters what requests wait for. Not more often: each look takes the
-    interpreter from the engine."""
-
     def __init__(
         self,
         config: StackConfig,
@@ -100,6 +98,7 @@ class Worker:
         )  # fmt: skip
         self._status: list[TierStatus] | None = None
         self._closing = False
+        self._polling = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="kvbm-mover", daemon=True)
 
     def __repr__(self) -> str:
@@ -115,14 +114,20 @@ class Worker:
         return self._status
 
     def submit(self, plan: Plan) -> None:
-        """Start a plan, see `Mover.submit`. Waits for nothing but the gather of a device not `deferred`."""
+        """Start a plan, see `Mover.submit`. Waits for nothing but the gather of a device not `deferred`.
+
+        Raises:
+            Exception: If a load `in_step` cannot be started.
+        """
         self.status()
         if self._thread.ident is None and not self._closing:
             self._thread.start()
         try:
             self._mover.submit(plan)
-        except Exception:  # noqa: BLE001 - a bug of ours must not end the engine.
-            self._fail()
+        except Exception:
+            self._fail()  # A bug of ours must not end the engine, nor be answered with a wrong token.
+            if any(load.in_step for load in plan.loads):
+                raise
         if self._mover.active:
             self._event.set()
 
@@ -132,8 +137,8 @@ class Worker:
         return self._mover.take_reports()
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait until `reports` may have something. False if it took too long."""
-        return self._progress.wait(timeout_s)
+        """Wait until `reports` may have something. False if it took too long, or nothing is under way."""
+        return self._progress.wait(timeout_s if self._mover.active else 0)
 
     def close(self) -> None:
         """Finish or fail what is under way and close the tiers. May be called twice."""
@@ -150,11 +155,11 @@ class Worker:
 
     def _run(self) -> None:
         while not self._closing:
-            tick_s = self._SCATTER_TICK_S if self._mover.scattering else self._TICK_S
-            self._event.wait(tick_s if self._mover.active else None)
+            self._event.wait(self._mover.pause_s)
             self._event.clear()
             try:
-                self._mover.poll()
+                with self._polling:
+                    self._mover.poll()
             except Exception:  # noqa: BLE001 - as in `submit`.
                 self._fail()
             if self._mover.has_reports:
@@ -162,7 +167,11 @@ class Worker:
 
     def _fail(self) -> None:
         logger.exception("the mover failed; nothing is stored or loaded from here on")
+        # Not beside a poll: what that starts would be written after it was said to have failed.
+        alone = self._polling.acquire(timeout=_LAST_POLL_S)
         self._mover.fail_all()
+        if alone:
+            self._polling.release()
         self._progress.set()
 
 

@@ -78,11 +78,23 @@ class Device(ABC):
 
     @abstractmethod
     def scatter(self, regions: Sequence[Region], blocks: Sequence[int], fence: Fence = None) -> Work:
-        """Copy regions into blocks, one each. The engine must not use the blocks until it is done.
+        """Copy regions into blocks, one each. The engine must not use the blocks until it is done, or joined.
 
         The regions of a call are all in host memory, or all from `Stageable.stage`. What the engine had
         started before the fence still sees the blocks as they were.
         """
+
+    @property
+    def joins(self) -> bool:
+        """Whether there is `join`, so that the engine may use blocks in the step that loads them."""
+        return False
+
+    def join(self, work: Work) -> None:
+        """Have whatever the engine starts from here on wait for a scatter. Nobody waits on the host.
+
+        Called by the engine's thread, only where the device `joins`.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def pinner(self) -> Callable[[int, int], Callable[[], None]] | None:

@@ -37,6 +37,8 @@ class Load(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The tier that keeps what is read: the one that lends its memory; -1 for none."""
     keys: list[BlockKey]
     blocks: list[int]
+    in_step: bool = False
+    """The engine uses the blocks in the very step that the load is planned for, and its device waits."""
 
 
 class Lookup(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -70,6 +70,8 @@ class CpuTier(Tier, Addressable):
         self._free = list(range(slots - 1, -1, -1))
         self._reserved: dict[BlockKey, int] = {}
         self._published: dict[BlockKey, int] = {}
+        self._regions: dict[int, Region] = {}
+        """By slot, as far as they were lent."""
         self._done: list[Completion] = []
 
     def __repr__(self) -> str:
@@ -128,6 +130,7 @@ class CpuTier(Tier, Addressable):
         self._arena = self._unpin = None
         self._published.clear()
         self._reserved.clear()
+        self._regions.clear()
         self._free.clear()
 
     def reserve(self, key: BlockKey) -> Region | None:
@@ -188,7 +191,11 @@ class CpuTier(Tier, Addressable):
         return self._address + slot * self._slot_bytes
 
     def _region(self, slot: int) -> Region:
-        return Region(self._slot_address(slot), self._block_bytes, owner=self._arena)
+        region = self._regions.get(slot)
+        if region is None:
+            region = Region(self._slot_address(slot), self._block_bytes, owner=self._arena)
+            self._regions[slot] = region
+        return region
 
     def _take_reserved(self, key: BlockKey, verb: str) -> int:
         slot = self._reserved.pop(key, None)

@@ -1,8 +1,8 @@
 """What the copies ask of an accelerator: streams, events, memory, and three ways to move bytes.
 
-`Gpu` is that list, `CudaGpu` is CUDA: streams, events and memory by torch, which the engine brings along,
-copies by the driver itself (``libcuda``), because torch has no copy between two addresses. Its calls give
-the interpreter lock back. The functions used have kept their ABI since CUDA 4, the batched copy since 12.8.
+`Gpu` is that list, `CudaGpu` is CUDA: streams and memory by torch, which the engine brings along, copies and
+events by the driver itself (``libcuda``): torch has no copy between two addresses, and gives the interpreter
+lock away for every event. The functions used have kept their ABI since CUDA 4, the batched copy since 12.8.
 """
 
 from __future__ import annotations
@@ -68,9 +68,12 @@ class Gpu(ABC):
     @abstractmethod
     def copy_rows(
         self, stream: Stream, target: int, target_pitch: int, source: int, source_pitch: int,
-        row_bytes: int, rows: int,
+        row_bytes: int, rows: int, *, waits: bool = False,
     ) -> None:  # fmt: skip
-        """Copy `rows` rows of `row_bytes` bytes, each `pitch` bytes after the one before."""
+        """Copy `rows` rows of `row_bytes` bytes, each `pitch` bytes after the one before.
+
+        `waits`: the host memory is not page-locked, so that the call may wait for the copy.
+        """
 
     @abstractmethod
     def copy_batch(self, stream: Stream, targets: Addresses, sources: Addresses, sizes: Addresses) -> None:
@@ -134,6 +137,7 @@ class CudaGpu(Gpu):
         self._thread = threading.local()
         self._page_mover: PageMover = make_page_mover()
         self._streams: list[Any] = []
+        self._idle_events: list[int] = []
 
     def __repr__(self) -> str:
         return f"<CudaGpu {self.index} {self._torch.cuda.get_device_name(self.index)}>"
@@ -151,21 +155,28 @@ class CudaGpu(Gpu):
     def record(self, stream: Stream) -> Event:
         """See `Gpu.record`."""
         self._bind()
-        event = self._torch.cuda.Event()
-        event.record(stream)
+        try:  # Without a question before: several threads may want the last.
+            handle = self._idle_events.pop()
+        except IndexError:
+            handle = self._driver.event()
+        event = _Event(handle, self._idle_events)
+        self._driver.record(event.handle, stream.cuda_stream)
         return event
 
     def wait(self, stream: Stream, event: Event) -> None:
         """See `Gpu.wait`."""
-        stream.wait_event(event)
+        self._bind()
+        self._driver.wait(stream.cuda_stream, event.handle)
 
     def passed(self, event: Event) -> bool:
         """See `Gpu.passed`."""
-        return bool(event.query())
+        self._bind()
+        return self._driver.passed(event.handle)
 
     def wait_here(self, event: Event) -> None:
         """See `Gpu.wait_here`."""
-        event.synchronize()
+        self._bind()
+        self._driver.wait_here(event.handle)
 
     def memory(self, nbytes: int) -> tuple[int, Any]:
         """See `Gpu.memory`."""
@@ -178,12 +189,12 @@ class CudaGpu(Gpu):
 
     def copy_rows(
         self, stream: Stream, target: int, target_pitch: int, source: int, source_pitch: int,
-        row_bytes: int, rows: int,
+        row_bytes: int, rows: int, *, waits: bool = False,
     ) -> None:  # fmt: skip
         """See `Gpu.copy_rows`."""
         self._bind()
         self._driver.copy_rows(
-            stream.cuda_stream, target, target_pitch, source, source_pitch, row_bytes, rows
+            stream.cuda_stream, target, target_pitch, source, source_pitch, row_bytes, rows, waits=waits
         )
 
     def copy_batch(self, stream: Stream, targets: Addresses, sources: Addresses, sizes: Addresses) -> None:
@@ -245,6 +256,17 @@ _HOST_OR_DEVICE: Final = 4
 """CU_MEMORYTYPE_UNIFIED: the address says which."""
 
 
+_NO_TIMING: Final = 2
+"""CU_EVENT_DISABLE_TIMING."""
+_NOT_READY: Final = 600
+"""CUDA_ERROR_NOT_READY."""
+_QUICK: Final = {
+    "cuEventRecord": (ctypes.c_void_p, ctypes.c_void_p),
+    "cuStreamWaitEvent": (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint),
+    "cuEventQuery": (ctypes.c_void_p,),
+}
+
+
 class _Rows(ctypes.Structure):
     """CUDA_MEMCPY2D of the driver's header."""
 
@@ -268,14 +290,34 @@ class _Attributes(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Event:
+    """An event of the driver's. Where nobody wants to know of it any more, it is used again."""
+
+    __slots__ = ("_idle", "handle")
+
+    def __init__(self, handle: int, idle: list[int]) -> None:
+        self.handle = handle
+        self._idle = idle
+
+    def __del__(self) -> None:
+        self._idle.append(self.handle)
+
+
 class _Driver:
-    """The driver's library, as far as it is used."""
+    """The driver's library, as far as it is used.
+
+    Calls that only note something on a stream are made with the interpreter lock kept. To give it away costs
+    far more than such a call where another thread, the engine's, wants it all the time.
+    """
 
     def __init__(self) -> None:
         try:
             self._library = ctypes.CDLL("libcuda.so.1")
+            self._quick = ctypes.PyDLL("libcuda.so.1")
         except OSError as error:
             raise KvbmError(f"the CUDA driver's library: {error}", operation="open") from error
+        for call, types in _QUICK.items():
+            getattr(self._quick, call).argtypes = types
         # CUDA 12.8 and newer.
         self._batch = getattr(self._library, "cuMemcpyBatchAsync", None)
 
@@ -296,12 +338,34 @@ class _Driver:
     def unpin(self, address: int) -> None:
         self._check("cuMemHostUnregister", self._library.cuMemHostUnregister(ctypes.c_void_p(address)))
 
+    def event(self) -> int:
+        handle = ctypes.c_void_p()
+        self._check("cuEventCreate", self._library.cuEventCreate(ctypes.byref(handle), _NO_TIMING))
+        assert handle.value is not None
+        return handle.value
+
+    def record(self, event: int, stream: int) -> None:
+        self._check("cuEventRecord", self._quick.cuEventRecord(event, stream))
+
+    def wait(self, stream: int, event: int) -> None:
+        self._check("cuStreamWaitEvent", self._quick.cuStreamWaitEvent(stream, event, 0))
+
+    def passed(self, event: int) -> bool:
+        status: int = self._quick.cuEventQuery(event)
+        if status != _NOT_READY:
+            self._check("cuEventQuery", status)
+        return status == 0
+
+    def wait_here(self, event: int) -> None:
+        self._check("cuEventSynchronize", self._library.cuEventSynchronize(ctypes.c_void_p(event)))
+
     def copy_rows(
         self, stream: int, target: int, target_pitch: int, source: int, source_pitch: int,
-        row_bytes: int, rows: int,
+        row_bytes: int, rows: int, *, waits: bool,
     ) -> None:  # fmt: skip
+        library = self._library if waits else self._quick
         if rows == 1 or target_pitch == source_pitch == row_bytes:
-            status = self._library.cuMemcpyAsync(
+            status = library.cuMemcpyAsync(
                 ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(row_bytes * rows),
                 ctypes.c_void_p(stream),
             )  # fmt: skip
@@ -312,13 +376,13 @@ class _Driver:
             dstMemoryType=_HOST_OR_DEVICE, dstDevice=target, dstPitch=target_pitch,
             WidthInBytes=row_bytes, Height=rows,
         )  # fmt: skip
-        status = self._library.cuMemcpy2DAsync_v2(ctypes.byref(copy), ctypes.c_void_p(stream))
+        status = library.cuMemcpy2DAsync_v2(ctypes.byref(copy), ctypes.c_void_p(stream))
         self._check("cuMemcpy2DAsync", status)
 
     def copy_batch(self, stream: int, targets: Addresses, sources: Addresses, sizes: Addresses) -> None:
         if self._batch is None:
             for target, source, nbytes in zip(targets, sources, sizes, strict=True):
-                self.copy_rows(stream, int(target), 0, int(source), 0, int(nbytes), 1)
+                self.copy_rows(stream, int(target), 0, int(source), 0, int(nbytes), 1, waits=True)
             return
         attributes, first, failed = _Attributes(srcAccessOrder=1), ctypes.c_size_t(0), ctypes.c_size_t()
         status = self._batch(

@@ -4,7 +4,8 @@
     DMA      DMA               page by page, in one batched call; good where pages are large
     KERNEL   kernel            threads read or write host memory themselves; takes multiprocessors
 
-Every piece has its own place for its jobs (which block, which flat address), filled anew for each use.
+A list of jobs (which block, which flat address) goes to the accelerator with each piece on the way out, and
+once for all pieces of a load.
 """
 
 from __future__ import annotations
@@ -28,14 +29,16 @@ from kvbm_device._pages import PageTable
 
 __all__ = ["Link", "Method", "PinnedMemory", "Way"]
 
-_PIECE_BYTES: Final = 32 << 20
-"""Half a millisecond on the link: what is said to the driver for each piece is not felt."""
+_PIECE_BYTES: Final = {"out": 32 << 20, "in": 64 << 20}
+"""Half a millisecond on the link, and a whole one: what is said to the driver for each piece is not felt. In
+larger, because requests wait for loads, and their thread shall leave the interpreter to the engine."""
 _MIN_PIECES: Final = 2
 _MOST_RUNS: Final = 2
-"""Of rows, each a call to the driver; more are one call that names every block. A call gives the interpreter
-lock away, and beside a thread that computes it comes back only after milliseconds."""
+"""Of rows, each a call to the driver; more are one call that names every block."""
 _MAX_PITCH_BYTES: Final = (1 << 31) - 1
 """Of the driver's copy of rows."""
+_JOB_BYTES: Final = 16
+"""Of a block's number and its flat address."""
 
 
 class Way(enum.Enum):
@@ -85,8 +88,9 @@ class Link:
         self.method = Method(Way.STAGED)
         """Chosen by whoever opens the device."""
         self.block_bytes = block_bytes = table.block_bytes
-        self.pieces = max(_MIN_PIECES, staging_bytes // max(_PIECE_BYTES, block_bytes))
-        self.piece_blocks = max(1, min(_PIECE_BYTES, staging_bytes // self.pieces) // block_bytes)
+        piece_bytes = _PIECE_BYTES["out" if gather else "in"]
+        self.pieces = max(_MIN_PIECES, staging_bytes // max(piece_bytes, block_bytes))
+        self.piece_blocks = max(1, min(piece_bytes, staging_bytes // self.pieces) // block_bytes)
         self.piece_bytes = self.piece_blocks * block_bytes
         self._staging, self._memory = gpu.memory(self.pieces * self.piece_bytes)
         # All that can be on its way at once: on the way in, each of the engine's blocks.
@@ -105,22 +109,23 @@ class Link:
         Returns:
             When the blocks have been read, and when the regions are filled.
         """
-        method = self._method(regions)
+        addresses = _addresses(regions)
+        method = self._method(addresses)
         for fence in fences:
             self._gpu.wait(self._copies if method.way is Way.DMA else self._kernels, fence)
         if method.way is Way.DMA:
-            self._batch(blocks, regions)
+            self._batch(blocks, addresses)
             done = self._gpu.record(self._copies)
             return done, done
         staged = method.way is Way.STAGED
-        flats = self._flats(buffer, len(blocks)) if staged else _addresses(regions)
-        self._move(self._kernels, blocks, flats, method)
+        flats = self._flats(buffer, len(blocks)) if staged else addresses
+        self._run(self._jobs.send(self._kernels, blocks, flats), len(blocks), int(flats[0]), method)
         read = self._gpu.record(self._kernels)
         self._jobs.used_until(read)
         if not staged:
             return read, read
         self._gpu.wait(self._copies, read)
-        self._copy(regions, int(flats[0]))
+        self._copy(addresses, int(flats[0]))
         return read, self._gpu.record(self._copies)
 
     def load(self, regions: Sequence[Region], blocks: Sequence[int], fence: Event) -> Event:
@@ -129,20 +134,18 @@ class Link:
         Returns:
             When the blocks are there.
         """
-        staged = bool(regions) and regions[0].on_device
-        method = Method(Way.KERNEL) if staged else self._method(regions)
+        if not regions:
+            return fence
+        addresses, on_device = _addresses(regions), regions[0].on_device
+        method = Method(Way.KERNEL) if on_device else self._method(addresses)
         if method.way is Way.DMA:
             self._gpu.wait(self._copies, fence)
-            self._batch(blocks, regions)
+            self._batch(blocks, addresses)
             return self._gpu.record(self._copies)
         self._gpu.wait(self._kernels, fence)
         if method.way is Way.KERNEL:
-            return self._load_directly(regions, blocks, method)
-        done = fence
-        for start in range(0, len(blocks), self.piece_blocks):
-            part = slice(start, start + self.piece_blocks)
-            done = self._load_piece(regions[part], blocks[part], method)
-        return done
+            return self._load_directly(addresses, blocks, method)
+        return self._load_staged(addresses, blocks, method)
 
     def measure(self, address: int, nbytes: int) -> float:
         """Copy between host memory and staging, and wait for it.
@@ -153,7 +156,7 @@ class Link:
         nbytes = min(nbytes, self.pieces * self.piece_bytes)
         target, source = (address, self._staging) if self._gather else (self._staging, address)
         start_s = time.perf_counter()
-        self._gpu.copy_rows(self._copies, target, 0, source, 0, nbytes, 1)
+        self._gpu.copy_rows(self._copies, target, 0, source, 0, nbytes, 1, waits=True)
         self._gpu.wait_here(self._gpu.record(self._copies))
         return nbytes / (time.perf_counter() - start_s)
 
@@ -162,31 +165,38 @@ class Link:
         self._jobs.close()
         self._memory = None
 
-    def _load_piece(self, regions: Sequence[Region], blocks: Sequence[int], method: Method) -> Event:
-        buffer, self._next = self._next, (self._next + 1) % self.pieces
-        free = self._free[buffer]
-        if free is not None:
-            self._gpu.wait(self._copies, free)
-        flats = self._flats(buffer, len(blocks))
+    def _load_staged(self, addresses: npt.NDArray[np.int64], blocks: Sequence[int], method: Method) -> Event:
+        starts = range(0, len(blocks), self.piece_blocks)
+        buffers = [(self._next + at) % self.pieces for at in range(len(starts))]
+        self._next = (self._next + len(starts)) % self.pieces
+        flats = np.concatenate([self._flats(buffer, self.piece_blocks) for buffer in buffers])[: len(blocks)]
         jobs = self._jobs.send(self._copies, blocks, flats)
-        self._copy(regions, int(flats[0]))
-        self._gpu.wait(self._kernels, self._gpu.record(self._copies))
-        self._run(jobs, len(blocks), int(flats[0]), method)
-        self._free[buffer] = done = self._gpu.record(self._kernels)
+        for start, buffer in zip(starts, buffers, strict=True):
+            part = addresses[start : start + self.piece_blocks]
+            free = self._free[buffer]
+            if free is not None:
+                self._gpu.wait(self._copies, free)
+            self._copy(part, int(flats[start]))
+            self._gpu.wait(self._kernels, self._gpu.record(self._copies))
+            self._run(jobs + start * _JOB_BYTES, len(part), int(flats[start]), method)
+            self._free[buffer] = done = self._gpu.record(self._kernels)
         self._jobs.used_until(done)
         return done
 
-    def _load_directly(self, regions: Sequence[Region], blocks: Sequence[int], method: Method) -> Event:
-        flats, step = _addresses(regions), len(blocks) if self._gpu.has_kernel else 1
+    def _load_directly(
+        self, addresses: npt.NDArray[np.int64], blocks: Sequence[int], method: Method
+    ) -> Event:
+        step = len(blocks) if self._gpu.has_kernel else 1
+        jobs = self._jobs.send(self._kernels, blocks, addresses)
         for at in range(0, len(blocks), step):
-            self._move(self._kernels, blocks[at : at + step], flats[at : at + step], method)
+            self._run(jobs + at * _JOB_BYTES, min(step, len(blocks) - at), int(addresses[at]), method)
         done = self._gpu.record(self._kernels)
         self._jobs.used_until(done)
         return done
 
-    def _method(self, regions: Sequence[Region]) -> Method:
+    def _method(self, addresses: npt.NDArray[np.int64]) -> Method:
         """Take the way that was chosen; a kernel reaches page-locked memory only."""
-        if self.method.way is Way.KERNEL and not all(self._pinned.end_of(r.address) for r in regions):
+        if self.method.way is Way.KERNEL and not all(map(self._pinned.end_of, addresses.tolist())):
             return Method(Way.STAGED)
         return self.method
 
@@ -194,21 +204,18 @@ class Link:
         start = self._staging + buffer * self.piece_bytes
         return start + np.arange(count, dtype=np.int64) * self.block_bytes
 
-    def _move(self, stream: Any, blocks: Sequence[int], flats: npt.NDArray[np.int64], method: Method) -> None:
-        self._run(self._jobs.send(stream, blocks, flats), len(blocks), int(flats[0]), method)
-
     def _run(self, jobs: int, count: int, flat: int, method: Method) -> None:
         self._gpu.move_pages(
             self._kernels, self._table, jobs, count, flat, gather=self._gather, programs=method.programs
         )
 
-    def _copy(self, regions: Sequence[Region], staged: int) -> None:
-        """Copy between contiguous staging and regions: as rows where these lie at equal distances."""
+    def _copy(self, addresses: npt.NDArray[np.int64], staged: int) -> None:
+        """Copy between contiguous staging and host memory: as rows where addresses are at equal distances."""
         block_bytes = self.block_bytes
-        runs = list(_runs([r.address for r in regions], self._pinned.end_of))
-        if len(runs) > _MOST_RUNS and self._pinned.end_of(runs[0][0]):
-            places = np.uint64(staged) + np.arange(len(regions), dtype=np.uint64) * np.uint64(block_bytes)
-            flats, sizes = _addresses(regions).astype(np.uint64), np.full_like(places, block_bytes)
+        runs, waits = self._few_runs(addresses), not self._pinned.end_of(int(addresses[0]))
+        if runs is None:
+            places = np.uint64(staged) + np.arange(len(addresses), dtype=np.uint64) * np.uint64(block_bytes)
+            flats, sizes = addresses.astype(np.uint64), np.full_like(places, block_bytes)
             if self._gather:
                 self._gpu.copy_batch(self._copies, flats, places, sizes)
             else:
@@ -217,14 +224,28 @@ class Link:
         for address, pitch, rows in runs:
             inside, outside = (staged, block_bytes), (address, pitch or block_bytes)
             target, source = (outside, inside) if self._gather else (inside, outside)
-            self._gpu.copy_rows(self._copies, *target, *source, block_bytes, rows)
+            self._gpu.copy_rows(self._copies, *target, *source, block_bytes, rows, waits=waits)
             staged += rows * block_bytes
 
-    def _batch(self, blocks: Sequence[int], regions: Sequence[Region]) -> None:
+    def _few_runs(self, addresses: npt.NDArray[np.int64]) -> list[tuple[int, int, int]] | None:
+        """Give the runs of rows; None if they are so many that one call which names every block is better."""
+        first, last, end_of = int(addresses[0]), int(addresses[-1]), self._pinned.end_of
+        steps = np.diff(addresses)
+        pitch = int(steps[0]) if len(steps) else 0
+        alike = not len(steps) or (0 < pitch <= _MAX_PITCH_BYTES and bool((steps == pitch).all()))
+        if alike and end_of(first) == end_of(last):
+            return [(first, pitch, len(addresses))]
+        # Between two runs the distance changes twice at most.
+        if end_of(first) and np.count_nonzero(np.diff(steps)) > 2 * _MOST_RUNS:
+            return None
+        runs = list(_runs(addresses.tolist(), end_of))
+        return None if end_of(first) and len(runs) > _MOST_RUNS else runs
+
+    def _batch(self, blocks: Sequence[int], addresses: npt.NDArray[np.int64]) -> None:
         bases, strides, offsets, sizes = self._views
         numbers = np.asarray(blocks, dtype=np.uint64)[:, None]
         pages = (bases + strides * numbers).ravel()
-        flats = (_addresses(regions).astype(np.uint64)[:, None] + offsets).ravel()
+        flats = (addresses.astype(np.uint64)[:, None] + offsets).ravel()
         target, source = (flats, pages) if self._gather else (pages, flats)
         self._gpu.copy_batch(self._copies, target, source, np.tile(sizes, len(blocks)))
 
@@ -242,6 +263,9 @@ class PinnedMemory:
         with self._lock:
             bisect.insort(self._starts, address)
             self._ends[address] = address + nbytes
+
+    def __bool__(self) -> bool:
+        return bool(self._starts)
 
     def remove(self, address: int) -> bool:
         """Forget the range that starts here. False if there is none."""
@@ -274,7 +298,7 @@ class _Jobs:
     def __init__(self, gpu: Gpu, most: int) -> None:
         self._gpu = gpu
         self._rows = rows = 3 * most
-        nbytes = -(-rows * 16 // mmap.PAGESIZE) * mmap.PAGESIZE
+        nbytes = -(-rows * _JOB_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
         memory = mmap.mmap(-1, nbytes)
         self._host = np.frombuffer(memory, dtype=np.int64)[: 2 * rows].reshape(rows, 2)
         # The page lock last: where there is no memory, nothing is left locked.
@@ -293,8 +317,8 @@ class _Jobs:
         self._head = stop
         self._host[start:stop, 0] = blocks
         self._host[start:stop, 1] = flats
-        address = self._device + start * 16
-        self._gpu.copy_rows(stream, address, 0, self._host.ctypes.data + start * 16, 0, count * 16, 1)
+        address, nbytes = self._device + start * _JOB_BYTES, count * _JOB_BYTES
+        self._gpu.copy_rows(stream, address, 0, self._host.ctypes.data + start * _JOB_BYTES, 0, nbytes, 1)
         self._sent = (start, stop)
         return address
 

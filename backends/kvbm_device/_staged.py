@@ -127,6 +127,7 @@ class StagedDevice(Device, Stageable):
         self._waits: deque[_Wait] = deque()
         self._pieces: deque[_Piece] = deque()
         self._free = list(range(self._out.pieces))
+        self._filling = True
         self._reading = gpu.stream(urgent=True)
         self._bounce = threading.local()
         self._places: list[int] | None = None
@@ -201,13 +202,28 @@ class StagedDevice(Device, Stageable):
                 self._halt()
                 raise
 
+    @property
+    def joins(self) -> bool:
+        """See `Device.joins`. The driver waits for copies of memory that is not page-locked."""
+        return bool(self._pinned)
+
+    def join(self, work: Work) -> None:
+        """See `Device.join`."""
+        assert isinstance(work, _Loaded)
+        self._gpu.wait(self._gpu.engine_stream(), work.event)
+
     def advance(self) -> None:
-        """Read what waits as far as staging is free, and see what has arrived. Waits for nothing."""
+        """Read what waits as far as staging is free, and see what has arrived. Waits for nothing.
+
+        Once all staging was on its way it is filled again when all of it has arrived: as long as there is
+        something on its way, the hardware lets no copy of the engine's out, such as the tokens of a step.
+        """
         more = True
         while more:
             with self._lock:  # Given back between pieces: the engine may want to claim.
                 self._reap()
-                more = bool(self._waits and self._free)
+                self._filling = bool(self._free) and (self._filling or not self._pieces)
+                more = bool(self._waits and self._filling)
                 if more:
                     waits = [self._waits.popleft() for _ in range(self._take())]
                     self._read(waits)
@@ -275,7 +291,7 @@ class StagedDevice(Device, Stageable):
         if memory is None or len(memory) < region.nbytes:
             memory = self._bounce.memory = mmap.mmap(-1, region.nbytes)
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        self._gpu.copy_rows(self._reading, address, 0, region.address, 0, region.nbytes, 1)
+        self._gpu.copy_rows(self._reading, address, 0, region.address, 0, region.nbytes, 1, waits=True)
         self._gpu.wait_here(self._gpu.record(self._reading))
         return memoryview(memory)[: region.nbytes]
 

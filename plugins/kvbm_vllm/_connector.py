@@ -25,8 +25,8 @@ logger = logging.getLogger("kvbm_vllm")
 class KvbmConnector(KVConnectorBase_V1):
     """Stores every complete block into the stack and loads what vLLM's prefix cache has lost.
 
-    Loads are asynchronous, stores hold no block back. What fails is computed. Works with vLLM 0.26 to
-    0.33.
+    Loads hold nobody up but who waits for them, stores hold no block back. What fails is computed. Works
+    with vLLM 0.26 to 0.33.
     """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
@@ -68,7 +68,7 @@ class KvbmConnector(KVConnectorBase_V1):
         self._scheduler().start([each for each in metadata.values() if isinstance(each, Handshake)])
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Say how many tokens can be loaded beyond those vLLM has; loads are asynchronous."""
+        """Say how many tokens can be loaded beyond those vLLM has, and whether it shall wait to be told."""
         return self._scheduler().match(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
@@ -80,7 +80,7 @@ class KvbmConnector(KVConnectorBase_V1):
         return self._scheduler().step(scheduler_output)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """Plan to store what is left. vLLM may free the blocks at once."""
+        """Note that what is left shall be stored. vLLM may free the blocks at once."""
         self._scheduler().finished(request)
         return False, None
 
@@ -118,7 +118,7 @@ class KvbmConnector(KVConnectorBase_V1):
         self._worker().begin(self._connector_metadata)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Loads are asynchronous: a request is not computed before they have ended."""
+        """No layer waits alone: a request is computed after its load, or behind it on the stream."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         """Blocks are stored whole, by the plan."""

@@ -7,7 +7,8 @@ the step that computed it, so that is when it is planned:
     step k+1  plans blocks below n // block     (worker gathers *before* anything of k+1 is computed)
 
 Therefore vLLM may give the blocks away in step k+1, to a finished or preempted request's successor,
-and nothing has to be held back or waited for.
+and nothing has to be held back or waited for. Where step k+1 computes nothing and gives nothing away, while
+the result of step k is still awaited, it leaves the planning to the next.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -57,6 +59,8 @@ class _Sequence:
     """Of the last match, what is not worth loading included."""
     match_tiers: list[int] = field(default_factory=list)
     """The last match: first block, and for each block the tier it was found in."""
+    in_step: bool = False
+    """Whether the last match shall be loaded in the step that computes the rest."""
     judged: tuple[int, list[int]] | None = None
     """The match that was last weighed against computing, until blocks are given for what came of it."""
     worth: int = 0
@@ -93,12 +97,20 @@ class SchedulerHalf:
         self._server: MetricsServer | None = None
         self._sequences: dict[str, _Sequence] = {}
         self._running: set[str] = set()
-        """Requests scheduled in the last step."""
+        """Requests scheduled in a step, whose blocks were not offered since."""
+        self._ended: list[_Sequence] = []
+        """Of requests that have finished, and whose last blocks were not offered."""
         self._given: list[int] = []
         """Device blocks that this step gives to requests to write into."""
         self._step = 0
+        self._heard = 0
+        """The last step whose outcomes have come."""
+        self._joins = False
+        """Whether a step can wait for the load of its blocks, on every rank."""
+        self._admits = False
+        """Whether a request was given its first blocks since the last step."""
         self._computing: dict[int, tuple[int, float]] = {}
-        """Of steps under way, by number: tokens, and when it was planned."""
+        """Of steps under way, by number: tokens, and when it was planned. No tokens where loads delay it."""
 
     def __repr__(self) -> str:
         return f"<SchedulerHalf {len(self._sequences)} requests; {self._planner!r}>"
@@ -126,12 +138,16 @@ class SchedulerHalf:
             max_store_blocks=self._config.max_store_blocks,
             block_tokens=self._block_tokens if self._config.only_faster else 0,
         )
+        self._joins = all(handshake.joins for handshake in handshakes)
         self._tally = Tally(self._planner, status, self._block_tokens, block_bytes)
         self._server = open_server(self._vllm_config)
         logger.info("KvbmConnector is ready: %r", self._planner)
 
     def match(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Say how many tokens after `num_computed_tokens` can be loaded; None: ask again."""
+        """Say how many tokens after `num_computed_tokens` can be loaded; None: ask again.
+
+        And whether vLLM shall compute the rest in a later step, when it is told that they are there.
+        """
         sequence, planner = self._sequence(request), self._planner
         if sequence is None or planner is None or not sequence.may_load:
             return 0, False
@@ -157,12 +173,14 @@ class SchedulerHalf:
         if not tiers:
             return 0, False
         if planner.loading_blocks and planner.loading_blocks + len(tiers) > self._max_load_blocks:
-            # Blocks that wait for loads cannot be preempted. Loads end by their deadline, so does this.
+            # Blocks that wait for loads cannot be preempted. Loads end, so does this.
             return None, False
-        return len(tiers) * self._block_tokens, True
+        sequence.in_step = self._fits_in_step(tiers)
+        return len(tiers) * self._block_tokens, not sequence.in_step
 
     def allocated(self, request: Any, blocks: list[int], num_external_tokens: int) -> None:
         """Plan the load that was matched, into the blocks vLLM has given to the request."""
+        self._admits = True
         sequence = self._sequence(request)
         if sequence is None or self._planner is None or self._tally is None:
             return
@@ -184,15 +202,18 @@ class SchedulerHalf:
                 sequence.keys.first(start + count)[start:],
                 blocks[start : start + count],
                 sequence.match_tiers[:count],
+                in_step=sequence.in_step,
             )
 
     def step(self, output: Any) -> StepPlan:
         """Plan one step, given what vLLM has scheduled for it."""
         now_s = time.monotonic()
-        for request_id in self._running:
-            self._offer(self._sequences[request_id], now_s)
-        self._running.clear()
-        self._given = []
+        tokens = output.total_num_scheduled_tokens
+        # vLLM takes the result of a step that computed only after one more step, and somebody waits for it:
+        # if that step gives no blocks away, what there is to store can wait, too.
+        if tokens or self._admits or output.preempted_req_ids or not self._computing:
+            self._offer_all(now_s)
+        self._given, self._admits = [], False
         for request_id in output.preempted_req_ids or ():
             if request_id in self._sequences:
                 self._sequences[request_id].computed_tokens = 0
@@ -201,21 +222,23 @@ class SchedulerHalf:
             return StepPlan()
         plan = msgspec.structs.replace(self._planner.take(now_s), overwrites=self._given)
         self._tally.planned(plan)
-        tokens = output.total_num_scheduled_tokens
         self._step += 1
         if tokens:
-            self._computing[self._step] = (tokens, now_s)
-            self._computing.pop(self._step - _MAX_STEPS, None)
-        return StepPlan(plan, self._step, computes=tokens > 0, idle=not self._computing)
+            delayed = any(load.in_step for load in plan.loads)
+            self._computing[self._step] = (0 if delayed else tokens, now_s)
+        while self._computing and next(iter(self._computing)) <= self._step - _MAX_STEPS:
+            del self._computing[next(iter(self._computing))]
+        idle = not self._computing
+        return StepPlan(plan, self._step, computes=tokens > 0, idle=idle, heard=self._heard)
 
     def finished(self, request: Any) -> None:
-        """Plan to store what the request has computed last, and forget it."""
+        """Forget a request. What it has computed last is stored with the next step's plan."""
         sequence = self._sequences.pop(request.request_id, None)
         self._running.discard(request.request_id)
         if self._tally:
             self._tally.finished(request.request_id)
         if sequence:
-            self._offer(sequence, time.monotonic())
+            self._ended.append(sequence)
 
     def outcomes(self, outcomes: Any) -> None:
         """Take in what the workers report."""
@@ -223,6 +246,7 @@ class SchedulerHalf:
             return
         self._tally.reported(outcomes.reports, outcomes.copied)
         now_s = time.monotonic()
+        self._heard = outcomes.step
         tokens, began_s = self._computing.pop(outcomes.step, (0, now_s))
         self._planner.guard.computed(tokens, now_s - began_s, now_s)
         for op, failures in self._planner.report(outcomes.reports, now_s):
@@ -232,7 +256,7 @@ class SchedulerHalf:
 
     def busy(self) -> bool:
         """Say whether steps are needed although no request runs."""
-        return self._planner is not None and self._planner.busy(time.monotonic())
+        return self._planner is not None and bool(self._ended or self._planner.busy(time.monotonic()))
 
     def reset(self) -> bool:
         """Forget every block in every tier; what runs now is not stored.
@@ -242,6 +266,7 @@ class SchedulerHalf:
         """
         for sequence in self._sequences.values():
             sequence.may_store = False
+        self._ended.clear()
         # The weights may have been changed in memory, and the namespace knows only their files: what
         # is stored from here on must not be found by an engine that starts from the files again.
         self._epoch = os.urandom(16)
@@ -264,6 +289,17 @@ class SchedulerHalf:
         server, self._server = self._server, None
         if server:
             server.close()
+
+    def _fits_in_step(self, tiers: Sequence[int]) -> bool:
+        """Say whether the step that computes the rest of a prompt can wait for a load, on the device.
+
+        That saves the request two or three steps of the engine, and the engine prepares its computation
+        while the bytes come. Whatever else is in the step waits, too: so only where there is nothing else.
+        """
+        if self._planner is None or not self._joins:
+            return False
+        alone = not (self._admits or self._computing or self._running or self._planner.loading_blocks)
+        return alone and all(tier == self._planner.lender for tier in tiers)
 
     def _sequence(self, request: Any) -> _Sequence | None:
         sequence = self._sequences.get(request.request_id)
@@ -289,6 +325,7 @@ class SchedulerHalf:
         blocks: list[int] = groups[0] if groups else []
         # Of a whole list the first hold what was computed before, or loaded.
         self._given += blocks[computed_tokens // self._block_tokens :] if replace else blocks
+        self._running.add(request_id)
         sequence = self._sequences.get(request_id)
         if sequence is None:
             return
@@ -296,7 +333,13 @@ class SchedulerHalf:
             sequence.blocks = []
         sequence.blocks += blocks
         sequence.computed_tokens = computed_tokens + output.num_scheduled_tokens[request_id]
-        self._running.add(request_id)
+
+    def _offer_all(self, now_s: float) -> None:
+        running = [self._sequences[name] for name in self._running if name in self._sequences]
+        for sequence in (*running, *self._ended):
+            self._offer(sequence, now_s)
+        self._running.clear()
+        self._ended.clear()
 
     def _offer(self, sequence: _Sequence, now_s: float) -> None:
         """Offer the blocks that are complete now and were not offered before."""

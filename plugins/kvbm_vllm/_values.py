@@ -26,6 +26,8 @@ class Handshake(KVConnectorHandshakeMetadata):
     """Of this rank's part of a block."""
     facts: dict[str, str]
     """What must be alike on every rank, see `kvbm_vllm._ranks`."""
+    joins: bool = False
+    """Whether the device can have a step wait for the load of its blocks."""
 
 
 @dataclass
@@ -40,6 +42,8 @@ class StepPlan(KVConnectorMetadata):
     idle: bool = False
     """Nothing is computed, and no result is due of an earlier step: it only polls. vLLM starts steps that
     compute nothing before it takes the result of one that does, and a request waits for that."""
+    heard: int = 0
+    """The last step with outcomes that the leader has taken in. vLLM may have two steps under way."""
 
 
 @dataclass
@@ -48,7 +52,7 @@ class Outcomes(KVConnectorWorkerMetadata):
 
     reports: list[Report]
     step: int = 0
-    """Number of the step in which something was computed and which they came with; 0 for none."""
+    """Number of the step that they came with."""
     copied: dict[str, int] = field(default_factory=dict)
     """Readings of the devices since the last time, see `kvbm_metrics`."""
 

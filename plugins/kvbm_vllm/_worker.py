@@ -41,14 +41,16 @@ class WorkerHalf:
         self._replicas = replicas(vllm_config, kv_cache_config)
         self._config = config
         self._vllm_config = vllm_config
-        self._num_blocks: int = kv_cache_config.num_blocks
+        self._kv_cache_config = kv_cache_config
         self._worker: Worker | None = None
         self._coordinator: Coordinator | None = None
-        self._block_bytes = 0
+        self._block_bytes, self._joins = 0, False
         self._facts: dict[str, str] = {}
         self._counts = CopyCounts()
         self._copied: dict[str, int] = {}
         self._begun: StepPlan | None = None
+        self._told = 0
+        """The last step whose outcomes held a report."""
         self._loads: dict[int, Load] = {}
         self._open_loads: dict[str, set[int]] = {}
         self._finished: set[str] = set()
@@ -68,13 +70,17 @@ class WorkerHalf:
         """
         parallel = self._vllm_config.parallel_config
         device = open_device(
-            kv_caches, self._num_blocks,
+            kv_caches, self._kv_cache_config.num_blocks,
             copy=self._config.device_copy, staging_bytes=self._config.device_staging,
         )  # fmt: skip
         self._counts = getattr(device, "counts", self._counts)
         self._block_bytes = device.block_bytes
         facts = namespace_facts(
-            self._vllm_config, kv_caches, self._num_blocks, self._config.weights_id, self._replicas
+            self._vllm_config,
+            kv_caches,
+            self._kv_cache_config.num_blocks,
+            self._config.weights_id,
+            self._replicas,
         )
         self._facts = rank_facts(self._config, facts)
         namespace = make_namespace(facts)
@@ -82,6 +88,10 @@ class WorkerHalf:
             self._config, device, namespace, rank=parallel.rank, world_size=parallel.world_size,
             replicas=self._replicas,
         )  # fmt: skip
+        # Asked when the tiers have page-locked their memory. Where several engines compute a step together,
+        # one that waits for its load holds up the others; and vLLM would zero what is loaded in the step.
+        zeroes = getattr(self._kv_cache_config, "needs_kv_cache_zeroing", False)
+        self._joins = device.joins and parallel.data_parallel_size == 1 and not zeroes
         self._coordinator = join_as_worker(
             self._config, self._vllm_config, namespace, make_namespace(shared_facts(facts))
         )
@@ -91,7 +101,7 @@ class WorkerHalf:
         if self._worker is None:
             return None
         rank = self._vllm_config.parallel_config.rank
-        return Handshake(rank, self._worker.status(), self._block_bytes, self._facts)
+        return Handshake(rank, self._worker.status(), self._block_bytes, self._facts, self._joins)
 
     def begin(self, step: object) -> None:
         """Start a step's plan, once, before anything of the step is computed."""
@@ -99,6 +109,8 @@ class WorkerHalf:
             return
         self._begun = step
         for load in step.plan.loads:
+            if load.in_step:  # vLLM does not wait to be told that it has ended.
+                continue
             self._loads[load.op] = load
             self._open_loads.setdefault(load.request, set()).add(load.op)
         if step.plan:
@@ -112,7 +124,8 @@ class WorkerHalf:
         """
         if self._worker is None:
             return set()
-        if self._begun and self._begun.idle:
+        # Not if the leader has not heard yet what came last: a request may wait for just that.
+        if self._begun and self._begun.idle and self._begun.heard >= self._told:
             self._worker.wait(self._IDLE_WAIT_S)
         for report in self._worker.reports():
             self._reports.append(report)
@@ -130,8 +143,11 @@ class WorkerHalf:
     def take_outcomes(self) -> Outcomes | None:
         """Take what the leader must know."""
         reports, self._reports = self._reports, []
-        number = self._begun.number if self._begun and self._begun.computes else 0
-        return Outcomes(reports, number, self._take_copied()) if reports or number else None
+        if self._begun is None or not (reports or self._begun.computes):
+            return None
+        if reports:
+            self._told = self._begun.number
+        return Outcomes(reports, self._begun.number, self._take_copied())
 
     def close(self) -> None:
         """Close the tiers. May be called twice."""

@@ -74,7 +74,7 @@ class SimulatedGpu(Gpu):
         memory = mmap.mmap(-1, nbytes)
         return ctypes.addressof(ctypes.c_char.from_buffer(memory)), memory
 
-    def copy_rows(self, stream, target, target_pitch, source, source_pitch, row_bytes, rows):
+    def copy_rows(self, stream, target, target_pitch, source, source_pitch, row_bytes, rows, *, waits=False):
         def run():
             for row in range(rows):
                 ctypes.memmove(target + row * target_pitch, source + row * source_pitch, row_bytes)

@@ -1,4 +1,4 @@
-"""Stores that are started later, under a mover and its tiers: on a simulated accelerator, step by step.
+"""Stores started later and loads that a step waits for, under a mover: on a simulated accelerator.
 
 The mover's thread is never started; each test says when it would have run.
 """
@@ -6,6 +6,7 @@ The mover's thread is never started; each test says when it would have run.
 import contextlib
 import ctypes
 import random
+import time
 
 import msgspec
 import pytest
@@ -13,8 +14,13 @@ import torch
 from simulated_gpu import SimulatedGpu
 from test_staged import METHODS, opened, until
 
-from kvbm_core import Planner, Reason, Worker, chain_keys, load_config, make_namespace, root_key
-from kvbm_core.plan import Plan, Store
+from kvbm_core import Planner, Reason, Worker, _mover, _moves, chain_keys, load_config, root_key
+from kvbm_core.block import make_namespace
+from kvbm_core.errors import KvbmError
+from kvbm_core.plan import Load, Plan, Store
+from kvbm_device import StagedDevice
+from kvbm_device._pages import page_table
+from kvbm_device._views import page_views
 
 KEYS = chain_keys(root_key(), range(16), 1)
 NOW = 1.0
@@ -39,11 +45,21 @@ class Engine:
         )
         self.worker._thread.start = lambda: None
         self.mover = self.worker._mover
+        self.rights = []
+        """What the engine's reads have found so far."""
 
     def writes(self, blocks, keys):
         for block, key in zip(blocks, keys, strict=True):
             address, data = self.memory[block].data_ptr(), content(key)
             self.gpu.put(self.gpu.engine, lambda a=address, d=data: ctypes.memmove(a, d, len(d)))
+
+    def reads(self, blocks, keys):
+        for block, key in zip(blocks, keys, strict=True):
+            data = content(key)
+            self.gpu.put(
+                self.gpu.engine,
+                lambda b=block, d=data: self.rights.append(bytes(self.memory[b].numpy()) == d),
+            )
 
     def poll(self):
         self.mover.poll()
@@ -52,7 +68,7 @@ class Engine:
     def end(self):
         """Poll until no copy and no job is left; give the reports."""
         reports = []
-        while self.mover.active or self.mover._gathers or self.mover._scatters:
+        while self.mover.active or self.mover._copies:
             self.poll()
             reports += self.worker.reports()
         return reports
@@ -131,6 +147,163 @@ def test_a_load_into_blocks_whose_store_has_not_begun_comes_after_it():
         assert not planner.busy(NOW)
 
 
+def stored(made, keys=KEYS[:4]):
+    """Have host memory hold some blocks; give the planner that knows."""
+    planner = Planner([made.worker.status()])
+    made.writes(range(len(keys)), keys)
+    planner.store(keys, range(len(keys)), [], NOW)
+    made.worker.submit(planner.take(NOW))
+    planner.report(made.end(), NOW)
+    assert planner.match(keys, NOW) == [0] * len(keys)
+    return planner
+
+
+def in_step(keys, blocks):
+    return Plan(loads=[Load(9, "a", 0, -1, keys, blocks, in_step=True)])
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("seed", range(8))
+def test_a_step_computes_with_what_is_loaded_in_it(seed, method, monkeypatch):
+    monkeypatch.setattr(_moves, "_PART_BLOCKS", 2)  # The load has two parts.
+    with engine(8, seed, method=method) as made:
+        planner, blocks = stored(made), [6, 2, 0, 5]
+        for _ in range(3):
+            made.writes(blocks, KEYS[4:8])  # By the step before.
+            planner.load("a", KEYS[:4], blocks, planner.match(KEYS[:4], NOW), in_step=True)
+            made.worker.submit(planner.take(NOW))
+            made.reads(blocks, KEYS[:4])
+            made.writes(blocks, KEYS[8:12])  # By the step after, for another request.
+        assert made.rights == [], "nothing waits on the host"
+        finished = planner.report(made.end(), NOW)
+        assert [(op.in_step, failures) for op, failures in finished] == [(True, {})] * 3
+        made.gpu.finish()
+        assert made.rights == [True] * 12
+        assert [bytes(made.memory[block].numpy()) for block in blocks] == [content(k) for k in KEYS[8:12]]
+        assert not planner.busy(NOW)
+        made.assert_nothing_is_in_use()
+
+
+def test_a_load_that_comes_while_others_are_looked_at_is_not_lost(monkeypatch):
+    """The engine's thread starts it, the mover's thread looks."""
+    with engine(8) as made:
+        planner, is_done = stored(made), _mover.is_done
+
+        def look(work):
+            monkeypatch.setattr(_mover, "is_done", is_done)
+            planner.load("b", KEYS[2:4], [6, 7], [0, 0], in_step=True)
+            made.worker.submit(planner.take(NOW))
+            return is_done(work)
+
+        monkeypatch.setattr(_mover, "is_done", look)
+        planner.load("a", KEYS[:2], [4, 5], [0, 0], in_step=True)
+        made.worker.submit(planner.take(NOW))
+        for _ in range(2):
+            made.gpu.finish()
+            made.mover.poll()
+        assert [op.request for op, _ in planner.report(made.worker.reports(), NOW)] == ["a", "b"]
+        made.assert_nothing_is_in_use()
+
+
+def test_a_block_that_is_not_there_is_not_computed_with():
+    with engine(8) as made:
+        stored(made, KEYS[:1])
+        with pytest.raises(KvbmError, match="cannot be loaded"):
+            made.worker.submit(in_step(KEYS[:2], [4, 5]))
+        # The engine ends. If it does not, it waits for nothing.
+        assert [(report.op, set(report.failures)) for report in made.worker.reports()] == [(9, {0, 1})]
+        assert not made.mover.active
+
+
+def test_a_load_that_failed_with_its_mover_is_written_no_more(monkeypatch):
+    """The engine's thread finds the bug while the mover's thread is about to start the load."""
+    with engine(8) as made:
+        planner, end = stored(made), made.mover._end_copies
+
+        def fail_meanwhile():
+            monkeypatch.setattr(made.mover, "_end_copies", end)
+            made.mover.fail_all()
+            end()
+
+        planner.load("a", KEYS[:4], [4, 5, 6, 7], [0] * 4)
+        made.worker.submit(planner.take(NOW))
+        monkeypatch.setattr(made.mover, "_end_copies", fail_meanwhile)
+        made.mover.poll()
+        assert [set(report.failures) for report in made.worker.reports()] == [{0, 1, 2, 3}]
+        made.writes([4, 5, 6, 7], KEYS[8:12])  # Nothing claims them any more.
+        made.gpu.finish()
+        assert [bytes(made.memory[b].numpy()) for b in (4, 5, 6, 7)] == [content(k) for k in KEYS[8:12]]
+
+
+def test_a_copy_of_no_blocks_is_done():
+    with engine(8) as made:
+        work = made.device.scatter([], [])
+        until(lambda: made.gpu.step() or work.done())
+
+
+def test_only_page_locked_memory_is_loaded_in_the_step(monkeypatch):
+    """The driver waits for copies of other memory, in the thread that asks for them: the engine's."""
+    with engine(8) as made:
+        assert made.device.joins
+
+    def refuse(gpu, address, nbytes):
+        raise KvbmError("no memory may be locked", operation="pin")
+
+    monkeypatch.setattr(SimulatedGpu, "pin", refuse)
+    memory = torch.zeros(8, BYTES, dtype=torch.uint8)
+    table = page_table(page_views({"layer": memory}, 8), 8)
+    monkeypatch.setattr("kvbm_device._link._Jobs.__init__", lambda jobs, gpu, most: None)
+    assert not StagedDevice(SimulatedGpu(), table, memory, 1).joins
+
+
+def test_blocks_that_the_device_does_not_load_are_not_computed_with(monkeypatch):
+    with engine(8) as made:
+        stored(made)
+
+        def scatter(*args):
+            raise RuntimeError("out of order")
+
+        monkeypatch.setattr(made.device, "scatter", scatter)
+        with pytest.raises(KvbmError, match="cannot be loaded"):
+            made.worker.submit(in_step(KEYS[:4], [4, 5, 6, 7]))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_mover_that_has_given_up_still_loads_what_a_step_computes_with(seed):
+    """The leader may not know yet, and vLLM computes the rest in any case."""
+    with engine(8, seed) as made:
+        planner = stored(made)
+        made.mover.fail_all()
+        planner.load("a", KEYS[:4], [4, 5, 6, 7], [0] * 4, in_step=True)
+        made.worker.submit(planner.take(NOW))
+        made.reads([4, 5, 6, 7], KEYS[:4])
+        made.writes([4, 5, 6, 7], KEYS[8:12])
+        made.gpu.finish()
+        assert made.rights == [True] * 4
+        [(_, failures)] = planner.report(made.worker.reports(), NOW)
+        assert set(failures) == {0, 1, 2, 3}, "no request is offered a load again"
+
+
+def test_a_mover_that_has_given_up_computes_with_nothing_that_is_not_there():
+    with engine(8) as made:
+        stored(made, KEYS[:1])
+        made.mover.fail_all()
+        with pytest.raises(KvbmError, match="cannot be loaded"):
+            made.worker.submit(in_step(KEYS[:2], [4, 5]))
+
+
+def test_nobody_waits_for_a_worker_that_has_nothing_to_do():
+    with engine(8) as made:
+        stored(made)
+        began_s = time.monotonic()
+        assert not made.worker.wait(60)
+        assert time.monotonic() - began_s < 30
+        made.worker.submit(in_step(KEYS[:4], [4, 5, 6, 7]))
+        began_s = time.monotonic()
+        assert not made.worker.wait(0.05)
+        assert time.monotonic() - began_s >= 0.05
+
+
 def test_stores_that_wait_at_the_end_are_reported():
     with engine(8) as made:
         made.worker.submit(Plan(stores=[Store(1, KEYS[:4], [0, 1, 2, 3], [0])]))
@@ -151,11 +324,14 @@ def test_an_engine_over_its_tiers_never_loads_what_is_not_its_keys(seed):  # noq
     ) as made:
         planner = Planner([made.worker.status()])
         chains = [chain_keys(root_key(), range(at, at + 6), 1) for at in range(0, 30, 6)]
-        loading, computed, loaded = {}, [], 0
+        loading, computed, loaded, needed = {}, [], 0, None
 
         def settle():
             nonlocal loaded
             for op, failures in planner.report(made.worker.reports(), NOW):
+                if op.in_step:  # Its blocks may be others' by now.
+                    assert failures == {}
+                    continue
                 for at, (key, block) in enumerate(zip(op.keys, op.blocks, strict=True)):
                     del loading[block]
                     if at not in failures:
@@ -166,15 +342,19 @@ def test_an_engine_over_its_tiers_never_loads_what_is_not_its_keys(seed):  # noq
             settle()
             for keys, blocks in computed:
                 planner.store(keys, blocks, [], NOW)
-            computed, given = [], []
+            computed, given, needed = [], [], None
             free = [block for block in range(16) if block not in loading]
             chance.shuffle(free)
             chain = chance.choice(chains)
             found = planner.match(chain, NOW)[: len(free)]
             if found and chance.random() < 0.6:
                 blocks, free = free[: len(found)], free[len(found) :]
-                loading.update(dict.fromkeys(blocks))
-                planner.load(str(chance.random()), chain[: len(found)], blocks, found)
+                if tiers[0] == "cpu" and not any(found) and chance.random() < 0.5:
+                    needed = chain[: len(found)], blocks
+                else:
+                    loading.update(dict.fromkeys(blocks))
+                name = str(chance.random())
+                planner.load(name, chain[: len(found)], blocks, found, in_step=needed is not None)
             while len(free) >= 3 and chance.random() < 0.6:
                 keys = chance.choice(chains)[: chance.randint(1, 3)]
                 blocks, free = free[: len(keys)], free[len(keys) :]
@@ -183,6 +363,9 @@ def test_an_engine_over_its_tiers_never_loads_what_is_not_its_keys(seed):  # noq
             made.worker.submit(msgspec.structs.replace(planner.take(NOW), overwrites=given))
             for keys, blocks in computed:
                 made.writes(blocks, keys)
+            if needed:
+                made.reads(needed[1], needed[0])
+                computed.append(needed)  # Offered for storing in the next step, and anybody's from then on.
             for _ in range(chance.randint(0, 3)):
                 made.poll()
             while chance.random() < 0.2 and any(traffic.open for traffic in made.mover._traffic.values()):
@@ -194,6 +377,9 @@ def test_an_engine_over_its_tiers_never_loads_what_is_not_its_keys(seed):  # noq
             made.worker.submit(planner.take(NOW))
             made.poll()
             settle()
+        made.gpu.finish()
         assert loaded > 5, planner.counts
         assert loading == {}
+        assert all(made.rights)
+        assert len(made.rights) > 5 or tiers[0] != "cpu"
         made.assert_nothing_is_in_use()

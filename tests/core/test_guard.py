@@ -32,6 +32,13 @@ def test_what_is_faster_than_computing_is_loaded_and_the_rest_is_computed():
     assert guard(0.01, 0.02, 0.001).worth([1] * 5, 101.0) == 5
 
 
+def test_a_step_that_waited_for_a_delayed_one_is_not_thought_slow():
+    made = Guard(1, TOKENS)
+    made.computed(0, 10.0, 110.0)  # A load held it up.
+    made.computed(1000, 10.9, 111.0)  # It was planned at 100.1 and could begin at 110.
+    assert "computed 16," in repr(made)
+
+
 def test_tiers_load_side_by_side():
     """A slow head is worth its time where a long fast tail follows it; alone it is not."""
     made = guard(0.01, 0.001, 0.02)

@@ -8,7 +8,7 @@ pytest.importorskip("vllm")
 from kvbm_core import Capabilities, Planner, Report, TierStatus, load_config
 from kvbm_metrics import Tally
 from kvbm_vllm._scheduler import SchedulerHalf
-from kvbm_vllm._values import Outcomes
+from kvbm_vllm._values import Handshake, Outcomes
 
 TOKENS = 4
 
@@ -32,6 +32,22 @@ def begin_with(made, *tiers):
     made._tally = Tally(made._planner, [tiers], TOKENS, 4096)
 
 
+PROMPT = [*range(10)]
+"""Two blocks, and tokens to be computed."""
+
+
+def idle(*tiers):
+    """An engine that does nothing, whose device joins, over tiers that hold so many blocks of the prompt."""
+    made = half()
+    keys = made._sequence(request("found", PROMPT)).keys.first(2)
+    begin_with(made, *(
+        TierStatus(name, Capabilities(capacity_blocks=64, addressable=name == "cpu"), keys[:count])
+        for name, count in tiers or [("cpu", 2)]
+    ))  # fmt: skip
+    made._joins = True
+    return made
+
+
 def request(name, tokens, **other):
     return SimpleNamespace(
         request_id=name, all_token_ids=tokens, num_tokens=len(tokens), lora_request=None, cache_salt=None,
@@ -39,7 +55,12 @@ def request(name, tokens, **other):
     )  # fmt: skip
 
 
-def step(made, scheduled=None, *, new=(), cached=(), resumed=(), preempted=()):
+def step(made, scheduled=None, **told):
+    """Give the plan of a step, see `step_plan`."""
+    return step_plan(made, scheduled, **told).plan
+
+
+def step_plan(made, scheduled=None, *, new=(), cached=(), resumed=(), preempted=()):
     """Tell of a step: tokens by request, new requests and cached ones as (name, computed, blocks)."""
     names, computed, blocks = zip(*cached, strict=True) if cached else ((), (), ())
     output = SimpleNamespace(
@@ -57,7 +78,7 @@ def step(made, scheduled=None, *, new=(), cached=(), resumed=(), preempted=()):
         total_num_scheduled_tokens=sum((scheduled or {}).values()),
         preempted_req_ids=set(preempted),
     )
-    return made.step(output).plan
+    return made.step(output)
 
 
 def begin(made, name, tokens, computed, blocks):
@@ -121,6 +142,7 @@ def test_a_loaded_prefix_is_overwritten_by_the_load_alone():
     tokens = [*range(10)]
     asked, _ = begin(made, "a", tokens, 0, [5, 6, 7])
     made.finished(asked)
+    made.outcomes(Outcomes([], 1))
     end(made, step(made))
     again = request("b", tokens)
     assert made.match(again, 0) == (2 * TOKENS, True)
@@ -163,3 +185,198 @@ def test_a_request_that_must_wait_for_room_is_judged_once():
     assert made.counts["disk"].declined == 99
     assert [op.blocks for op in step(made).loads] == [[0]]
     assert made.match(request("c", tokens), 0) == (0, False)
+
+
+def load(made, name, blocks, count=2):
+    """Have a request match and be given blocks; say whether vLLM is told of the load's end."""
+    asked = request(name, PROMPT)
+    found, later = made.match(asked, 0)
+    assert found == count * TOKENS
+    made.allocated(asked, list(blocks), found)
+    return later
+
+
+def test_an_engine_that_does_nothing_else_loads_in_the_step_that_computes_the_rest():
+    made = idle()
+    assert not load(made, "a", [5, 6, 7])
+    told = step_plan(made, {"a": 2}, new=[("a", 2 * TOKENS, [5, 6, 7])])
+    assert [(op.request, op.blocks, op.in_step) for op in told.plan.loads] == [("a", [5, 6], True)]
+    assert told.plan.overwrites == [7]
+    assert (told.computes, told.idle) == (True, False)
+
+
+def other_is_computed(made):
+    begin(made, "other", [*range(50, 60)], 0, [1, 2, 3])
+
+
+def nobody_joins(made):
+    made._joins = False
+
+
+def another_was_scheduled_last(made):
+    other_is_computed(made)
+    made.outcomes(Outcomes([], 1))
+    assert not made._computing
+
+
+def an_outcome_is_due(made):
+    other_is_computed(made)
+    made.finished(made._sequences["other"].request)
+    assert not made._running
+
+
+def another_load_is_under_way(made):
+    nobody_joins(made)
+    assert load(made, "other", [1, 2, 3])
+    step(made)
+    made._joins = True
+
+
+def another_was_given_blocks(made):
+    other = request("other", [*range(50, 60)])
+    made.match(other, 0)
+    made.allocated(other, [1, 2, 3], 0)
+
+
+def another_is_loaded_in_this_step(made):
+    assert not load(made, "other", [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    "busy",
+    [
+        nobody_joins, another_was_scheduled_last, an_outcome_is_due, another_load_is_under_way,
+        another_was_given_blocks, another_is_loaded_in_this_step,
+    ],
+)  # fmt: skip
+def test_a_load_that_others_would_wait_for_is_not_part_of_a_step(busy):
+    made = idle()
+    busy(made)
+    assert load(made, "a", [5, 6, 7])
+    assert [op.in_step for op in step(made).loads if op.request == "a"] == [False]
+
+
+def test_a_load_whose_step_has_ended_holds_nobody_back_though_its_report_has_not_come():
+    made = idle()
+    assert not load(made, "a", [5, 6, 7])
+    plan = step(made, {"a": 2}, new=[("a", 2 * TOKENS, [5, 6, 7])])
+    made.finished(made._sequences["a"].request)
+    made.outcomes(Outcomes([], 1))
+    assert not load(made, "b", [1, 2, 3])
+    plan.loads.extend(step(made).loads)
+    made.outcomes(Outcomes([Report(op.op, 0) for op in plan.loads]))
+    assert made._planner.loading_blocks == 0
+    assert not made.busy()
+
+
+@pytest.mark.parametrize("tiers", [[("cpu", 1), ("disk", 2)], [("cpu", 0), ("disk", 2)], [("disk", 2)]])
+def test_a_step_waits_for_host_memory_alone(tiers):
+    made = idle(*tiers)
+    assert load(made, "a", [5, 6, 7])
+    assert {op.in_step for op in step(made).loads} == {False}
+
+
+def test_a_request_that_finds_no_room_may_be_loaded_otherwise_later():
+    made = idle()
+    asked = request("a", PROMPT)
+    assert made.match(asked, 0) == (2 * TOKENS, False)  # vLLM has no blocks for it.
+    other_is_computed(made)
+    assert made.match(asked, 0) == (2 * TOKENS, True)
+    made.finished(made._sequences["other"].request)
+    made.outcomes(Outcomes([], 1))
+    assert made.match(asked, 0) == (2 * TOKENS, False)
+
+
+@pytest.mark.parametrize("joins", [(True, True), (True, False), (False, True)])
+def test_a_load_is_part_of_a_step_where_every_ranks_device_joins(joins):
+    made = idle()
+    keys = made._sequence(request("found", PROMPT)).keys.first(2)
+    status = [TierStatus("cpu", Capabilities(capacity_blocks=64, addressable=True), keys)]
+    made._vllm_config.parallel_config.world_size = 2
+    made.start([Handshake(rank, status, 4096, {}, each) for rank, each in enumerate(joins)])
+    assert load(made, "a", [5, 6, 7]) is not all(joins)
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_a_step_that_waits_for_a_load_says_nothing_of_how_fast_the_engine_computes(joins):
+    made = idle()
+    made._joins = joins
+    load(made, "a", [5, 6, 7])
+    plan = step(made, {"a": 1000}, new=[("a", 2 * TOKENS, [5, 6, 7])])
+    made.outcomes(Outcomes([Report(op.op, 0) for op in plan.loads], 1))
+    assert (made._planner.guard._computing.seconds is None) is joins
+
+
+def test_what_a_step_computed_is_not_stored_before_its_outcome_unless_blocks_are_given():
+    """vLLM takes the outcome after one more step, and a request waits for that."""
+    made = half()
+    asked, _ = begin(made, "a", [*range(10)], 0, [5, 6, 7])
+    assert not step(made)
+    made.outcomes(Outcomes([], 1))
+    assert [op.blocks for op in step(made).stores] == [[5, 6]]
+    step(made, {"a": 6}, cached=[("a", 10, [8])])
+    asked.all_token_ids, asked.num_tokens = [*range(17)], 17
+    made.finished(asked)
+    assert not step(made)
+    assert made.busy()
+    other = request("b", [*range(50, 60)])
+    made.match(other, 0)
+    made.allocated(other, [8, 7, 6], 0)
+    assert [op.blocks for op in step(made).stores] == [[7, 8]]
+
+
+def test_what_a_preempted_request_computed_is_stored_with_the_step_that_takes_its_blocks():
+    made = half()
+    begin(made, "a", [*range(10)], 0, [5, 6, 7])
+    assert [op.blocks for op in step(made, preempted=["a"]).stores] == [[5, 6]]
+
+
+def test_what_a_finished_request_computed_is_stored_before_a_running_one_gets_its_blocks():
+    made = half()
+    begin(made, "a", [*range(7)], 0, [1, 2])
+    made.outcomes(Outcomes([], 1))
+    asked, _ = begin(made, "b", [*range(50, 60)], 0, [5, 6, 7])
+    made.finished(asked)
+    step(made)
+    plan = step(made, {"a": 1}, cached=[("a", 8, [6])])  # vLLM says so in the step alone.
+    assert [op.blocks for op in plan.stores] == [[5, 6]]
+    assert plan.overwrites == [6]
+
+
+def test_a_step_says_of_which_outcomes_the_leader_has_heard():
+    made = half()
+    assert step_plan(made).heard == 0
+    begin(made, "a", [*range(10)], 0, [5, 6, 7])
+    made.outcomes(Outcomes([], 2))
+    assert step_plan(made).heard == 2
+    assert step_plan(made).heard == 2
+
+
+def test_what_is_left_to_store_of_a_finished_request_keeps_the_engine_stepping():
+    made = half()
+    asked, _ = begin(made, "a", [*range(10)], 0, [5, 6, 7])
+    made.finished(asked)
+    made.outcomes(Outcomes([], 1))
+    assert made.busy()
+    end(made, step(made))
+    assert not made.busy()
+
+
+def test_a_lost_outcome_does_not_keep_the_engine_stepping_for_ever():
+    made = half()
+    asked, _ = begin(made, "a", [*range(10)], 0, [5, 6, 7])
+    made.finished(asked)
+    stores = []
+    for _ in range(70):
+        stores += step(made).stores
+    assert [op.blocks for op in stores] == [[5, 6]]
+
+
+def test_a_request_that_is_not_cached_is_not_delayed_by_a_load():
+    made = idle()
+    other = request("other", [*range(50, 60)], resumable=True)
+    made.match(other, 0)
+    made.allocated(other, [1, 2, 3], 0)
+    step(made, {"other": 10}, new=[("other", 0, [1, 2, 3])])
+    made.outcomes(Outcomes([], made._step))
+    assert load(made, "a", [5, 6, 7])  # In a later step: this one is the other's, too.

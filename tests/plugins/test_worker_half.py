@@ -1,0 +1,128 @@
+"""What a worker tells vLLM and the leader of a step, and when it waits, over a worker that does nothing."""
+
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("vllm")
+from kvbm_core import Reason, Report, load_config
+from kvbm_core.plan import Load, Plan, Store
+from kvbm_vllm._values import StepPlan
+from kvbm_vllm._worker import WorkerHalf
+
+KEY = bytes(32)
+
+
+class FullAttentionSpec:
+    block_size = 4
+
+
+class Still:
+    """Stands for a `Worker`: a test says what it reports."""
+
+    def __init__(self):
+        self.plans, self.waits, self.ended = [], [], []
+
+    def submit(self, plan):
+        self.plans.append(plan)
+
+    def wait(self, timeout_s):
+        self.waits.append(timeout_s)
+        return False
+
+    def reports(self):
+        ended, self.ended = self.ended, []
+        return ended
+
+
+def half():
+    made = WorkerHalf(
+        load_config({"tiers": [{"backend": "cpu", "capacity": "1MiB"}]}),
+        SimpleNamespace(model_config=None, parallel_config=SimpleNamespace(rank=0, world_size=1)),
+        SimpleNamespace(num_blocks=64, kv_cache_groups=[SimpleNamespace(kv_cache_spec=FullAttentionSpec())]),
+    )
+    made._worker = Still()
+    return made
+
+
+def step(made, number, *reports, plan=None, **said):
+    """Run a step in which these reports come.
+
+    Returns:
+        The requests whose loads have ended, what the leader is told, and whether the step waited.
+    """
+    made._worker.ended, made._worker.waits = list(reports), []
+    told = StepPlan(plan or Plan(), number, **said)
+    made.begin(told)
+    made.begin(told)  # vLLM calls twice.
+    return made.collect(), made.take_outcomes(), bool(made._worker.waits)
+
+
+def load(op, request, blocks, *, in_step=False):
+    return Load(op, request, 0, -1, [KEY] * len(blocks), blocks, in_step)
+
+
+def test_vllm_is_told_once_that_a_load_has_ended_and_never_of_one_that_its_step_waits_for():
+    made = half()
+    plan = Plan(loads=[load(1, "a", [1, 2], in_step=True), load(2, "b", [3]), load(3, "b", [4])])
+    assert step(made, 1, plan=plan, computes=True)[0] == set()
+    assert made._worker.plans == [plan]
+    ended, told, _ = step(made, 2, Report(1, 0), Report(2, 0))
+    assert (ended, [report.op for report in told.reports]) == (set(), [1, 2])
+    assert step(made, 3, Report(3, 0))[0] == {"b"}
+    assert step(made, 4)[0] == set()
+
+
+def test_only_blocks_that_vllm_waits_for_are_named_as_failed():
+    made = half()
+    plan = Plan(loads=[load(1, "a", [1, 2], in_step=True), load(2, "b", [3, 4])])
+    failed = [Report(op, 0, {1: Reason.ERROR}) for op in (1, 2)]
+    assert step(made, 1, *failed, plan=plan, computes=True)[0] == {"b"}
+    assert made.take_failed_blocks() == {4}
+    assert made.take_failed_blocks() == set()
+
+
+def test_a_step_waits_for_progress_if_it_has_nothing_else_to_do():
+    made = half()
+    assert step(made, 1, idle=True) == (set(), None, True)
+    assert step(made, 2) == (set(), None, False)
+    assert not step(made, 3, computes=True)[2]
+    assert 0 < made._IDLE_WAIT_S < 0.1
+
+
+def test_a_step_does_not_wait_while_the_leader_has_yet_to_hear_what_came_last():
+    made = half()
+    _, told, waited = step(made, 7, Report(1, 0), idle=True)
+    assert (told.step, told.reports, waited) == (7, [Report(1, 0)], True)
+    # vLLM starts a step before it takes the outcomes of the last.
+    assert not step(made, 8, idle=True, heard=6)[2]
+    assert not step(made, 9, Report(2, 0), idle=True, heard=6)[2]
+    assert not step(made, 10, idle=True, heard=7)[2]
+    assert step(made, 11, idle=True, heard=9)[2]
+    assert step(made, 12, idle=True, heard=9)[2]
+
+
+def test_outcomes_without_a_report_are_nothing_to_be_heard():
+    made = half()
+    _, told, _ = step(made, 5, computes=True)
+    assert (told.step, told.reports) == (5, [])
+    assert step(made, 6, idle=True, heard=4)[2]
+
+
+def test_a_plan_is_started_once_and_an_empty_one_not_at_all():
+    made = half()
+    plan = Plan(stores=[Store(1, [KEY], [3], [0])])
+    step(made, 1, plan=plan)
+    step(made, 2)
+    assert made._worker.plans == [plan]
+
+
+def test_a_worker_that_cannot_load_what_a_step_needs_ends_the_step(monkeypatch):
+    made = half()
+
+    def submit(plan):
+        raise RuntimeError("not there")
+
+    monkeypatch.setattr(made._worker, "submit", submit)
+    with pytest.raises(RuntimeError, match="not there"):
+        step(made, 1, plan=Plan(loads=[load(1, "a", [1], in_step=True)]), computes=True)
