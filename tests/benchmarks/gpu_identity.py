@@ -111,6 +111,14 @@ def run(arguments: argparse.Namespace, folder: str) -> int:
     def loaded() -> int:
         return connector.counts["cpu"].loaded
 
+    in_step: list[int] = []
+    join = type(_connector()._mover._worker._mover._device).join
+
+    def noted(device, work):
+        in_step.append(1)
+        return join(device, work)
+
+    type(_connector()._mover._worker._mover._device).join = noted
     computed = ask(prompts)
     from_gpu = ask(prompts)
     settle()
@@ -124,7 +132,8 @@ def run(arguments: argparse.Namespace, folder: str) -> int:
     distinct = len({tokens for tokens, _, _ in computed})
     rounding = sum(a[0] != b[0] for a, b in zip(from_gpu, computed, strict=True))
     print(f"restored as from vLLM's prefix cache, log-probabilities too: {same} of {len(prompts)}")
-    print(f"blocks loaded {blocks}, expected {expected}; {distinct} different answers")
+    print(f"blocks loaded {blocks}, expected {expected}; {distinct} different answers; ", end="")
+    print(f"copies that a step waited for on the GPU: {len(in_step)}")
     print(f"answers of the prefix cache that differ from computing: {rounding}")
 
     settle()
@@ -139,9 +148,12 @@ def run(arguments: argparse.Namespace, folder: str) -> int:
             raise RuntimeError("made to fail")
         return real(regions, blocks, fence)
 
+    # A load that fails in the step that computes with it ends the engine, so these come in a step before.
+    connector._leader._joins = False
     mover._device.scatter = scatter
     failing = ask(prompts)
     mover._device.scatter = real
+    connector._leader._joins = True
     triples = list(zip(failing, computed, restored, strict=True))
     right = sum(f[:2] in (c[:2], r[:2]) for f, c, r in triples)
     tokens = sum(f[0] in (c[0], r[0]) for f, c, r in triples)
