@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
-from kvbm_core._moves import Failed, Job, Move, Traffic, failed_report, in_parts, is_done, transfer_of
+from kvbm_core._moves import Failed, Job, Move, Traffic, in_parts, is_done
 from kvbm_core._slots import Slots
 from kvbm_core._staging import Staging
 from kvbm_core.block import BlockKey
@@ -38,8 +38,6 @@ logger = logging.getLogger("kvbm_core")
 _AHEAD_BYTES: Final = 512 << 20
 """On the device's streams at once: ten milliseconds of a link, so that the mover's thread may be late."""
 _PAUSE_S: Final = 0.001
-_COPY_PAUSE_S: Final = 0.0005
-"""While the device copies: it wakes nobody. Not shorter: each look takes the interpreter from the engine."""
 _SETTLE_S: Final = 10.0
 """How long copies under way are waited for at the end."""
 
@@ -96,7 +94,8 @@ class Mover:
     @property
     def pause_s(self) -> float | None:
         """How long `poll` need not be called; None: until a plan comes, or a tier has ended something."""
-        return (_COPY_PAUSE_S if self._copies else _PAUSE_S) if self.active else None
+        copies_s = (moves[0].job.pause_s for _, moves in list(self._copies))
+        return min(copies_s, default=_PAUSE_S) if self.active else None
 
     def submit(self, plan: Plan) -> None:
         """Start a plan: drops, then stores, then loads. In the engine's thread.
@@ -158,7 +157,7 @@ class Mover:
         with self._lock:
             for job in list(self._jobs):
                 for tier in list(job.left):
-                    self._reports.append(failed_report(job, tier))
+                    self._reports.append(job.failed(tier))
             self._jobs.clear()
 
     def close(self) -> None:
@@ -183,7 +182,7 @@ class Mover:
         job = Job(op, now_s, now_s + self._limits_s[type(op)], dict.fromkeys(tiers, len(op.keys)))
         with self._lock:
             if self._broken:
-                self._reports += [failed_report(job, tier) for tier in tiers]
+                self._reports += [job.failed(tier) for tier in tiers]
             else:
                 self._jobs.add(job)
         return job
@@ -372,7 +371,7 @@ class Mover:
             else:
                 moves[next(self._tickets)] = queue.popleft()
         if moves:
-            self._send(traffic, [transfer_of(ticket, move) for ticket, move in moves.items()], moves)
+            self._send(traffic, [move.transfer(ticket) for ticket, move in moves.items()], moves)
         return len(moves)
 
     def _send(self, traffic: Traffic, batch: list[Transfer], moves: dict[int, Move]) -> None:

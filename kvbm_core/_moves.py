@@ -17,11 +17,15 @@ from kvbm_core.layers import DeadlineTier
 from kvbm_core.plan import Load, Lookup, Report, Store
 from kvbm_core.tier import Op, Reason, Transfer
 
-__all__ = ["Failed", "Job", "Move", "Traffic", "failed_report", "in_parts", "is_done", "transfer_of"]
+__all__ = ["Failed", "Job", "Move", "Traffic", "in_parts", "is_done"]
 
 logger = logging.getLogger("kvbm_core")
 
 _PART_BLOCKS: Final = 128
+_LOAD_PAUSE_S: Final = 0.001
+"""Not shorter: each look takes the interpreter from the engine, in the middle of its computation."""
+_STORE_PAUSE_S: Final = 0.002
+_IN_STEP_PAUSE_S: Final = 0.005
 _OPS: Final = {Store: Op.STORE, Load: Op.LOAD, Lookup: Op.LOOKUP}
 
 
@@ -37,6 +41,20 @@ class Job:
     fence: Fence = None
     """Where it came in the engine's order of work."""
     failures: dict[int, dict[int, Reason]] = field(default_factory=dict)
+
+    @property
+    def pause_s(self) -> float:
+        """How long the device's copies for it need not be looked at: they wake nobody when they end.
+
+        A request waits for a load, staging for a store; for a load in-step only whoever counts.
+        """
+        if isinstance(self.op, Load):
+            return _IN_STEP_PAUSE_S if self.op.in_step else _LOAD_PAUSE_S
+        return _STORE_PAUSE_S
+
+    def failed(self, tier: int) -> Report:
+        """Report that nothing of it has reached a tier."""
+        return Report(self.op.op, tier, dict.fromkeys(range(len(self.op.keys)), Reason.ERROR), 0.0)
 
     def end(self, at: int, tier: int, reason: Reason, count: int = 1) -> Report | None:
         """Note how one block ended in one tier, or that so many ended well; report the last of a tier."""
@@ -64,6 +82,11 @@ class Move:
     @property
     def key(self) -> BlockKey:
         return self.job.op.keys[self.at]
+
+    def transfer(self, ticket: int) -> Transfer:
+        """Ask for it."""
+        region = self.slot.region if self.slot else None
+        return Transfer(ticket, _OPS[type(self.job.op)], self.key, region, self.job.deadline_s)
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -126,12 +149,3 @@ def is_done(work: Work) -> bool | None:
 def in_parts(moves: list[Move]) -> list[list[Move]]:
     """Divide a load from the lender: the first blocks are on their way while the next are looked up."""
     return [moves[start : start + _PART_BLOCKS] for start in range(0, len(moves), _PART_BLOCKS)]
-
-
-def transfer_of(ticket: int, move: Move) -> Transfer:
-    region = move.slot.region if move.slot else None
-    return Transfer(ticket, _OPS[type(move.job.op)], move.key, region, move.job.deadline_s)
-
-
-def failed_report(job: Job, tier: int) -> Report:
-    return Report(job.op.op, tier, dict.fromkeys(range(len(job.op.keys)), Reason.ERROR), 0.0)

@@ -25,7 +25,8 @@ __all__ = ["Rate", "calibrate"]
 
 logger = logging.getLogger("kvbm_device")
 
-_SAMPLE_BYTES: Final = 64 << 20
+_SAMPLE_BYTES: Final = 192 << 20
+"""Several pieces either way: they overlap."""
 _ROUNDS: Final = 5
 """The first compiles and warms up; the best counts."""
 _PROGRAMS: Final = (8, 16, 32)

@@ -37,6 +37,8 @@ __all__ = ["StagedDevice"]
 logger = logging.getLogger("kvbm_device")
 
 _TRIAL_BYTES: Final = 32 << 20
+_MOST_IN_A_ROW: Final = 2
+"""Times all staging: five milliseconds of a link."""
 _DIRECT_PLACES: Final = 64
 """Blocks that a `device_direct` tier may be reading at once."""
 
@@ -127,7 +129,8 @@ class StagedDevice(Device, Stageable):
         self._waits: deque[_Wait] = deque()
         self._pieces: deque[_Piece] = deque()
         self._free = list(range(self._out.pieces))
-        self._filling = True
+        self._in_a_row = 0
+        """Pieces sent since nothing was on its way out."""
         self._reading = gpu.stream(urgent=True)
         self._bounce = threading.local()
         self._places: list[int] | None = None
@@ -215,17 +218,19 @@ class StagedDevice(Device, Stageable):
     def advance(self) -> None:
         """Read what waits as far as staging is free, and see what has arrived. Waits for nothing.
 
-        Once all staging was on its way it is filled again when all of it has arrived: as long as there is
-        something on its way, the hardware lets no copy of the engine's out, such as the tokens of a step.
+        Once in a while it is filled only when all of it has arrived: as long as there is something on its
+        way, the hardware lets no copy of the engine's out, such as the tokens of a step.
         """
         more = True
         while more:
             with self._lock:  # Given back between pieces: the engine may want to claim.
                 self._reap()
-                self._filling = bool(self._free) and (self._filling or not self._pieces)
-                more = bool(self._waits and self._filling)
+                if not self._pieces:
+                    self._in_a_row = 0
+                more = bool(self._waits and self._free) and self._in_a_row < _MOST_IN_A_ROW * self._out.pieces
                 if more:
                     waits = [self._waits.popleft() for _ in range(self._take())]
+                    self._in_a_row += 1
                     self._read(waits)
 
     def pinner(self) -> Callable[[int, int], Callable[[], None]] | None:

@@ -32,9 +32,11 @@ class WorkerHalf:
         ConfigError: If the model's blocks cannot be stored.
     """
 
-    _IDLE_WAIT_S: Final = 0.005
+    _LOAD_WAIT_S: Final = 0.005
     """How long an idle step waits for progress: an engine that only waits for a disk shall not burn a core,
     and the mover's thread needs the interpreter meanwhile."""
+    _STORE_WAIT_S: Final = 0.001
+    """Likewise where no request is loading: the next may come at any time, and is not seen while it waits."""
 
     def __init__(self, config: StackConfig, vllm_config: Any, kv_cache_config: Any) -> None:
         block_tokens(vllm_config, kv_cache_config)
@@ -126,7 +128,7 @@ class WorkerHalf:
             return set()
         # Not if the leader has not heard yet what came last: a request may wait for just that.
         if self._begun and self._begun.idle and self._begun.heard >= self._told:
-            self._worker.wait(self._IDLE_WAIT_S)
+            self._worker.wait(self._LOAD_WAIT_S if self._open_loads else self._STORE_WAIT_S)
         for report in self._worker.reports():
             self._reports.append(report)
             load = self._loads.get(report.op)

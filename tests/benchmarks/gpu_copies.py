@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peer", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pages", type=int, nargs="+", default=[page >> 10 for page in PAGES], help="in KiB")
     arguments = parser.parse_args()
     print(f"command: python {' '.join(sys.argv)}")
     print(
@@ -137,7 +138,7 @@ def main() -> None:
     print(f"Linux {platform.release()}, {os.cpu_count()} CPUs; transparent huge pages: ", end="")
     print(Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text().strip())
     found, arena = [], None
-    for page in PAGES:
+    for page in [kib << 10 for kib in arguments.pages]:
         layers = layers_of(page)
         start_s = time.perf_counter()
         device = open_device(layers, DEVICE_BYTES // BLOCK)

@@ -87,7 +87,11 @@ def test_a_step_waits_for_progress_if_it_has_nothing_else_to_do():
     assert step(made, 1, idle=True) == (set(), None, True)
     assert step(made, 2) == (set(), None, False)
     assert not step(made, 3, computes=True)[2]
-    assert 0 < made._IDLE_WAIT_S < 0.1
+    step(made, 4, idle=True)
+    while_nobody_loads = made._worker.waits
+    step(made, 5, plan=Plan(loads=[load(1, "a", [1, 2])]), idle=True)
+    # The next request is not seen while it waits.
+    assert 0 < while_nobody_loads[0] < made._worker.waits[0] < 0.1
 
 
 def test_a_step_does_not_wait_while_the_leader_has_yet_to_hear_what_came_last():
