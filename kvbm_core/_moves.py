@@ -25,7 +25,6 @@ _PART_BLOCKS: Final = 128
 _LOAD_PAUSE_S: Final = 0.001
 """Not shorter: each look takes the interpreter from the engine, in the middle of its computation."""
 _STORE_PAUSE_S: Final = 0.002
-_IN_STEP_PAUSE_S: Final = 0.005
 _OPS: Final = {Store: Op.STORE, Load: Op.LOAD, Lookup: Op.LOOKUP}
 
 
@@ -44,13 +43,8 @@ class Job:
 
     @property
     def pause_s(self) -> float:
-        """How long the device's copies for it need not be looked at: they wake nobody when they end.
-
-        A request waits for a load, staging for a store; for a load in-step only whoever counts.
-        """
-        if isinstance(self.op, Load):
-            return _IN_STEP_PAUSE_S if self.op.in_step else _LOAD_PAUSE_S
-        return _STORE_PAUSE_S
+        """How long the device's copies for it need not be looked at: they wake nobody when they end."""
+        return _LOAD_PAUSE_S if isinstance(self.op, Load) else _STORE_PAUSE_S
 
     def failed(self, tier: int) -> Report:
         """Report that nothing of it has reached a tier."""

@@ -451,3 +451,22 @@ def test_memory_that_cannot_be_page_locked_says_what_that_costs(tiers, monkeypat
         assert [count.stored for count in stack.counts.values()] == [4] * len(tiers)
     assert "OUT_OF_MEMORY" in caplog.text
     assert "GB/s out and" in caplog.text
+
+
+def test_a_long_store_lets_the_engines_own_copies_out_in_between(monkeypatch):
+    """The hardware takes them only when nothing of ours is on its way."""
+    memory = torch.randint(0, 255, (64, 4096), dtype=torch.uint8)
+    gpu, under_way = SimulatedGpu(3, eager=0.0), []
+    device = opened({"layer": memory}, gpu, 64, 1)
+    device._out.piece_blocks = 1
+    read = device._read
+    monkeypatch.setattr(device, "_read", lambda waits: (under_way.append(len(device._pieces)), read(waits)))
+    regions = paged(64, device.block_bytes)
+    work = device.gather(range(64), regions)
+    until(lambda: gpu.step() and work.done())
+    assert [bytes(region.view()[:4096]) for region in regions] == [bytes(row.numpy()) for row in memory]
+    assert len(under_way) == 64
+    most = 2 * device._out.pieces
+    starts = [at for at, count in enumerate(under_way) if count == 0]
+    assert all(after - before <= most for before, after in zip(starts, [*starts[1:], 64], strict=True))
+    assert max(under_way) == device._out.pieces - 1, "staging is used whole"

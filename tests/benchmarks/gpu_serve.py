@@ -158,6 +158,10 @@ def measure(name: str, arguments: argparse.Namespace) -> dict:
             if restored:
                 found["first_restored_tokens_per_s"] = round(32 * 4096 / restored[0][0])
                 found["restored_tokens_per_s"] = [round(32 * 4096 / seconds) for seconds, _ in restored[1:]]
+                found["batch_first_token_ms"] = [
+                    round(statistics.median(o.metrics.first_token_latency for o in outputs) * 1e3)
+                    for _, outputs in restored[1:]
+                ]
                 found["batch_cached"] = [sum(o.num_cached_tokens for o in outputs) for _, outputs in restored]
         if arguments.profile:
             p = prompt(max(arguments.lengths), max(arguments.lengths) * 100)

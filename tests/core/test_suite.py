@@ -20,9 +20,9 @@ def test_a_broken_tier_is_found_by_the_test_named_for_its_fault(broken, tmp_path
     monkeypatch.setattr("kvbm_core.testing._child.PATIENCE_S", 5)
     monkeypatch.setattr("kvbm_core.testing._machine._PHASES", (Phase.generate,))  # Nobody reads it.
     monkeypatch.setattr("threading.Event.wait", lambda event, timeout=None: event.is_set())
-    suite = type(
-        "Suite", (TierSuite,), {"backend": broken.backend, "settings": lambda self, f: broken.settings(f)}
-    )
+    # The first random program that fails ends the search: many programs cost nothing, and none is missed.
+    members = {"backend": broken.backend, "settings": lambda self, f: broken.settings(f), "programs": 500}
+    suite = type("Suite", (TierSuite,), members)
     test = getattr(suite(), broken.found_by)
     rig = Rig(broken.backend, broken.settings, tmp_path, suite.block_bytes)
     _, having = getattr(test, "needs", ("", lambda capabilities: True))
