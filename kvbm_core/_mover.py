@@ -8,7 +8,7 @@ of the staging pool. `submit` is the engine's thread, `poll` the mover's. They s
 bookkeeping; copies happen outside it, and tiers work in threads of their own.
 
 Where the device is `deferred`, stores are started by the mover's thread too, and the engine's thread does
-nothing for them unless blocks are claimed that a store has not been started for.
+nothing for them unless blocks are claimed that a store has not been started for. It starts loads in-step.
 """
 
 from __future__ import annotations

@@ -144,8 +144,11 @@ ROWS: Final[Sequence[tuple[str, Sequence[Json]]]] = [
         panel("timeseries", "Bytes loaded and stored", "By tier, over all ranks.", "Bps",
               (rate("loaded_bytes", "tier"), "{{tier}} loaded"),
               (rate("stored_bytes", "tier"), "{{tier}} stored"), width=6),
-        panel("timeseries", "Device copies", "Between the engine's memory and host memory.", "Bps",
-              (rate("device_copied_bytes", "direction", ENGINE), "{{direction}}"), width=6),
+        panel("timeseries", "Device copies",
+              "Between the engine's memory and host memory; on a GPU, what was measured at the start.", "Bps",
+              (rate("device_copied_bytes", "direction", ENGINE), "{{direction}}"),
+              (f'min by (direction) (vllm:kvbm_device_copy_bytes_per_second{{{ENGINE}, chosen="yes"}})',
+               "{{direction}} can be"), width=6),
     ]),
     ("What fails?", [
         panel("state-timeline", "Tiers in use", "After failures a tier is left alone for a while.", "none",

@@ -54,7 +54,7 @@ def calibrate(gpu: Gpu, device: StagedDevice, copy: str) -> list[Rate]:
         copy: ``auto``, or the name of the way that shall be used.
 
     Returns:
-        What was measured, also in the log.
+        What was measured, also in the log and in the device's `counts`.
 
     Raises:
         ConfigError: If that way needs Triton, and it is not installed.
@@ -77,6 +77,11 @@ def calibrate(gpu: Gpu, device: StagedDevice, copy: str) -> list[Rate]:
     out = max(rates, key=lambda rate: rate.out_bytes_per_s * _weight(rate.method)).method
     into = max(rates, key=lambda rate: rate.in_bytes_per_s * _weight(rate.method)).method
     device.use(out, into)
+    device.counts.bytes_per_s.clear()
+    for rate in rates:
+        name, table = str(rate.method), device.counts.bytes_per_s
+        table[name, "device_to_host", rate.method == out] = rate.out_bytes_per_s
+        table[name, "host_to_device", rate.method == into] = rate.in_bytes_per_s
     _log(rates, device, out, into)
     return rates
 

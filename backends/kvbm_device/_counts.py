@@ -1,8 +1,8 @@
-"""What a device has copied, for the metrics."""
+"""What a device has copied, and how fast it can, for the metrics."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["CopyCounts"]
 
@@ -17,3 +17,5 @@ class CopyCounts:
     """From host memory to the engine's."""
     staging_full_blocks: int = 0
     """Not gathered because all staging memory of the device was in use."""
+    bytes_per_s: dict[tuple[str, str, bool], float] = field(default_factory=dict)
+    """Of each way to copy, as calibrated: name, `device_to_host` or `host_to_device`, whether it is used."""

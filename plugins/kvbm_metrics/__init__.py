@@ -11,7 +11,16 @@ from __future__ import annotations
 
 from kvbm_metrics._exporter import Exporter
 from kvbm_metrics._server import MetricsServer, read_port
-from kvbm_metrics._table import METRICS, Kind, Metric, Readings, device_readings, merge, reading
+from kvbm_metrics._table import (
+    METRICS,
+    Kind,
+    Metric,
+    Readings,
+    device_readings,
+    merge,
+    rate_reading,
+    reading,
+)
 from kvbm_metrics._tally import Tally
 
 __all__ = [
@@ -24,6 +33,7 @@ __all__ = [
     "Tally",
     "device_readings",
     "merge",
+    "rate_reading",
     "read_port",
     "reading",
 ]

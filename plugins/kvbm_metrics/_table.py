@@ -79,6 +79,11 @@ METRICS: Final[Mapping[str, Metric]] = {
             ("direction",),
         ),
         Metric("device_staging_full_blocks", _COUNTER, "Blocks not stored: all device staging was in use."),
+        Metric(
+            "device_copy_bytes_per_second", _GAUGE,
+            "Of each way to copy, as measured at the start, slowest rank.",
+            ("method", "direction", "chosen"),
+        ),
     )
 }  # fmt: skip
 
@@ -95,6 +100,11 @@ def device_readings(to_host_bytes: int, to_device_bytes: int, staging_full_block
         reading("device_copied_bytes", "host_to_device"): to_device_bytes,
         reading("device_staging_full_blocks"): staging_full_blocks,
     }
+
+
+def rate_reading(method: str, direction: str, *, chosen: bool) -> str:
+    """Give the key of what one way to copy was measured to move."""
+    return reading("device_copy_bytes_per_second", method, direction, "yes" if chosen else "no")
 
 
 def labels_of(key: str) -> tuple[Metric, list[str]]:

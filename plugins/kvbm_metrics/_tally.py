@@ -47,11 +47,18 @@ class Tally:
         ranks: What each worker says of its tiers, as the planner was told.
         block_tokens: Tokens of a block.
         block_bytes: Bytes of a block over all ranks.
+        constants: Readings of gauges that do not change.
     """
 
     def __init__(
-        self, planner: Planner, ranks: Sequence[Sequence[TierStatus]], block_tokens: int, block_bytes: int
+        self,
+        planner: Planner,
+        ranks: Sequence[Sequence[TierStatus]],
+        block_tokens: int,
+        block_bytes: int,
+        constants: Mapping[str, int] | None = None,
     ) -> None:
+        self._constants = dict(constants or {})
         self._planner = planner
         self._tiers = list(planner.counts)
         self._capacities = {status.name: status.capabilities.capacity_blocks for status in ranks[0]}
@@ -165,6 +172,7 @@ class Tally:
                 yield f"failed_transfers|{operation}|{reason}|{tier}", count
 
     def _gauges(self, now_s: float) -> Iterator[tuple[str, int]]:
+        yield from self._constants.items()
         for tier, levels in self._planner.levels(now_s).items():
             yield f"tier_used_bytes|{tier}", levels.blocks * self._block_bytes
             yield f"tier_usable|{tier}", int(levels.usable)

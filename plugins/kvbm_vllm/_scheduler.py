@@ -139,7 +139,11 @@ class SchedulerHalf:
             block_tokens=self._block_tokens if self._config.only_faster else 0,
         )
         self._joins = all(handshake.joins for handshake in handshakes)
-        self._tally = Tally(self._planner, status, self._block_tokens, block_bytes)
+        constants: dict[str, int] = {}
+        for handshake in handshakes:  # Of several ranks the slowest counts.
+            for key, value in handshake.constants.items():
+                constants[key] = min(value, constants.get(key, value))
+        self._tally = Tally(self._planner, status, self._block_tokens, block_bytes, constants)
         self._server = open_server(self._vllm_config)
         logger.info("KvbmConnector is ready: %r", self._planner)
 

@@ -28,6 +28,8 @@ class Handshake(KVConnectorHandshakeMetadata):
     """What must be alike on every rank, see `kvbm_vllm._ranks`."""
     joins: bool = False
     """Whether the device can have a step wait for the load of its blocks."""
+    constants: dict[str, int] = field(default_factory=dict)
+    """Readings of this rank that do not change, see `kvbm_metrics`."""
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from kvbm_core import Coordinator, Load, Report, StackConfig, Worker, make_namespace
 from kvbm_device import CopyCounts, open_device
-from kvbm_metrics import device_readings
+from kvbm_metrics import device_readings, rate_reading
 from kvbm_vllm._membership import join_as_worker
 from kvbm_vllm._namespace import namespace_facts, shared_facts
 from kvbm_vllm._ranks import rank_facts
@@ -103,7 +103,12 @@ class WorkerHalf:
         if self._worker is None:
             return None
         rank = self._vllm_config.parallel_config.rank
-        return Handshake(rank, self._worker.status(), self._block_bytes, self._facts, self._joins)
+        rates = {
+            rate_reading(method, direction, chosen=chosen): int(speed)
+            for (method, direction, chosen), speed in self._counts.bytes_per_s.items()
+        }
+        status = self._worker.status()
+        return Handshake(rank, status, self._block_bytes, self._facts, self._joins, rates)
 
     def begin(self, step: object) -> None:
         """Start a step's plan, once, before anything of the step is computed."""

@@ -208,6 +208,11 @@ def test_the_calibration_measures_each_way_and_leaves_the_blocks_as_they_were(ca
     assert torch.equal(memory, before)
     assert not gpu.pinned or len(gpu.pinned) == 2  # What the links hold; the sample is given back.
     assert "blocks leave by" in caplog.text
+    table, ways = device.counts.bytes_per_s, ("device_to_host", "host_to_device")
+    assert {key[:2] for key in table} == {(str(rate.method), way) for rate in rates for way in ways}
+    assert [(str(link.method), way) for link, way in zip(device.links, ways, strict=True)] == sorted(
+        (key[:2] for key in table if key[2]), key=lambda key: key[1]
+    )
     for way in ("staged", "dma"):
         assert [str(rate.method) for rate in calibrate(gpu, device, way)] == [way]
         assert str(device.links[0].method) == str(device.links[1].method) == way

@@ -25,9 +25,11 @@ from kvbm_metrics import (
     __main__,
     device_readings,
     merge,
+    rate_reading,
     read_port,
     reading,
 )
+from kvbm_metrics._table import labels_of
 
 ROOT = Path(__file__).parent.parent.parent
 DEPLOY = Path(str(files("kvbm_metrics"))) / "deploy"
@@ -43,6 +45,7 @@ ENUMS = {
 TYPES = ["ThresholdsMode", "MappingType"]
 
 KEYS = [bytes([n]) * 32 for n in range(10)]
+RATE = "device_copy_bytes_per_second"
 
 
 def expressions():
@@ -88,10 +91,22 @@ def test_readings_of_ranks_and_of_moments_are_merged():
 # What the leader counts.
 
 
-def make(ranks=1, tiers=(("cpu", 4, True), ("disk", 9, False))):
+def test_what_was_measured_at_the_start_is_told_once():
+    key = rate_reading("kernel:8", "host_to_device", chosen=True)
+    _, tally = make(constants={key: 50})
+    assert tally.take(0)[key] == 50
+    assert key not in tally.take(1)
+    metric, labels = labels_of(key)
+    assert metric.name == RATE
+    assert dict(zip(metric.labels, labels, strict=True)) == {
+        "method": "kernel:8", "direction": "host_to_device", "chosen": "yes",
+    }  # fmt: skip
+
+
+def make(ranks=1, tiers=(("cpu", 4, True), ("disk", 9, False)), constants=None):
     status = [TierStatus(name, Capabilities(blocks, addressable=lends), []) for name, blocks, lends in tiers]
     planner = Planner([status] * ranks)
-    return planner, Tally(planner, [status] * ranks, BLOCK_TOKENS, BLOCK_BYTES)
+    return planner, Tally(planner, [status] * ranks, BLOCK_TOKENS, BLOCK_BYTES, constants)
 
 
 def carry_out(planner, tally, failures=None, seconds=(0.5,)):
@@ -117,7 +132,7 @@ def stored(planner, tally, count, **options):
 def test_at_first_every_series_is_there_and_then_only_what_has_changed():
     planner, tally = make()
     first = tally.take(0)
-    assert {key.partition("|")[0] for key in first} == METRICS.keys() - {"operation_seconds"}
+    assert {key.partition("|")[0] for key in first} == METRICS.keys() - {"operation_seconds", RATE}
     counters = {key for key in first if METRICS[key.partition("|")[0]].kind is Kind.COUNTER}
     assert {first[key] for key in counters} == {0}
     assert first["tier_capacity_bytes|cpu"] == 4 * BLOCK_BYTES

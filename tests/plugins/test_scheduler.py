@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("vllm")
 from kvbm_core import Capabilities, Planner, Report, TierStatus, load_config
-from kvbm_metrics import Tally
+from kvbm_metrics import Tally, rate_reading
 from kvbm_vllm._scheduler import SchedulerHalf
 from kvbm_vllm._values import Handshake, Outcomes
 
@@ -295,6 +295,15 @@ def test_a_load_is_part_of_a_step_where_every_ranks_device_joins(joins):
     made._vllm_config.parallel_config.world_size = 2
     made.start([Handshake(rank, status, 4096, {}, each) for rank, each in enumerate(joins)])
     assert load(made, "a", [5, 6, 7]) is not all(joins)
+
+
+def test_of_what_ranks_have_measured_the_slowest_is_told():
+    made = half()
+    status = [TierStatus("cpu", Capabilities(capacity_blocks=64, addressable=True), [])]
+    made._vllm_config.parallel_config.world_size = 2
+    measured = [{rate_reading("staged", "host_to_device", chosen=True): speed} for speed in (50, 40)]
+    made.start([Handshake(rank, status, 4096, {}, False, each) for rank, each in enumerate(measured)])
+    assert measured[1].items() <= made.take_stats().data.items()
 
 
 @pytest.mark.parametrize("joins", [True, False])
