@@ -24,7 +24,7 @@ __all__ = ["Worker", "check_stack"]
 logger = logging.getLogger("kvbm_core")
 
 _LAST_POLL_S: Final = 10.0
-"""How long a poll under way is waited for when the mover has failed."""
+"""How long a poll under way is waited for, at the end or when the mover has failed."""
 
 
 def check_stack(
@@ -147,7 +147,7 @@ class Worker:
         self._closing = True
         self._event.set()
         if self._thread.is_alive():
-            self._thread.join(timeout=10)
+            self._thread.join(timeout=_LAST_POLL_S)
         if not self._thread.is_alive():  # Else it may hold the mover's lock.
             self._mover.fail_all()
         self._progress.set()

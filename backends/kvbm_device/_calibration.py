@@ -77,11 +77,11 @@ def calibrate(gpu: Gpu, device: StagedDevice, copy: str) -> list[Rate]:
     out = max(rates, key=lambda rate: rate.out_bytes_per_s * _weight(rate.method)).method
     into = max(rates, key=lambda rate: rate.in_bytes_per_s * _weight(rate.method)).method
     device.use(out, into)
-    device.counts.bytes_per_s.clear()
+    table = device.counts.bytes_per_s
+    table.clear()
     for rate in rates:
-        name, table = str(rate.method), device.counts.bytes_per_s
-        table[name, "device_to_host", rate.method == out] = rate.out_bytes_per_s
-        table[name, "host_to_device", rate.method == into] = rate.in_bytes_per_s
+        table[str(rate.method), "device_to_host", rate.method == out] = rate.out_bytes_per_s
+        table[str(rate.method), "host_to_device", rate.method == into] = rate.in_bytes_per_s
     _log(rates, device, out, into)
     return rates
 

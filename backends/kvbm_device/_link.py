@@ -229,17 +229,18 @@ class Link:
 
     def _few_runs(self, addresses: npt.NDArray[np.int64]) -> list[tuple[int, int, int]] | None:
         """Give the runs of rows; None if they are so many that one call which names every block is better."""
-        first, last, end_of = int(addresses[0]), int(addresses[-1]), self._pinned.end_of
+        first, end_of = int(addresses[0]), self._pinned.end_of
+        end = end_of(first)
         steps = np.diff(addresses)
         pitch = int(steps[0]) if len(steps) else 0
         alike = not len(steps) or (0 < pitch <= _MAX_PITCH_BYTES and bool((steps == pitch).all()))
-        if alike and end_of(first) == end_of(last):
+        if alike and end_of(int(addresses[-1])) == end:
             return [(first, pitch, len(addresses))]
         # Between two runs the distance changes twice at most.
-        if end_of(first) and np.count_nonzero(np.diff(steps)) > 2 * _MOST_RUNS:
+        if end and np.count_nonzero(np.diff(steps)) > 2 * _MOST_RUNS:
             return None
         runs = list(_runs(addresses.tolist(), end_of))
-        return None if end_of(first) and len(runs) > _MOST_RUNS else runs
+        return None if end and len(runs) > _MOST_RUNS else runs
 
     def _batch(self, blocks: Sequence[int], addresses: npt.NDArray[np.int64]) -> None:
         bases, strides, offsets, sizes = self._views

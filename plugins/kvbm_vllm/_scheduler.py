@@ -63,8 +63,6 @@ class _Sequence:
     """Whether the last match shall be loaded in the step that computes the rest."""
     judged: tuple[int, list[int]] | None = None
     """The match that was last weighed against computing, until blocks are given for what came of it."""
-    worth: int = 0
-    """Its leading blocks that shall be loaded."""
     may_load: bool = True
     """False after a load that failed: the request computes, so that it cannot fail in a circle."""
     may_store: bool = True
@@ -171,9 +169,9 @@ class SchedulerHalf:
         sequence.asked_blocks, sequence.found_tiers = len(keys), tiers
         # vLLM asks in each step until it has room, and a try of a slow tier is given once.
         if (start, tiers) != sequence.judged:
-            sequence.judged, sequence.worth = (start, tiers), planner.guard.worth(tiers, now_s)
-        tiers = tiers[: sequence.worth]
-        sequence.match_start, sequence.match_tiers = start, tiers
+            sequence.judged = (start, tiers)
+            sequence.match_start, sequence.match_tiers = start, tiers[: planner.guard.worth(tiers, now_s)]
+        tiers = sequence.match_tiers
         if not tiers:
             return 0, False
         if planner.loading_blocks and planner.loading_blocks + len(tiers) > self._max_load_blocks:
@@ -230,8 +228,8 @@ class SchedulerHalf:
         if tokens:
             delayed = any(load.in_step for load in plan.loads)
             self._computing[self._step] = (0 if delayed else tokens, now_s)
-        while self._computing and next(iter(self._computing)) <= self._step - _MAX_STEPS:
-            del self._computing[next(iter(self._computing))]
+        oldest = self._step - _MAX_STEPS
+        self._computing = {step: each for step, each in self._computing.items() if step > oldest}
         idle = not self._computing
         return StepPlan(plan, self._step, computes=tokens > 0, idle=idle, heard=self._heard)
 

@@ -17,10 +17,8 @@ import time
 from pathlib import Path
 
 import torch
-from gpu_copies import BLOCK, layers_of
+from gpu_copies import host_memory, layers_of, reserved
 
-from kvbm_core.tier import TierContext
-from kvbm_cpu import CpuConfig, CpuTier
 from kvbm_device import open_device
 from kvbm_device._link import Method, Way
 
@@ -89,9 +87,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     device = open_device(layers_of(64 << 10), 4096)
-    context = TierContext(b"n" * 16, BLOCK + 96, 0, 1, lambda: None, device.pinner())
-    arena = CpuTier(CpuConfig(capacity=3 << 30), context)
-    regions = [arena.reserve(bytes([at % 256, at // 256]) * 16) for at in range(_BLOCKS)]
+    arena = host_memory(device, 3 << 30)
+    regions = reserved(arena, _BLOCKS)
     work, blocks = engine_work(), list(range(0, 2 * _BLOCKS, 2))
     rows = {"alone": felt(work, lambda count: count < 80)}
     rows["alone"] = felt(work, lambda count: count < 80)

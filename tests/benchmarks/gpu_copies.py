@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kvbm_core.tier import TierContext
+from kvbm_core.tier import Region, TierContext
 from kvbm_cpu import CpuConfig, CpuTier
 from kvbm_device import StagedDevice, open_device
 from kvbm_device._link import Method, Way
@@ -42,6 +42,17 @@ def layers_of(page: int) -> dict[str, torch.Tensor]:
     for view in range(views):
         memory[view] = torch.arange(count, device="cuda", dtype=torch.int32)[:, None] * 1_000 + view
     return {f"layer.{at}": memory[at] for at in range(views)}
+
+
+def host_memory(device, nbytes: int) -> CpuTier:
+    """Host memory as an engine on this device would have it."""
+    context = TierContext(b"n" * 16, BLOCK + 96, 0, 1, lambda: None, device.pinner())
+    return CpuTier(CpuConfig(capacity=nbytes), context)
+
+
+def reserved(arena: CpuTier, count: int) -> list[Region]:
+    """Room for so many blocks."""
+    return [arena.reserve(bytes([at % 256, at // 256]) * 16) for at in range(count)]
 
 
 def timed(run) -> float:
@@ -147,13 +158,10 @@ def main() -> None:
         )
         chosen = [link.method for link in device.links]
         start_s = time.perf_counter()
-        arena = CpuTier(
-            CpuConfig(capacity=8 << 30),
-            TierContext(b"n" * 16, BLOCK + 96, 0, 1, lambda: None, device.pinner()),
-        )
+        arena = host_memory(device, 8 << 30)
         print(f"host memory of 8 GiB: {time.perf_counter() - start_s:.2f} s, {arena!r}", flush=True)
         link = link_rates(arguments.rounds)
-        regions = [arena.reserve(bytes([at % 256, at // 256]) * 16) for at in range(BLOCKS)]
+        regions = reserved(arena, BLOCKS)
         blocks = random.Random(page).sample(range(DEVICE_BYTES // BLOCK), BLOCKS)
         check = Check(layers)
         rows = {str(m): ours(device, m, blocks, regions, arguments.rounds, check) for m in METHODS}

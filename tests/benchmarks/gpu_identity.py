@@ -19,6 +19,8 @@ import sys
 import tempfile
 import time
 
+from gpu_serve import prepare
+
 
 def model_in(folder: str, layers: int, hidden: int, on_gpu: bool) -> None:
     import torch
@@ -49,10 +51,10 @@ def main() -> int:
     parser.add_argument("--capacity", default="8GiB")
     parser.add_argument("--copy", default="auto")
     arguments = parser.parse_args()
+    prepare()
     os.environ.update(
-        HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_USE_FLASHINFER_SAMPLER="0", PYTHONHASHSEED="0",
-        VLLM_ENABLE_MULTIPROCESSING="0", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING",
-    )  # fmt: skip
+        VLLM_ENABLE_MULTIPROCESSING="0", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING"
+    )
     if arguments.v2:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     import torch

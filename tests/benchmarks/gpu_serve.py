@@ -75,6 +75,14 @@ def prompt(tokens: int, seed: int) -> dict:
     return {"prompt_token_ids": [chance.randrange(10, 120_000) for _ in range(tokens)]}
 
 
+def prepare() -> None:
+    """Set the environment of an engine that needs no network. Before vLLM is imported."""
+    os.environ.update(
+        HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_USE_FLASHINFER_SAMPLER="0", PYTHONHASHSEED="0"
+    )
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
 class Engine:
     """One vLLM and what is asked of it."""
 
@@ -90,11 +98,6 @@ class Engine:
             from kvbm_vllm._scheduler import SchedulerHalf
 
             SchedulerHalf._fits_in_step = lambda half, tiers: False
-        if arguments.profile:
-            options["profiler_config"] = {
-                "profiler": "torch", "torch_profiler_dir": str(arguments.profile),
-                "torch_profiler_with_stack": False,
-            }  # fmt: skip
         self.llm = LLM(
             model=str(model), skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16",
             max_model_len=max(4096, *arguments.lengths) + 64, enforce_eager=not arguments.graphs,
@@ -163,14 +166,6 @@ def measure(name: str, arguments: argparse.Namespace) -> dict:
                     for _, outputs in restored[1:]
                 ]
                 found["batch_cached"] = [sum(o.num_cached_tokens for o in outputs) for _, outputs in restored]
-        if arguments.profile:
-            p = prompt(max(arguments.lengths), max(arguments.lengths) * 100)
-            engine.ask([p])
-            time.sleep(arguments.settle)
-            engine.llm.reset_prefix_cache()
-            engine.llm.start_profile()
-            engine.ask([p])
-            engine.llm.stop_profile()
         if arguments.stores and transfer:
             found["first_token_and_stored_ms"] = stored(engine, arguments)
         found["counts"] = engine.counts()
@@ -251,14 +246,10 @@ def main() -> int:
         "--stores", action="store_true", help="measure the time until all is stored, too; engine in-process"
     )
     parser.add_argument("--cprofile", action="store_true", help="where the host's time goes, nothing else")
-    parser.add_argument("--profile", type=Path, help="folder for a trace of one restored prompt")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    os.environ.update(
-        HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_USE_FLASHINFER_SAMPLER="0", PYTHONHASHSEED="0"
-    )
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    prepare()
     if arguments.stores or arguments.cprofile:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if arguments.lock:

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from gpu_serve import SHAPES, Engine, prompt
+from gpu_serve import SHAPES, Engine, prepare, prompt
 
 _TIMES = 6
 
@@ -41,7 +41,13 @@ def show(name: str, found: dict) -> None:
 
 
 def run(name: str, arguments: argparse.Namespace, folder: str) -> dict:
-    engine = Engine(name, arguments, folder, worker_extension_cls="spans.Extension")
+    options: dict[str, object] = {"worker_extension_cls": "spans.Extension"}
+    if arguments.profile:
+        options["profiler_config"] = {
+            "profiler": "torch", "torch_profiler_dir": str(arguments.profile),
+            "torch_profiler_with_stack": False,
+        }  # fmt: skip
+    engine = Engine(name, arguments, folder, **options)
     for seed in (98, 99):
         engine.ask([prompt(2048, seed)])
     kinds: dict[str, list[dict]] = {"cold": [], "gpu_hit": [], "restored": []}
@@ -90,10 +96,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     arguments.lengths = [arguments.tokens]
-    os.environ.update(
-        HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_USE_FLASHINFER_SAMPLER="0", PYTHONHASHSEED="0"
-    )
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    prepare()
     os.environ["PYTHONPATH"] = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"
     with tempfile.TemporaryDirectory() as folder:
         kinds = run(arguments.name, arguments, folder)
