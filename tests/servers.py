@@ -439,11 +439,12 @@ class FaultProxy:
                 upstream.write(chunk)
                 await upstream.drain()
         finally:
+            # Before anything is awaited: cancelled while it awaits, this does not come to its end.
+            if upstream is not None:
+                upstream.transport.abort()
             if answers is not None:
                 answers.cancel()
                 await asyncio.gather(answers, return_exceptions=True)
-            if upstream is not None:
-                upstream.transport.abort()
 
     async def _answer(self, back: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while chunk := await back.read(1 << 16):
