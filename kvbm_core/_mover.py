@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
-from kvbm_core._moves import Failed, Job, Move, Traffic, in_parts, is_done
+from kvbm_core._moves import Copy, Failed, Job, Move, Traffic, is_done
 from kvbm_core._slots import Slots
 from kvbm_core._staging import Staging
 from kvbm_core.block import BlockKey
@@ -29,7 +29,7 @@ from kvbm_core.device import Device, Stageable, Work
 from kvbm_core.errors import KvbmError, QueueFullError, TierError
 from kvbm_core.layers import FOOTER_BYTES, DeadlineTier
 from kvbm_core.plan import Load, Lookup, Plan, Report, Store
-from kvbm_core.tier import Addressable, Completion, Outcome, Reason, Tier, Transfer
+from kvbm_core.tier import Addressable, Completion, Outcome, Reason, Region, Tier, Transfer
 
 __all__ = ["Mover"]
 
@@ -74,11 +74,11 @@ class Mover:
         self._lock = threading.Lock()
         self._tickets = itertools.count(1)
         self._arrived: deque[Job] = deque()
-        self._lent: deque[list[Move]] = deque()
-        """Loads from the lender that were not started."""
+        self._lent: deque[tuple[Job, range]] = deque()
+        """Parts of loads from the lender that were not started."""
         self._jobs: set[Job] = set()
-        self._copies: list[tuple[Work, list[Move]]] = []
-        self._landed: list[Move] = []
+        self._copies: list[Copy] = []
+        self._landed: dict[Job, list[Move]] = {}
         self._reports: list[Report] = []
         self._broken = False
 
@@ -94,7 +94,7 @@ class Mover:
     @property
     def pause_s(self) -> float | None:
         """How long `poll` need not be called; None: until a plan comes, or a tier has ended something."""
-        copies_s = (moves[0].job.pause_s for _, moves in list(self._copies))
+        copies_s = (copy.job.pause_s for copy in list(self._copies))
         return min(copies_s, default=_PAUSE_S) if self.active else None
 
     def submit(self, plan: Plan) -> None:
@@ -134,9 +134,10 @@ class Mover:
             for position in self._traffic:
                 self._collect(position)
                 self._feed(position)
-            landed, self._landed = self._landed, []
+            landed, self._landed = self._landed, {}
+        for moves in landed.values():
+            self._start_moves(moves)
         if landed:
-            self._scatter(landed)
             self._end_copies()
 
     @property
@@ -171,8 +172,8 @@ class Mover:
     def _settle(self) -> None:
         """Wait for the device's copies, but not for ever."""
         give_up_s = time.monotonic() + _SETTLE_S
-        for work, _ in list(self._copies):
-            while is_done(work) is None and time.monotonic() < give_up_s:
+        for copy in list(self._copies):
+            while is_done(copy.work) is None and time.monotonic() < give_up_s:
                 time.sleep(0.001)
 
     # Plans in.
@@ -218,7 +219,7 @@ class Mover:
         if not job.op.blocks:
             self._forward(moves)
         elif moves:
-            self._gather(moves)
+            self._start_moves(moves)
 
     def _land(self, job: Job, at: int) -> Move | None:
         """Find the region that a store's block goes through."""
@@ -231,41 +232,52 @@ class Mover:
             if slot:
                 return Move(job, at, self._lender_at, slot, fills=True)
             if self._lender_at in op.tiers:
-                self._end(job, at, self._lender_at, Reason.FULL)
+                self._end(job, [at], self._lender_at, Reason.FULL)
             others = [tier for tier in op.tiers if tier != self._lender_at]
             slot = self._slots.stage() if others else None
         if slot is None:
             for tier in op.tiers:
                 if tier != self._lender_at:
-                    self._end(job, at, tier, reason)
+                    self._end(job, [at], tier, reason)
             return None
         return Move(job, at, self._lender_at, slot)
 
-    def _gather(self, moves: list[Move]) -> None:
-        job = moves[0].job
-        assert isinstance(job.op, Store)
+    def _start_moves(self, moves: list[Move]) -> None:
         regions = [move.slot.region for move in moves if move.slot]
+        self._start_copy(Copy(moves[0].job, [move.at for move in moves], moves), regions)
+
+    def _start_copy(self, copy: Copy, regions: list[Region]) -> Copy:
+        """Have the device gather into regions, or scatter from them. May be called under the lock."""
+        op = copy.job.op
+        assert not isinstance(op, Lookup)
+        blocks = [op.blocks[at] for at in copy.places]
         try:
-            work: Work = self._device.gather([job.op.blocks[move.at] for move in moves], regions, job.fence)
+            if isinstance(op, Store):
+                copy.work = self._device.gather(blocks, regions, copy.job.fence)
+            else:
+                copy.work = self._device.scatter(regions, blocks, copy.job.fence)
         except Exception:  # A device's error is as foreign as a tier's: it becomes an outcome.
-            logger.exception("gather failed")
-            work = Failed()
-        self._copies.append((work, moves))
+            logger.exception("a copy could not be started")
+        self._copies.append(copy)
+        return copy
 
     def _end_copies(self) -> None:
         with self._lock:
             copies = list(self._copies)
         # Asking starts copies, and the engine's thread must not wait for that.
-        ended = [(each, done) for each in copies if (done := is_done(each[0])) is not None]
+        ended = [(copy, done) for copy in copies if (done := is_done(copy.work)) is not None]
         with self._lock:
             if self._broken:  # The engine's blocks are not claimed any more: these bytes may be of others.
                 return
-            for (work, moves), done in ended:
-                self._copies.remove((work, moves))
-                if isinstance(moves[0].job.op, Store):
-                    self._end_gather(work, moves, done=done)
+            for copy, done in ended:
+                self._copies.remove(copy)
+                if isinstance(copy.job.op, Store):
+                    self._end_gather(copy.work, copy.moves, done=done)
+                elif copy.hold:
+                    self._end(copy.job, copy.places, self._lender_at, Reason.NONE if done else Reason.ERROR)
+                    self._slots.let_go(copy.hold)
                 else:
-                    self._end_scatter(moves, done=done)
+                    self._end_scatter(copy.moves, done=done)
 
     def _end_gather(self, work: Work, moves: Sequence[Move], *, done: bool) -> None:
         lost = work.given_up if done else frozenset(range(len(moves)))
@@ -275,7 +287,7 @@ class Mover:
             assert isinstance(move.job.op, Store)
             for tier in move.job.op.tiers:
                 if not (tier == self._lender_at and not move.fills):
-                    self._end(move.job, move.at, tier, reason)
+                    self._end(move.job, [move.at], tier, reason)
             self._let_go(move, filled=False)
         there = [move for at, move in enumerate(moves) if at not in lost]
         self._publish(there)
@@ -285,7 +297,7 @@ class Mover:
         for move in moves:
             if move.fills:
                 self._slots.publish(move.key)
-                self._end(move.job, move.at, self._lender_at, Reason.NONE)
+                self._end(move.job, [move.at], self._lender_at, Reason.NONE)
 
     def _forward(self, moves: Sequence[Move]) -> None:
         """Queue blocks that lie in a host region for every other tier of their store."""
@@ -305,27 +317,32 @@ class Mover:
                 job = self._arrived.popleft()
                 if isinstance(job.op, Store):
                     self._store(job)
-                    continue
-                moves = [Move(job, at, job.op.tier) for at in range(len(job.op.keys))]
-                if isinstance(job.op, Lookup):  # Small, and a request waits for it before anything else.
-                    self._traffic[job.op.tier].loads.extendleft(reversed(moves))
-                    continue
-                if job.op.tier != self._lender_at:
-                    self._traffic[job.op.tier].loads.extend(moves)
-                    continue
-            self._lent += in_parts(moves)
+                elif job.op.tier == self._lender_at:
+                    self._lent.extend((job, part) for part in job.parts(self._device.block_bytes))
+                else:
+                    loads = self._traffic[job.op.tier].loads
+                    moves = [Move(job, at, job.op.tier) for at in range(len(job.op.keys))]
+                    if isinstance(job.op, Load):
+                        loads.extend(moves)
+                    else:  # Small, and a request waits for it before anything else.
+                        loads.extendleft(reversed(moves))
 
     def _start_lent(self) -> None:
         """Start loads from the lender's memory, as far as the device has not enough to copy."""
-        ahead = sum(len(moves) for _, moves in self._copies if isinstance(moves[0].job.op, Load))
+        ahead = sum(len(copy.places) for copy in self._copies if isinstance(copy.job.op, Load))
         while self._lent and not self._broken and ahead * self._device.block_bytes < _AHEAD_BYTES:
-            ahead += len(self._lent[0])
-            self._load_lent(self._lent.popleft())
+            job, part = self._lent.popleft()
+            ahead += len(part)
+            self._load_lent(job, part)
 
-    def _load_lent(self, moves: Sequence[Move]) -> list[Work]:
+    def _load_lent(self, job: Job, part: range) -> Copy:
+        """Start to load a part of a load from the lender's memory, as far as it has the blocks."""
         with self._lock:
-            lent = self._borrow(moves)
-        return self._scatter(lent)
+            hold = self._slots.hold(job.op.keys[part.start : part.stop])
+            places = [part.start + at for at in hold.regions]
+            if len(places) < len(part):
+                self._end(job, sorted(set(part).difference(places)), self._lender_at, Reason.MISSING)
+        return self._start_copy(Copy(job, places, hold=hold), list(hold.regions.values()))
 
     def _load_in_step(self, job: Job) -> None:
         """Have the engine's work wait for a load. In the engine's thread; also after a bug, see `fail_all`.
@@ -333,20 +350,11 @@ class Mover:
         Raises:
             KvbmError: If a block is not there. The engine would compute with whatever is in its place.
         """
-        moves = [Move(job, at, self._lender_at) for at in range(len(job.op.keys))]
-        works = [work for part in in_parts(moves) for work in self._load_lent(part)]
-        if any(move.slot is None for move in moves) or any(isinstance(work, Failed) for work in works):
-            raise KvbmError("blocks that this step computes with cannot be loaded", operation="load")
-        for work in works:
-            self._device.join(work)
-
-    def _borrow(self, moves: Sequence[Move]) -> list[Move]:
-        """Find blocks in the lender's memory; give those that are there."""
-        for move in moves:
-            move.slot = self._slots.borrow(move.key)
-            if move.slot is None:
-                self._end(move.job, move.at, move.tier, Reason.MISSING)
-        return [move for move in moves if move.slot]
+        for part in job.parts(self._device.block_bytes):
+            copy = self._load_lent(job, part)
+            if isinstance(copy.work, Failed) or len(copy.places) < len(part):
+                raise KvbmError("blocks that this step computes with cannot be loaded", operation="load")
+            self._device.join(copy.work)
 
     # Tiers.
 
@@ -403,10 +411,10 @@ class Mover:
         for completion in traffic.tier.poll():
             move = traffic.open.pop(completion.ticket)
             if completion.outcome is Outcome.DONE and isinstance(move.job.op, Load):
-                self._landed.append(move)
+                self._landed.setdefault(move.job, []).append(move)
             elif completion.outcome is Outcome.DONE:
                 traffic.doomed.discard(move.key)
-                self._end(move.job, move.at, position, Reason.NONE)
+                self._end(move.job, [move.at], position, Reason.NONE)
                 self._let_go(move)
             else:
                 self._collect_failed(traffic, completion, move)
@@ -429,33 +437,7 @@ class Mover:
         else:
             self._fail(move, completion.reason)
 
-    # Device.
-
-    def _scatter(self, landed: list[Move]) -> list[Work]:
-        """Start the copies into device blocks, one batch a job."""
-        works, batches = [], dict[Job, list[Move]]()
-        for move in landed:
-            batches.setdefault(move.job, []).append(move)
-        for job, moves in batches.items():
-            assert isinstance(job.op, Load)
-            regions = [move.slot.region for move in moves if move.slot]
-            try:
-                blocks = [job.op.blocks[move.at] for move in moves]
-                work: Work = self._device.scatter(regions, blocks, job.fence)
-            except Exception:  # As in `_gather`.
-                logger.exception("scatter failed")
-                work = Failed()
-            works.append(work)
-            with self._lock:
-                self._copies.append((work, moves))
-        return works
-
     def _end_scatter(self, moves: Sequence[Move], *, done: bool) -> None:
-        if done and moves[0].tier == self._lender_at:  # All alike, and many.
-            self._end(moves[0].job, moves[0].at, self._lender_at, Reason.NONE, count=len(moves))
-            for move in moves:
-                self._let_go(move)
-            return
         for move in moves:
             if not done:
                 self._fail(move, Reason.ERROR)
@@ -463,8 +445,8 @@ class Mover:
             self._publish([move])
             op = move.job.op
             if isinstance(op, Load) and op.fill >= 0 and not move.fills:
-                self._end(move.job, move.at, op.fill, Reason.FULL)
-            self._end(move.job, move.at, move.tier, Reason.NONE)
+                self._end(move.job, [move.at], op.fill, Reason.FULL)
+            self._end(move.job, [move.at], move.tier, Reason.NONE)
             self._let_go(move)
 
     # Ends.
@@ -479,14 +461,14 @@ class Mover:
     def _end_move(self, move: Move, reason: Reason) -> None:
         op = move.job.op
         if isinstance(op, Load) and op.fill >= 0:
-            self._end(move.job, move.at, op.fill, reason)
-        self._end(move.job, move.at, move.tier, reason)
+            self._end(move.job, [move.at], op.fill, reason)
+        self._end(move.job, [move.at], move.tier, reason)
 
-    def _end(self, job: Job, at: int, tier: int, reason: Reason, count: int = 1) -> None:
-        """Note how one block of a job ended in one tier, see `Job.end`."""
+    def _end(self, job: Job, places: Sequence[int], tier: int, reason: Reason) -> None:
+        """Note how blocks of a job, by their positions, ended in one tier, see `Job.end`."""
         if job not in self._jobs:
             return
-        if report := job.end(at, tier, reason, count):
+        if report := job.end(places, tier, reason):
             self._reports.append(report)
         if not job.left:
             self._jobs.discard(job)

@@ -1,4 +1,4 @@
-"""What the mover has under way: jobs of a plan, the moves of their blocks, and the traffic of each tier."""
+"""What the mover has under way: jobs of a plan, the moves and copies of their blocks, each tier's traffic."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from kvbm_core._slots import Slot
+from kvbm_core._slots import Hold, Slot
 from kvbm_core.block import BlockKey
 from kvbm_core.device import Fence, Work
 from kvbm_core.layers import DeadlineTier
 from kvbm_core.plan import Load, Lookup, Report, Store
 from kvbm_core.tier import Op, Reason, Transfer
 
-__all__ = ["Failed", "Job", "Move", "Traffic", "in_parts", "is_done"]
+__all__ = ["Copy", "Failed", "Job", "Move", "Traffic", "is_done"]
 
 logger = logging.getLogger("kvbm_core")
 
-_PART_BLOCKS: Final = 128
+_FIRST_BYTES: Final = 64 << 20
+"""Of a load from the lender: under way a millisecond on the link while the next are looked up."""
+_FIRST_BLOCKS: Final = 128
+_TIMES_FIRST: Final = 4
 _LOAD_PAUSE_S: Final = 0.001
 """Not shorter: each look takes the interpreter from the engine, in the middle of its computation."""
 _STORE_PAUSE_S: Final = 0.002
@@ -46,15 +49,22 @@ class Job:
         """How long the device's copies for it need not be looked at: they wake nobody when they end."""
         return _LOAD_PAUSE_S if isinstance(self.op, Load) else _STORE_PAUSE_S
 
+    def parts(self, block_bytes: int) -> list[range]:
+        """Divide a load from the lender: the first blocks are on their way while the next are looked up."""
+        count = len(self.op.keys)
+        first = min(count, max(1, min(_FIRST_BLOCKS, _FIRST_BYTES // block_bytes)))
+        step = _TIMES_FIRST * first
+        return [range(first), *(range(at, min(count, at + step)) for at in range(first, count, step))]
+
     def failed(self, tier: int) -> Report:
         """Report that nothing of it has reached a tier."""
         return Report(self.op.op, tier, dict.fromkeys(range(len(self.op.keys)), Reason.ERROR), 0.0)
 
-    def end(self, at: int, tier: int, reason: Reason, count: int = 1) -> Report | None:
-        """Note how one block ended in one tier, or that so many ended well; report the last of a tier."""
+    def end(self, places: Sequence[int], tier: int, reason: Reason) -> Report | None:
+        """Note how blocks ended in one tier; report the last of a tier."""
         if reason is not Reason.NONE:
-            self.failures.setdefault(tier, {})[at] = reason
-        self.left[tier] -= count
+            self.failures.setdefault(tier, {}).update(dict.fromkeys(places, reason))
+        self.left[tier] -= len(places)
         if self.left[tier]:
             return None
         del self.left[tier]
@@ -81,6 +91,29 @@ class Move:
         """Ask for it."""
         region = self.slot.region if self.slot else None
         return Transfer(ticket, _OPS[type(self.job.op)], self.key, region, self.job.deadline_s)
+
+
+class Failed(Work):
+    """A copy that could not be started."""
+
+    def done(self) -> bool:
+        raise RuntimeError("the copy could not be started")
+
+    @property
+    def given_up(self) -> frozenset[int]:
+        return frozenset()
+
+
+@dataclass(slots=True, eq=False)
+class Copy:
+    """What the device copies for a job at once: moves, or a part of a load from the lender."""
+
+    job: Job
+    places: Sequence[int]
+    """Positions in the operation's keys."""
+    moves: Sequence[Move] = ()
+    hold: Hold | None = None
+    work: Work = Failed()  # noqa: RUF009 - it holds nothing
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -119,17 +152,6 @@ class Traffic:
             self.tier.discard([key])
 
 
-class Failed(Work):
-    """A copy that could not be started."""
-
-    def done(self) -> bool:
-        raise RuntimeError("the copy could not be started")
-
-    @property
-    def given_up(self) -> frozenset[int]:
-        return frozenset()
-
-
 def is_done(work: Work) -> bool | None:
     """True: copied. False: failed. None: not yet."""
     try:
@@ -138,8 +160,3 @@ def is_done(work: Work) -> bool | None:
         if not isinstance(work, Failed):
             logger.exception("a device copy failed")
         return False
-
-
-def in_parts(moves: list[Move]) -> list[list[Move]]:
-    """Divide a load from the lender: the first blocks are on their way while the next are looked up."""
-    return [moves[start : start + _PART_BLOCKS] for start in range(0, len(moves), _PART_BLOCKS)]

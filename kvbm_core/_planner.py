@@ -491,8 +491,7 @@ def _same_stack(ranks: Sequence[Sequence[TierStatus]]) -> None:
     """Refuse workers whose stacks differ."""
     first = [status.name for status in ranks[0]]
     for rank, statuses in enumerate(ranks):
-        names = [status.name for status in statuses]
-        if names != first:
+        if (names := [status.name for status in statuses]) != first:
             raise ConfigError(
                 f"rank {rank} has the tiers {names}, rank 0 has {first}; "
                 "give every worker the same configuration"

@@ -6,7 +6,7 @@ to it. It is given back, or forgotten by the lender, when the last user has let 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from kvbm_core.block import BlockKey
 from kvbm_core.device import Stageable
 from kvbm_core.tier import Region
 
-__all__ = ["Slot", "Slots"]
+__all__ = ["Hold", "Slot", "Slots"]
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +27,16 @@ class Slot:
     users: int = 1
     key: BlockKey | None = None
     """Of a block in the lender's memory."""
+    when_free: list[Callable[[], object]] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Hold:
+    """Blocks in the lender's memory that are read together: thousands, so that none has a slot of its own."""
+
+    keys: frozenset[BlockKey]
+    regions: dict[int, Region]
+    """By position in the keys; not of those that the lender has not."""
     when_free: list[Callable[[], object]] = field(default_factory=list)
 
 
@@ -42,9 +52,10 @@ class Slots:
         self._lender = lender
         self._staging = staging
         self._lent: dict[BlockKey, Slot] = {}
+        self._holds: set[Hold] = set()
 
     def __repr__(self) -> str:
-        return f"<Slots {len(self._lent)} of the lender, {self._staging!r}>"
+        return f"<Slots {len(self._lent)} of the lender, {len(self._holds)} holds, {self._staging!r}>"
 
     def reserve(self, key: BlockKey) -> Slot | None:
         """Use memory of the lender that is about to be filled. None if it has none, or has the block."""
@@ -57,6 +68,18 @@ class Slots:
         if key in self._lent:
             return self.share(self._lent[key])
         return None if self._lender is None else self._use_lent(key, self._lender.lend(key))
+
+    def hold(self, keys: Sequence[BlockKey]) -> Hold:
+        """Use the memory of those of some blocks that the lender has, until `let_go`."""
+        hold = Hold(frozenset(keys), {at: r for at, key in enumerate(keys) if (r := self._lender.lend(key))})
+        self._holds.add(hold)
+        return hold
+
+    def let_go(self, hold: Hold) -> None:
+        """End a hold."""
+        self._holds.remove(hold)
+        for action in hold.when_free:
+            action()
 
     def stage(self) -> Slot | None:
         """Use memory of the staging pool. None if all is in use."""
@@ -99,11 +122,11 @@ class Slots:
 
     def drop(self, key: BlockKey) -> None:
         """Have the lender forget a block, at once or when nobody uses it."""
-        forget = partial(self._lender.discard, [key])
-        if key in self._lent:
-            self._lent[key].when_free.append(forget)
+        user = self._lent.get(key) or next((hold for hold in self._holds if key in hold.keys), None)
+        if user:
+            user.when_free.append(partial(self.drop, key))
         else:
-            forget()
+            self._lender.discard([key])
 
     def close(self) -> None:
         """Give the staging memory up."""

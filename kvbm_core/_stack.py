@@ -142,9 +142,7 @@ class Stack:
             self._step()
 
     def _go(self) -> None:
-        plan = self._planner.take(time.monotonic())
-        if plan:
-            self._worker.submit(plan)
+        self._worker.submit(self._planner.take(time.monotonic()))
 
     def _step(self) -> None:
         self._worker.wait(0.05)

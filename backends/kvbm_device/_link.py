@@ -304,7 +304,8 @@ class _Jobs:
         self._host = np.frombuffer(memory, dtype=np.int64)[: 2 * rows].reshape(rows, 2)
         # The page lock last: where there is no memory, nothing is left locked.
         self._device, self._owner = gpu.memory(nbytes)
-        self._unpin: Callable[[], None] | None = gpu.pin(self._host.ctypes.data, nbytes)
+        self._address = self._host.ctypes.data
+        self._unpin: Callable[[], None] | None = gpu.pin(self._address, nbytes)
         self._head = 0
         self._used: deque[tuple[int, int, Event]] = deque()
         self._sent: tuple[int, int] | None = None
@@ -319,7 +320,7 @@ class _Jobs:
         self._host[start:stop, 0] = blocks
         self._host[start:stop, 1] = flats
         address, nbytes = self._device + start * _JOB_BYTES, count * _JOB_BYTES
-        self._gpu.copy_rows(stream, address, 0, self._host.ctypes.data + start * _JOB_BYTES, 0, nbytes, 1)
+        self._gpu.copy_rows(stream, address, 0, self._address + start * _JOB_BYTES, 0, nbytes, 1)
         self._sent = (start, stop)
         return address
 

@@ -75,6 +75,7 @@ class Engine:
 
     def assert_nothing_is_in_use(self):
         assert self.mover._slots._lent == {}
+        assert self.mover._slots._holds == set()
         assert "0 waiting, 0 pieces" in repr(self.device)
         assert sorted(self.device._free) == list(range(self.device._out.pieces))
         staging = self.mover._slots._staging
@@ -165,7 +166,7 @@ def in_step(keys, blocks):
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("seed", range(8))
 def test_a_step_computes_with_what_is_loaded_in_it(seed, method, monkeypatch):
-    monkeypatch.setattr(_moves, "_PART_BLOCKS", 2)  # The load has two parts.
+    monkeypatch.setattr(_moves, "_FIRST_BLOCKS", 1)  # The load has two parts.
     with engine(8, seed, method=method) as made:
         planner, blocks = stored(made), [6, 2, 0, 5]
         for _ in range(3):
@@ -233,6 +234,42 @@ def test_a_load_that_failed_with_its_mover_is_written_no_more(monkeypatch):
         made.writes([4, 5, 6, 7], KEYS[8:12])  # Nothing claims them any more.
         made.gpu.finish()
         assert [bytes(made.memory[b].numpy()) for b in (4, 5, 6, 7)] == [content(k) for k in KEYS[8:12]]
+
+
+def test_a_block_is_forgotten_when_nobody_reads_it_any_more():
+    """Two loads and a store to another tier read it from host memory."""
+    with engine(8, tiers=("cpu", "memory")) as made:
+        stored(made)
+        cpu, slots = made.worker._tiers[0], made.mover._slots
+        loads = [Load(op, "a", 0, -1, KEYS[1:3], blocks) for op, blocks in ((8, [4, 5]), (9, [6, 7]))]
+        made.worker.submit(Plan(loads=loads))
+        made.mover.poll()
+        slot = slots.borrow(KEYS[2])
+        made.worker.submit(Plan(drops=[(0, KEYS[1:4])]))
+        lent = [bool(cpu.lend(key)) for key in KEYS[:4]]
+        assert lent == [True, True, True, False]
+        made.writes([4, 5, 6, 7], KEYS[8:12])  # The loads come after it.
+        assert [(report.op, report.failures) for report in made.end()] == [(8, {}), (9, {})]
+        assert [bytes(made.memory[block].numpy()) for block in (4, 5, 6, 7)] == [
+            content(key) for key in KEYS[1:3] * 2
+        ]
+        assert [bool(cpu.lend(key)) for key in KEYS[:4]] == [True, False, True, False]
+        slots.release(slot)
+        assert cpu.lend(KEYS[2]) is None
+        made.assert_nothing_is_in_use()
+
+
+def test_what_host_memory_has_not_of_a_load_is_said_and_the_rest_is_loaded():
+    with engine(8) as made:
+        stored(made)
+        made.worker.submit(Plan(loads=[Load(9, "a", 0, -1, [*KEYS[:2], KEYS[9], KEYS[3]], [4, 5, 6, 7])]))
+        assert [(report.op, report.failures) for report in made.end()] == [(9, {2: Reason.MISSING})]
+        assert [bytes(made.memory[block].numpy()) for block in (4, 5, 7)] == [
+            content(key) for key in (KEYS[0], KEYS[1], KEYS[3])
+        ]
+        made.worker.submit(Plan(loads=[Load(10, "a", 0, -1, KEYS[8:10], [4, 5])]))
+        assert [set(report.failures) for report in made.end()] == [{0, 1}]
+        made.assert_nothing_is_in_use()
 
 
 def test_a_copy_of_no_blocks_is_done():
