@@ -18,14 +18,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from kvbm_core._moves import Copy, Failed, Job, Move, Traffic, is_done
-from kvbm_core._slots import Slots
+from kvbm_core._slots import Slot, Slots
 from kvbm_core._staging import Staging
 from kvbm_core.block import BlockKey
-from kvbm_core.device import Device, Stageable, Work
+from kvbm_core.device import Device, Stageable
 from kvbm_core.errors import KvbmError, QueueFullError, TierError
 from kvbm_core.layers import FOOTER_BYTES, DeadlineTier
 from kvbm_core.plan import Load, Lookup, Plan, Report, Store
@@ -135,8 +135,9 @@ class Mover:
                 self._collect(position)
                 self._feed(position)
             landed, self._landed = self._landed, {}
-        for moves in landed.values():
-            self._start_moves(moves)
+        for job, moves in landed.items():
+            regions = [move.slot.region for move in moves if move.slot]
+            self._start_copy(Copy(job, [move.at for move in moves], moves), regions)
         if landed:
             self._end_copies()
 
@@ -214,37 +215,25 @@ class Mover:
 
     def _store(self, job: Job) -> None:
         """Bring a store's blocks into host regions. Under the lock, so that a claim finds them queued."""
-        assert isinstance(job.op, Store)
-        moves = [move for at in range(len(job.op.keys)) if (move := self._land(job, at))]
-        if not job.op.blocks:
-            self._forward(moves)
-        elif moves:
-            self._start_moves(moves)
-
-    def _land(self, job: Job, at: int) -> Move | None:
-        """Find the region that a store's block goes through."""
-        op, key = job.op, job.op.keys[at]
+        op, rest = job.op, list(range(len(job.op.keys)))
         assert isinstance(op, Store)
+        others = [tier for tier in op.tiers if tier != self._lender_at]
+        if self._lender_at in op.tiers:
+            hold = self._slots.hold(op.keys, fill=True)
+            rest = [at for at in rest if at not in hold.regions]
+            self._end(job, rest, self._lender_at, Reason.FULL)
+            self._start_copy(Copy(job, list(hold.regions), hold=hold), list(hold.regions.values()))
+        slots: dict[int, Slot] = {}
+        for at in rest if others else ():
+            if slot := self._slots.stage() if op.blocks else self._slots.borrow(op.keys[at]):
+                slots[at] = slot
+        for tier in others:
+            without = [at for at in rest if at not in slots]
+            self._end(job, without, tier, Reason.FULL if op.blocks else Reason.MISSING)
         if not op.blocks:
-            slot, reason = self._slots.borrow(key), Reason.MISSING
-        else:
-            slot, reason = (self._slots.reserve(key) if self._lender_at in op.tiers else None), Reason.FULL
-            if slot:
-                return Move(job, at, self._lender_at, slot, fills=True)
-            if self._lender_at in op.tiers:
-                self._end(job, [at], self._lender_at, Reason.FULL)
-            others = [tier for tier in op.tiers if tier != self._lender_at]
-            slot = self._slots.stage() if others else None
-        if slot is None:
-            for tier in op.tiers:
-                if tier != self._lender_at:
-                    self._end(job, [at], tier, reason)
-            return None
-        return Move(job, at, self._lender_at, slot)
-
-    def _start_moves(self, moves: list[Move]) -> None:
-        regions = [move.slot.region for move in moves if move.slot]
-        self._start_copy(Copy(moves[0].job, [move.at for move in moves], moves), regions)
+            self._forward(job, slots)
+        elif slots:
+            self._start_copy(Copy(job, list(slots), slots=slots), [slot.region for slot in slots.values()])
 
     def _start_copy(self, copy: Copy, regions: list[Region]) -> Copy:
         """Have the device gather into regions, or scatter from them. May be called under the lock."""
@@ -272,42 +261,43 @@ class Mover:
             for copy, done in ended:
                 self._copies.remove(copy)
                 if isinstance(copy.job.op, Store):
-                    self._end_gather(copy.work, copy.moves, done=done)
+                    self._end_gather(copy, copy.job.op, done=done)
                 elif copy.hold:
                     self._end(copy.job, copy.places, self._lender_at, Reason.NONE if done else Reason.ERROR)
                     self._slots.let_go(copy.hold)
                 else:
                     self._end_scatter(copy.moves, done=done)
 
-    def _end_gather(self, work: Work, moves: Sequence[Move], *, done: bool) -> None:
-        lost = work.given_up if done else frozenset(range(len(moves)))
+    def _end_gather(self, copy: Copy, op: Store, *, done: bool) -> None:
+        lost = copy.work.given_up if done else frozenset(range(len(copy.places)))
+        gone = [at for position, at in enumerate(copy.places) if position in lost]
+        there = [at for position, at in enumerate(copy.places) if position not in lost]
+        others = [tier for tier in op.tiers if tier != self._lender_at]
         # Given up: there was not enough staging on the device when the engine wanted the block back.
-        reason = Reason.FULL if done else Reason.ERROR
-        for move in (moves[at] for at in sorted(lost)):
-            assert isinstance(move.job.op, Store)
-            for tier in move.job.op.tiers:
-                if not (tier == self._lender_at and not move.fills):
-                    self._end(move.job, [move.at], tier, reason)
-            self._let_go(move, filled=False)
-        there = [move for at, move in enumerate(moves) if at not in lost]
-        self._publish(there)
-        self._forward(there)
+        for tier in op.tiers if copy.hold else others:
+            self._end(copy.job, gone, tier, Reason.FULL if done else Reason.ERROR)
+        if copy.hold:
+            for at in gone:
+                self._slots.abandon(copy.hold, op.keys[at])
+            for at in there:
+                self._slots.publish(op.keys[at])
+            self._end(copy.job, there, self._lender_at, Reason.NONE)
+            lent = {at: slot for at in there if others and (slot := self._slots.borrow(op.keys[at]))}
+            self._forward(copy.job, lent)
+            self._slots.let_go(copy.hold)
+        else:
+            for at in gone:
+                self._slots.release(copy.slots[at])
+            self._forward(copy.job, {at: copy.slots[at] for at in there})
 
-    def _publish(self, moves: Sequence[Move]) -> None:
-        for move in moves:
-            if move.fills:
-                self._slots.publish(move.key)
-                self._end(move.job, [move.at], self._lender_at, Reason.NONE)
-
-    def _forward(self, moves: Sequence[Move]) -> None:
+    def _forward(self, job: Job, slots: Mapping[int, Slot]) -> None:
         """Queue blocks that lie in a host region for every other tier of their store."""
-        for move in moves:
-            assert isinstance(move.job.op, Store)
-            for tier in move.job.op.tiers:
-                if tier != self._lender_at and move.slot:
-                    slot = self._slots.share(move.slot)
-                    self._traffic[tier].stores.append(Move(move.job, move.at, tier, slot))
-            self._let_go(move)
+        assert isinstance(job.op, Store)
+        for at, slot in slots.items():
+            for tier in job.op.tiers:
+                if tier != self._lender_at:
+                    self._traffic[tier].stores.append(Move(job, at, tier, self._slots.share(slot)))
+            self._slots.release(slot)
 
     def _begin_arrived(self) -> None:
         while True:
@@ -442,10 +432,11 @@ class Mover:
             if not done:
                 self._fail(move, Reason.ERROR)
                 continue
-            self._publish([move])
             op = move.job.op
-            if isinstance(op, Load) and op.fill >= 0 and not move.fills:
-                self._end(move.job, [move.at], op.fill, Reason.FULL)
+            if move.fills:
+                self._slots.publish(move.key)
+            if isinstance(op, Load) and op.fill >= 0:
+                self._end(move.job, [move.at], op.fill, Reason.NONE if move.fills else Reason.FULL)
             self._end(move.job, [move.at], move.tier, Reason.NONE)
             self._let_go(move)
 
@@ -466,7 +457,7 @@ class Mover:
 
     def _end(self, job: Job, places: Sequence[int], tier: int, reason: Reason) -> None:
         """Note how blocks of a job, by their positions, ended in one tier, see `Job.end`."""
-        if job not in self._jobs:
+        if job not in self._jobs or not places:
             return
         if report := job.end(places, tier, reason):
             self._reports.append(report)

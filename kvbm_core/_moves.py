@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -106,13 +106,17 @@ class Failed(Work):
 
 @dataclass(slots=True, eq=False)
 class Copy:
-    """What the device copies for a job at once: moves, or a part of a load from the lender."""
+    """What the device copies for a job at once."""
 
     job: Job
     places: Sequence[int]
     """Positions in the operation's keys."""
     moves: Sequence[Move] = ()
+    """Of a load, what a tier has brought."""
     hold: Hold | None = None
+    """To or from the lender's memory."""
+    slots: Mapping[int, Slot] = field(default_factory=dict)
+    """Of a store, by position, what goes to other tiers only."""
     work: Work = Failed()  # noqa: RUF009 - it holds nothing
 
 

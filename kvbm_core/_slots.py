@@ -32,11 +32,11 @@ class Slot:
 
 @dataclass(slots=True, eq=False)
 class Hold:
-    """Blocks in the lender's memory that are read together: thousands, so that none has a slot of its own."""
+    """Blocks in the lender's memory used together. There are thousands, so none has a slot of its own."""
 
     keys: frozenset[BlockKey]
     regions: dict[int, Region]
-    """By position in the keys; not of those that the lender has not."""
+    """By position in the keys, of those that could be had."""
     when_free: list[Callable[[], object]] = field(default_factory=list)
 
 
@@ -69,9 +69,13 @@ class Slots:
             return self.share(self._lent[key])
         return None if self._lender is None else self._use_lent(key, self._lender.lend(key))
 
-    def hold(self, keys: Sequence[BlockKey]) -> Hold:
-        """Use the memory of those of some blocks that the lender has, until `let_go`."""
-        hold = Hold(frozenset(keys), {at: r for at, key in enumerate(keys) if (r := self._lender.lend(key))})
+    def hold(self, keys: Sequence[BlockKey], *, fill: bool = False) -> Hold:
+        """Use the memory of those of some blocks that the lender has, until `let_go`.
+
+        `fill`: of those it has not, as far as it has room; each is to be published or abandoned.
+        """
+        take = self._lender.reserve if fill else self._lender.lend
+        hold = Hold(frozenset(keys), {at: region for at, key in enumerate(keys) if (region := take(key))})
         self._holds.add(hold)
         return hold
 
@@ -116,9 +120,9 @@ class Slots:
         """Say that a reserved block is complete."""
         self._lender.publish(key)
 
-    def abandon(self, slot: Slot, key: BlockKey) -> None:
+    def abandon(self, user: Slot | Hold, key: BlockKey) -> None:
         """Have the lender take reserved memory back when it is free."""
-        slot.when_free.append(partial(self._lender.abandon, key))
+        user.when_free.append(partial(self._lender.abandon, key))
 
     def drop(self, key: BlockKey) -> None:
         """Have the lender forget a block, at once or when nobody uses it."""

@@ -96,7 +96,9 @@ class Link:
         # All that can be on its way at once: on the way in, each of the engine's blocks.
         self._jobs = _Jobs(gpu, self.pieces * self.piece_blocks if gather else table.num_blocks)
         self._kernels = gpu.stream(urgent=not gather)
-        self._copies = gpu.stream(urgent=not gather)
+        self._copies = gpu.stream(urgent=False)
+        self._other_copies = gpu.stream(urgent=False)
+        self._copied: Event | None = None
         self._free: list[Event | None] = [None] * self.pieces
         self._next = 0
         self._views = _view_columns(table)
@@ -139,9 +141,11 @@ class Link:
         addresses, on_device = _addresses(regions), regions[0].on_device
         method = Method(Way.KERNEL) if on_device else self._method(addresses)
         if method.way is Way.DMA:
+            self._turn()
             self._gpu.wait(self._copies, fence)
             self._batch(blocks, addresses)
-            return self._gpu.record(self._copies)
+            self._copied = self._gpu.record(self._copies)
+            return self._copied
         self._gpu.wait(self._kernels, fence)
         if method.way is Way.KERNEL:
             return self._load_directly(addresses, blocks, method)
@@ -171,17 +175,30 @@ class Link:
         self._next = (self._next + len(starts)) % self.pieces
         flats = np.concatenate([self._flats(buffer, self.piece_blocks) for buffer in buffers])[: len(blocks)]
         jobs = self._jobs.send(self._copies, blocks, flats)
+        self._copied = self._gpu.record(self._copies)
         for start, buffer in zip(starts, buffers, strict=True):
             part = addresses[start : start + self.piece_blocks]
+            self._turn()
             free = self._free[buffer]
             if free is not None:
                 self._gpu.wait(self._copies, free)
             self._copy(part, int(flats[start]))
-            self._gpu.wait(self._kernels, self._gpu.record(self._copies))
+            self._copied = self._gpu.record(self._copies)
+            self._gpu.wait(self._kernels, self._copied)
             self._run(jobs + start * _JOB_BYTES, len(part), int(flats[start]), method)
             self._free[buffer] = done = self._gpu.record(self._kernels)
         self._jobs.used_until(done)
         return done
+
+    def _turn(self) -> None:
+        """Go on with copies in, on the other stream, when those on this one are done.
+
+        As long as a stream has a copy that could begin, the hardware may take none of other streams, such as
+        what the engine sends for a step. So neither has one when its own is done.
+        """
+        self._copies, self._other_copies = self._other_copies, self._copies
+        if self._copied is not None:
+            self._gpu.wait(self._copies, self._copied)
 
     def _load_directly(
         self, addresses: npt.NDArray[np.int64], blocks: Sequence[int], method: Method

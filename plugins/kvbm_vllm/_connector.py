@@ -67,6 +67,10 @@ class KvbmConnector(KVConnectorBase_V1):
         """Take in what every worker says of its tiers, once."""
         self._scheduler().start([each for each in metadata.values() if isinstance(each, Handshake)])
 
+    def on_new_request(self, request: Any) -> None:
+        """Note that a request has come."""
+        self._scheduler().arrived(request)
+
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Say how many tokens can be loaded beyond those vLLM has, and whether it shall wait to be told."""
         return self._scheduler().match(request, num_computed_tokens)

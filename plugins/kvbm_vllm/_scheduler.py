@@ -94,6 +94,8 @@ class SchedulerHalf:
         self._vllm_config = vllm_config
         self._server: MetricsServer | None = None
         self._sequences: dict[str, _Sequence] = {}
+        self._new: set[str] = set()
+        """Requests that vLLM has not looked at yet."""
         self._running: set[str] = set()
         """Requests scheduled in a step, whose blocks were not offered since."""
         self._ended: list[_Sequence] = []
@@ -145,11 +147,16 @@ class SchedulerHalf:
         self._server = open_server(self._vllm_config)
         logger.info("KvbmConnector is ready: %r", self._planner)
 
+    def arrived(self, request: Any) -> None:
+        """Note that a request waits to be scheduled."""
+        self._new.add(request.request_id)
+
     def match(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Say how many tokens after `num_computed_tokens` can be loaded; None: ask again.
 
         And whether vLLM shall compute the rest in a later step, when it is told that they are there.
         """
+        self._new.discard(request.request_id)
         sequence, planner = self._sequence(request), self._planner
         if sequence is None or planner is None or not sequence.may_load:
             return 0, False
@@ -236,6 +243,7 @@ class SchedulerHalf:
     def finished(self, request: Any) -> None:
         """Forget a request. What it has computed last is stored with the next step's plan."""
         sequence = self._sequences.pop(request.request_id, None)
+        self._new.discard(request.request_id)
         self._running.discard(request.request_id)
         if self._tally:
             self._tally.finished(request.request_id)
@@ -300,8 +308,8 @@ class SchedulerHalf:
         """
         if self._planner is None or not self._joins:
             return False
-        alone = not (self._admits or self._computing or self._running or self._planner.loading_blocks)
-        return alone and all(tier == self._planner.lender for tier in tiers)
+        others = self._new or self._admits or self._computing or self._running or self._planner.loading_blocks
+        return not others and all(tier == self._planner.lender for tier in tiers)
 
     def _sequence(self, request: Any) -> _Sequence | None:
         sequence = self._sequences.get(request.request_id)

@@ -475,3 +475,57 @@ def test_a_long_store_lets_the_engines_own_copies_out_in_between(monkeypatch):
     starts = [at for at, count in enumerate(under_way) if count == 0]
     assert all(after - before <= most for before, after in zip(starts, [*starts[1:], 64], strict=True))
     assert max(under_way) == device._out.pieces - 1, "staging is used whole"
+
+
+class OneTrackGpu(SimulatedGpu):
+    """Goes on with the stream it is at as long as that has something to begin, as the copy engine does."""
+
+    at = None
+
+    def step(self):
+        ready = [s for s in self.streams if s and not (s[0][0] == "wait" and not s[0][1]["passed"])]
+        if not ready:
+            return False
+        if not any(self.at is stream for stream in ready):
+            after = next((i for i, s in enumerate(self.streams) if s is self.at), -1) + 1
+            order = [*self.streams[after:], *self.streams[:after]]
+            self.at = next(s for s in order if any(s is each for each in ready))
+        kind, what = self.at.popleft()
+        if kind == "run":
+            what()
+        elif kind == "record":
+            what["passed"] = True
+        return True
+
+
+@pytest.mark.parametrize("method", METHODS[:2], ids=str)
+def test_a_long_load_lets_the_engines_own_copies_in_in_between(method, monkeypatch):
+    memory = torch.zeros(64, 4096, dtype=torch.uint8)
+    gpu, order = OneTrackGpu(eager=0.0), []
+    monkeypatch.setattr("kvbm_device._link._PIECE_BYTES", {"out": 4096, "in": 4096})
+    device = opened({"layer": memory}, gpu, 64, 12 << 12, method)
+    assert (device._in.pieces, device._in.piece_blocks) == (6, 1)
+    regions, copy = paged(6, device.block_bytes), device._in._gpu.copy_rows
+    for at, region in enumerate(regions):
+        region.view()[:] = bytes([at + 1]) * region.nbytes
+
+    def noted(stream, *sizes, **options):
+        copy(stream, *sizes, **options)
+        gpu.put(stream, lambda: order.append("ours"))
+
+    monkeypatch.setattr(gpu, "copy_rows", noted)
+    batch = gpu.copy_batch
+    monkeypatch.setattr(
+        gpu, "copy_batch", lambda s, *a: (batch(s, *a), gpu.put(s, lambda: order.append("ours")))
+    )
+    fence = device.claim(())
+    gpu.finish()
+    works = [device.scatter([region], [at], fence) for at, region in enumerate(regions)]
+    gpu.put(gpu.engine, lambda: order.append("engine"))
+    ours = [stream for stream in (device._in._copies, device._in._other_copies) if stream]
+    gpu.at = next(stream for stream in ours if stream[0][0] != "wait" or stream[0][1]["passed"])
+    until(lambda: gpu.step() and all(work.done() for work in works))
+    gpu.finish()
+    assert [int(row[0]) for row in memory[:6]] == [1, 2, 3, 4, 5, 6]
+    assert order.count("ours") >= 6
+    assert order.index("engine") <= 3, order

@@ -238,6 +238,11 @@ def another_was_given_blocks(made):
     made.allocated(other, [1, 2, 3], 0)
 
 
+def another_has_come(made):
+    made.arrived(request("a", PROMPT))
+    made.arrived(request("other", [*range(50, 60)]))
+
+
 def another_is_loaded_in_this_step(made):
     assert not load(made, "other", [1, 2, 3])
 
@@ -246,7 +251,7 @@ def another_is_loaded_in_this_step(made):
     "busy",
     [
         nobody_joins, another_was_scheduled_last, an_outcome_is_due, another_load_is_under_way,
-        another_was_given_blocks, another_is_loaded_in_this_step,
+        another_was_given_blocks, another_has_come, another_is_loaded_in_this_step,
     ],
 )  # fmt: skip
 def test_a_load_that_others_would_wait_for_is_not_part_of_a_step(busy):
@@ -254,6 +259,16 @@ def test_a_load_that_others_would_wait_for_is_not_part_of_a_step(busy):
     busy(made)
     assert load(made, "a", [5, 6, 7])
     assert [op.in_step for op in step(made).loads if op.request == "a"] == [False]
+
+
+@pytest.mark.parametrize("end", ["match", "finished"])
+def test_a_request_that_has_been_looked_at_or_has_gone_is_nobody_to_wait_for(end):
+    made = idle()
+    other = request("other", [*range(50, 60)])
+    made.arrived(other)
+    made.arrived(request("a", PROMPT))
+    made.match(other, 0) if end == "match" else made.finished(other)
+    assert not load(made, "a", [5, 6, 7])
 
 
 def test_a_load_whose_step_has_ended_holds_nobody_back_though_its_report_has_not_come():
