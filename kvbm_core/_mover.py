@@ -24,7 +24,6 @@ from typing import Final
 from kvbm_core._moves import Copy, Failed, Job, Move, Traffic, is_done
 from kvbm_core._slots import Slot, Slots
 from kvbm_core._staging import Staging
-from kvbm_core.block import BlockKey
 from kvbm_core.device import Device, Stageable
 from kvbm_core.errors import KvbmError, QueueFullError, TierError
 from kvbm_core.layers import FOOTER_BYTES, DeadlineTier
@@ -112,7 +111,7 @@ class Mover:
         if not self._broken:
             with self._lock:
                 for tier, keys in plan.drops:
-                    self._drop(tier, keys)
+                    self._traffic.get(tier, self._slots).drop(keys)
             self._take_stores(stores, claimed)
         elif not in_step:
             return
@@ -189,13 +188,6 @@ class Mover:
                 self._jobs.add(job)
         return job
 
-    def _drop(self, position: int, keys: Sequence[BlockKey]) -> None:
-        if position in self._traffic:
-            self._traffic[position].drop(keys)
-            return
-        for key in keys:
-            self._slots.drop(key)
-
     def _take_stores(self, stores: Sequence[Job], claimed: set[int]) -> None:
         """Start stores now if the device or the engine cannot wait, else leave them to the mover's thread."""
         if not self._device.deferred:
@@ -217,28 +209,27 @@ class Mover:
         """Bring a store's blocks into host regions. Under the lock, so that a claim finds them queued."""
         op, rest = job.op, list(range(len(job.op.keys)))
         assert isinstance(op, Store)
-        others = [tier for tier in op.tiers if tier != self._lender_at]
+        if not op.blocks:
+            self._lend_on(job, rest)
+            return
         if self._lender_at in op.tiers:
             hold = self._slots.hold(op.keys, fill=True)
             rest = [at for at in rest if at not in hold.regions]
             self._end(job, rest, self._lender_at, Reason.FULL)
             self._start_copy(Copy(job, list(hold.regions), hold=hold), list(hold.regions.values()))
-        slots: dict[int, Slot] = {}
-        for at in rest if others else ():
-            if slot := self._slots.stage() if op.blocks else self._slots.borrow(op.keys[at]):
-                slots[at] = slot
+        others = [tier for tier in op.tiers if tier != self._lender_at]
+        # What does not go into the lender's memory.
+        slots = {at: slot for at in rest if others and (slot := self._slots.stage())}
         for tier in others:
-            without = [at for at in rest if at not in slots]
-            self._end(job, without, tier, Reason.FULL if op.blocks else Reason.MISSING)
-        if not op.blocks:
-            self._forward(job, slots)
-        elif slots:
-            self._start_copy(Copy(job, list(slots), slots=slots), [slot.region for slot in slots.values()])
+            self._end(job, [at for at in rest if at not in slots], tier, Reason.FULL)
+        self._start_copy(Copy(job, list(slots), slots=slots), [slot.region for slot in slots.values()])
 
     def _start_copy(self, copy: Copy, regions: list[Region]) -> Copy:
         """Have the device gather into regions, or scatter from them. May be called under the lock."""
         op = copy.job.op
         assert not isinstance(op, Lookup)
+        if not regions:
+            return copy
         blocks = [op.blocks[at] for at in copy.places]
         try:
             if isinstance(op, Store):
@@ -282,13 +273,19 @@ class Mover:
             for at in there:
                 self._slots.publish(op.keys[at])
             self._end(copy.job, there, self._lender_at, Reason.NONE)
-            lent = {at: slot for at in there if others and (slot := self._slots.borrow(op.keys[at]))}
-            self._forward(copy.job, lent)
+            self._lend_on(copy.job, there if others else [])
             self._slots.let_go(copy.hold)
         else:
             for at in gone:
                 self._slots.release(copy.slots[at])
             self._forward(copy.job, {at: copy.slots[at] for at in there})
+
+    def _lend_on(self, job: Job, places: Sequence[int]) -> None:
+        """Queue blocks of the lender for every other tier of their store."""
+        slots = {at: slot for at in places if (slot := self._slots.borrow(job.op.keys[at]))}
+        for tier in set(job.left) - {self._lender_at}:
+            self._end(job, [at for at in places if at not in slots], tier, Reason.MISSING)
+        self._forward(job, slots)
 
     def _forward(self, job: Job, slots: Mapping[int, Slot]) -> None:
         """Queue blocks that lie in a host region for every other tier of their store."""

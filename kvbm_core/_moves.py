@@ -24,7 +24,9 @@ logger = logging.getLogger("kvbm_core")
 _FIRST_BYTES: Final = 64 << 20
 """Of a load from the lender: under way a millisecond on the link while the next are looked up."""
 _FIRST_BLOCKS: Final = 128
+"""Likewise, where they are small: they are looked up in half a millisecond."""
 _TIMES_FIRST: Final = 4
+"""Of the other parts."""
 _LOAD_PAUSE_S: Final = 0.001
 """Not shorter: each look takes the interpreter from the engine, in the middle of its computation."""
 _STORE_PAUSE_S: Final = 0.002
@@ -106,7 +108,7 @@ class Failed(Work):
 
 @dataclass(slots=True, eq=False)
 class Copy:
-    """What the device copies for a job at once."""
+    """What the device copies for a job at once: `moves`, a `hold` or `slots`."""
 
     job: Job
     places: Sequence[int]
@@ -118,6 +120,7 @@ class Copy:
     slots: Mapping[int, Slot] = field(default_factory=dict)
     """Of a store, by position, what goes to other tiers only."""
     work: Work = Failed()  # noqa: RUF009 - it holds nothing
+    """So until it is started."""
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -160,7 +163,7 @@ def is_done(work: Work) -> bool | None:
     """True: copied. False: failed. None: not yet."""
     try:
         return True if work.done() else None
-    except Exception:  # As in `Mover._gather`.
+    except Exception:  # As in `Mover._start_copy`.
         if not isinstance(work, Failed):
             logger.exception("a device copy failed")
         return False

@@ -34,9 +34,10 @@ class Slot:
 class Hold:
     """Blocks in the lender's memory used together. There are thousands, so none has a slot of its own."""
 
-    keys: frozenset[BlockKey]
     regions: dict[int, Region]
-    """By position in the keys, of those that could be had."""
+    """By position among the blocks asked for, of those that could be had."""
+    keys: frozenset[BlockKey]
+    """Of the same, so that none is forgotten meanwhile."""
     when_free: list[Callable[[], object]] = field(default_factory=list)
 
 
@@ -75,8 +76,10 @@ class Slots:
         `fill`: of those it has not, as far as it has room; each is to be published or abandoned.
         """
         take = self._lender.reserve if fill else self._lender.lend
-        hold = Hold(frozenset(keys), {at: region for at, key in enumerate(keys) if (region := take(key))})
-        self._holds.add(hold)
+        regions = {at: region for at, key in enumerate(keys) if (region := take(key))}
+        hold = Hold(regions, frozenset(keys[at] for at in regions))
+        if regions:  # Else there is no copy that would end it.
+            self._holds.add(hold)
         return hold
 
     def let_go(self, hold: Hold) -> None:
@@ -124,13 +127,16 @@ class Slots:
         """Have the lender take reserved memory back when it is free."""
         user.when_free.append(partial(self._lender.abandon, key))
 
-    def drop(self, key: BlockKey) -> None:
-        """Have the lender forget a block, at once or when nobody uses it."""
-        user = self._lent.get(key) or next((hold for hold in self._holds if key in hold.keys), None)
-        if user:
-            user.when_free.append(partial(self.drop, key))
-        else:
-            self._lender.discard([key])
+    def drop(self, keys: Sequence[BlockKey]) -> None:
+        """Have the lender forget blocks, at once or when nobody uses them."""
+        unused = set(keys).difference(self._lent)
+        for key in set(keys) - unused:
+            self._lent[key].when_free.append(partial(self.drop, [key]))
+        for hold in self._holds:
+            if held := unused & hold.keys:
+                hold.when_free.append(partial(self.drop, list(held)))
+                unused -= held
+        self._lender.discard([key for key in keys if key in unused])
 
     def close(self) -> None:
         """Give the staging memory up."""

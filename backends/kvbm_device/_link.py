@@ -96,9 +96,11 @@ class Link:
         # All that can be on its way at once: on the way in, each of the engine's blocks.
         self._jobs = _Jobs(gpu, self.pieces * self.piece_blocks if gather else table.num_blocks)
         self._kernels = gpu.stream(urgent=not gather)
+        # Not urgent: the engine's own copies shall have their turn.
         self._copies = gpu.stream(urgent=False)
-        self._other_copies = gpu.stream(urgent=False)
+        self._other_copies = self._copies if gather else gpu.stream(urgent=False)
         self._copied: Event | None = None
+        """After the last copy in."""
         self._free: list[Event | None] = [None] * self.pieces
         self._next = 0
         self._views = _view_columns(table)

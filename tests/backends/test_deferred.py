@@ -272,6 +272,39 @@ def test_what_host_memory_has_not_of_a_load_is_said_and_the_rest_is_loaded():
         made.assert_nothing_is_in_use()
 
 
+@pytest.mark.parametrize("first", ["load", "store"])
+def test_what_was_refused_does_not_hold_back_a_drop_until_the_block_is_there_again(first):
+    """The mover's thread polls only while something is under way."""
+    with engine(8, blocks=4) as made:
+        cpu = made.worker._tiers[0]
+        if first == "load":
+            made.worker.submit(Plan(loads=[Load(1, "a", 0, -1, KEYS[:1], [0])]))
+        else:
+            stored(made, KEYS[4:8])
+            made.worker.submit(Plan(stores=[Store(1, KEYS[:1], [0], [0])], overwrites=[0]))
+        while made.mover.active:
+            made.poll()
+        assert [set(report.failures) for report in made.worker.reports()] == [{0}]
+        made.writes([0], KEYS[:1])
+        drops = [(0, [KEYS[0], *KEYS[4:8]])]
+        made.worker.submit(Plan(drops=drops, stores=[Store(2, KEYS[:1], [0], [0])]))
+        assert [(report.op, report.failures) for report in made.end()] == [(2, {})]
+        assert bytes(cpu.lend(KEYS[0]).view()[:BYTES]) == content(KEYS[0])
+        made.assert_nothing_is_in_use()
+
+
+def test_a_block_that_the_lender_loses_at_once_is_said_to_be_missing_below(monkeypatch):
+    with engine(8, tiers=("cpu", "memory")) as made:
+        cpu = made.worker._tiers[0]
+        lend = cpu.lend
+        monkeypatch.setattr(cpu, "lend", lambda key: None if key == KEYS[1] else lend(key))
+        made.worker.submit(Plan(stores=[Store(1, KEYS[:2], [0, 1], [0, 1])]))
+        found = []
+        until(lambda: made.poll() or found.extend(made.worker.reports()) or len(found) == 2)
+        assert [(report.tier, report.failures) for report in found] == [(0, {}), (1, {1: Reason.MISSING})]
+        assert not made.mover.active
+
+
 def test_a_copy_of_no_blocks_is_done():
     with engine(8) as made:
         work = made.device.scatter([], [])

@@ -236,7 +236,9 @@ def test_a_tier_behind_its_layers_lends_nothing():
         assert stack.load(KEYS[:4], range(20, 24)) == 2
 
 
-@pytest.mark.parametrize("method", ["_forward", "_drop", "_store", "_end_copies", "_collect", "_start_copy"])
+@pytest.mark.parametrize(
+    "method", ["_forward", "_take_stores", "_store", "_end_copies", "_collect", "_start_copy", "_load_lent"]
+)
 def test_a_bug_anywhere_fails_everything_and_hangs_nothing(method, monkeypatch):
     with Stack.open(config("cpu", "memory", blocks=4), device(), NAMESPACE) as stack:
         stack.store(KEYS[:4], range(4))
