@@ -206,7 +206,8 @@ def test_a_load_that_comes_while_others_are_looked_at_is_not_lost(monkeypatch):
         made.assert_nothing_is_in_use()
 
 
-def test_a_block_that_is_not_there_is_not_computed_with():
+def test_a_block_that_is_not_there_is_not_computed_with(monkeypatch):
+    monkeypatch.setattr(_mover, "_SETTLE_S", 0.1)  # Nobody runs what was begun of the load.
     with engine(8) as made:
         stored(made, KEYS[:1])
         with pytest.raises(KvbmError, match="cannot be loaded"):
@@ -354,7 +355,8 @@ def test_a_mover_that_has_given_up_still_loads_what_a_step_computes_with(seed):
         assert set(failures) == {0, 1, 2, 3}, "no request is offered a load again"
 
 
-def test_a_mover_that_has_given_up_computes_with_nothing_that_is_not_there():
+def test_a_mover_that_has_given_up_computes_with_nothing_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(_mover, "_SETTLE_S", 0.1)  # Nobody runs what was begun of the load.
     with engine(8) as made:
         stored(made, KEYS[:1])
         made.mover.fail_all()
