@@ -210,18 +210,19 @@ class Mover:
         op, rest = job.op, list(range(len(job.op.keys)))
         assert isinstance(op, Store)
         if not op.blocks:
-            self._lend_on(job, rest)
+            self._lend_on(job, op, rest)
             return
         if self._lender_at in op.tiers:
             hold = self._slots.hold(op.keys, fill=True)
             rest = [at for at in rest if at not in hold.regions]
             self._end(job, rest, self._lender_at, Reason.FULL)
             self._start_copy(Copy(job, list(hold.regions), hold=hold), list(hold.regions.values()))
-        others = [tier for tier in op.tiers if tier != self._lender_at]
+        others = self._others(op)
         # What does not go into the lender's memory.
         slots = {at: slot for at in rest if others and (slot := self._slots.stage())}
+        without = [at for at in rest if at not in slots]
         for tier in others:
-            self._end(job, [at for at in rest if at not in slots], tier, Reason.FULL)
+            self._end(job, without, tier, Reason.FULL)
         self._start_copy(Copy(job, list(slots), slots=slots), [slot.region for slot in slots.values()])
 
     def _start_copy(self, copy: Copy, regions: list[Region]) -> Copy:
@@ -263,9 +264,8 @@ class Mover:
         lost = copy.work.given_up if done else frozenset(range(len(copy.places)))
         gone = [at for position, at in enumerate(copy.places) if position in lost]
         there = [at for position, at in enumerate(copy.places) if position not in lost]
-        others = [tier for tier in op.tiers if tier != self._lender_at]
         # Given up: there was not enough staging on the device when the engine wanted the block back.
-        for tier in op.tiers if copy.hold else others:
+        for tier in op.tiers if copy.hold else self._others(op):
             self._end(copy.job, gone, tier, Reason.FULL if done else Reason.ERROR)
         if copy.hold:
             for at in gone:
@@ -273,27 +273,32 @@ class Mover:
             for at in there:
                 self._slots.publish(op.keys[at])
             self._end(copy.job, there, self._lender_at, Reason.NONE)
-            self._lend_on(copy.job, there if others else [])
+            self._lend_on(copy.job, op, there)
             self._slots.let_go(copy.hold)
         else:
             for at in gone:
                 self._slots.release(copy.slots[at])
-            self._forward(copy.job, {at: copy.slots[at] for at in there})
+            self._forward(copy.job, op, {at: copy.slots[at] for at in there})
 
-    def _lend_on(self, job: Job, places: Sequence[int]) -> None:
+    def _others(self, op: Store) -> list[int]:
+        """Give the tiers of a store beside the lender."""
+        return [tier for tier in op.tiers if tier != self._lender_at]
+
+    def _lend_on(self, job: Job, op: Store, places: Sequence[int]) -> None:
         """Queue blocks of the lender for every other tier of their store."""
-        slots = {at: slot for at in places if (slot := self._slots.borrow(job.op.keys[at]))}
-        for tier in set(job.left) - {self._lender_at}:
-            self._end(job, [at for at in places if at not in slots], tier, Reason.MISSING)
-        self._forward(job, slots)
+        others = self._others(op)
+        slots = {at: slot for at in places if others and (slot := self._slots.borrow(op.keys[at]))}
+        missing = [at for at in places if at not in slots]
+        for tier in others:
+            self._end(job, missing, tier, Reason.MISSING)
+        self._forward(job, op, slots)
 
-    def _forward(self, job: Job, slots: Mapping[int, Slot]) -> None:
+    def _forward(self, job: Job, op: Store, slots: Mapping[int, Slot]) -> None:
         """Queue blocks that lie in a host region for every other tier of their store."""
-        assert isinstance(job.op, Store)
+        others = self._others(op)
         for at, slot in slots.items():
-            for tier in job.op.tiers:
-                if tier != self._lender_at:
-                    self._traffic[tier].stores.append(Move(job, at, tier, self._slots.share(slot)))
+            for tier in others:
+                self._traffic[tier].stores.append(Move(job, at, tier, self._slots.share(slot)))
             self._slots.release(slot)
 
     def _begin_arrived(self) -> None:
@@ -443,8 +448,7 @@ class Mover:
         """End a move whose region, if it has one, is ours again."""
         self._end_move(move, reason)
         self._let_go(move, filled=False)
-        if move.tier in self._traffic:
-            self._traffic[move.tier].forget_doomed(move.key)
+        self._traffic[move.tier].forget_doomed(move.key)
 
     def _end_move(self, move: Move, reason: Reason) -> None:
         op = move.job.op

@@ -91,7 +91,6 @@ class SchedulerHalf:
         self._epoch: bytes | None = None
         self._planner: Planner | None = None
         self._tally: Tally | None = None
-        self._vllm_config = vllm_config
         self._server: MetricsServer | None = None
         self._sequences: dict[str, _Sequence] = {}
         self._new: set[str] = set()
@@ -235,8 +234,7 @@ class SchedulerHalf:
         if tokens:
             delayed = any(load.in_step for load in plan.loads)
             self._computing[self._step] = (0 if delayed else tokens, now_s)
-        oldest = self._step - _MAX_STEPS
-        self._computing = {step: each for step, each in self._computing.items() if step > oldest}
+        self._computing.pop(self._step - _MAX_STEPS, None)
         idle = not self._computing
         return StepPlan(plan, self._step, computes=tokens > 0, idle=idle, heard=self._heard)
 

@@ -63,12 +63,16 @@ class SimulatedGpu(Gpu):
         ready = [s for s in self.streams if s and not (s[0][0] == "wait" and not s[0][1]["passed"])]
         if not ready:
             return False
-        kind, what = self.random.choice(ready).popleft()
+        kind, what = self.choose(ready).popleft()
         if kind == "run":
             what()
         elif kind == "record":
             what["passed"] = True
         return True
+
+    def choose(self, ready):
+        """Say which of the streams whose next piece of work can run goes on."""
+        return self.random.choice(ready)
 
     def memory(self, nbytes):
         memory = mmap.mmap(-1, nbytes)
