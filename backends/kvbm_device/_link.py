@@ -16,7 +16,7 @@ import mmap
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -98,9 +98,9 @@ class Link:
         self._kernels = gpu.stream(urgent=not gather)
         # Not urgent: the engine's own copies shall have their turn.
         self._copies = gpu.stream(urgent=False)
-        self._other_copies = self._copies if gather else gpu.stream(urgent=False)
+        self._other_copies = gpu.stream(urgent=False)
         self._copied: Event | None = None
-        """After the last copy in."""
+        """After the last copy."""
         self._free: list[Event | None] = [None] * self.pieces
         self._next = 0
         self._views = _view_columns(table)
@@ -115,12 +115,11 @@ class Link:
         """
         addresses = _addresses(regions)
         method = self._method(addresses)
-        for fence in fences:
-            self._gpu.wait(self._copies if method.way is Way.DMA else self._kernels, fence)
         if method.way is Way.DMA:
-            self._batch(blocks, addresses)
-            done = self._gpu.record(self._copies)
+            done = self._batch(blocks, addresses, fences)
             return done, done
+        for fence in fences:
+            self._gpu.wait(self._kernels, fence)
         staged = method.way is Way.STAGED
         flats = self._flats(buffer, len(blocks)) if staged else addresses
         self._run(self._jobs.send(self._kernels, blocks, flats), len(blocks), int(flats[0]), method)
@@ -128,9 +127,7 @@ class Link:
         self._jobs.used_until(read)
         if not staged:
             return read, read
-        self._gpu.wait(self._copies, read)
-        self._copy(addresses, int(flats[0]))
-        return read, self._gpu.record(self._copies)
+        return read, self._copy(addresses, int(flats[0]), [read])
 
     def load(self, regions: Sequence[Region], blocks: Sequence[int], fence: Event) -> Event:
         """Start to copy blocks in.
@@ -143,11 +140,7 @@ class Link:
         addresses, on_device = _addresses(regions), regions[0].on_device
         method = Method(Way.KERNEL) if on_device else self._method(addresses)
         if method.way is Way.DMA:
-            self._turn()
-            self._gpu.wait(self._copies, fence)
-            self._batch(blocks, addresses)
-            self._copied = self._gpu.record(self._copies)
-            return self._copied
+            return self._batch(blocks, addresses, [fence])
         self._gpu.wait(self._kernels, fence)
         if method.way is Way.KERNEL:
             return self._load_directly(addresses, blocks, method)
@@ -180,27 +173,29 @@ class Link:
         self._copied = self._gpu.record(self._copies)
         for start, buffer in zip(starts, buffers, strict=True):
             part = addresses[start : start + self.piece_blocks]
-            self._turn()
             free = self._free[buffer]
-            if free is not None:
-                self._gpu.wait(self._copies, free)
-            self._copy(part, int(flats[start]))
-            self._copied = self._gpu.record(self._copies)
-            self._gpu.wait(self._kernels, self._copied)
+            there = self._copy(part, int(flats[start]), [] if free is None else [free])
+            self._gpu.wait(self._kernels, there)
             self._run(jobs + start * _JOB_BYTES, len(part), int(flats[start]), method)
             self._free[buffer] = done = self._gpu.record(self._kernels)
         self._jobs.used_until(done)
         return done
 
-    def _turn(self) -> None:
-        """Go on with copies in, on the other stream, when those on this one are done.
+    def _turn(self, after: Iterable[Event]) -> None:
+        """Go on with copies on the other stream, when those on this one are done.
 
         As long as a stream has a copy that could begin, the hardware may take none of other streams, such as
-        what the engine sends for a step. So neither has one when its own is done.
+        what the engine sends for a step or the tokens that come out of it. So neither has one when its own is
+        done.
         """
         self._copies, self._other_copies = self._other_copies, self._copies
-        if self._copied is not None:
-            self._gpu.wait(self._copies, self._copied)
+        for event in after if self._copied is None else (self._copied, *after):
+            self._gpu.wait(self._copies, event)
+
+    def _done(self) -> Event:
+        """Give the end of the copies of this turn."""
+        self._copied = done = self._gpu.record(self._copies)
+        return done
 
     def _load_directly(
         self, addresses: npt.NDArray[np.int64], blocks: Sequence[int], method: Method
@@ -228,8 +223,9 @@ class Link:
             self._kernels, self._table, jobs, count, flat, gather=self._gather, programs=method.programs
         )
 
-    def _copy(self, addresses: npt.NDArray[np.int64], staged: int) -> None:
+    def _copy(self, addresses: npt.NDArray[np.int64], staged: int, after: Iterable[Event]) -> Event:
         """Copy between contiguous staging and host memory: as rows where addresses are at equal distances."""
+        self._turn(after)
         block_bytes = self.block_bytes
         runs, waits = self._few_runs(addresses), not self._pinned.end_of(int(addresses[0]))
         if runs is None:
@@ -239,12 +235,13 @@ class Link:
                 self._gpu.copy_batch(self._copies, flats, places, sizes)
             else:
                 self._gpu.copy_batch(self._copies, places, flats, sizes)
-            return
+            return self._done()
         for address, pitch, rows in runs:
             inside, outside = (staged, block_bytes), (address, pitch or block_bytes)
             target, source = (outside, inside) if self._gather else (inside, outside)
             self._gpu.copy_rows(self._copies, *target, *source, block_bytes, rows, waits=waits)
             staged += rows * block_bytes
+        return self._done()
 
     def _few_runs(self, addresses: npt.NDArray[np.int64]) -> list[tuple[int, int, int]] | None:
         """Give the runs of rows; None if they are so many that one call which names every block is better."""
@@ -261,13 +258,18 @@ class Link:
         runs = list(_runs(addresses.tolist(), end_of))
         return None if end and len(runs) > _MOST_RUNS else runs
 
-    def _batch(self, blocks: Sequence[int], addresses: npt.NDArray[np.int64]) -> None:
+    def _batch(
+        self, blocks: Sequence[int], addresses: npt.NDArray[np.int64], after: Iterable[Event]
+    ) -> Event:
+        """Copy page by page."""
+        self._turn(after)
         bases, strides, offsets, sizes = self._views
         numbers = np.asarray(blocks, dtype=np.uint64)[:, None]
         pages = (bases + strides * numbers).ravel()
         flats = (addresses.astype(np.uint64)[:, None] + offsets).ravel()
         target, source = (flats, pages) if self._gather else (pages, flats)
         self._gpu.copy_batch(self._copies, target, source, np.tile(sizes, len(blocks)))
+        return self._done()
 
 
 class PinnedMemory:

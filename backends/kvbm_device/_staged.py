@@ -37,8 +37,6 @@ __all__ = ["StagedDevice"]
 logger = logging.getLogger("kvbm_device")
 
 _TRIAL_BYTES: Final = 32 << 20
-_MOST_IN_A_ROW: Final = 2
-"""Times all staging: five milliseconds of a link."""
 _DIRECT_PLACES: Final = 64
 """Blocks that a `device_direct` tier may be reading at once."""
 
@@ -129,8 +127,6 @@ class StagedDevice(Device, Stageable):
         self._waits: deque[_Wait] = deque()
         self._pieces: deque[_Piece] = deque()
         self._free = list(range(self._out.pieces))
-        self._in_a_row = 0
-        """Pieces sent since nothing was on its way out."""
         self._reading = gpu.stream(urgent=True)
         self._bounce = threading.local()
         self._places: list[int] | None = None
@@ -216,22 +212,14 @@ class StagedDevice(Device, Stageable):
         self._gpu.wait(self._gpu.engine_stream(), work.event)
 
     def advance(self) -> None:
-        """Read what waits as far as staging is free, and see what has arrived. Waits for nothing.
-
-        Once in a while it is filled only when all of it has arrived: as long as there is something on its
-        way, the hardware lets no copy of the engine's out, such as the tokens of a step.
-        """
+        """Read what waits as far as staging is free, and see what has arrived. Waits for nothing."""
         more = True
         while more:
             with self._lock:  # Given back between pieces: the engine may want to claim.
                 self._reap()
-                if not self._pieces:
-                    self._in_a_row = 0
-                more = bool(self._waits and self._free) and self._in_a_row < _MOST_IN_A_ROW * self._out.pieces
+                more = bool(self._waits and self._free)
                 if more:
-                    waits = [self._waits.popleft() for _ in range(self._take())]
-                    self._in_a_row += 1
-                    self._read(waits)
+                    self._read([self._waits.popleft() for _ in range(self._take())])
 
     def pinner(self) -> Callable[[int, int], Callable[[], None]] | None:
         """See `Device.pinner`. What it raises says what copies of memory that is not page-locked cost."""

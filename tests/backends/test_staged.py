@@ -458,25 +458,6 @@ def test_memory_that_cannot_be_page_locked_says_what_that_costs(tiers, monkeypat
     assert "GB/s out and" in caplog.text
 
 
-def test_a_long_store_lets_the_engines_own_copies_out_in_between(monkeypatch):
-    """The hardware takes them only when nothing of ours is on its way."""
-    memory = torch.randint(0, 255, (64, 4096), dtype=torch.uint8)
-    gpu, under_way = SimulatedGpu(3, eager=0.0), []
-    device = opened({"layer": memory}, gpu, 64, 1)
-    device._out.piece_blocks = 1
-    read = device._read
-    monkeypatch.setattr(device, "_read", lambda waits: (under_way.append(len(device._pieces)), read(waits)))
-    regions = paged(64, device.block_bytes)
-    work = device.gather(range(64), regions)
-    until(lambda: gpu.step() and work.done())
-    assert [bytes(region.view()[:4096]) for region in regions] == [bytes(row.numpy()) for row in memory]
-    assert len(under_way) == 64
-    most = 2 * device._out.pieces
-    starts = [at for at, count in enumerate(under_way) if count == 0]
-    assert all(after - before <= most for before, after in zip(starts, [*starts[1:], 64], strict=True))
-    assert max(under_way) == device._out.pieces - 1, "staging is used whole"
-
-
 class OneTrackGpu(SimulatedGpu):
     """Goes on with the stream it is at as long as that has something to begin, as the copy engine does."""
 
@@ -490,34 +471,41 @@ class OneTrackGpu(SimulatedGpu):
         return self.at
 
 
+@pytest.mark.parametrize("way", ["out", "in"])
 @pytest.mark.parametrize("method", METHODS[:2], ids=str)
-def test_a_long_load_lets_the_engines_own_copies_in_in_between(method, monkeypatch):
+def test_long_copies_let_the_engines_own_in_between(method, way, monkeypatch):
     memory = torch.zeros(64, 4096, dtype=torch.uint8)
     gpu, order = OneTrackGpu(eager=0.0), []
     monkeypatch.setattr("kvbm_device._link._PIECE_BYTES", {"out": 4096, "in": 4096})
     device = opened({"layer": memory}, gpu, 64, 12 << 12, method)
-    assert (device._in.pieces, device._in.piece_blocks) == (6, 1)
-    regions, copy = paged(6, device.block_bytes), device._in._gpu.copy_rows
+    link = device._out if way == "out" else device._in
+    assert (link.pieces, link.piece_blocks) == (6, 1)
+    regions, copy, batch = paged(6, device.block_bytes), gpu.copy_rows, gpu.copy_batch
     for at, region in enumerate(regions):
-        region.view()[:] = bytes([at + 1]) * region.nbytes
+        (memory[at] if way == "out" else torch.frombuffer(region.view(), dtype=torch.uint8)).fill_(at + 1)
+    turns = [link._copies, link._other_copies]
 
-    def noted(stream, *sizes, **options):
-        copy(stream, *sizes, **options)
-        gpu.put(stream, lambda: order.append("ours"))
+    def noted(enqueue):
+        def put(stream, *arguments, **options):
+            enqueue(stream, *arguments, **options)
+            if any(stream is turn for turn in turns):
+                gpu.put(stream, lambda: order.append("ours"))
 
-    monkeypatch.setattr(gpu, "copy_rows", noted)
-    batch = gpu.copy_batch
-    monkeypatch.setattr(
-        gpu, "copy_batch", lambda s, *a: (batch(s, *a), gpu.put(s, lambda: order.append("ours")))
-    )
+        return put
+
+    monkeypatch.setattr(gpu, "copy_rows", noted(copy))
+    monkeypatch.setattr(gpu, "copy_batch", noted(batch))
     fence = device.claim(())
     gpu.finish()
-    works = [device.scatter([region], [at], fence) for at, region in enumerate(regions)]
+    ask = device.gather if way == "out" else device.scatter
+    pairs = [([at], [region]) if way == "out" else ([region], [at]) for at, region in enumerate(regions)]
+    works = [ask(*pair, fence) for pair in pairs]
+    device.advance()
     gpu.put(gpu.engine, lambda: order.append("engine"))
-    ours = [stream for stream in (device._in._copies, device._in._other_copies) if stream]
-    gpu.at = next(stream for stream in ours if stream[0][0] != "wait" or stream[0][1]["passed"])
+    gpu.at = next(s for s in [*turns, link._kernels] if s[0][0] != "wait" or s[0][1]["passed"])
     until(lambda: gpu.step() and all(work.done() for work in works))
     gpu.finish()
-    assert [int(row[0]) for row in memory[:6]] == [1, 2, 3, 4, 5, 6]
+    there = [int(region.view()[0]) for region in regions] if way == "out" else [int(r[0]) for r in memory[:6]]
+    assert there == [1, 2, 3, 4, 5, 6]
     assert order.count("ours") >= 6
     assert order.index("engine") <= 3, order
