@@ -24,7 +24,7 @@ from typing import Final
 from kvbm_core._moves import Copy, Failed, Job, Move, Traffic, is_done
 from kvbm_core._slots import Slot, Slots
 from kvbm_core._staging import Staging
-from kvbm_core.device import Device, Stageable
+from kvbm_core.device import Device, Fence, Stageable
 from kvbm_core.errors import KvbmError, QueueFullError, TierError
 from kvbm_core.layers import FOOTER_BYTES, DeadlineTier
 from kvbm_core.plan import Load, Lookup, Plan, Report, Store
@@ -80,6 +80,8 @@ class Mover:
         self._landed: dict[Job, list[Move]] = {}
         self._reports: list[Report] = []
         self._broken = False
+        self._written: Fence = None
+        """Where the last plan that wrote over blocks came in the engine's order of work."""
 
     def __repr__(self) -> str:
         ways = ", ".join(f"{i}: {traffic!r}" for i, traffic in self._traffic.items())
@@ -112,12 +114,12 @@ class Mover:
             with self._lock:
                 for tier, keys in plan.drops:
                     self._traffic.get(tier, self._slots).drop(keys)
-            self._take_stores(stores, claimed)
+            self._take_stores(stores, claimed, settled=plan.settled)
         elif not in_step:
             return
-        fence = self._device.claim(claimed) if claimed else None
+        self._written = self._device.claim(claimed) if claimed else self._written
         for job in loads:
-            job.fence = fence
+            job.fence = self._written
         for job in in_step:
             self._load_in_step(job)
         self._arrived.extend([*lookups, *(job for job in loads if job not in in_step)])
@@ -188,22 +190,19 @@ class Mover:
                 self._jobs.add(job)
         return job
 
-    def _take_stores(self, stores: Sequence[Job], claimed: set[int]) -> None:
+    def _take_stores(self, stores: Sequence[Job], claimed: set[int], *, settled: bool) -> None:
         """Start stores now if the device or the engine cannot wait, else leave them to the mover's thread."""
-        if not self._device.deferred:
-            with self._lock:
-                for job in stores:
-                    self._store(job)
-            return
-        fence = self._device.claim(()) if stores else None
+        waits = self._device.deferred
+        fence = ((settled and self._written) or self._device.claim(())) if stores else None
         for job in stores:
             job.fence = fence
         with self._lock:
             self._arrived.extend(stores)
             for job in list(self._arrived):
-                if isinstance(job.op, Store) and not claimed.isdisjoint(job.op.blocks):
-                    self._arrived.remove(job)
-                    self._store(job)
+                if not isinstance(job.op, Store) or (waits and claimed.isdisjoint(job.op.blocks)):
+                    continue
+                self._arrived.remove(job)
+                self._store(job)
 
     def _store(self, job: Job) -> None:
         """Bring a store's blocks into host regions. Under the lock, so that a claim finds them queued."""

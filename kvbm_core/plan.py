@@ -59,6 +59,9 @@ class Plan(msgspec.Struct, frozen=True, array_like=True):
     lookups: list[Lookup] = []
     overwrites: list[int] = []
     """Device blocks that the engine writes anew from this step on, beside those of the loads."""
+    settled: bool = False
+    """Whether the blocks of all stores were computed before the last plan that wrote over any: then they are
+    read beside what the engine has begun since, not after it."""
 
     def __bool__(self) -> bool:
         return bool(self.drops or self.stores or self.loads or self.lookups or self.overwrites)

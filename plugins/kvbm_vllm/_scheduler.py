@@ -8,7 +8,9 @@ the step that computed it, so that is when it is planned:
 
 Therefore vLLM may give the blocks away in step k+1, to a finished or preempted request's successor,
 and nothing has to be held back or waited for. Where step k+1 computes nothing and gives nothing away, while
-the result of step k is still awaited, it leaves the planning to the next.
+the result of step k is still awaited, it leaves the planning to the next. What a finished request has left
+waits a little, until its blocks are given away at the latest: the next request often comes at once, and what
+storing costs the interpreter would delay its first kernels; a moment later the accelerator has work to do.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ logger = logging.getLogger("kvbm_vllm")
 
 _MAX_STEPS: Final = 64
 """Under way at once; what is older was lost."""
+_HOLD_S: Final = 0.01
+"""How long the last blocks of a finished request wait to be stored. Who asks one by one is back by then."""
 
 
 @dataclass(slots=True)
@@ -67,6 +71,10 @@ class _Sequence:
     """False after a load that failed: the request computes, so that it cannot fail in a circle."""
     may_store: bool = True
     """False after a reset: its KV may come from before."""
+    ended_s: float = 0.0
+    """When the request finished."""
+    ended_step: int = 0
+    """The last step that had been planned then."""
 
 
 class SchedulerHalf:
@@ -101,7 +109,12 @@ class SchedulerHalf:
         """Of requests that have finished, and whose last blocks were not offered."""
         self._given: list[int] = []
         """Device blocks that this step gives to requests to write into."""
-        self._step = 0
+        self._allotted: list[int] = []
+        """Device blocks given since the last step to requests that load: to be written into now or later."""
+        self._settled = True
+        """Whether all that was offered since the last step was computed before the last that writes."""
+        self._step = self._written_step = 0
+        """The last step, and the last that writes over blocks."""
         self._heard = 0
         """The last step whose outcomes have come."""
         self._joins = False
@@ -205,6 +218,7 @@ class SchedulerHalf:
         if num_external_tokens:
             count = num_external_tokens // self._block_tokens
             start = sequence.match_start
+            self._allotted += blocks[start:]
             self._planner.load(
                 request.request_id,
                 sequence.keys.first(start + count)[start:],
@@ -220,17 +234,25 @@ class SchedulerHalf:
         # vLLM takes the result of a step that computed only after one more step, and somebody waits for it:
         # if that step gives no blocks away, what there is to store can wait, too.
         if tokens or self._admits or output.preempted_req_ids or not self._computing:
-            self._offer_all(now_s)
-        self._given, self._admits = [], False
+            self._offer_running(now_s)
+        self._admits = False
         for request_id in output.preempted_req_ids or ():
             if request_id in self._sequences:
                 self._sequences[request_id].computed_tokens = 0
+        self._given = []
         self._follow(output)
+        self._offer_ended(now_s, {*self._given, *self._allotted})
+        self._allotted = []
         if self._planner is None or self._tally is None:
             return StepPlan()
-        plan = msgspec.structs.replace(self._planner.take(now_s), overwrites=self._given)
+        plan = msgspec.structs.replace(
+            self._planner.take(now_s), overwrites=self._given, settled=self._settled
+        )
         self._tally.planned(plan)
         self._step += 1
+        self._settled = True
+        if plan.overwrites or plan.loads:
+            self._written_step = self._step
         if tokens:
             delayed = any(load.in_step for load in plan.loads)
             self._computing[self._step] = (0 if delayed else tokens, now_s)
@@ -245,7 +267,8 @@ class SchedulerHalf:
         self._running.discard(request.request_id)
         if self._tally:
             self._tally.finished(request.request_id)
-        if sequence:
+        if sequence and self._complete(sequence) > sequence.offered_blocks:
+            sequence.ended_s, sequence.ended_step = time.monotonic(), self._step
             self._ended.append(sequence)
 
     def outcomes(self, outcomes: Any) -> None:
@@ -342,21 +365,33 @@ class SchedulerHalf:
         sequence.blocks += blocks
         sequence.computed_tokens = computed_tokens + output.num_scheduled_tokens[request_id]
 
-    def _offer_all(self, now_s: float) -> None:
-        running = [self._sequences[name] for name in self._running if name in self._sequences]
-        for sequence in (*running, *self._ended):
+    def _offer_running(self, now_s: float) -> None:
+        for sequence in [self._sequences[name] for name in self._running if name in self._sequences]:
             self._offer(sequence, now_s)
         self._running.clear()
-        self._ended.clear()
 
-    def _offer(self, sequence: _Sequence, now_s: float) -> None:
+    def _offer_ended(self, now_s: float, written: set[int]) -> None:
+        """Offer what has waited long enough, or may be written over in this step."""
+        for sequence in list(self._ended):
+            if now_s - sequence.ended_s >= _HOLD_S or not written.isdisjoint(sequence.blocks):
+                self._offer(sequence, now_s, settled=sequence.ended_step < self._written_step)
+                self._ended.remove(sequence)
+
+    def _offer(self, sequence: _Sequence, now_s: float, *, settled: bool = False) -> None:
         """Offer the blocks that are complete now and were not offered before."""
-        # The last token's KV is not computed yet, and tokens a drafting model proposed are not in
-        # the request before they are accepted.
-        tokens = min(sequence.computed_tokens, sequence.request.num_tokens - 1)
-        complete, offered = min(tokens // self._block_tokens, len(sequence.blocks)), sequence.offered_blocks
-        if complete <= offered or not sequence.may_store or self._planner is None:
+        complete, offered = self._complete(sequence), sequence.offered_blocks
+        if complete <= offered or self._planner is None:
             return
+        self._settled &= settled
         keys = sequence.keys.first(complete)
         self._planner.store(keys[offered:], sequence.blocks[offered:complete], keys[:offered], now_s)
         sequence.offered_blocks = complete
+
+    def _complete(self, sequence: _Sequence) -> int:
+        """Count the leading blocks that may be stored, offered or not."""
+        if not sequence.may_store:
+            return 0
+        # The last token's KV is not computed yet, and tokens a drafting model proposed are not in
+        # the request before they are accepted.
+        tokens = min(sequence.computed_tokens, sequence.request.num_tokens - 1)
+        return min(int(tokens) // self._block_tokens, len(sequence.blocks))

@@ -130,6 +130,32 @@ def test_a_store_that_nobody_overwrites_costs_the_engines_thread_nothing(monkeyp
         made.assert_nothing_is_in_use()
 
 
+@pytest.mark.parametrize("settled", [True, False])
+def test_what_is_settled_is_read_beside_what_the_engine_has_begun_since(settled):
+    with engine(8, eager=0.0) as made:
+        made.writes(range(8), KEYS[:8])
+        made.worker.submit(Plan(overwrites=[6, 7]))
+        computed = {"passed": False}
+        made.gpu.wait(made.gpu.engine, computed)
+        made.writes([6, 7], KEYS[8:10])
+        made.worker.submit(Plan(stores=[Store(1, KEYS[:4], [0, 1, 2, 3], [0])], settled=settled))
+        for _ in range(200):
+            made.poll()
+        assert [report.failures for report in made.worker.reports()] == [{}] * settled
+        computed["passed"] = True
+        assert [report.failures for report in made.end()] == [{}] * (not settled)
+        made.assert_nothing_is_in_use()
+
+
+def test_nothing_was_begun_before_the_first_plan_that_writes():
+    with engine(8) as made:
+        made.writes(range(8), KEYS[:8])
+        made.worker.submit(Plan(stores=[Store(1, KEYS[:4], [0, 1, 2, 3], [0])], settled=True))
+        assert [report.failures for report in made.end()] == [{}]
+        tier = made.worker._tiers[0]
+        assert all(bytes(tier.lend(key).view()[:BYTES]) == content(key) for key in KEYS[:4])
+
+
 def test_a_load_into_blocks_whose_store_has_not_begun_comes_after_it():
     with engine(8, tiers=("cpu",), seed=3) as made:
         planner = Planner([made.worker.status()])
@@ -388,7 +414,7 @@ def test_stores_that_wait_at_the_end_are_reported():
 
 @pytest.mark.parametrize("seed", range(10))
 def test_an_engine_over_its_tiers_never_loads_what_is_not_its_keys(seed):  # noqa: C901 - an engine does many things
-    """Blocks are computed, stored a step later and given to others at once, as a scheduler would."""
+    """Blocks are computed, stored a step later or more and given to others at once, as a scheduler would."""
     chance = random.Random(seed)
     tiers = chance.choice([("cpu",), ("memory",), ("cpu", "memory")])
     with engine(
@@ -396,7 +422,7 @@ def test_an_engine_over_its_tiers_never_loads_what_is_not_its_keys(seed):  # noq
     ) as made:
         planner = Planner([made.worker.status()])
         chains = [chain_keys(root_key(), range(at, at + 6), 1) for at in range(0, 30, 6)]
-        loading, computed, loaded, needed = {}, [], 0, None
+        loading, computed, loaded, needed, written = {}, [], 0, None, -1
 
         def settle():
             nonlocal loaded
@@ -410,12 +436,15 @@ def test_an_engine_over_its_tiers_never_loads_what_is_not_its_keys(seed):  # noq
                         assert bytes(made.memory[block].numpy()) == content(key)
                         loaded += 1
 
-        for _ in range(200):
+        for number in range(200):
             settle()
-            for keys, blocks in computed:
+            ripe = [each for each in computed if each[2] < written] if chance.random() < 0.3 else computed
+            settled = all(at < written for *_, at in ripe)
+            for keys, blocks, _ in ripe:
                 planner.store(keys, blocks, [], NOW)
-            computed, given, needed = [], [], None
-            free = [block for block in range(16) if block not in loading]
+            computed, given, needed = [each for each in computed if each not in ripe], [], None
+            kept = {block for _, blocks, _ in computed for block in blocks}
+            free = [block for block in range(16) if block not in loading and block not in kept]
             chance.shuffle(free)
             chain = chance.choice(chains)
             found = planner.match(chain, NOW)[: len(free)]
@@ -430,14 +459,17 @@ def test_an_engine_over_its_tiers_never_loads_what_is_not_its_keys(seed):  # noq
             while len(free) >= 3 and chance.random() < 0.6:
                 keys = chance.choice(chains)[: chance.randint(1, 3)]
                 blocks, free = free[: len(keys)], free[len(keys) :]
-                computed.append((keys, blocks))
+                computed.append((keys, blocks, number))
                 given += blocks
-            made.worker.submit(msgspec.structs.replace(planner.take(NOW), overwrites=given))
-            for keys, blocks in computed:
-                made.writes(blocks, keys)
+            plan = msgspec.structs.replace(planner.take(NOW), overwrites=given, settled=settled)
+            made.worker.submit(plan)
+            written = number if given or plan.loads else written
+            for keys, blocks, at in computed:
+                if at == number:
+                    made.writes(blocks, keys)
             if needed:
                 made.reads(needed[1], needed[0])
-                computed.append(needed)  # Offered for storing in the next step, and anybody's from then on.
+                computed.append((*needed, number))  # To be stored, and anybody's from then on.
             for _ in range(chance.randint(0, 3)):
                 made.poll()
             while chance.random() < 0.2 and any(traffic.open for traffic in made.mover._traffic.values()):

@@ -88,6 +88,12 @@ def begin(made, name, tokens, computed, blocks):
     return asked, step(made, {name: len(tokens) - computed}, new=[(name, computed, blocks)])
 
 
+def pass_time(made):
+    """Let the time pass for which the last blocks of finished requests wait."""
+    for sequence in made._ended:
+        sequence.ended_s -= 1
+
+
 def end(made, plan):
     made.outcomes(Outcomes([Report(op.op, tier) for op in plan.stores for tier in op.tiers]))
 
@@ -143,6 +149,7 @@ def test_a_loaded_prefix_is_overwritten_by_the_load_alone():
     asked, _ = begin(made, "a", tokens, 0, [5, 6, 7])
     made.finished(asked)
     made.outcomes(Outcomes([], 1))
+    pass_time(made)
     end(made, step(made))
     again = request("b", tokens)
     assert made.match(again, 0) == (2 * TOKENS, True)
@@ -278,6 +285,7 @@ def test_a_load_whose_step_has_ended_holds_nobody_back_though_its_report_has_not
     made.finished(made._sequences["a"].request)
     made.outcomes(Outcomes([], 1))
     assert not load(made, "b", [1, 2, 3])
+    pass_time(made)
     plan.loads.extend(step(made).loads)
     made.outcomes(Outcomes([Report(op.op, 0) for op in plan.loads]))
     assert made._planner.loading_blocks == 0
@@ -343,10 +351,51 @@ def test_what_a_step_computed_is_not_stored_before_its_outcome_unless_blocks_are
     made.finished(asked)
     assert not step(made)
     assert made.busy()
-    other = request("b", [*range(50, 60)])
-    made.match(other, 0)
-    made.allocated(other, [8, 7, 6], 0)
-    assert [op.blocks for op in step(made).stores] == [[7, 8]]
+    _, plan = begin(made, "b", [*range(50, 60)], 0, [8, 7, 6])
+    assert [op.blocks for op in plan.stores] == [[7, 8]]
+
+
+def finish(made, name, tokens, blocks):
+    """Compute a request, and have vLLM finish it and free its blocks."""
+    asked, _ = begin(made, name, tokens, 0, blocks)
+    made.finished(asked)
+    made.outcomes(Outcomes([], made._step))
+
+
+def test_what_a_finished_request_has_left_waits_for_the_next_ones_step_to_be_under_way():
+    made = half()
+    finish(made, "a", PROMPT, [5, 6, 7])
+    assert not step(made).stores
+    asked, plan = begin(made, "b", [*range(50, 60)], 0, [1, 2, 3])
+    assert not plan.stores
+    pass_time(made)
+    assert [op.blocks for op in step(made).stores] == [[5, 6]]
+    made.finished(asked)
+    made.outcomes(Outcomes([], 3))
+    pass_time(made)
+    assert [op.blocks for op in step(made).stores] == [[1, 2]]
+    assert not step(made).stores
+
+
+@pytest.mark.parametrize("blocks", [[6, 10, 11], [10, 6, 11], [10, 11, 6]])
+def test_what_a_finished_request_has_left_is_stored_with_the_load_that_takes_its_blocks(blocks):
+    made = idle()
+    made._joins = False
+    finish(made, "a", [*range(50, 60)], [5, 6, 7])
+    assert load(made, "b", blocks)
+    plan = step(made)
+    assert [op.blocks for op in plan.stores] == [[5, 6]]
+    assert [op.blocks for op in plan.loads] == [blocks[:2]]
+
+
+def test_a_finished_request_with_nothing_to_store_keeps_no_engine_stepping():
+    made = half()
+    finish(made, "a", [*range(TOKENS)], [5])
+    assert not made.busy()
+    finish(made, "b", PROMPT, [5, 6, 7])
+    assert made.busy()
+    made.reset()
+    assert not made.busy()
 
 
 def test_what_a_preempted_request_computed_is_stored_with_the_step_that_takes_its_blocks():
@@ -382,6 +431,9 @@ def test_what_is_left_to_store_of_a_finished_request_keeps_the_engine_stepping()
     made.finished(asked)
     made.outcomes(Outcomes([], 1))
     assert made.busy()
+    assert not step(made).stores
+    assert made.busy()
+    pass_time(made)
     end(made, step(made))
     assert not made.busy()
 
@@ -392,6 +444,7 @@ def test_a_lost_outcome_does_not_keep_the_engine_stepping_for_ever():
     made.finished(asked)
     stores = []
     for _ in range(70):
+        pass_time(made)
         stores += step(made).stores
     assert [op.blocks for op in stores] == [[5, 6]]
 
@@ -404,3 +457,53 @@ def test_a_request_that_is_not_cached_is_not_delayed_by_a_load():
     step(made, {"other": 10}, new=[("other", 0, [1, 2, 3])])
     made.outcomes(Outcomes([], made._step))
     assert load(made, "a", [5, 6, 7])  # In a later step: this one is the other's, too.
+
+
+def a_step_that_writes(made):
+    begin(made, "b", [*range(50, 60)], 0, [1, 2, 3])
+
+
+def a_load(made):
+    assert load(made, "b", [1, 2, 3])
+    step(made)
+
+
+@pytest.mark.parametrize("writes", [a_step_that_writes, a_load])
+def test_what_ended_before_the_last_step_that_writes_is_stored_beside_it(writes):
+    """And not after it: by then the accelerator would be through with the step."""
+    made = idle()
+    made._joins = False
+    finish(made, "a", [*range(70, 80)], [5, 6, 7])
+    writes(made)
+    pass_time(made)
+    plan = step(made)
+    assert [op.blocks for op in plan.stores] == [[5, 6]]
+    assert plan.settled
+
+
+def nothing(made):
+    pass
+
+
+def a_step_that_writes_into_blocks_given_before(made):
+    step(made, {"other": 1}, cached=[("other", 10, None)])
+
+
+def a_step_that_is_stored_with_it(made):
+    a_step_that_writes(made)
+    for number in range(made._step):
+        made.outcomes(Outcomes([], number + 1))
+
+
+@pytest.mark.parametrize(
+    "since", [nothing, a_step_that_writes_into_blocks_given_before, a_step_that_is_stored_with_it]
+)
+def test_what_nothing_was_written_since_is_stored_after_all_that_runs(since):
+    made = half()
+    begin(made, "other", [*range(30, 40)], 0, [8, 9, 10])
+    finish(made, "a", [*range(70, 80)], [5, 6, 7])
+    since(made)
+    pass_time(made)
+    plan = step(made)
+    assert [5, 6] in [op.blocks for op in plan.stores]
+    assert not plan.settled
