@@ -120,14 +120,11 @@ def _measure(
 
 def _store_all(gpu: Gpu, link: Link, blocks: Sequence[int], regions: Sequence[Region]) -> float:
     start_s = time.perf_counter()
-    fence = gpu.record(gpu.engine_stream())
-    away = [fence] * link.pieces
-    for at, first in enumerate(range(0, len(blocks), link.piece_blocks)):
+    fence = away = gpu.record(gpu.engine_stream())
+    for first in range(0, len(blocks), link.piece_blocks):
         part = slice(first, first + link.piece_blocks)
-        gpu.wait_here(away[at % link.pieces])
-        _, away[at % link.pieces] = link.store(blocks[part], regions[part], [fence], at % link.pieces)
-    for event in away:
-        gpu.wait_here(event)
+        _, away = link.store(blocks[part], regions[part], [fence])
+    gpu.wait_here(away)
     return time.perf_counter() - start_s
 
 

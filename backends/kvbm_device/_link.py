@@ -29,9 +29,9 @@ from kvbm_device._pages import PageTable
 
 __all__ = ["Link", "Method", "PinnedMemory", "Way"]
 
-_PIECE_BYTES: Final = {"out": 32 << 20, "in": 64 << 20}
-"""Half a millisecond on the link, and a whole one: what is said to the driver for each piece is not felt. In
-larger, because requests wait for loads, and their thread shall leave the interpreter to the engine."""
+_PIECE_BYTES: Final = 64 << 20
+"""A millisecond on the link: what is said to the driver for each piece is not felt, and what that costs the
+interpreter neither."""
 _MIN_PIECES: Final = 2
 _MOST_RUNS: Final = 2
 """Of rows, each a call to the driver; more are one call that names every block."""
@@ -88,13 +88,14 @@ class Link:
         self.method = Method(Way.STAGED)
         """Chosen by whoever opens the device."""
         self.block_bytes = block_bytes = table.block_bytes
-        piece_bytes = _PIECE_BYTES["out" if gather else "in"]
-        self.pieces = max(_MIN_PIECES, staging_bytes // max(piece_bytes, block_bytes))
-        self.piece_blocks = max(1, min(piece_bytes, staging_bytes // self.pieces) // block_bytes)
+        self.pieces = max(_MIN_PIECES, staging_bytes // max(_PIECE_BYTES, block_bytes))
+        self.ahead = 2 * self.pieces
+        """Pieces to be stored at once: those behind wait for staging, on the accelerator."""
+        self.piece_blocks = max(1, min(_PIECE_BYTES, staging_bytes // self.pieces) // block_bytes)
         self.piece_bytes = self.piece_blocks * block_bytes
         self._staging, self._memory = gpu.memory(self.pieces * self.piece_bytes)
         # All that can be on its way at once: on the way in, each of the engine's blocks.
-        self._jobs = _Jobs(gpu, self.pieces * self.piece_blocks if gather else table.num_blocks)
+        self._jobs = _Jobs(gpu, self.ahead * self.piece_blocks if gather else table.num_blocks)
         self._kernels = gpu.stream(urgent=not gather)
         # Not urgent: the engine's own copies shall have their turn.
         self._copies = gpu.stream(urgent=False)
@@ -102,13 +103,14 @@ class Link:
         self._copied: Event | None = None
         """After the last copy."""
         self._free: list[Event | None] = [None] * self.pieces
+        """When each piece of staging is free again."""
         self._next = 0
         self._views = _view_columns(table)
 
     def store(
-        self, blocks: Sequence[int], regions: Sequence[Region], fences: Sequence[Event], buffer: int
+        self, blocks: Sequence[int], regions: Sequence[Region], fences: Sequence[Event]
     ) -> tuple[Event, Event]:
-        """Start to copy blocks out behind all fences, through one piece that the caller knows to be free.
+        """Start to copy blocks out behind all fences, as many as one piece has room for.
 
         Returns:
             When the blocks have been read, and when the regions are filled.
@@ -118,16 +120,19 @@ class Link:
         if method.way is Way.DMA:
             done = self._batch(blocks, addresses, fences)
             return done, done
-        for fence in fences:
+        staged, buffer = method.way is Way.STAGED, self._next
+        free = self._free[buffer] if staged else None
+        for fence in fences if free is None else (*fences, free):
             self._gpu.wait(self._kernels, fence)
-        staged = method.way is Way.STAGED
         flats = self._flats(buffer, len(blocks)) if staged else addresses
         self._run(self._jobs.send(self._kernels, blocks, flats), len(blocks), int(flats[0]), method)
         read = self._gpu.record(self._kernels)
         self._jobs.used_until(read)
         if not staged:
             return read, read
-        return read, self._copy(addresses, int(flats[0]), [read])
+        self._next = (buffer + 1) % self.pieces
+        self._free[buffer] = away = self._copy(addresses, int(flats[0]), [read])
+        return read, away
 
     def load(self, regions: Sequence[Region], blocks: Sequence[int], fence: Event) -> Event:
         """Start to copy blocks in.

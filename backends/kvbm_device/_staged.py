@@ -1,12 +1,12 @@
 """Blocks in the memory of an accelerator: gathered and scattered beside the engine's computation.
 
-    store   pages ──gather kernel──► staging piece ──DMA──► regions      a piece when the one before is away
+    store   pages ──gather kernel──► staging piece ──DMA──► regions      a few pieces at once
     load    regions ──DMA──► staging piece ──scatter kernel──► pages     all at once, streams keep order
 
-Nothing here waits for the accelerator. A store is queued; its pages are read when a staging piece is
-free, after everything the engine had enqueued by then (its *fence*). Until that happens the engine leaves
-the blocks alone, except where it `claim`s them: then what is queued is read first as far as there is
-staging, the rest is given up, and the engine's stream waits for the reads that have begun.
+Nothing here waits for the accelerator. A store is queued; its pages are read when few pieces are before it,
+after everything the engine had enqueued when it was asked for (its *fence*). Until that happens the engine
+leaves the blocks alone, except where it `claim`s them: then of what is queued is read first what makes few
+pieces, the rest is given up, and the engine's stream waits for the reads that have begun.
 
 `Method` says how bytes cross the link; a calibration chooses (`kvbm_device._calibration`).
 """
@@ -20,6 +20,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any, Final
 
 import numpy as np
@@ -79,13 +80,29 @@ class _Stored(Work):
 
 @dataclass(slots=True, eq=False)
 class _Wait:
-    """One block that waits to be gathered."""
+    """Blocks of one gather that wait together, or are on their way."""
 
     work: _Stored
-    at: int
-    block: int
-    region: Region
+    places: Sequence[int]
+    """Among the blocks of the gather."""
+    blocks: Sequence[int]
+    regions: Sequence[Region]
     fence: Event
+
+    def cut(self, count: int) -> tuple[_Wait, _Wait]:
+        """Divide it after so many blocks."""
+        return self._part(lambda each: each[:count]), self._part(lambda each: each[count:])
+
+    def divide(self, wanted: set[int]) -> tuple[_Wait, _Wait]:
+        """Divide it into the blocks that are wanted and the others."""
+        mask = [block in wanted for block in self.blocks]
+        others = [not each for each in mask]
+        return self._part(lambda each: [*compress(each, mask)]), self._part(
+            lambda each: [*compress(each, others)]
+        )
+
+    def _part(self, take: Callable[[Sequence[Any]], Sequence[Any]]) -> _Wait:
+        return _Wait(self.work, take(self.places), take(self.blocks), take(self.regions), self.fence)
 
 
 @dataclass(slots=True, eq=False)
@@ -93,11 +110,10 @@ class _Piece:
     """Blocks on their way out together."""
 
     waits: list[_Wait]
-    buffer: int
     read: Event
     """Their pages have been read: the engine may overwrite them."""
     away: Event
-    """Their regions hold them, and the staging piece is free again."""
+    """Their regions hold them."""
 
 
 class StagedDevice(Device, Stageable):
@@ -126,7 +142,6 @@ class StagedDevice(Device, Stageable):
         self._lock = threading.Lock()
         self._waits: deque[_Wait] = deque()
         self._pieces: deque[_Piece] = deque()
-        self._free = list(range(self._out.pieces))
         self._reading = gpu.stream(urgent=True)
         self._bounce = threading.local()
         self._places: list[int] | None = None
@@ -138,7 +153,7 @@ class StagedDevice(Device, Stageable):
         state = "closed" if self._closed else f"out {self._out.method}, in {self._in.method}"
         return (
             f"<StagedDevice {self._table.num_blocks} blocks of {self._table.block_bytes} bytes, {state}; "
-            f"{len(self._waits)} waiting, {len(self._pieces)} pieces on their way>"
+            f"{sum(len(w.blocks) for w in self._waits)} waiting, {len(self._pieces)} pieces on their way>"
         )
 
     @property
@@ -174,7 +189,7 @@ class StagedDevice(Device, Stageable):
                 self._reap()
                 self._read_or_give_up(wanted)
                 for piece in self._pieces:
-                    if any(wait.block in wanted for wait in piece.waits):
+                    if not all(wanted.isdisjoint(wait.blocks) for wait in piece.waits):
                         self._gpu.wait(stream, piece.read)
             return self._gpu.record(stream)
 
@@ -183,9 +198,9 @@ class StagedDevice(Device, Stageable):
         self._check("gather", blocks, regions)
         fence = fence or self._gpu.record(self._gpu.engine_stream())
         work = _Stored(self, len(blocks))
-        pairs = enumerate(zip(blocks, regions, strict=True))
-        with self._lock:
-            self._waits.extend(_Wait(work, at, block, region, fence) for at, (block, region) in pairs)
+        if blocks:
+            with self._lock:
+                self._waits.append(_Wait(work, range(len(blocks)), blocks, regions, fence))
         return work
 
     def scatter(self, regions: Sequence[Region], blocks: Sequence[int], fence: Fence = None) -> Work:
@@ -212,14 +227,14 @@ class StagedDevice(Device, Stageable):
         self._gpu.wait(self._gpu.engine_stream(), work.event)
 
     def advance(self) -> None:
-        """Read what waits as far as staging is free, and see what has arrived. Waits for nothing."""
+        """Read what waits while few pieces are on their way, and see what has arrived. Waits for nothing."""
         more = True
         while more:
             with self._lock:  # Given back between pieces: the engine may want to claim.
                 self._reap()
-                more = bool(self._waits and self._free)
+                more = bool(self._waits) and len(self._pieces) < self._out.ahead
                 if more:
-                    self._read([self._waits.popleft() for _ in range(self._take())])
+                    self._read(self._take(self._waits, mixed=False))
 
     def pinner(self) -> Callable[[int, int], Callable[[], None]] | None:
         """See `Device.pinner`. What it raises says what copies of memory that is not page-locked cost."""
@@ -304,30 +319,33 @@ class StagedDevice(Device, Stageable):
         self._in.close()
         self._owner = self._direct = None
 
-    def _take(self) -> int:
-        """Count the blocks at the head of the queue that make one piece: of one fence, as many as fit."""
-        first = self._waits[0].fence
-        count = 0
-        for wait in self._waits:
-            if count == self._out.piece_blocks or wait.fence is not first:
-                break
-            count += 1
-        return count
+    def _take(self, waits: deque[_Wait], *, mixed: bool) -> list[_Wait]:
+        """Take as many blocks from the head of a queue as fit into one piece; not `mixed`: of one fence."""
+        taken: list[_Wait] = []
+        room = self._out.piece_blocks
+        while room and waits and (mixed or not taken or waits[0].fence is taken[0].fence):
+            wait = waits.popleft()
+            if len(wait.blocks) > room:
+                wait, rest = wait.cut(room)
+                waits.appendleft(rest)
+            taken.append(wait)
+            room -= len(wait.blocks)
+        return taken
 
     def _read(self, waits: list[_Wait]) -> None:
         """Put one piece on its way, behind all of its fences: they need not be in the order of the queue."""
-        buffer = self._free.pop()
         fences = list({id(wait.fence): wait.fence for wait in waits}.values())
+        blocks = [block for wait in waits for block in wait.blocks]
+        regions = [region for wait in waits for region in wait.regions]
         try:
-            read, away = self._out.store([w.block for w in waits], [w.region for w in waits], fences, buffer)
+            read, away = self._out.store(blocks, regions, fences)
         except Exception as error:  # noqa: BLE001 - the accelerator's own error is not ours to know
             self._halt()
-            self._free.append(buffer)
             for wait in waits:
                 wait.work.error = error
-                wait.work.left -= 1
+                wait.work.left -= len(wait.blocks)
             return
-        self._pieces.append(_Piece(waits, buffer, read, away))
+        self._pieces.append(_Piece(waits, read, away))
 
     def _halt(self) -> None:
         """Wait for what was begun of a copy that failed: its regions and blocks will be used for others."""
@@ -340,28 +358,31 @@ class StagedDevice(Device, Stageable):
         """Take back the pieces that have arrived; they arrive in order."""
         while self._pieces and self._gpu.passed(self._pieces[0].away):
             piece = self._pieces.popleft()
-            self._free.append(piece.buffer)
-            self.counts.gathered_blocks += len(piece.waits)
             for wait in piece.waits:
-                wait.work.left -= 1
+                self.counts.gathered_blocks += len(wait.blocks)
+                wait.work.left -= len(wait.blocks)
 
     def _read_or_give_up(self, wanted: set[int]) -> None:
-        """Read now what waits in blocks that the engine wants, as far as there is staging."""
-        hit = [wait for wait in self._waits if wait.block in wanted]
-        if not hit:
-            return
-        self._waits = deque(wait for wait in self._waits if wait.block not in wanted)
-        while hit and self._free:
-            count = min(len(hit), self._out.piece_blocks)
-            self._read(hit[:count])
-            hit = hit[count:]
+        """Read now what waits in blocks that the engine wants, while few pieces are on their way."""
+        hit, others = deque[_Wait](), deque[_Wait]()
+        for wait in self._waits:
+            if wanted.isdisjoint(wait.blocks):
+                others.append(wait)
+                continue
+            inside, outside = wait.divide(wanted)
+            hit.append(inside)
+            if outside.blocks:
+                others.append(outside)
+        self._waits = others
+        while hit and len(self._pieces) < self._out.ahead:
+            self._read(self._take(hit, mixed=True))
         for wait in hit:
             self._lose(wait)
 
     def _lose(self, wait: _Wait) -> None:
-        self.counts.staging_full_blocks += 1
-        wait.work.lost.add(wait.at)
-        wait.work.left -= 1
+        self.counts.staging_full_blocks += len(wait.blocks)
+        wait.work.lost.update(wait.places)
+        wait.work.left -= len(wait.blocks)
 
     def _check(self, operation: str, blocks: Sequence[int], regions: Sequence[Region]) -> None:
         if self._closed:
