@@ -29,7 +29,7 @@ _TIMES_FIRST: Final = 4
 """Of the other parts."""
 _LOAD_PAUSE_S: Final = 0.001
 """Not shorter: each look takes the interpreter from the engine, in the middle of its computation."""
-_STORE_PAUSE_S: Final = 0.004
+_STORE_PAUSE_S: Final = 0.002
 _OPS: Final = {Store: Op.STORE, Load: Op.LOAD, Lookup: Op.LOOKUP}
 
 
