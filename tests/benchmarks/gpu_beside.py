@@ -1,10 +1,10 @@
 """What an engine feels of copies under way: its own small copies, small kernels and large ones beside them.
 
-    python tests/benchmarks/gpu_beside.py [--json FILE]
+    python tests/benchmarks/gpu_beside.py [--page 64] [--json FILE]
 
-For each way of copying, blocks of 2 MiB in pages of 64 KiB go out of or into the GPU; meanwhile, on a stream
-of its own, what an engine does in each step is timed until the GPU has done it. Milliseconds, median and
-worst; `alone` is the same with no copy under way.
+For each way of copying, blocks of 2 MiB go out of or into the GPU; meanwhile, on a stream of its own, what an
+engine does in each step is timed until the GPU has done it. Milliseconds, median and worst; `alone` is the
+same with no copy under way.
 """
 
 from __future__ import annotations
@@ -84,9 +84,10 @@ def beside(device, blocks, regions, work, way: str) -> dict[str, tuple[float, fl
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--page", type=int, default=64, help="in KiB")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    device = open_device(layers_of(64 << 10), 4096)
+    device = open_device(layers_of(arguments.page << 10), 4096)
     arena = host_memory(device, 3 << 30)
     regions = reserved(arena, _BLOCKS)
     work, blocks = engine_work(), list(range(0, 2 * _BLOCKS, 2))

@@ -15,7 +15,8 @@ from the start of one cold prompt of the greatest length until no store of it is
 
 `kernel` is our connector with copies by a kernel alone, `async` without loads in the step that computes.
 `lower` is our connector with a host memory of 2 GiB above a tier of LMDB: prompts are restored from there.
-Engines import at the same time and take turns afterwards, so that none runs beside another.
+Engines import at the same time and take turns afterwards, so that none runs beside another. A name may come
+more than once, so that engines alternate.
 """
 
 from __future__ import annotations
