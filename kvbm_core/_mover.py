@@ -192,14 +192,14 @@ class Mover:
 
     def _take_stores(self, stores: Sequence[Job], claimed: set[int], *, settled: bool) -> None:
         """Start stores now if the device or the engine cannot wait, else leave them to the mover's thread."""
-        waits = self._device.deferred
+        deferred = self._device.deferred
         fence = ((settled and self._written) or self._device.claim(())) if stores else None
         for job in stores:
             job.fence = fence
         with self._lock:
             self._arrived.extend(stores)
             for job in list(self._arrived):
-                if not isinstance(job.op, Store) or (waits and claimed.isdisjoint(job.op.blocks)):
+                if not isinstance(job.op, Store) or (deferred and claimed.isdisjoint(job.op.blocks)):
                     continue
                 self._arrived.remove(job)
                 self._store(job)

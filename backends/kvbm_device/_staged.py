@@ -5,8 +5,8 @@
 
 Nothing here waits for the accelerator. A store is queued; its pages are read when few pieces are before it,
 after everything the engine had enqueued when it was asked for (its *fence*). Until that happens the engine
-leaves the blocks alone, except where it `claim`s them: then of what is queued is read first what makes few
-pieces, the rest is given up, and the engine's stream waits for the reads that have begun.
+leaves the blocks alone, except where it `claim`s them: then what is queued is read first as far as there is
+staging, the rest is given up, and the engine's stream waits for the reads that have begun.
 
 `Method` says how bytes cross the link; a calibration chooses (`kvbm_device._calibration`).
 """
@@ -91,18 +91,18 @@ class _Wait:
 
     def cut(self, count: int) -> tuple[_Wait, _Wait]:
         """Divide it after so many blocks."""
-        return self._part(lambda each: each[:count]), self._part(lambda each: each[count:])
+        head = (self.places[:count], self.blocks[:count], self.regions[:count])
+        rest = (self.places[count:], self.blocks[count:], self.regions[count:])
+        return _Wait(self.work, *head, self.fence), _Wait(self.work, *rest, self.fence)
 
     def divide(self, wanted: set[int]) -> tuple[_Wait, _Wait]:
         """Divide it into the blocks that are wanted and the others."""
         mask = [block in wanted for block in self.blocks]
-        others = [not each for each in mask]
-        return self._part(lambda each: [*compress(each, mask)]), self._part(
-            lambda each: [*compress(each, others)]
-        )
+        return self._part(mask), self._part([not each for each in mask])
 
-    def _part(self, take: Callable[[Sequence[Any]], Sequence[Any]]) -> _Wait:
-        return _Wait(self.work, take(self.places), take(self.blocks), take(self.regions), self.fence)
+    def _part(self, mask: Sequence[bool]) -> _Wait:
+        places, blocks = [*compress(self.places, mask)], [*compress(self.blocks, mask)]
+        return _Wait(self.work, places, blocks, [*compress(self.regions, mask)], self.fence)
 
 
 @dataclass(slots=True, eq=False)
@@ -363,7 +363,7 @@ class StagedDevice(Device, Stageable):
                 wait.work.left -= len(wait.blocks)
 
     def _read_or_give_up(self, wanted: set[int]) -> None:
-        """Read now what waits in blocks that the engine wants, while few pieces are on their way."""
+        """Read now what waits in blocks that the engine wants, as far as there is staging."""
         hit, others = deque[_Wait](), deque[_Wait]()
         for wait in self._waits:
             if wanted.isdisjoint(wait.blocks):
@@ -374,7 +374,8 @@ class StagedDevice(Device, Stageable):
             if outside.blocks:
                 others.append(outside)
         self._waits = others
-        while hit and len(self._pieces) < self._out.ahead:
+        # Beyond that a piece would wait for the link, and the engine for the piece.
+        while hit and len(self._pieces) < self._out.pieces:
             self._read(self._take(hit, mixed=True))
         for wait in hit:
             self._lose(wait)

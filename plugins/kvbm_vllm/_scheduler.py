@@ -44,7 +44,7 @@ _HOLD_S: Final = 0.01
 """How long the last blocks of a finished request wait to be stored. Who asks one by one is back by then."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Sequence:
     """What is known of one unfinished request."""
 
@@ -372,10 +372,12 @@ class SchedulerHalf:
 
     def _offer_ended(self, now_s: float, written: set[int]) -> None:
         """Offer what has waited long enough, or may be written over in this step."""
-        for sequence in list(self._ended):
-            if now_s - sequence.ended_s >= _HOLD_S or not written.isdisjoint(sequence.blocks):
+        ended, self._ended = self._ended, []
+        for sequence in ended:
+            if now_s - sequence.ended_s < _HOLD_S and written.isdisjoint(sequence.blocks):
+                self._ended.append(sequence)
+            else:
                 self._offer(sequence, now_s, settled=sequence.ended_step < self._written_step)
-                self._ended.remove(sequence)
 
     def _offer(self, sequence: _Sequence, now_s: float, *, settled: bool = False) -> None:
         """Offer the blocks that are complete now and were not offered before."""

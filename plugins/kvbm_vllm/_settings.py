@@ -83,8 +83,8 @@ def block_tokens(vllm_config: Any, kv_cache_config: Any) -> int:
 
     Raises:
         ConfigError: If the model's layers do not all keep the KV of every token, as models with
-            Mamba layers or sliding windows do, if a block is divided over ranks by tokens, or if vLLM
-            cannot go on after a prefix that was loaded.
+            Mamba layers or sliding windows do, if a block is divided over ranks by tokens, if vLLM
+            clears blocks before they are read, or if it cannot go on after a prefix that was loaded.
     """
     _require_prefixes(vllm_config)
     groups = kv_cache_config.kv_cache_groups
@@ -93,6 +93,15 @@ def block_tokens(vllm_config: Any, kv_cache_config: Any) -> int:
         raise ConfigError(
             f"the layers of the model keep their KV in ways that KvbmConnector does not support: {kinds}; it "
             "supports full attention in all layers. Serve this model without it"
+        )
+    if getattr(kv_cache_config, "needs_kv_cache_zeroing", False) and getattr(
+        vllm_config, "use_v2_model_runner", False
+    ):
+        # Before the step's plan is carried out: what the blocks held would be stored as zeros.
+        raise ConfigError(
+            "VLLM_USE_V2_MODEL_RUNNER: vLLM clears new blocks of this model's KV cache, and its second model "
+            "runner does so before KvbmConnector has read what was in them. Set it to 0, or serve this model "
+            "without KvbmConnector"
         )
     for key in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(vllm_config.parallel_config, key, 1) > 1:

@@ -153,13 +153,13 @@ def test_what_is_claimed_before_it_was_read_is_given_up_and_says_so():
     device._out.piece_blocks = 1
     regions = paged(8, device.block_bytes)
     work = device.gather(range(8), regions, device.claim(()))
-    device.claim(range(8))  # Nothing was read yet: two pieces of staging, each used twice, one block each.
+    device.claim(range(8))  # Nothing was read yet: two pieces of staging, one block each.
     memory_before = memory.clone()
     gpu.put(gpu.engine, lambda: memory.zero_())
     wait(gpu, work)
-    assert work.given_up == set(range(4, 8))
-    assert device.counts.staging_full_blocks == 4
-    for at in range(4):
+    assert work.given_up == set(range(2, 8))
+    assert device.counts.staging_full_blocks == 6
+    for at in range(2):
         assert bytes(regions[at].view()[:16384]) == bytes(memory_before[at].numpy())
     assert repr(device).endswith("0 waiting, 0 pieces on their way>")
 

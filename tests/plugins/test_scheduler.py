@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("vllm")
-from kvbm_core import Capabilities, Planner, Report, TierStatus, load_config
+from kvbm_core import Capabilities, ConfigError, Planner, Report, TierStatus, load_config
 from kvbm_metrics import Tally, rate_reading
 from kvbm_vllm._scheduler import SchedulerHalf
 from kvbm_vllm._values import Handshake, Outcomes
@@ -17,12 +17,17 @@ class FullAttentionSpec:
     block_size = TOKENS
 
 
-def half():
+def half(*, runner_v2=False, zeroes=False):
     made = SchedulerHalf(
         load_config({"tiers": [{"backend": "cpu", "capacity": "1MiB"}]}),
-        SimpleNamespace(model_config=None, parallel_config=SimpleNamespace(world_size=1)),
-        SimpleNamespace(num_blocks=64, kv_cache_groups=[SimpleNamespace(kv_cache_spec=FullAttentionSpec())]),
-    )
+        SimpleNamespace(
+            model_config=None, parallel_config=SimpleNamespace(world_size=1), use_v2_model_runner=runner_v2
+        ),
+        SimpleNamespace(
+            num_blocks=64, kv_cache_groups=[SimpleNamespace(kv_cache_spec=FullAttentionSpec())],
+            needs_kv_cache_zeroing=zeroes,
+        ),
+    )  # fmt: skip
     begin_with(made, TierStatus("cpu", Capabilities(capacity_blocks=64, addressable=True), []))
     return made
 
@@ -96,6 +101,18 @@ def pass_time(made):
 
 def end(made, plan):
     made.outcomes(Outcomes([Report(op.op, tier) for op in plan.stores for tier in op.tiers]))
+
+
+@pytest.mark.parametrize(
+    ("runner_v2", "zeroes"), [(False, False), (False, True), (True, False), (True, True)]
+)
+def test_blocks_that_vllm_clears_before_they_are_read_are_refused(runner_v2, zeroes):
+    """vLLM's second model runner clears them before it lets a connector start the step's plan."""
+    if runner_v2 and zeroes:
+        with pytest.raises(ConfigError, match=r"VLLM_USE_V2_MODEL_RUNNER.*Set it to 0"):
+            half(runner_v2=True, zeroes=True)
+    else:
+        half(runner_v2=runner_v2, zeroes=zeroes)
 
 
 def test_a_new_requests_blocks_are_overwritten_but_for_those_with_its_cached_prefix():
