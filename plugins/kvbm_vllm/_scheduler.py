@@ -103,6 +103,8 @@ class SchedulerHalf:
         self._sequences: dict[str, _Sequence] = {}
         self._new: set[str] = set()
         """Requests that vLLM has not looked at yet."""
+        self._parked: dict[str, int] = {}
+        """Device blocks of requests that load, or have loaded and were not scheduled since."""
         self._running: set[str] = set()
         """Requests scheduled in a step, whose blocks were not offered since."""
         self._ended: list[_Sequence] = []
@@ -193,8 +195,9 @@ class SchedulerHalf:
         tiers = sequence.match_tiers
         if not tiers:
             return 0, False
-        if planner.loading_blocks and planner.loading_blocks + len(tiers) > self._max_load_blocks:
-            # Blocks that wait for loads cannot be preempted. Loads end, so does this.
+        parked = max(planner.loading_blocks, sum(self._parked.values()))
+        if parked and parked + len(tiers) > self._max_load_blocks:
+            # What does not run cannot be preempted: with all blocks parked nobody could go on.
             return None, False
         sequence.in_step = self._fits_in_step(tiers)
         return len(tiers) * self._block_tokens, not sequence.in_step
@@ -219,6 +222,8 @@ class SchedulerHalf:
             count = num_external_tokens // self._block_tokens
             start = sequence.match_start
             self._allotted += blocks[start:]
+            if not sequence.in_step:
+                self._parked[request.request_id] = len(blocks)
             self._planner.load(
                 request.request_id,
                 sequence.keys.first(start + count)[start:],
@@ -264,6 +269,7 @@ class SchedulerHalf:
         """Forget a request. What it has computed last is stored with the next step's plan."""
         sequence = self._sequences.pop(request.request_id, None)
         self._new.discard(request.request_id)
+        self._parked.pop(request.request_id, None)
         self._running.discard(request.request_id)
         if self._tally:
             self._tally.finished(request.request_id)
@@ -329,8 +335,10 @@ class SchedulerHalf:
         """
         if self._planner is None or not self._joins:
             return False
-        others = self._new or self._admits or self._computing or self._running or self._planner.loading_blocks
-        return not others and all(tier == self._planner.lender for tier in tiers)
+        others = (self._new, self._admits, self._computing, self._running, self._parked)
+        return not (any(others) or self._planner.loading_blocks) and all(
+            tier == self._planner.lender for tier in tiers
+        )
 
     def _sequence(self, request: Any) -> _Sequence | None:
         sequence = self._sequences.get(request.request_id)
@@ -357,6 +365,7 @@ class SchedulerHalf:
         # Of a whole list the first hold what was computed before, or loaded.
         self._given += blocks[computed_tokens // self._block_tokens :] if replace else blocks
         self._running.add(request_id)
+        self._parked.pop(request_id, None)
         sequence = self._sequences.get(request_id)
         if sequence is None:
             return

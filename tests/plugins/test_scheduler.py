@@ -524,3 +524,22 @@ def test_what_nothing_was_written_since_is_stored_after_all_that_runs(since):
     plan = step(made)
     assert [5, 6] in [op.blocks for op in plan.stores]
     assert not plan.settled
+
+
+@pytest.mark.parametrize("end", ["scheduled", "finished"])
+def test_what_has_loaded_and_does_not_run_counts_as_what_loads(end):
+    """It cannot be preempted either: with all blocks parked nobody could go on."""
+    made = idle()
+    made._joins, made._max_load_blocks = False, 4
+    assert load(made, "a", [5, 6, 7])
+    plan = step(made)
+    other = request("b", PROMPT)
+    assert made.match(other, 0) == (None, False)
+    made.outcomes(Outcomes([Report(op.op, 0) for op in plan.loads]))
+    assert made._planner.loading_blocks == 0
+    assert made.match(other, 0) == (None, False)
+    if end == "scheduled":
+        step(made, {"a": 2}, new=[("a", 2 * TOKENS, [5, 6, 7])])
+    else:
+        made.finished(made._sequences["a"].request)
+    assert made.match(other, 0) == (2 * TOKENS, True)
