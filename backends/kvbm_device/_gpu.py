@@ -21,7 +21,7 @@ import numpy as np
 from kvbm_core.errors import KvbmError
 from kvbm_device._pages import Addresses, PageMover, PageTable, make_page_mover
 
-__all__ = ["CudaGpu", "Event", "Gpu", "Stream"]
+__all__ = ["Addresses", "CudaGpu", "Event", "Gpu", "Stream"]
 
 Stream = Any
 Event = Any

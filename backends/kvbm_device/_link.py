@@ -16,7 +16,7 @@ import mmap
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvbm_core.tier import Region
-from kvbm_device._gpu import Event, Gpu
+from kvbm_device._gpu import Addresses, Event, Gpu
 from kvbm_device._pages import PageTable
 
 __all__ = ["Link", "Method", "PinnedMemory", "Way"]
@@ -100,9 +100,9 @@ class Link:
         # Not urgent: the engine's own copies shall have their turn.
         self._copies = gpu.stream(urgent=False)
         self._other_copies = gpu.stream(urgent=False)
-        self._copied: Event | None = None
+        self._copied = gpu.record(self._copies)
         """After the last copy."""
-        self._free: list[Event | None] = [None] * self.pieces
+        self._free = [self._copied] * self.pieces
         """When each piece of staging is free again."""
         self._next = 0
         self._views = _view_columns(table)
@@ -118,11 +118,10 @@ class Link:
         addresses = _addresses(regions)
         method = self._method(addresses)
         if method.way is Way.DMA:
-            done = self._batch(blocks, addresses, fences)
+            done = self._batch(blocks, addresses, *fences)
             return done, done
         staged, buffer = method.way is Way.STAGED, self._next
-        free = self._free[buffer] if staged else None
-        for fence in fences if free is None else (*fences, free):
+        for fence in (*fences, self._free[buffer]) if staged else fences:
             self._gpu.wait(self._kernels, fence)
         flats = self._flats(buffer, len(blocks)) if staged else addresses
         self._run(self._jobs.send(self._kernels, blocks, flats), len(blocks), int(flats[0]), method)
@@ -131,7 +130,7 @@ class Link:
         if not staged:
             return read, read
         self._next = (buffer + 1) % self.pieces
-        self._free[buffer] = away = self._copy(addresses, int(flats[0]), [read])
+        self._free[buffer] = away = self._copy(addresses, int(flats[0]), read)
         return read, away
 
     def load(self, regions: Sequence[Region], blocks: Sequence[int], fence: Event) -> Event:
@@ -145,7 +144,7 @@ class Link:
         addresses, on_device = _addresses(regions), regions[0].on_device
         method = Method(Way.KERNEL) if on_device else self._method(addresses)
         if method.way is Way.DMA:
-            return self._batch(blocks, addresses, [fence])
+            return self._batch(blocks, addresses, fence)
         self._gpu.wait(self._kernels, fence)
         if method.way is Way.KERNEL:
             return self._load_directly(addresses, blocks, method)
@@ -175,18 +174,16 @@ class Link:
         self._next = (self._next + len(starts)) % self.pieces
         flats = np.concatenate([self._flats(buffer, self.piece_blocks) for buffer in buffers])[: len(blocks)]
         jobs = self._jobs.send(self._copies, blocks, flats)
-        self._copied = self._gpu.record(self._copies)
+        self._done()
         for start, buffer in zip(starts, buffers, strict=True):
             part = addresses[start : start + self.piece_blocks]
-            free = self._free[buffer]
-            there = self._copy(part, int(flats[start]), [] if free is None else [free])
-            self._gpu.wait(self._kernels, there)
+            self._gpu.wait(self._kernels, self._copy(part, int(flats[start]), self._free[buffer]))
             self._run(jobs + start * _JOB_BYTES, len(part), int(flats[start]), method)
             self._free[buffer] = done = self._gpu.record(self._kernels)
         self._jobs.used_until(done)
         return done
 
-    def _turn(self, after: Iterable[Event]) -> None:
+    def _turn(self, *after: Event) -> None:
         """Go on with copies on the other stream, when those on this one are done.
 
         As long as a stream has a copy that could begin, the hardware may take none of other streams, such as
@@ -194,7 +191,7 @@ class Link:
         done.
         """
         self._copies, self._other_copies = self._other_copies, self._copies
-        for event in after if self._copied is None else (self._copied, *after):
+        for event in (self._copied, *after):
             self._gpu.wait(self._copies, event)
 
     def _done(self) -> Event:
@@ -228,19 +225,15 @@ class Link:
             self._kernels, self._table, jobs, count, flat, gather=self._gather, programs=method.programs
         )
 
-    def _copy(self, addresses: npt.NDArray[np.int64], staged: int, after: Iterable[Event]) -> Event:
+    def _copy(self, addresses: npt.NDArray[np.int64], staged: int, after: Event) -> Event:
         """Copy between contiguous staging and host memory: as rows where addresses are at equal distances."""
-        self._turn(after)
         block_bytes = self.block_bytes
         runs, waits = self._few_runs(addresses), not self._pinned.end_of(int(addresses[0]))
         if runs is None:
             places = np.uint64(staged) + np.arange(len(addresses), dtype=np.uint64) * np.uint64(block_bytes)
             flats, sizes = addresses.astype(np.uint64), np.full_like(places, block_bytes)
-            if self._gather:
-                self._gpu.copy_batch(self._copies, flats, places, sizes)
-            else:
-                self._gpu.copy_batch(self._copies, places, flats, sizes)
-            return self._done()
+            return self._copy_all(flats, places, sizes, after)
+        self._turn(after)
         for address, pitch, rows in runs:
             inside, outside = (staged, block_bytes), (address, pitch or block_bytes)
             target, source = (outside, inside) if self._gather else (inside, outside)
@@ -263,17 +256,19 @@ class Link:
         runs = list(_runs(addresses.tolist(), end_of))
         return None if end and len(runs) > _MOST_RUNS else runs
 
-    def _batch(
-        self, blocks: Sequence[int], addresses: npt.NDArray[np.int64], after: Iterable[Event]
-    ) -> Event:
+    def _batch(self, blocks: Sequence[int], addresses: npt.NDArray[np.int64], *after: Event) -> Event:
         """Copy page by page."""
-        self._turn(after)
         bases, strides, offsets, sizes = self._views
         numbers = np.asarray(blocks, dtype=np.uint64)[:, None]
         pages = (bases + strides * numbers).ravel()
         flats = (addresses.astype(np.uint64)[:, None] + offsets).ravel()
-        target, source = (flats, pages) if self._gather else (pages, flats)
-        self._gpu.copy_batch(self._copies, target, source, np.tile(sizes, len(blocks)))
+        return self._copy_all(flats, pages, np.tile(sizes, len(blocks)), *after)
+
+    def _copy_all(self, outside: Addresses, inside: Addresses, sizes: Addresses, *after: Event) -> Event:
+        """Copy between addresses of the host and of the accelerator, in one call."""
+        self._turn(*after)
+        target, source = (outside, inside) if self._gather else (inside, outside)
+        self._gpu.copy_batch(self._copies, target, source, sizes)
         return self._done()
 
 

@@ -266,7 +266,7 @@ class SchedulerHalf:
         return StepPlan(plan, self._step, computes=tokens > 0, idle=idle, heard=self._heard)
 
     def finished(self, request: Any) -> None:
-        """Forget a request. What it has computed last is stored with the next step's plan."""
+        """Forget a request. What it has computed last is stored a little later."""
         sequence = self._sequences.pop(request.request_id, None)
         self._new.discard(request.request_id)
         self._parked.pop(request.request_id, None)
@@ -335,10 +335,11 @@ class SchedulerHalf:
         """
         if self._planner is None or not self._joins:
             return False
-        others = (self._new, self._admits, self._computing, self._running, self._parked)
-        return not (any(others) or self._planner.loading_blocks) and all(
-            tier == self._planner.lender for tier in tiers
-        )
+        others = (
+            self._new, self._admits, self._computing, self._running, self._parked,
+            self._planner.loading_blocks,
+        )  # fmt: skip
+        return not any(others) and all(tier == self._planner.lender for tier in tiers)
 
     def _sequence(self, request: Any) -> _Sequence | None:
         sequence = self._sequences.get(request.request_id)
@@ -404,5 +405,5 @@ class SchedulerHalf:
             return 0
         # The last token's KV is not computed yet, and tokens a drafting model proposed are not in
         # the request before they are accepted.
-        tokens = min(sequence.computed_tokens, sequence.request.num_tokens - 1)
-        return min(int(tokens) // self._block_tokens, len(sequence.blocks))
+        tokens: int = min(sequence.computed_tokens, sequence.request.num_tokens - 1)
+        return min(tokens // self._block_tokens, len(sequence.blocks))

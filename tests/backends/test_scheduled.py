@@ -15,7 +15,6 @@ pytest.importorskip("vllm")
 import test_deferred
 
 from kvbm_core import Planner, chain_keys, load_config, root_key
-from kvbm_device import CopyCounts
 from kvbm_metrics import Tally
 from kvbm_vllm import _scheduler
 from kvbm_vllm._worker import WorkerHalf
@@ -61,23 +60,21 @@ class Vllm:
             eager=chance.choice((0.0, 0.2, 0.6)), blocks=24,
         )  # fmt: skip
         self.clock_s = 0.0
-        self.scheduler = _scheduler.SchedulerHalf(
+        told = (
             load_config({"tiers": [{"backend": "cpu", "capacity": "1MiB"}]}),
-            SimpleNamespace(model_config=None, parallel_config=SimpleNamespace(world_size=1)),
+            SimpleNamespace(model_config=None, parallel_config=SimpleNamespace(rank=0, world_size=1)),
             SimpleNamespace(
                 num_blocks=16, kv_cache_groups=[SimpleNamespace(kv_cache_spec=FullAttentionSpec())]
             ),
         )
+        self.scheduler = _scheduler.SchedulerHalf(*told)
         status = [self.engine.worker.status()]
         self.scheduler._planner = Planner(status, block_tokens=0)
         self.scheduler._tally = Tally(self.scheduler._planner, status, TOKENS, test_deferred.BYTES)
         self.scheduler._joins = chance.random() < 0.7
-        self.worker = WorkerHalf.__new__(WorkerHalf)
-        self.worker.__dict__.update(
-            _worker=self.engine.worker, _block_bytes=test_deferred.BYTES, _counts=CopyCounts(), _copied={},
-            _begun=None, _told=0, _loads={}, _open_loads={}, _finished=set(), _failed_blocks=set(),
-            _reports=[], _LOAD_WAIT_S=0, _STORE_WAIT_S=0,
-        )  # fmt: skip
+        self.worker = WorkerHalf(*told)
+        self.worker._worker, self.worker._block_bytes = self.engine.worker, test_deferred.BYTES
+        self.worker._LOAD_WAIT_S = self.worker._STORE_WAIT_S = 0
         self.free = deque(range(16))
         self.waiting, self.running, self.aborted = [], [], {}
         self.under_way, self.most_under_way = deque(), chance.choice((1, 2))
