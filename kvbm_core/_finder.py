@@ -32,14 +32,18 @@ class Finder:
     def __init__(self) -> None:
         self._absent: OrderedDict[BlockKey, float] = OrderedDict()
         self._spans: dict[int, Sequence[BlockKey]] = {}
-        self._heads: set[BlockKey] = set()
+        self._heads: dict[BlockKey, int] = {}
 
     def __repr__(self) -> str:
         return f"<Finder {len(self._spans)} asked, {len(self._absent)} absent>"
 
-    def asking(self, key: BlockKey) -> bool:
-        """Say whether an answer about a block and those after it is on its way."""
-        return key in self._heads
+    def asking(self, key: BlockKey) -> int | None:
+        """Give the operation that asks about a block and those after it. None: no answer is on its way."""
+        return self._heads.get(key)
+
+    def absent_until_s(self, key: BlockKey) -> float:
+        """Give the time until which an answer "not there" counts for a block; 0 if there is none."""
+        return self._absent.get(key, 0.0)
 
     def span(self, keys: Sequence[BlockKey], now_s: float) -> Sequence[BlockKey]:
         """Give the leading blocks of which nothing is known."""
@@ -51,7 +55,7 @@ class Finder:
     def ask(self, op: int, span: Sequence[BlockKey]) -> list[BlockKey]:
         """Note that operation `op` asks about a span, and choose the blocks it asks for."""
         self._spans[op] = span
-        self._heads.add(span[0])
+        self._heads[span[0]] = op
         return list(span[:: self._step(span)])
 
     def answer(self, op: int, failures: Mapping[int, Reason], now_s: float) -> Sequence[BlockKey]:
@@ -66,7 +70,7 @@ class Finder:
             The leading blocks of the span that are there.
         """
         span = self._spans.pop(op)
-        self._heads.discard(span[0])
+        self._heads.pop(span[0], None)
         step = self._step(span)
         for at in failures:
             self.miss(span[at * step], now_s)

@@ -9,19 +9,63 @@ READY blocks without a pin stand in the policy's order and can be evicted; with 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Container, Iterable, Sequence
+from typing import Final
 
 from kvbm_core._policy import EvictionPolicy
 from kvbm_core.block import BlockEvent, BlockKey, BlockState, next_state
 
-__all__ = ["TierIndex"]
+__all__ = ["Departures", "TierIndex"]
+
+_SPARED_AT_ONCE: Final = 64
+"""Protected blocks passed over for one eviction, beside `_SPARED_EACH`; the next goes on behind them."""
+_SPARED_EACH: Final = 8
+
+
+class Departures:
+    """The latest blocks that have ceased to be READY, over all tiers.
+
+    A match that was found before remains true as long as none of its blocks is among them.
+    """
+
+    max_remembered: Final = 1024
+
+    def __init__(self) -> None:
+        self.count = 0
+        """All so far."""
+        self._latest: deque[BlockKey] = deque(maxlen=self.max_remembered)
+
+    def __repr__(self) -> str:
+        return f"<Departures {self.count}>"
+
+    def note(self, keys: Sequence[BlockKey]) -> None:
+        """Add blocks."""
+        self.count += len(keys)
+        self._latest.extend(keys)
+
+    def any_since(self, count: int, family: Container[BlockKey]) -> bool:
+        """Return False if no block of a family has departed since `count`. True if one has, or may have."""
+        news = self.count - count
+        if news > len(self._latest):
+            return True
+        return any(self._latest[-at] in family for at in range(1, news + 1))
 
 
 class TierIndex:
-    """The blocks of one tier, by key. No I/O, no bytes, no clock."""
+    """The blocks of one tier, by key. No I/O, no bytes, no clock.
 
-    def __init__(self, capacity_blocks: int | None, policy: EvictionPolicy) -> None:
+    Args:
+        capacity_blocks: Blocks it holds at most. None: no limit.
+        policy: The order of eviction.
+        departures: Where blocks are noted that cease to be READY.
+    """
+
+    def __init__(
+        self, capacity_blocks: int | None, policy: EvictionPolicy, departures: Departures | None = None
+    ) -> None:
         self.capacity_blocks = capacity_blocks
+        self._departures = departures or Departures()
         self._idle = policy
         self._pins: dict[BlockKey, int] = {}
         self._filling: set[BlockKey] = set()
@@ -58,16 +102,17 @@ class TierIndex:
         if key in self._idle:
             self._idle.add(key)
 
-    def pin(self, keys: Iterable[BlockKey]) -> None:
-        """Keep READY blocks from being evicted until `unpin`."""
-        idle, pins = self._idle, self._pins
+    def pin(self, keys: Iterable[BlockKey]) -> list[BlockKey]:
+        """Keep READY blocks from being evicted until `unpin`; return those that are not READY."""
+        idle, pins, gone = self._idle, self._pins, []
         for key in keys:
             if key in pins:
                 pins[key] += 1
-                continue
-            was_idle = idle.remove(key)
-            assert was_idle, "only a READY block can be pinned"
-            pins[key] = 1
+            elif idle.remove(key):
+                pins[key] = 1
+            else:
+                gone.append(key)
+        return gone
 
     def unpin(self, key: BlockKey) -> bool:
         """Take one pin back. True if the block was LEAVING and is gone with it."""
@@ -85,14 +130,14 @@ class TierIndex:
         return False
 
     def reserve(
-        self, keys: Sequence[BlockKey], ancestors: Sequence[BlockKey] = ()
+        self, keys: Sequence[BlockKey], protected: Container[BlockKey] = ()
     ) -> tuple[list[BlockKey], list[BlockKey]]:
         """Set room aside for blocks about to be stored, evicting where needed.
 
         Args:
             keys: In the order of their prefix.
-            ancestors: The blocks before `keys` in the same prefix. They are not evicted for `keys`:
-                a prefix without its head is worth nothing.
+            protected: The blocks of the same prefix, which are not evicted for `keys`: a prefix without
+                its head is worth nothing. Asked for each candidate, so it should answer at once.
 
         Returns:
             The keys that are FILLING now: a leading part of those that were ABSENT; and the keys
@@ -109,21 +154,34 @@ class TierIndex:
         if self.capacity_blocks is not None:
             missing = len(self) + len(wanted) - self.capacity_blocks
             if missing > 0:
-                evicted = self._evict(missing, ancestors)
+                evicted = self._evict(missing, protected)
                 wanted = wanted[: max(0, self.capacity_blocks - len(self))]
         next_state(BlockState.ABSENT, BlockEvent.RESERVE)
         self._filling.update(wanted)
         return wanted, evicted
 
-    def _evict(self, count: int, ancestors: Sequence[BlockKey]) -> list[BlockKey]:
-        """Evict up to `count` blocks, ancestors excepted."""
-        family = [key for key in dict.fromkeys(reversed(ancestors)) if key in self._idle]
-        for key in family:
-            self._idle.add(key)
-        # They are the last in the order now, the head of the prefix at its very end.
+    def _evict(self, count: int, protected: Container[BlockKey]) -> list[BlockKey]:
+        """Evict up to `count` blocks, protected ones excepted.
+
+        Protected blocks that stand first in the order go to its end, so that each is met once in a round.
+        Where nearly all are protected fewer are evicted than could be, so that the time is bounded.
+        """
         next_state(BlockState.READY, BlockEvent.EVICT)
-        victims = (self._idle.victim() for _ in range(min(count, len(self._idle) - len(family))))
-        return [key for key in victims if key is not None]
+        idle = self._idle
+        victims: list[BlockKey] = []
+        spared = _SPARED_AT_ONCE + _SPARED_EACH * count
+        for _ in range(len(idle)):
+            if len(victims) == count or not spared:
+                break
+            key = idle.victim()
+            assert key is not None, "there are as many as it says"
+            if key in protected:
+                idle.add(key)
+                spared -= 1
+            else:
+                victims.append(key)
+        self._departures.note(victims)
+        return victims
 
     def stored(self, key: BlockKey) -> None:
         """Note that every rank has the block."""
@@ -139,6 +197,7 @@ class TierIndex:
 
     def drop(self, key: BlockKey) -> bool:
         """Forget a READY block: at once, or with its last pin. True if at once."""
+        self._departures.note([key])
         if key in self._pins:
             self._move(key, BlockEvent.DOOM)
             self._leaving[key] = self._pins.pop(key)

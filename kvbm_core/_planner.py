@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Final
 
-from kvbm_core._breaker import Breaker
 from kvbm_core._counts import TierCounts, TierLevels
 from kvbm_core._finder import Finder
 from kvbm_core._guard import Guard
-from kvbm_core._index import TierIndex
+from kvbm_core._index import Departures, TierIndex
+from kvbm_core._matches import Match, Prefix
 from kvbm_core._policy import EvictionPolicy, Lru
+from kvbm_core._tier_state import Pending, TierState
 from kvbm_core.block import BlockKey, BlockState
 from kvbm_core.errors import ConfigError
 from kvbm_core.plan import Load, Lookup, Plan, Report, Store, TierStatus
@@ -36,40 +36,6 @@ _MAX_KNOWN_BLOCKS: Final = 1 << 18
 _GRAVITY: Final = (Reason.MISSING, Reason.BUSY, Reason.FULL, Reason.DEADLINE, Reason.ERROR, Reason.CORRUPT)
 """Of what two ranks say of one block, the graver counts: a rank whose tier fails must be noticed beside
 one that only has not the block, and a corrupt part must be dropped."""
-
-
-@dataclass(slots=True)
-class _Tier:
-    name: str
-    index: TierIndex
-    lends: bool
-    shared: bool
-    """Other engines use what lies here: what is forgotten here stays there."""
-    direct: bool
-    """It reads into device memory, so that its blocks do not pass the lender."""
-    finder: Finder | None
-    """For a tier that cannot list its blocks."""
-    breaker: Breaker = field(default_factory=Breaker)
-    counts: TierCounts = field(default_factory=TierCounts)
-    storing: int = 0
-    """Blocks on their way in."""
-    owed: OrderedDict[BlockKey, None] = field(default_factory=OrderedDict)
-    """Blocks the lender has and this tier shall get when fewer are on their way."""
-
-
-@dataclass(slots=True)
-class _Pending:
-    """An operation whose reports have not all come."""
-
-    op: Store | Load | Lookup
-    waiting: dict[int, int]
-    """Tier to ranks still to report."""
-    failures: dict[int, dict[int, Reason]] = field(default_factory=dict)
-    """Tier to position to reason, over all ranks."""
-    took_s: float = 0.0
-    """On the slowest rank so far."""
-    doomed: bool = False
-    """A reset came in between: what arrives is dropped again."""
 
 
 class Planner:
@@ -97,13 +63,14 @@ class Planner:
         _same_stack(ranks)
         self._world_size = len(ranks)
         self._max_store_blocks = max_store_blocks
-        self._tiers: list[_Tier] = []
+        self._tiers: list[TierState] = []
         self._drops: dict[int, list[BlockKey]] = {}
         self._stores: list[Store] = []
         self._loads: list[Load] = []
         self._lookups: list[Lookup] = []
-        self._pending: dict[int, _Pending] = {}
+        self._pending: dict[int, Pending] = {}
         self._ops = itertools.count(1)
+        self._departures = Departures()
         for position, statuses in enumerate(zip(*ranks, strict=True)):
             self._open(position, statuses, policy())
         self.lender = next((i for i, tier in enumerate(self._tiers) if tier.lends), -1)
@@ -161,12 +128,43 @@ class Planner:
                 break
         return found
 
+    def find(
+        self, prefix: Prefix, start: int, stop: int, now_s: float, last: Match | None = None
+    ) -> Match:
+        """Find what `match` finds, ask the tiers that must be asked, and remember the finding.
+
+        Args:
+            prefix: The keys of a prompt.
+            start: First block to be found.
+            stop: Block after the last to be found; more than `start`.
+            now_s: The time, as in `match`.
+            last: The finding of before. It is given back, at the same cost for any length, as long as
+                each of its blocks is where it was found, no more is known of those after it, and no new
+                question is due.
+        """
+        if last is not None and (last.start, last.stop) == (start, stop) and self._holds(last, prefix, now_s):
+            return last
+        keys = prefix.slice(start, stop)
+        tiers = self.match(keys, now_s)
+        rest = keys[len(tiers) :]
+        lookups = self.lookup(rest, now_s) if rest else frozenset()
+        return Match(
+            start, stop, tiers, lookups,
+            departures=self._departures.count,
+            usable=self._usable(now_s),
+            retry_s=self._retry_s(rest, now_s),
+        )  # fmt: skip
+
+    def awaits(self, match: Match) -> bool:
+        """Return True while an answer is on its way that a match waits for."""
+        return any(op in self._pending for op in match.lookups)
+
     def decline(self, tiers: Iterable[int]) -> None:
         """Note that blocks found in these tiers are computed, because `guard` finds that faster."""
         for tier in tiers:
             self._tiers[tier].counts.declined += 1
 
-    def lookup(self, keys: Sequence[BlockKey], now_s: float) -> bool:
+    def lookup(self, keys: Sequence[BlockKey], now_s: float) -> frozenset[int]:
         """Plan to ask the tiers that cannot list their blocks for those that `match` did not find.
 
         Args:
@@ -174,9 +172,9 @@ class Planner:
             now_s: The time, as in `match`.
 
         Returns:
-            Whether an answer is on its way: then match again when reports have come.
+            The operations whose answers are on their way: match again when none is pending.
         """
-        asking = False
+        asking: set[int] = set()
         for position, tier in enumerate(self._tiers):
             # A block that is on its way there needs no question, and is no hit yet.
             absent = tier.index.state(keys[0]) is BlockState.ABSENT
@@ -187,15 +185,15 @@ class Planner:
                 or self.guard.shuns(position, now_s)
             ):
                 continue
-            if tier.finder.asking(keys[0]):
-                asking = True
+            if (number := tier.finder.asking(keys[0])) is not None:
+                asking.add(number)
             elif span := tier.finder.span(keys, now_s):
-                asking = True
                 number = next(self._ops)
+                asking.add(number)
                 op = Lookup(number, position, tier.finder.ask(number, span))
                 self._lookups.append(op)
                 self._expect(op, [position])
-        return asking
+        return frozenset(asking)
 
     def load(
         self,
@@ -212,43 +210,48 @@ class Planner:
             request: Whose they are.
             keys: Of consecutive blocks.
             blocks: The device blocks to fill, one a key.
-            tiers: As `match` found them in this step, one a key.
-            in_step: The engine uses the blocks in this step; only from the tier that lends its memory.
+            tiers: As `match` found them, one a key. Blocks that have left their tier since then fail: the
+                engine was told that they come, and hears from the load that they do not.
+            in_step: The engine uses the blocks in this step; only from the tier that lends its memory, and
+                of a match of this step.
         """
+        gone: set[BlockKey] = set()
         for position in set(tiers):
             there = [key for key, tier in zip(keys, tiers, strict=True) if tier == position]
-            self._tiers[position].index.pin(there)
-        fills = self._plan_fills(keys, tiers)
+            gone.update(self._tiers[position].index.pin(there))
+        assert not (gone and in_step), "a load in step cannot fail"
+        pinned = [key not in gone for key in keys] if gone else [True] * len(keys)
+        fills = self._plan_fills(keys, tiers, gone)
         start = 0
-        for (tier, fill), run in itertools.groupby(zip(tiers, fills, strict=True)):
+        for (tier, fill, held), run in itertools.groupby(zip(tiers, fills, pinned, strict=True)):
             part = slice(start, start := start + len(list(run)))
             op = Load(next(self._ops), request, tier, fill, list(keys[part]), list(blocks[part]), in_step)
             self._loads.append(op)
-            self._expect(op, [tier] if fill < 0 else [tier, fill])
+            self._expect(op, [tier] if fill < 0 else [tier, fill], pinned=held)
         self.loading_blocks += 0 if in_step else len(keys)
 
     def store(
-        self, keys: Sequence[BlockKey], blocks: Sequence[int], ancestors: Sequence[BlockKey], now_s: float
+        self, keys: Sequence[BlockKey], blocks: Sequence[int], prefix: Container[BlockKey], now_s: float
     ) -> None:
         """Plan to write blocks through to every tier that has them not.
 
         Args:
             keys: Of consecutive blocks that are complete in device memory.
             blocks: The device blocks, one a key.
-            ancestors: The keys before, of the same prefix.
+            prefix: The keys of the same prefix, those before and `keys`. It is asked, never listed, and
+                kept while blocks wait to be stored.
             now_s: The time, as in `match`.
         """
         targets: dict[BlockKey, list[int]] = {key: [] for key in keys}
-        family = [*ancestors, *keys]
         for position, tier in enumerate(self._tiers):
             # The head of a prefix is the most recently used, and so evicted last.
             for key in reversed(keys):
                 tier.index.touch(key)
             wanted = [key for key in keys if tier.index.state(key) is BlockState.ABSENT]
             if not tier.lends or not tier.breaker.closed(now_s):
-                wanted = self._admit(tier, wanted, now_s)
+                wanted = self._admit(tier, wanted, prefix, now_s)
             # Some of `keys` may be there already: the others must not push these out.
-            for key in self._reserve(position, wanted, family):
+            for key in self._reserve(position, wanted, prefix):
                 targets[key].append(position)
         self._group(targets, dict(zip(keys, blocks, strict=True)))
 
@@ -296,12 +299,40 @@ class Planner:
             for key in tier.index.ready():
                 self._drop(position, key)
 
+    def _usable(self, now_s: float) -> tuple[bool, ...]:
+        return tuple(tier.breaker.closed(now_s) for tier in self._tiers)
+
+    def _retry_s(self, rest: Sequence[BlockKey], now_s: float) -> float:
+        """Give the time at which tiers are to be asked again for the first block that was not found."""
+        due_s = math.inf
+        for tier in self._tiers if rest else ():
+            if tier.finder is not None:
+                absent_s = tier.finder.absent_until_s(rest[0])
+                due_s = min(due_s, absent_s if absent_s > now_s else now_s + tier.finder.absent_s)
+        return due_s
+
+    def _holds(self, match: Match, prefix: Prefix, now_s: float) -> bool:
+        """Return False if `match` and `lookup` might give another answer now."""
+        if match.lookups:
+            return self.awaits(match)
+        if now_s >= match.retry_s or self._usable(now_s) != match.usable:
+            return False
+        missed = match.start + len(match.tiers)
+        if missed < match.stop:
+            key = prefix[missed]
+            if any(key in tier.index for tier in self._tiers):
+                return False
+        if self._departures.any_since(match.departures, prefix):
+            return False
+        match.departures = self._departures.count
+        return True
+
     def _open(self, position: int, statuses: Sequence[TierStatus], policy: EvictionPolicy) -> None:
         """Start a tier's index with the blocks that every rank found, and have the others dropped."""
         limits = [s.capabilities.capacity_blocks for s in statuses]
         shared = statuses[0].capabilities.shared
         bounded = [limit for limit in (*limits, _MAX_KNOWN_BLOCKS if shared else None) if limit is not None]
-        index = TierIndex(min(bounded) if bounded else None, policy)
+        index = TierIndex(min(bounded) if bounded else None, policy, self._departures)
         common = set.intersection(*(set(status.inventory) for status in statuses))
         ordered = [key for key in statuses[0].inventory if key in common]
         keep = ordered[-index.capacity_blocks :] if index.capacity_blocks is not None else ordered
@@ -311,16 +342,18 @@ class Planner:
         capabilities = statuses[0].capabilities
         finder = Finder() if capabilities.remote_lookup else None
         direct = capabilities.device_direct
-        self._tiers.append(_Tier(statuses[0].name, index, capabilities.addressable, shared, direct, finder))
+        self._tiers.append(TierState(statuses[0].name, index, capabilities.addressable, shared, direct, finder))
         self._discard(position, orphans)
 
-    def _plan_fills(self, keys: Sequence[BlockKey], tiers: Sequence[int]) -> list[int]:
+    def _plan_fills(
+        self, keys: Sequence[BlockKey], tiers: Sequence[int], gone: Container[BlockKey]
+    ) -> list[int]:
         """Choose which blocks the lender keeps as they pass through its memory."""
         lender = self.lender
         lower = [
             key
             for key, tier in zip(keys, tiers, strict=True)
-            if tier > lender >= 0 and not self._tiers[tier].direct
+            if tier > lender >= 0 and not self._tiers[tier].direct and key not in gone
         ]
         if not lower:
             return [-1] * len(keys)
@@ -329,16 +362,18 @@ class Planner:
         return [lender if key in kept else -1 for key in keys]
 
     def _reserve(
-        self, position: int, keys: Sequence[BlockKey], ancestors: Sequence[BlockKey]
+        self, position: int, keys: Sequence[BlockKey], prefix: Container[BlockKey]
     ) -> list[BlockKey]:
         tier = self._tiers[position]
-        filling, evicted = tier.index.reserve(keys, ancestors)
+        filling, evicted = tier.index.reserve(keys, prefix)
         if not tier.shared:  # Else they are forgotten here and stay there.
             self._discard(position, evicted)
             tier.counts.evicted += len(evicted)
         return filling
 
-    def _admit(self, tier: _Tier, keys: list[BlockKey], now_s: float) -> list[BlockKey]:
+    def _admit(
+        self, tier: TierState, keys: list[BlockKey], prefix: Container[BlockKey], now_s: float
+    ) -> list[BlockKey]:
         """Choose what is written from the device now.
 
         What the lender has already is owed, because it need not be gathered again; so is what is
@@ -351,14 +386,14 @@ class Planner:
             return keys[:room]
         lent = self._tiers[self.lender].index
         fresh = [key for key in keys if key not in lent]
-        self._owe(tier, [*fresh[room:], *(key for key in keys if key in lent)])
+        self._owe(tier, [*fresh[room:], *(key for key in keys if key in lent)], prefix)
         return fresh[:room]
 
-    def _owe(self, tier: _Tier, keys: Iterable[BlockKey]) -> None:
+    def _owe(self, tier: TierState, keys: Iterable[BlockKey], prefix: Container[BlockKey]) -> None:
         for key in keys:
             # Full: the end of a prefix is dropped, because its end without its head is worth nothing.
             if len(tier.owed) < self._max_store_blocks:
-                tier.owed[key] = None
+                tier.owed[key] = prefix
             elif key not in tier.owed:
                 tier.counts.dropped["backlog"] += 1
 
@@ -367,19 +402,23 @@ class Planner:
         tier, lender = self._tiers[position], self._tiers[self.lender]
         if not tier.owed or not tier.breaker.closed(now_s):
             return
-        keys: list[BlockKey] = []
-        while tier.owed and tier.storing + len(keys) < self._max_store_blocks:
-            key = next(iter(tier.owed))
+        due: list[tuple[BlockKey, Container[BlockKey]]] = []
+        while tier.owed and tier.storing + len(due) < self._max_store_blocks:
+            key, prefix = next(iter(tier.owed.items()))
             state = lender.index.state(key)
             if state is BlockState.FILLING:
                 break
             del tier.owed[key]
             if state is BlockState.READY:
-                keys.append(key)
+                due.append((key, prefix))
             elif key not in tier.index:
                 tier.counts.dropped["gone"] += 1
-        keys = self._reserve(position, keys, ())
-        lender.index.pin(keys)
+        keys: list[BlockKey] = []
+        for _, run in itertools.groupby(due, key=lambda pair: id(pair[1])):
+            together = list(run)
+            keys += self._reserve(position, [key for key, _ in together], together[0][1])
+        gone = lender.index.pin(keys)
+        assert not gone, "what the lender has lost since is not owed"
         if keys:
             self._plan_store(keys, [], [position])
 
@@ -399,17 +438,17 @@ class Planner:
             self._tiers[tier].storing += len(keys)
         self._expect(op, tiers)
 
-    def _expect(self, op: Store | Load | Lookup, tiers: Sequence[int]) -> None:
-        self._pending[op.op] = _Pending(op, dict.fromkeys(tiers, self._world_size))
+    def _expect(self, op: Store | Load | Lookup, tiers: Sequence[int], *, pinned: bool = True) -> None:
+        self._pending[op.op] = Pending(op, dict.fromkeys(tiers, self._world_size), pinned=pinned)
 
-    def _end_leg(self, pending: _Pending, position: int, now_s: float) -> None:
+    def _end_leg(self, pending: Pending, position: int, now_s: float) -> None:
         """One operation has ended in one tier on every rank."""
         tier, op = self._tiers[position], pending.op
         failures = pending.failures[position]
         asked = position == op.tier if isinstance(op, Load) else True
         if isinstance(op, Lookup):
             kind = "lookup"
-            self._end_lookup(op, failures, now_s)
+            self._end_lookup(pending, op, failures, now_s)
         elif isinstance(op, Load) and asked:
             kind = "load"
             tier.counts.loaded += len(op.keys) - len(failures)
@@ -429,10 +468,14 @@ class Planner:
                 "tier %s fails (%s) and is left alone for a while: %r", tier.name, worst.value, tier.breaker
             )
 
-    def _end_lookup(self, op: Lookup, failures: dict[int, Reason], now_s: float) -> None:
+    def _end_lookup(
+        self, pending: Pending, op: Lookup, failures: dict[int, Reason], now_s: float
+    ) -> None:
         tier = self._tiers[op.tier]
         assert tier.finder
         found = tier.finder.answer(op.op, failures, now_s)
+        if pending.doomed:
+            return
         news = [key for key in found if tier.index.state(key) is BlockState.ABSENT]
         known = self._reserve(op.tier, news, ())
         for key in reversed(known):
@@ -440,19 +483,19 @@ class Planner:
         for key in news[len(known) :]:  # The index is full of pinned blocks.
             tier.finder.miss(key, now_s)
 
-    def _end_load(self, pending: _Pending, position: int) -> None:
+    def _end_load(self, pending: Pending, position: int) -> None:
         op, index = pending.op, self._tiers[position].index
         assert isinstance(op, Load)
         self.loading_blocks -= 0 if op.in_step else len(op.keys)
         # The head of a prefix is unpinned last and so evicted last.
-        for key in reversed(op.keys):
+        for key in reversed(op.keys if pending.pinned else ()):
             if index.unpin(key):
                 self._discard(position, [key])
         for at, reason in pending.failures[position].items():
             if reason in (Reason.CORRUPT, Reason.MISSING):
                 self._drop(position, op.keys[at], corrupt=reason is Reason.CORRUPT)
 
-    def _end_store(self, pending: _Pending, position: int) -> None:
+    def _end_store(self, pending: Pending, position: int) -> None:
         op, tier = pending.op, self._tiers[position]
         if isinstance(op, Store):
             tier.storing -= len(op.keys)
@@ -467,7 +510,7 @@ class Planner:
                 if pending.doomed:
                     self._drop(position, op.keys[at])
 
-    def _end(self, pending: _Pending) -> None:
+    def _end(self, pending: Pending) -> None:
         """An operation has ended in all its tiers."""
         op = pending.op
         if isinstance(op, Store) and not op.blocks:

@@ -94,7 +94,7 @@ class Stack:
 
         The blocks may be overwritten on return; where the device is `deferred`, after `wait` or a load.
         """
-        self._planner.store(keys, blocks, ancestors, time.monotonic())
+        self._planner.store(keys, blocks, frozenset([*ancestors, *keys]), time.monotonic())
         self._go()
 
     def load(self, keys: Sequence[BlockKey], blocks: Sequence[int]) -> int:

@@ -107,8 +107,10 @@ def time_stores(runs: int) -> list[tuple[str, float]]:
         return planner_of(others, others, PREFIX_BLOCKS, PREFIX_BLOCKS)
 
     def store(ancestors: list[bytes]) -> Callable[[Planner], object]:
+        prefix = {*ancestors, *keys}
+
         def run(planner: Planner) -> Plan:
-            planner.store(keys, blocks, ancestors, 0.0)
+            planner.store(keys, blocks, prefix, 0.0)
             return planner.take(0.0)
 
         return run

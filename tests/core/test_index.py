@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvbm_core import BlockState, TransitionError
-from kvbm_core._index import TierIndex
+from kvbm_core._index import Departures, TierIndex
 from kvbm_core._policy import Lru
 
 KEYS = [bytes([number]) * 32 for number in range(8)]
@@ -43,8 +43,8 @@ def test_a_leading_part_is_reserved_if_there_is_not_room_for_all():
 
 
 def test_ancestors_are_not_evicted_and_others_are_even_if_used_later():
-    made = index(3, *KEYS[:3])
-    assert made.reserve(KEYS[4:7], ancestors=KEYS[:2]) == ([KEYS[4]], [KEYS[2]])
+    made = index(3, KEYS[1], KEYS[0], KEYS[2])
+    assert made.reserve(KEYS[4:7], KEYS[:2]) == ([KEYS[4]], [KEYS[2]])
     assert made.ready() == [KEYS[1], KEYS[0]]
 
 
@@ -84,9 +84,53 @@ def test_a_block_is_found_once():
         index(2, KEYS[0], KEYS[0])
 
 
-def test_only_a_ready_block_is_pinned():
-    with pytest.raises(AssertionError, match="READY"):
-        index().pin([KEYS[0]])
+def test_only_ready_blocks_are_pinned_and_the_others_are_named():
+    made = index(4, KEYS[0])
+    assert made.pin(KEYS[:2]) == [KEYS[1]]
+    assert not made.unpin(KEYS[0])
+    assert made.ready() == [KEYS[0]]
+
+
+class Asked(list):
+    """Counts the questions."""
+
+    times = 0
+
+    def __contains__(self, key):
+        self.times += 1
+        return super().__contains__(key)
+
+
+def test_protected_blocks_are_met_a_bounded_number_of_times_for_each_eviction():
+    """A tier that is full of one prefix must not be searched through for each block of it."""
+    family = [number.to_bytes(32, "big") for number in range(1, 1001)]
+    made = index(1001, *family, KEYS[0])
+    asked = Asked(family)
+    rounds = 0
+    while not (reserved := made.reserve([KEYS[1]], asked))[0]:
+        rounds += 1
+        assert asked.times <= rounds * 100
+    assert reserved == ([KEYS[1]], [KEYS[0]])
+    assert asked.times < 1100, "each is met once until the last has had its turn"
+    assert made.ready() == family
+
+
+def test_a_departure_counts_for_its_family_and_what_is_not_remembered_for_all():
+    gone = Departures()
+    made = TierIndex(2, Lru(), gone)
+    for key in KEYS[:2]:
+        made.found(key)
+    before = gone.count
+    assert not gone.any_since(before, KEYS)
+    made.reserve(KEYS[2:3])
+    assert gone.any_since(before, KEYS[:1])
+    assert not gone.any_since(before, KEYS[1:])
+    assert not gone.any_since(gone.count, KEYS)
+    made.pin([KEYS[1]])
+    made.drop(KEYS[1])
+    assert gone.any_since(before, [KEYS[1]])
+    gone.note([KEYS[5]] * Departures.max_remembered)
+    assert gone.any_since(before, KEYS[6:])
 
 
 class Model(RuleBasedStateMachine):

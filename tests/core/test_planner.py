@@ -34,7 +34,7 @@ def end(made, plan, failures=None, tiers=None, rank_count=1):
 
 
 def store(made, *numbers, ancestors=()):
-    made.store(keys(*numbers), list(numbers), keys(*ancestors), NOW)
+    made.store(keys(*numbers), list(numbers), {*keys(*ancestors), *keys(*numbers)}, NOW)
     plan = made.take(NOW)
     end(made, plan)
     return plan
