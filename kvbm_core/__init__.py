@@ -5,6 +5,7 @@ Backend authors start from `Tier` and `Backend`, engine authors from `Planner`, 
 """
 
 from kvbm_core._counts import TierCounts
+from kvbm_core._matches import Match
 from kvbm_core._planner import Planner
 from kvbm_core._registry import Registry
 from kvbm_core._stack import Stack
@@ -59,6 +60,7 @@ __all__ = [
     "Device",
     "KvbmError",
     "Load",
+    "Match",
     "Member",
     "Namespace",
     "Op",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Final
 
@@ -17,11 +16,10 @@ from kvbm_core._counts import TierCounts, TierLevels
 from kvbm_core._finder import Finder
 from kvbm_core._guard import Guard
 from kvbm_core._index import Departures, TierIndex
-from kvbm_core._matches import Match, Prefix
+from kvbm_core._matches import Match, Matcher, Prefix
 from kvbm_core._policy import EvictionPolicy, Lru
-from kvbm_core._tier_state import Pending, TierState
+from kvbm_core._tier_state import Pending, TierState, same_stack
 from kvbm_core.block import BlockKey, BlockState
-from kvbm_core.errors import ConfigError
 from kvbm_core.plan import Load, Lookup, Plan, Report, Store, TierStatus
 from kvbm_core.tier import Reason
 
@@ -60,17 +58,18 @@ class Planner:
         policy: Callable[[], EvictionPolicy] = Lru,
         block_tokens: int = 0,
     ) -> None:
-        _same_stack(ranks)
+        same_stack(ranks)
         self._world_size = len(ranks)
         self._max_store_blocks = max_store_blocks
         self._tiers: list[TierState] = []
         self._drops: dict[int, list[BlockKey]] = {}
+        self._ops = itertools.count(1)
         self._stores: list[Store] = []
         self._loads: list[Load] = []
         self._lookups: list[Lookup] = []
         self._pending: dict[int, Pending] = {}
-        self._ops = itertools.count(1)
         self._departures = Departures()
+        self._matcher = Matcher(self._tiers, self._departures, self._pending)
         for position, statuses in enumerate(zip(*ranks, strict=True)):
             self._open(position, statuses, policy())
         self.lender = next((i for i, tier in enumerate(self._tiers) if tier.lends), -1)
@@ -117,20 +116,9 @@ class Planner:
         Returns:
             For each block of that prefix the tier to load it from. Empty if there is none.
         """
-        usable = [(i, t.index) for i, t in enumerate(self._tiers) if t.breaker.closed(now_s)]
-        found: list[int] = []
-        for key in keys:
-            for position, index in usable:
-                if key in index:
-                    found.append(position)
-                    break
-            else:
-                break
-        return found
+        return self._matcher.match(keys, now_s)
 
-    def find(
-        self, prefix: Prefix, start: int, stop: int, now_s: float, last: Match | None = None
-    ) -> Match:
+    def find(self, prefix: Prefix, start: int, stop: int, now_s: float, last: Match | None = None) -> Match:
         """Find what `match` finds, ask the tiers that must be asked, and remember the finding.
 
         Args:
@@ -142,18 +130,17 @@ class Planner:
                 each of its blocks is where it was found, no more is known of those after it, and no new
                 question is due.
         """
-        if last is not None and (last.start, last.stop) == (start, stop) and self._holds(last, prefix, now_s):
+        if last is not None and self._matcher.holds(last, prefix, start, stop, now_s):
             return last
         keys = prefix.slice(start, stop)
         tiers = self.match(keys, now_s)
         rest = keys[len(tiers) :]
         lookups = self.lookup(rest, now_s) if rest else frozenset()
-        return Match(
-            start, stop, tiers, lookups,
-            departures=self._departures.count,
-            usable=self._usable(now_s),
-            retry_s=self._retry_s(rest, now_s),
-        )  # fmt: skip
+        return self._matcher.remember(start, stop, tiers, lookups, rest, now_s)
+
+    def is_ready(self, key: BlockKey, tier: int) -> bool:
+        """Return True if a tier has a block."""
+        return key in self._tiers[tier].index
 
     def awaits(self, match: Match) -> bool:
         """Return True while an answer is on its way that a match waits for."""
@@ -299,34 +286,6 @@ class Planner:
             for key in tier.index.ready():
                 self._drop(position, key)
 
-    def _usable(self, now_s: float) -> tuple[bool, ...]:
-        return tuple(tier.breaker.closed(now_s) for tier in self._tiers)
-
-    def _retry_s(self, rest: Sequence[BlockKey], now_s: float) -> float:
-        """Give the time at which tiers are to be asked again for the first block that was not found."""
-        due_s = math.inf
-        for tier in self._tiers if rest else ():
-            if tier.finder is not None:
-                absent_s = tier.finder.absent_until_s(rest[0])
-                due_s = min(due_s, absent_s if absent_s > now_s else now_s + tier.finder.absent_s)
-        return due_s
-
-    def _holds(self, match: Match, prefix: Prefix, now_s: float) -> bool:
-        """Return False if `match` and `lookup` might give another answer now."""
-        if match.lookups:
-            return self.awaits(match)
-        if now_s >= match.retry_s or self._usable(now_s) != match.usable:
-            return False
-        missed = match.start + len(match.tiers)
-        if missed < match.stop:
-            key = prefix[missed]
-            if any(key in tier.index for tier in self._tiers):
-                return False
-        if self._departures.any_since(match.departures, prefix):
-            return False
-        match.departures = self._departures.count
-        return True
-
     def _open(self, position: int, statuses: Sequence[TierStatus], policy: EvictionPolicy) -> None:
         """Start a tier's index with the blocks that every rank found, and have the others dropped."""
         limits = [s.capabilities.capacity_blocks for s in statuses]
@@ -342,7 +301,9 @@ class Planner:
         capabilities = statuses[0].capabilities
         finder = Finder() if capabilities.remote_lookup else None
         direct = capabilities.device_direct
-        self._tiers.append(TierState(statuses[0].name, index, capabilities.addressable, shared, direct, finder))
+        self._tiers.append(
+            TierState(statuses[0].name, index, capabilities.addressable, shared, direct, finder)
+        )
         self._discard(position, orphans)
 
     def _plan_fills(
@@ -468,9 +429,7 @@ class Planner:
                 "tier %s fails (%s) and is left alone for a while: %r", tier.name, worst.value, tier.breaker
             )
 
-    def _end_lookup(
-        self, pending: Pending, op: Lookup, failures: dict[int, Reason], now_s: float
-    ) -> None:
+    def _end_lookup(self, pending: Pending, op: Lookup, failures: dict[int, Reason], now_s: float) -> None:
         tier = self._tiers[op.tier]
         assert tier.finder
         found = tier.finder.answer(op.op, failures, now_s)
@@ -528,14 +487,3 @@ class Planner:
         keys = list(keys)
         if keys and (corrupt or not self._tiers[position].shared):
             self._drops.setdefault(position, []).extend(keys)
-
-
-def _same_stack(ranks: Sequence[Sequence[TierStatus]]) -> None:
-    """Refuse workers whose stacks differ."""
-    first = [status.name for status in ranks[0]]
-    for rank, statuses in enumerate(ranks):
-        if (names := [status.name for status in statuses]) != first:
-            raise ConfigError(
-                f"rank {rank} has the tiers {names}, rank 0 has {first}; "
-                "give every worker the same configuration"
-            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 from kvbm_core._breaker import Breaker
@@ -11,10 +11,11 @@ from kvbm_core._counts import TierCounts
 from kvbm_core._finder import Finder
 from kvbm_core._index import TierIndex
 from kvbm_core.block import BlockKey
-from kvbm_core.plan import Load, Lookup, Store
+from kvbm_core.errors import ConfigError
+from kvbm_core.plan import Load, Lookup, Store, TierStatus
 from kvbm_core.tier import Reason
 
-__all__ = ["Pending", "TierState"]
+__all__ = ["Pending", "TierState", "same_stack"]
 
 
 @dataclass(slots=True)
@@ -53,3 +54,18 @@ class Pending:
     """A reset came in between: what arrives is dropped again."""
     pinned: bool = True
     """The blocks of a load are pinned. False for blocks that had left their tier when it was planned."""
+
+
+def same_stack(ranks: Sequence[Sequence[TierStatus]]) -> None:
+    """Refuse workers whose stacks differ.
+
+    Raises:
+        ConfigError: Names the rank and both stacks.
+    """
+    first = [status.name for status in ranks[0]]
+    for rank, statuses in enumerate(ranks):
+        if (names := [status.name for status in statuses]) != first:
+            raise ConfigError(
+                f"rank {rank} has the tiers {names}, rank 0 has {first}; "
+                "give every worker the same configuration"
+            )

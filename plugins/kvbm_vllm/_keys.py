@@ -40,6 +40,9 @@ class RequestKeys:
         self._request = request
         self._block_tokens = block_tokens
         self._keys: list[BlockKey] = []
+        self._members: set[BlockKey] = set()
+        """Of the first `_noted` keys: made only where somebody asks, for a tier that is full."""
+        self._noted = 0
         lora = request.lora_request
         self._root = root_key(
             lora=f"{lora.lora_name}\0{adapters.digest(lora)}" if lora else None,
@@ -47,14 +50,24 @@ class RequestKeys:
             epoch=epoch,
         )
 
-    def first(self, count: int) -> list[BlockKey]:
-        """Give the keys of the first `count` blocks; all their tokens must be known."""
+    def __contains__(self, key: object) -> bool:
+        """Return True for the key of a block whose key was made before."""
+        if self._noted < len(self._keys):
+            self._members.update(self._keys[self._noted :])
+            self._noted = len(self._keys)
+        return key in self._members
+
+    def __getitem__(self, at: int, /) -> BlockKey:
+        return self._keys[at] if at < len(self._keys) else self.slice(at, at + 1)[0]
+
+    def slice(self, start: int, stop: int) -> list[BlockKey]:
+        """Give the keys of blocks `start` to `stop`, exclusive; all their tokens must be known."""
         have, size = len(self._keys), self._block_tokens
-        if count > have:
+        if stop > have:
             parent = self._keys[-1] if self._keys else self._root
-            tokens = self._request.all_token_ids[have * size : count * size]
-            self._keys += chain_keys(parent, tokens, size, self._extras(have, count))
-        return self._keys[:count]
+            tokens = self._request.all_token_ids[have * size : stop * size]
+            self._keys += chain_keys(parent, tokens, size, self._extras(have, stop))
+        return self._keys[start:stop]
 
     def _extras(self, start: int, stop: int) -> dict[int, bytes]:
         """Name the multimodal items that lie in blocks `start` to `stop`, exclusive.

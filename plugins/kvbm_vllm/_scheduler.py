@@ -1,14 +1,15 @@
 """The leader's half of the connector, in vLLM's scheduler: decides what is loaded and stored.
 
-When is a block stored? Its tokens must be final and its KV written. Both are certain one step after
-the step that computed it, so that is when it is planned:
+When is a block stored? Its tokens must be final and its KV written. Both are certain when the outcome of the
+step that computed it has come, so that is when it is planned:
 
-    step k    schedules tokens up to n          (their KV will be written)
-    step k+1  plans blocks below n // block     (worker gathers *before* anything of k+1 is computed)
+    step k     schedules tokens up to n          (their KV will be written)
+    outcome k  says that it has been computed    (a step that failed has none)
+    step k+1   plans blocks below n // block     (worker gathers *before* anything of k+1 is computed)
 
 Therefore vLLM may give the blocks away in step k+1, to a finished or preempted request's successor,
 and nothing has to be held back or waited for. Where step k+1 computes nothing and gives nothing away, while
-the result of step k is still awaited, it leaves the planning to the next. What a finished request has left
+the result of another step is awaited, it leaves the planning to the next. What a finished request has left
 waits a little, until its blocks are given away at the latest: the next request often comes at once, and what
 storing costs the interpreter would delay its first kernels; a moment later the accelerator has work to do.
 """
@@ -18,17 +19,17 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container
 from typing import Any, Final
 
 import msgspec
 
-from kvbm_core import Coordinator, Planner, StackConfig, TierCounts
+from kvbm_core import Coordinator, Match, Plan, Planner, StackConfig, TierCounts
 from kvbm_metrics import MetricsServer, Readings, Tally
 from kvbm_vllm._keys import RequestKeys, cacheable
 from kvbm_vllm._membership import join_as_leader
 from kvbm_vllm._ranks import check_ranks
+from kvbm_vllm._requests import Parked, RequestState, StepsUnderWay
 from kvbm_vllm._settings import block_tokens
 from kvbm_vllm._stats import KvbmStats, open_server
 from kvbm_vllm._values import Handshake, Outcomes, StepPlan
@@ -38,43 +39,8 @@ __all__ = ["SchedulerHalf"]
 
 logger = logging.getLogger("kvbm_vllm")
 
-_MAX_STEPS: Final = 64
-"""Under way at once; what is older was lost."""
 _HOLD_S: Final = 0.01
 """How long the last blocks of a finished request wait to be stored. Who asks one by one is back by then."""
-
-
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    """What is known of one unfinished request."""
-
-    request: Any
-    keys: RequestKeys
-    blocks: list[int] = field(default_factory=list)
-    """Device blocks, in order of the tokens."""
-    computed_tokens: int = 0
-    """Tokens whose KV is written in `blocks` once the last scheduled step has run; 0 while it has none."""
-    offered_blocks: int = 0
-    """Blocks the planner was offered for storing."""
-    match_start: int = 0
-    asked_blocks: int = 0
-    """Of the last match; 0 once it is counted."""
-    found_tiers: list[int] = field(default_factory=list)
-    """Of the last match, what is not worth loading included."""
-    match_tiers: list[int] = field(default_factory=list)
-    """The last match: first block, and for each block the tier it was found in."""
-    in_step: bool = False
-    """Whether the last match shall be loaded in the step that computes the rest."""
-    judged: tuple[int, list[int]] | None = None
-    """The match that was last weighed against computing, until blocks are given for what came of it."""
-    may_load: bool = True
-    """False after a load that failed: the request computes, so that it cannot fail in a circle."""
-    may_store: bool = True
-    """False after a reset: its KV may come from before."""
-    ended_s: float = 0.0
-    """When the request finished."""
-    ended_step: int = 0
-    """The last step that had been planned then."""
 
 
 class SchedulerHalf:
@@ -100,34 +66,32 @@ class SchedulerHalf:
         self._planner: Planner | None = None
         self._tally: Tally | None = None
         self._server: MetricsServer | None = None
-        self._sequences: dict[str, _Sequence] = {}
+        self._requests: dict[str, RequestState] = {}
         self._new: set[str] = set()
         """Requests that vLLM has not looked at yet."""
-        self._parked: dict[str, int] = {}
-        """Device blocks of requests that load, or have loaded and were not scheduled since."""
+        self._cached: dict[str, int] = {}
+        """Leading blocks that vLLM's own cache has of requests that it looks at."""
+        self._parked = Parked()
         self._running: set[str] = set()
-        """Requests scheduled in a step, whose blocks were not offered since."""
-        self._ended: list[_Sequence] = []
+        """Requests scheduled in the last step."""
+        self._ended: list[RequestState] = []
         """Of requests that have finished, and whose last blocks were not offered."""
-        self._given: list[int] = []
-        """Device blocks that this step gives to requests to write into."""
-        self._allotted: list[int] = []
-        """Device blocks given since the last step to requests that load: to be written into now or later."""
+        self._new_blocks: list[int] = []
+        """Device blocks given since the last step: to be written into from this step on, by whomever."""
         self._settled = True
         """Whether all that was offered since the last step was computed before the last that writes."""
-        self._step = self._written_step = 0
-        """The last step, and the last that writes over blocks."""
+        self._written_step = 0
+        """The last step that writes over blocks."""
         self._heard = 0
         """The last step whose outcomes have come."""
         self._joins = False
         """Whether a step can wait for the load of its blocks, on every rank."""
         self._admits = False
         """Whether a request was given its first blocks since the last step."""
-        self._computing: dict[int, tuple[int, float]] = {}
-        """Of steps under way, by number: tokens, and when it was planned. No tokens where loads delay it."""
+        self._steps = StepsUnderWay(self._block_tokens)
 
     def __repr__(self) -> str:
-        return f"<SchedulerHalf {len(self._sequences)} requests; {self._planner!r}>"
+        return f"<SchedulerHalf {len(self._requests)} requests; {self._planner!r}>"
 
     @property
     def counts(self) -> dict[str, TierCounts]:
@@ -169,113 +133,100 @@ class SchedulerHalf:
         """Say how many tokens after `num_computed_tokens` can be loaded; None: ask again.
 
         And whether vLLM shall compute the rest in a later step, when it is told that they are there.
+        Asked again in each step, it takes the same time for a prompt of any length.
         """
         self._new.discard(request.request_id)
-        sequence, planner = self._sequence(request), self._planner
-        if sequence is None or planner is None or not sequence.may_load:
+        start, inside = divmod(num_computed_tokens, self._block_tokens)
+        self._cached[request.request_id] = start
+        state = self._state(request)
+        if state is None or self._planner is None:
             return 0, False
-        sequence.asked_blocks = 0
-        if num_computed_tokens % self._block_tokens or getattr(request, "skip_reading_prefix_cache", False):
-            return 0, False
-        start = num_computed_tokens // self._block_tokens
+        state.is_counted, state.matched_step = True, self._steps.number
         # At least one token must be computed, so that there is something to sample from.
         stop = (request.num_tokens - 1) // self._block_tokens
-        if stop <= start:
+        if not state.may_load or inside or stop <= start or request.skip_reading_prefix_cache:
             return 0, False
-        keys, now_s = sequence.keys.first(stop)[start:], time.monotonic()
-        tiers = planner.match(keys, now_s)
-        if len(tiers) < len(keys) and planner.lookup(keys[len(tiers) :], now_s):
-            # A remote tier must be asked; the answer comes by its deadline.
+        now_s = time.monotonic()
+        if self._waits_for_room(state, start, stop):
             return None, False
-        sequence.asked_blocks, sequence.found_tiers = len(keys), tiers
-        # vLLM asks in each step until it has room, and a try of a slow tier is given once.
-        if (start, tiers) != sequence.judged:
-            sequence.judged = (start, tiers)
-            sequence.match_start, sequence.match_tiers = start, tiers[: planner.guard.worth(tiers, now_s)]
-        tiers = sequence.match_tiers
-        if not tiers:
+        match = self._planner.find(state.keys, start, stop, now_s, state.match)
+        state.match = match
+        if match.lookups:  # A remote tier must be asked; the answer comes by its deadline.
+            return None, False
+        if match is not state.judged:
+            self._judge(state, match, now_s)
+        state.is_counted = False
+        if not state.worth_blocks:
             return 0, False
-        parked = max(planner.loading_blocks, sum(self._parked.values()))
-        if parked and parked + len(tiers) > self._max_load_blocks:
-            # What does not run cannot be preempted: with all blocks parked nobody could go on.
+        state.is_held = self._exceeds_room(state.worth_blocks)
+        if state.is_held:
             return None, False
-        sequence.in_step = self._fits_in_step(tiers)
-        return len(tiers) * self._block_tokens, not sequence.in_step
+        state.in_step = state.from_lender and self._does_nothing_else()
+        return state.worth_blocks * self._block_tokens, not state.in_step
 
     def allocated(self, request: Any, blocks: list[int], num_external_tokens: int) -> None:
-        """Plan the load that was matched, into the blocks vLLM has given to the request."""
+        """Plan the load that was matched, into the blocks vLLM has given to the request.
+
+        All blocks that it did not have before are taken to be written into from now on, also where nothing is
+        loaded: another connector may load into them.
+        """
         self._admits = True
-        sequence = self._sequence(request)
-        if sequence is None or self._planner is None or self._tally is None:
+        state = self._state(request)
+        start = self._cached.pop(request.request_id, None)
+        # vLLM calls twice for a request that loads, and looks for no prefix before the second time.
+        had_blocks = start if start is not None else len(state.blocks) if state else 0
+        self._new_blocks += blocks[had_blocks:]
+        if state is None or self._planner is None:
             return
-        if sequence.asked_blocks:
-            self._tally.matched(sequence.asked_blocks, sequence.found_tiers)
-            # Once for each request, however often it was asked for before there was room for it.
-            self._planner.decline(sequence.found_tiers[len(sequence.match_tiers) :])
-            sequence.asked_blocks = 0
-        # vLLM may have preempted it since the last step: what that step computed is in the old blocks,
+        self._count(state)
+        # vLLM may have preempted it since the last step: what was computed for it is in the old blocks,
         # which are not overwritten before this step's plan is carried out.
-        self._offer(sequence, time.monotonic())
-        sequence.blocks, sequence.computed_tokens = list(blocks), 0
-        sequence.judged = None
+        self._offer(state, time.monotonic())
+        state.begin_anew(list(blocks))
+        state.may_store |= start is not None
         if num_external_tokens:
-            count = num_external_tokens // self._block_tokens
-            start = sequence.match_start
-            self._allotted += blocks[start:]
-            if not sequence.in_step:
-                self._parked[request.request_id] = len(blocks)
-            self._planner.load(
-                request.request_id,
-                sequence.keys.first(start + count)[start:],
-                blocks[start : start + count],
-                sequence.match_tiers[:count],
-                in_step=sequence.in_step,
-            )
+            self._load(state, had_blocks, num_external_tokens // self._block_tokens)
+        state.match = state.judged = None
 
     def step(self, output: Any) -> StepPlan:
         """Plan one step, given what vLLM has scheduled for it."""
-        now_s = time.monotonic()
-        tokens = output.total_num_scheduled_tokens
+        now_s, tokens = time.monotonic(), output.total_num_scheduled_tokens
+        preempted = output.preempted_req_ids or ()
         # vLLM takes the result of a step that computed only after one more step, and somebody waits for it:
         # if that step gives no blocks away, what there is to store can wait, too.
-        if tokens or self._admits or output.preempted_req_ids or not self._computing:
-            self._offer_running(now_s)
+        if tokens or self._admits or preempted or not self._steps:
+            self._offer_confirmed(now_s)
         self._admits = False
-        for request_id in output.preempted_req_ids or ():
-            if request_id in self._sequences:
-                self._sequences[request_id].computed_tokens = 0
-        self._given = []
-        self._follow(output)
-        self._offer_ended(now_s, {*self._given, *self._allotted})
-        self._allotted = []
-        if self._planner is None or self._tally is None:
-            return StepPlan()
-        plan = msgspec.structs.replace(
-            self._planner.take(now_s), overwrites=self._given, settled=self._settled
-        )
-        self._tally.planned(plan)
-        self._step += 1
-        self._settled = True
-        if plan.overwrites or plan.loads:
-            self._written_step = self._step
+        for name in preempted:
+            if state := self._requests.get(name):
+                state.begin_anew(state.blocks)
+        self._running.clear()
+        self._steps.advance()
+        writes, given = self._follow(output)
+        written = dict.fromkeys([*given, *self._new_blocks])
+        self._new_blocks = []
+        self._offer_ended(now_s, written)
+        plan = self._take_plan(written, given, now_s)
         if tokens:
             delayed = any(load.in_step for load in plan.loads)
-            self._computing[self._step] = (0 if delayed else tokens, now_s)
-        self._computing.pop(self._step - _MAX_STEPS, None)
-        idle = not self._computing
-        return StepPlan(plan, self._step, computes=tokens > 0, idle=idle, heard=self._heard)
+            self._steps.begin(writes, 0 if delayed else tokens, now_s)
+        return StepPlan(
+            plan, self._steps.number, computes=tokens > 0, idle=not self._steps, heard=self._heard
+        )
 
     def finished(self, request: Any) -> None:
         """Forget a request. What it has computed last is stored a little later."""
-        sequence = self._sequences.pop(request.request_id, None)
-        self._new.discard(request.request_id)
-        self._parked.pop(request.request_id, None)
-        self._running.discard(request.request_id)
+        name = request.request_id
+        state = self._requests.pop(name, None)
+        self._new.discard(name)
+        self._cached.pop(name, None)
+        self._parked.remove(name)
+        self._running.discard(name)
         if self._tally:
-            self._tally.finished(request.request_id)
-        if sequence and self._complete(sequence) > sequence.offered_blocks:
-            sequence.ended_s, sequence.ended_step = time.monotonic(), self._step
-            self._ended.append(sequence)
+            self._tally.finished(name)
+        if state and self._is_to_offer(state):
+            state.ended_s, state.ended_step = time.monotonic(), self._steps.number
+            self._ended.append(state)
 
     def outcomes(self, outcomes: Any) -> None:
         """Take in what the workers report."""
@@ -283,13 +234,13 @@ class SchedulerHalf:
             return
         self._tally.reported(outcomes.reports, outcomes.copied)
         now_s = time.monotonic()
-        self._heard = outcomes.step
-        tokens, began_s = self._computing.pop(outcomes.step, (0, now_s))
-        self._planner.guard.computed(tokens, now_s - began_s, now_s)
+        self._heard = max(self._heard, outcomes.step)
+        self._planner.guard.computed(*self._steps.end(outcomes.step, now_s), now_s)
+        self._ended = [state for state in self._ended if self._is_to_offer(state)]
         for op, failures in self._planner.report(outcomes.reports, now_s):
             self._tally.loaded(op, failures)
-            if failures and op.request in self._sequences:
-                self._sequences[op.request].may_load = False
+            if failures and op.request in self._requests:
+                self._requests[op.request].may_load = False
 
     def busy(self) -> bool:
         """Say whether steps are needed although no request runs."""
@@ -298,19 +249,23 @@ class SchedulerHalf:
     def reset(self) -> bool:
         """Forget every block in every tier; what runs now is not stored.
 
+        Nothing of before is loaded from here on, from tiers shared with other engines neither: the requests
+        that are known go on under the keys that new ones get.
+
         Returns:
-            False if a request is loading right now what was to be forgotten.
+            False if a request loads right now, or has loaded and does not run yet, what was to be forgotten.
         """
-        for sequence in self._sequences.values():
-            sequence.may_store = False
-        self._ended.clear()
         # The weights may have been changed in memory, and the namespace knows only their files: what
         # is stored from here on must not be found by an engine that starts from the files again.
         self._epoch = os.urandom(16)
+        for state in self._requests.values():
+            state.forget(self._keys(state.request))
+        self._ended.clear()
+        self._steps.confirmed.clear()
         if self._planner is None:
             return True
         self._planner.reset()
-        return self._planner.loading_blocks == 0
+        return not self._planner.loading_blocks and not self._parked
 
     def take_stats(self) -> KvbmStats | None:
         """Give what was counted since the last call."""
@@ -327,83 +282,171 @@ class SchedulerHalf:
         if server:
             server.close()
 
-    def _fits_in_step(self, tiers: Sequence[int]) -> bool:
+    def _keys(self, request: Any) -> RequestKeys:
+        return RequestKeys(request, self._block_tokens, self._adapters, self._epoch)
+
+    def _state(self, request: Any) -> RequestState | None:
+        state = self._requests.get(request.request_id)
+        if state is None and cacheable(request):
+            state = self._requests[request.request_id] = RequestState(request, self._keys(request))
+        return state
+
+    # Matching.
+
+    def _exceeds_room(self, blocks: int) -> bool:
+        """Say whether too many blocks would be parked with those of one more load.
+
+        What does not run cannot be preempted: with all blocks parked nobody could go on.
+        """
+        assert self._planner is not None
+        parked = max(self._planner.loading_blocks, self._parked.blocks)
+        return bool(parked) and parked + blocks > self._max_load_blocks
+
+    def _waits_for_room(self, state: RequestState, start: int, stop: int) -> bool:
+        """Return True for a request that still waits because too many blocks are parked.
+
+        All that wait are asked for in each step. Whether the tiers still have all that was found is looked up
+        when there is room; here only whether they have anything of it. If not, it need not wait.
+        """
+        match = state.match
+        if not state.is_held or match is None or match.stop != stop:
+            return False
+        ahead = start - match.start
+        if not 0 <= ahead < state.worth_blocks or not self._exceeds_room(state.worth_blocks - ahead):
+            return False
+        assert self._planner is not None
+        return self._planner.is_ready(state.keys[start], match.tiers[ahead])
+
+    def _judge(self, state: RequestState, match: Match, now_s: float) -> None:
+        """Choose how much of a finding is worth loading, once: vLLM asks until it has room for it."""
+        assert self._planner is not None
+        last, state.judged = state.judged, match
+        if last is None or (last.start, last.tiers) != (match.start, match.tiers):
+            state.worth_blocks = self._planner.guard.worth(match.tiers, now_s)
+        lender = self._planner.lender
+        state.from_lender = all(tier == lender for tier in match.tiers[: state.worth_blocks])
+
+    def _does_nothing_else(self) -> bool:
         """Say whether the step that computes the rest of a prompt can wait for a load, on the device.
 
         That saves the request two or three steps of the engine, and the engine prepares its computation
         while the bytes come. Whatever else is in the step waits, too: so only where there is nothing else.
         """
-        if self._planner is None or not self._joins:
-            return False
+        assert self._planner is not None
         others = (
-            self._new, self._admits, self._computing, self._running, self._parked,
-            self._planner.loading_blocks,
+            self._new, self._admits, self._steps, self._running, self._parked, self._planner.loading_blocks
         )  # fmt: skip
-        return not any(others) and all(tier == self._planner.lender for tier in tiers)
+        return self._joins and not any(others)
 
-    def _sequence(self, request: Any) -> _Sequence | None:
-        sequence = self._sequences.get(request.request_id)
-        if sequence is None and cacheable(request):
-            keys = RequestKeys(request, self._block_tokens, self._adapters, self._epoch)
-            sequence = self._sequences[request.request_id] = _Sequence(request, keys)
-        return sequence
-
-    def _follow(self, output: Any) -> None:
-        """Note which blocks and tokens this step gives to whom."""
-        for new in output.scheduled_new_reqs:
-            self._advance(output, new.req_id, new.num_computed_tokens, new.block_ids, replace=True)
-        cached = output.scheduled_cached_reqs
-        for at, request_id in enumerate(cached.req_ids):
-            self._advance(
-                output, request_id, cached.num_computed_tokens[at], cached.new_block_ids[at],
-                replace=request_id in cached.resumed_req_ids,
-            )  # fmt: skip
-
-    def _advance(
-        self, output: Any, request_id: str, computed_tokens: int, groups: Any, *, replace: bool
-    ) -> None:
-        blocks: list[int] = groups[0] if groups else []
-        # Of a whole list the first hold what was computed before, or loaded.
-        self._given += blocks[computed_tokens // self._block_tokens :] if replace else blocks
-        self._running.add(request_id)
-        self._parked.pop(request_id, None)
-        sequence = self._sequences.get(request_id)
-        if sequence is None:
+    def _count(self, state: RequestState) -> None:
+        """Have metrics count a request's finding, once, however often it was asked for before."""
+        match = state.match
+        if match is None or state.is_counted:
             return
-        if replace:
-            sequence.blocks = []
-        sequence.blocks += blocks
-        sequence.computed_tokens = computed_tokens + output.num_scheduled_tokens[request_id]
+        assert self._planner is not None
+        assert self._tally is not None
+        self._tally.matched(match.stop - match.start, match.tiers)
+        self._planner.decline(match.tiers[state.worth_blocks :])
+        state.is_counted = True
 
-    def _offer_running(self, now_s: float) -> None:
-        for sequence in [self._sequences[name] for name in self._running if name in self._sequences]:
-            self._offer(sequence, now_s)
-        self._running.clear()
+    def _load(self, state: RequestState, start: int, count: int) -> None:
+        """Plan to load blocks `start` to `start + count` of a request, exclusive; vLLM was promised them."""
+        assert self._planner is not None
+        keys = state.keys.slice(start, start + count)
+        tiers = state.match.tiers[:count] if state.match else []
+        if len(tiers) < count or state.matched_step != self._steps.number:
+            # Since then blocks may have gone, or all may have been reset. Those that are not there fail.
+            tiers = self._planner.match(keys, time.monotonic())
+            tiers += [0] * (count - len(tiers))
+            state.in_step = False
+        name = state.request.request_id
+        if not state.in_step:
+            self._parked.add(name, len(state.blocks))
+        blocks = state.blocks[start : start + count]
+        self._planner.load(name, keys, blocks, tiers, in_step=state.in_step)
 
-    def _offer_ended(self, now_s: float, written: set[int]) -> None:
+    # Steps.
+
+    def _follow(self, output: Any) -> tuple[list[tuple[RequestState, int]], list[int]]:
+        """Note which blocks and tokens this step gives to whom.
+
+        Returns:
+            Requests with all tokens computed once the step has ended, and blocks that they write into.
+        """
+        writes: list[tuple[RequestState, int]] = []
+        given: list[int] = []
+        told = [
+            (new.req_id, new.num_computed_tokens, new.block_ids, True) for new in output.scheduled_new_reqs
+        ]
+        cached = output.scheduled_cached_reqs
+        resumed = cached.resumed_req_ids
+        told += [
+            (name, computed, groups, name in resumed)
+            for name, computed, groups in zip(
+                cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True
+            )
+        ]
+        for name, computed, groups, replaces in told:
+            blocks: list[int] = groups[0] if groups else []
+            # Of a whole list the first hold what was computed before, or loaded.
+            given += blocks[computed // self._block_tokens :] if replaces else blocks
+            self._running.add(name)
+            self._parked.remove(name)
+            if state := self._requests.get(name):
+                if replaces:
+                    state.begin_anew([])
+                state.blocks += blocks
+                writes.append((state, computed + output.num_scheduled_tokens[name]))
+        return writes, given
+
+    def _take_plan(self, written: dict[int, None], given: list[int], now_s: float) -> Plan:
+        if self._planner is None or self._tally is None:
+            return Plan()
+        plan = self._planner.take(now_s)
+        # The loads name their own; but what is given to a step that computes is written after its load.
+        loaded = {block for load in plan.loads for block in load.blocks}.difference(given)
+        overwrites = [block for block in written if block not in loaded]
+        plan = msgspec.structs.replace(plan, overwrites=overwrites, settled=self._settled)
+        self._tally.planned(plan)
+        self._settled = True
+        if overwrites or plan.loads:
+            self._written_step = self._steps.number
+        return plan
+
+    # Storing.
+
+    def _offer_confirmed(self, now_s: float) -> None:
+        """Offer what became certain; of finished requests it waits, see `_offer_ended`."""
+        confirmed, self._steps.confirmed = self._steps.confirmed, []
+        for state in confirmed:
+            if state.ended_s is None:
+                self._offer(state, now_s)
+
+    def _offer_ended(self, now_s: float, written: Container[int]) -> None:
         """Offer what has waited long enough, or may be written over in this step."""
         ended, self._ended = self._ended, []
-        for sequence in ended:
-            if now_s - sequence.ended_s < _HOLD_S and written.isdisjoint(sequence.blocks):
-                self._ended.append(sequence)
+        for state in ended:
+            assert state.ended_s is not None
+            waits = now_s - state.ended_s < _HOLD_S or state.steps_under_way
+            if waits and not any(block in written for block in state.blocks[state.offered_blocks :]):
+                if self._is_to_offer(state):
+                    self._ended.append(state)
             else:
-                self._offer(sequence, now_s, settled=sequence.ended_step < self._written_step)
+                self._offer(state, now_s, settled=state.ended_step < self._written_step)
 
-    def _offer(self, sequence: _Sequence, now_s: float, *, settled: bool = False) -> None:
+    def _is_to_offer(self, state: RequestState) -> bool:
+        """Return True if blocks of a request are to be offered, now or when steps have ended."""
+        return state.may_store and bool(state.steps_under_way or self._left(state))
+
+    def _left(self, state: RequestState) -> bool:
+        return state.complete_blocks(self._block_tokens) > state.offered_blocks
+
+    def _offer(self, state: RequestState, now_s: float, *, settled: bool = False) -> None:
         """Offer the blocks that are complete now and were not offered before."""
-        complete, offered = self._complete(sequence), sequence.offered_blocks
-        if complete <= offered or self._planner is None:
+        if not self._left(state) or self._planner is None:
             return
+        complete, offered = state.complete_blocks(self._block_tokens), state.offered_blocks
         self._settled &= settled
-        keys = sequence.keys.first(complete)
-        self._planner.store(keys[offered:], sequence.blocks[offered:complete], keys[:offered], now_s)
-        sequence.offered_blocks = complete
-
-    def _complete(self, sequence: _Sequence) -> int:
-        """Count the leading blocks that may be stored, offered or not."""
-        if not sequence.may_store:
-            return 0
-        # The last token's KV is not computed yet, and tokens a drafting model proposed are not in
-        # the request before they are accepted.
-        tokens: int = min(sequence.computed_tokens, sequence.request.num_tokens - 1)
-        return min(tokens // self._block_tokens, len(sequence.blocks))
+        keys = state.keys.slice(offered, complete)
+        self._planner.store(keys, state.blocks[offered:complete], state.keys, now_s)
+        state.offered_blocks = complete

@@ -45,6 +45,10 @@ class Request:
         self.loading = self.was_preempted = False
 
     @property
+    def num_computed_tokens(self):
+        return self.computed
+
+    @property
     def all_token_ids(self):
         return self.tokens[: self.num_tokens]
 

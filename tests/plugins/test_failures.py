@@ -85,7 +85,7 @@ def test_an_inventory_that_lies_costs_a_load(faulty, llama, start):
     class Request:
         all_token_ids, lora_request, cache_salt, mm_features = prompt, None, None, None
 
-    faulty.claims = RequestKeys(Request, 32, AdapterDigests()).first(9)
+    faulty.claims = RequestKeys(Request, 32, AdapterDigests()).slice(0, 9)
     answer = generate(start(llama, None), [prompt])[0]
     llm = start(llama, [{"backend": "faulty", "capacity": "64MiB"}])
     assert generate(llm, [prompt])[0] == answer

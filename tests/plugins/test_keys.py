@@ -19,7 +19,7 @@ def request(tokens, lora=None, salt=None, features=()):
 
 
 def keys(*args, **kwargs):
-    return RequestKeys(request(*args, **kwargs), 4, AdapterDigests()).first(2)
+    return RequestKeys(request(*args, **kwargs), 4, AdapterDigests()).slice(0, 2)
 
 
 def image(name, offset, length=3):
@@ -38,7 +38,7 @@ def test_keys_are_the_same_in_every_process():
         "from types import SimpleNamespace as N; from kvbm_vllm._keys import RequestKeys; "
         "from kvbm_vllm._weights import AdapterDigests; "
         f"r = N(all_token_ids={TOKENS}, lora_request=None, cache_salt='s', mm_features=()); "
-        "print(RequestKeys(r, 4, AdapterDigests()).first(2)[1].hex())"
+        "print(RequestKeys(r, 4, AdapterDigests()).slice(0, 2)[1].hex())"
     )
     seen = {
         subprocess.run(
@@ -53,9 +53,9 @@ def test_keys_are_the_same_in_every_process():
 def test_keys_made_as_tokens_come_equal_keys_made_at_once():
     tokens = TOKENS[:5]
     growing = RequestKeys(request(tokens), 4, AdapterDigests())
-    first = growing.first(1)
+    first = growing.slice(0, 1)
     tokens += TOKENS[5:]
-    assert growing.first(2) == [*first, keys(TOKENS)[1]] == keys(TOKENS)
+    assert growing.slice(0, 2) == [*first, keys(TOKENS)[1]] == keys(TOKENS)
 
 
 def test_salt_adapter_and_image_change_every_key_after_them(tmp_path):

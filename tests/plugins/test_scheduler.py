@@ -44,7 +44,7 @@ PROMPT = [*range(10)]
 def idle(*tiers):
     """An engine that does nothing, whose device joins, over tiers that hold so many blocks of the prompt."""
     made = half()
-    keys = made._sequence(request("found", PROMPT)).keys.first(2)
+    keys = made._state(request("found", PROMPT)).keys.slice(0, 2)
     begin_with(made, *(
         TierStatus(name, Capabilities(capacity_blocks=64, addressable=name == "cpu"), keys[:count])
         for name, count in tiers or [("cpu", 2)]
@@ -56,7 +56,7 @@ def idle(*tiers):
 def request(name, tokens, **other):
     return SimpleNamespace(
         request_id=name, all_token_ids=tokens, num_tokens=len(tokens), lora_request=None, cache_salt=None,
-        mm_features=(), prompt_embeds=None, skip_reading_prefix_cache=False, **other,
+        mm_features=(), prompt_embeds=None, skip_reading_prefix_cache=False, num_computed_tokens=1 << 30, **other,
     )  # fmt: skip
 
 
@@ -138,6 +138,7 @@ def test_a_preempted_requests_blocks_are_stored_in_the_step_that_gives_them_away
     made = half()
     tokens = [*range(10)]
     asked, _ = begin(made, "a", tokens, 0, [5, 6, 7])
+    made.outcomes(Outcomes([], 1))
     other = request("b", [*range(50, 60)])
     made.match(other, 0)
     made.allocated(other, [7, 6, 5], 0)
@@ -146,6 +147,7 @@ def test_a_preempted_requests_blocks_are_stored_in_the_step_that_gives_them_away
     assert plan.overwrites == [7, 6, 5]
     end(made, plan)
     # It comes back with one block found in vLLM's cache: the whole list is given, its head is not written.
+    made.match(asked, TOKENS)
     made.allocated(asked, [20, 21, 22], 0)
     plan = step(made, {"a": 6}, cached=[("a", TOKENS, [20, 21, 22])], resumed=["a"])
     assert plan.overwrites == [21, 22]
@@ -153,8 +155,7 @@ def test_a_preempted_requests_blocks_are_stored_in_the_step_that_gives_them_away
 
 def test_a_finished_requests_blocks_are_stored_in_the_step_that_gives_them_away():
     made = half()
-    asked, _ = begin(made, "a", [*range(10)], 0, [5, 6, 7])
-    made.finished(asked)
+    finish(made, "a", [*range(10)], [5, 6, 7])
     _, plan = begin(made, "b", [*range(50, 60)], 0, [7, 5, 6])
     assert [op.blocks for op in plan.stores] == [[5, 6]]
     assert plan.overwrites == [7, 5, 6]
@@ -195,7 +196,7 @@ def test_a_request_that_must_wait_for_room_is_judged_once():
     made = half()
     tokens = [*range(100 * TOKENS + 1)]
     capabilities = Capabilities(capacity_blocks=200, durable=True)
-    keys = made._sequence(request("b", tokens)).keys.first(100)
+    keys = made._state(request("b", tokens)).keys.slice(0, 100)
     begin_with(made, TierStatus("disk", capabilities, keys))
     made._planner.guard.computed(1600, 4.0, 1.0)  # 10 ms a block
     made._planner.guard.loaded(0, 100, 4.0, 1.0)  # 40 ms a block
@@ -240,12 +241,12 @@ def nobody_joins(made):
 def another_was_scheduled_last(made):
     other_is_computed(made)
     made.outcomes(Outcomes([], 1))
-    assert not made._computing
+    assert not made._steps
 
 
 def an_outcome_is_due(made):
     other_is_computed(made)
-    made.finished(made._sequences["other"].request)
+    made.finished(made._requests["other"].request)
     assert not made._running
 
 
@@ -299,7 +300,7 @@ def test_a_load_whose_step_has_ended_holds_nobody_back_though_its_report_has_not
     made = idle()
     assert not load(made, "a", [5, 6, 7])
     plan = step(made, {"a": 2}, new=[("a", 2 * TOKENS, [5, 6, 7])])
-    made.finished(made._sequences["a"].request)
+    made.finished(made._requests["a"].request)
     made.outcomes(Outcomes([], 1))
     assert not load(made, "b", [1, 2, 3])
     pass_time(made)
@@ -322,7 +323,7 @@ def test_a_request_that_finds_no_room_may_be_loaded_otherwise_later():
     assert made.match(asked, 0) == (2 * TOKENS, False)  # vLLM has no blocks for it.
     other_is_computed(made)
     assert made.match(asked, 0) == (2 * TOKENS, True)
-    made.finished(made._sequences["other"].request)
+    made.finished(made._requests["other"].request)
     made.outcomes(Outcomes([], 1))
     assert made.match(asked, 0) == (2 * TOKENS, False)
 
@@ -330,7 +331,7 @@ def test_a_request_that_finds_no_room_may_be_loaded_otherwise_later():
 @pytest.mark.parametrize("joins", [(True, True), (True, False), (False, True)])
 def test_a_load_is_part_of_a_step_where_every_ranks_device_joins(joins):
     made = idle()
-    keys = made._sequence(request("found", PROMPT)).keys.first(2)
+    keys = made._state(request("found", PROMPT)).keys.slice(0, 2)
     status = [TierStatus("cpu", Capabilities(capacity_blocks=64, addressable=True), keys)]
     made._vllm_config.parallel_config.world_size = 2
     made.start([Handshake(rank, status, 4096, {}, each) for rank, each in enumerate(joins)])
@@ -356,8 +357,7 @@ def test_a_step_that_waits_for_a_load_says_nothing_of_how_fast_the_engine_comput
     assert (made._planner.guard._computing.seconds is None) is joins
 
 
-def test_what_a_step_computed_is_not_stored_before_its_outcome_unless_blocks_are_given():
-    """vLLM takes the outcome after one more step, and a request waits for that."""
+def test_what_a_step_computed_is_stored_after_its_outcome():
     made = half()
     asked, _ = begin(made, "a", [*range(10)], 0, [5, 6, 7])
     assert not step(made)
@@ -368,15 +368,83 @@ def test_what_a_step_computed_is_not_stored_before_its_outcome_unless_blocks_are
     made.finished(asked)
     assert not step(made)
     assert made.busy()
+    made.outcomes(Outcomes([], 4))
     _, plan = begin(made, "b", [*range(50, 60)], 0, [8, 7, 6])
     assert [op.blocks for op in plan.stores] == [[7, 8]]
+
+
+@pytest.mark.parametrize("gone", ["preempted", "finished"])
+def test_what_no_outcome_has_confirmed_is_given_up_with_its_blocks(gone):
+    """Nobody knows whether the step has written them, and somebody else does now."""
+    made = half()
+    asked, _ = begin(made, "a", [*range(10)], 0, [5, 6, 7])
+    if gone == "finished":
+        made.finished(asked)
+    told = {"new": [("b", 0, [7, 6, 5])], "preempted": ["a"] if gone == "preempted" else []}
+    other = request("b", [*range(50, 60)])
+    made.match(other, 0)
+    made.allocated(other, [7, 6, 5], 0)
+    plans = [step(made, {"b": 10}, **told)]
+    made.outcomes(Outcomes([], 1))
+    pass_time(made)
+    plans.append(step(made))
+    assert [op.blocks for plan in plans for op in plan.stores] == []
+
+
+@pytest.mark.parametrize("after", ["running", "finished"])
+def test_what_a_step_that_failed_was_to_write_is_never_stored(after):
+    """With vLLM's fault tolerance the engine goes on without an outcome of it."""
+    made = half()
+    failed, _ = begin(made, "a", [*range(10)], 0, [5, 6, 7])
+    if after == "finished":
+        made.finished(failed)
+    begin(made, "b", [*range(50, 60)], 0, [1, 2, 3])
+    made.outcomes(Outcomes([], 2))
+    pass_time(made)
+    plans = [step(made, {"a": 2}, cached=[("a", 10, None)])]
+    made.outcomes(Outcomes([], 3))
+    plans.append(step(made))
+    assert [op.blocks for plan in plans for op in plan.stores] == [[1, 2]]
+
+
+def test_what_was_computed_behind_another_connectors_failed_load_is_not_stored():
+    """vLLM takes the tokens back with the step's result, and computes them again."""
+    made = half()
+    asked, _ = begin(made, "a", [*range(14)], 0, [5, 6, 7, 8])
+    step(made, {"a": 1}, cached=[("a", 14, None)])  # Under way already.
+    asked.num_computed_tokens = TOKENS
+    made.outcomes(Outcomes([], 1))
+    made.outcomes(Outcomes([], 2))
+    plan = step(made, {"a": 10}, cached=[("a", TOKENS, None)])
+    assert [op.blocks for op in plan.stores] == [[5]]
+    asked.num_computed_tokens = 14
+    made.outcomes(Outcomes([], 3))
+    assert [op.blocks for op in step(made).stores] == [[6, 7]]
+
+
+def test_tokens_that_were_proposed_and_rejected_are_stored_when_others_have_come():
+    made = half()
+    asked, _ = begin(made, "a", [*range(7)], 0, [5, 6])
+    asked.num_computed_tokens = 7
+    made.outcomes(Outcomes([], 1))
+    assert [op.blocks for op in step(made).stores] == [[5]]
+    asked.all_token_ids, asked.num_tokens = [*range(8)], 8
+    step(made, {"a": 3}, cached=[("a", 7, [7])])  # One token, and two that a drafting model proposed.
+    asked.num_computed_tokens = 8  # Both were rejected.
+    made.outcomes(Outcomes([], 3))
+    assert not step(made).stores
+    asked.all_token_ids, asked.num_tokens = [*range(9)], 9
+    step(made, {"a": 1}, cached=[("a", 8, None)])
+    asked.num_computed_tokens = 9
+    made.outcomes(Outcomes([], 5))
+    assert [op.blocks for op in step(made).stores] == [[6]]
 
 
 def finish(made, name, tokens, blocks):
     """Compute a request, and have vLLM finish it and free its blocks."""
     asked, _ = begin(made, name, tokens, 0, blocks)
     made.finished(asked)
-    made.outcomes(Outcomes([], made._step))
+    made.outcomes(Outcomes([], made._steps.number))
 
 
 def test_what_a_finished_request_has_left_waits_for_the_next_ones_step_to_be_under_way():
@@ -418,6 +486,7 @@ def test_a_finished_request_with_nothing_to_store_keeps_no_engine_stepping():
 def test_what_a_preempted_request_computed_is_stored_with_the_step_that_takes_its_blocks():
     made = half()
     begin(made, "a", [*range(10)], 0, [5, 6, 7])
+    made.outcomes(Outcomes([], 1))
     assert [op.blocks for op in step(made, preempted=["a"]).stores] == [[5, 6]]
 
 
@@ -425,8 +494,7 @@ def test_what_a_finished_request_computed_is_stored_before_a_running_one_gets_it
     made = half()
     begin(made, "a", [*range(7)], 0, [1, 2])
     made.outcomes(Outcomes([], 1))
-    asked, _ = begin(made, "b", [*range(50, 60)], 0, [5, 6, 7])
-    made.finished(asked)
+    finish(made, "b", [*range(50, 60)], [5, 6, 7])
     step(made)
     plan = step(made, {"a": 1}, cached=[("a", 8, [6])])  # vLLM says so in the step alone.
     assert [op.blocks for op in plan.stores] == [[5, 6]]
@@ -463,7 +531,8 @@ def test_a_lost_outcome_does_not_keep_the_engine_stepping_for_ever():
     for _ in range(70):
         pass_time(made)
         stores += step(made).stores
-    assert [op.blocks for op in stores] == [[5, 6]]
+    assert not stores
+    assert not made.busy()
 
 
 def test_a_request_that_is_not_cached_is_not_delayed_by_a_load():
@@ -472,7 +541,7 @@ def test_a_request_that_is_not_cached_is_not_delayed_by_a_load():
     made.match(other, 0)
     made.allocated(other, [1, 2, 3], 0)
     step(made, {"other": 10}, new=[("other", 0, [1, 2, 3])])
-    made.outcomes(Outcomes([], made._step))
+    made.outcomes(Outcomes([], made._steps.number))
     assert load(made, "a", [5, 6, 7])  # In a later step: this one is the other's, too.
 
 
@@ -508,7 +577,7 @@ def a_step_that_writes_into_blocks_given_before(made):
 
 def a_step_that_is_stored_with_it(made):
     a_step_that_writes(made)
-    for number in range(made._step):
+    for number in range(made._steps.number):
         made.outcomes(Outcomes([], number + 1))
 
 
@@ -541,5 +610,5 @@ def test_what_has_loaded_and_does_not_run_counts_as_what_loads(end):
     if end == "scheduled":
         step(made, {"a": 2}, new=[("a", 2 * TOKENS, [5, 6, 7])])
     else:
-        made.finished(made._sequences["a"].request)
+        made.finished(made._requests["a"].request)
     assert made.match(other, 0) == (2 * TOKENS, True)
