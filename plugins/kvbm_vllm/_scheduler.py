@@ -147,8 +147,9 @@ class SchedulerHalf:
         if not state.may_load or inside or stop <= start or request.skip_reading_prefix_cache:
             return 0, False
         now_s = time.monotonic()
-        if self._waits_for_room(state, start, stop):
+        if state.is_held and self._waits_for_room(state, start, stop):
             return None, False
+        state.is_held = False
         match = self._planner.find(state.keys, start, stop, now_s, state.match)
         state.match = match
         if match.lookups:  # A remote tier must be asked; the answer comes by its deadline.
@@ -309,7 +310,7 @@ class SchedulerHalf:
         when there is room; here only whether they have anything of it. If not, it need not wait.
         """
         match = state.match
-        if not state.is_held or match is None or match.stop != stop:
+        if match is None or match.stop != stop:
             return False
         ahead = start - match.start
         if not 0 <= ahead < state.worth_blocks or not self._exceeds_room(state.worth_blocks - ahead):

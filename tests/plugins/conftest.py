@@ -27,6 +27,31 @@ def kvbm_backends():
     return [Backend("faulty", MemoryConfig, open_faulty)]
 """
 
+_SHARED = """
+from kvbm_core import Backend, Capabilities, hookimpl
+from kvbm_core.memory import MemoryConfig, MemoryTier
+
+
+class SharedTier(MemoryTier):
+    def __init__(self, config, context):
+        super().__init__(config, context)
+        self._capabilities = Capabilities(
+            capacity_blocks=None, queue_depth=64, durable=True, shared=True, remote_lookup=True
+        )
+
+    def _run(self, transfer):
+        bounds, self._capabilities = self._capabilities, Capabilities(capacity_blocks=1 << 40)
+        try:
+            return super()._run(transfer)
+        finally:
+            self._capabilities = bounds
+
+
+@hookimpl
+def kvbm_backends():
+    return [Backend("shared", MemoryConfig, SharedTier)]
+"""
+
 
 def pytest_collection_modifyitems(items):
     """The engine's own warnings are not ours to mend."""
@@ -35,19 +60,31 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.filterwarnings("default"))
 
 
+def install(site, name, source):
+    """Install a stranger's backend as a distribution of its own; import it."""
+    info = site / f"kvbm_{name}-0.1.dist-info"
+    info.mkdir(parents=True)
+    (site / f"kvbm_{name}.py").write_text(source)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kvbm-{name}\nVersion: 0.1\n")
+    (info / "entry_points.txt").write_text(f"[kvbm_core]\n{name} = kvbm_{name}\n")
+    importlib.invalidate_caches()
+    return importlib.import_module(f"kvbm_{name}")
+
+
 @pytest.fixture
 def faulty(tmp_path, monkeypatch):
-    """A stranger's backend, installed as a distribution of its own, that misbehaves on command."""
-    site = tmp_path / "site"
-    info = site / "kvbm_faulty-0.1.dist-info"
-    info.mkdir(parents=True)
-    (site / "kvbm_faulty.py").write_text(_FAULTY)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvbm-faulty\nVersion: 0.1\n")
-    (info / "entry_points.txt").write_text("[kvbm_core]\nfaulty = kvbm_faulty\n")
-    monkeypatch.syspath_prepend(str(site))
-    importlib.invalidate_caches()
-    yield importlib.import_module("kvbm_faulty")
+    """A backend that misbehaves on command."""
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    yield install(tmp_path / "site", "faulty", _FAULTY)
     del sys.modules["kvbm_faulty"]
+
+
+@pytest.fixture
+def shared(tmp_path, monkeypatch):
+    """A backend in memory that cannot list its blocks and keeps them for other engines."""
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    yield install(tmp_path / "site", "shared", _SHARED)
+    del sys.modules["kvbm_shared"]
 
 
 @pytest.fixture(scope="session")

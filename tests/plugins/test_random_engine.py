@@ -1,0 +1,113 @@
+"""However vLLM schedules, a request reads the KV of its own tokens, computed with the weights of now.
+
+`KVBM_RANDOM_SLOTS` says how many slots are compared; the seed of a failure is in the test's output.
+"""
+
+import itertools
+import os
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("vllm")
+import random_engine
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import init_none_hash
+
+from kvbm_vllm import _requests, _scheduler
+
+pytestmark = pytest.mark.engine  # Of vLLM's warnings, not ours.
+
+SLOTS = int(float(os.environ.get("KVBM_RANDOM_SLOTS", "2e6")))
+FIRST_SEED = int(os.environ.get("KVBM_RANDOM_SEED", "0"))
+PARTS = 4
+
+
+@pytest.fixture
+def drive(llama, shared, monkeypatch):
+    """Run an engine with a seed; give what happened, or the error that says what was wrong."""
+    init_none_hash(sha256)
+
+    def run(seed, steps=400):
+        engine = random_engine.Engine(llama, seed)
+        monkeypatch.setattr(_scheduler, "time", SimpleNamespace(monotonic=lambda: engine.clock_s))
+        try:
+            engine.run(steps)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+        finally:
+            engine.close()
+        counts = engine.world.counts
+        for tier in engine.ours.counts.values():
+            counts["loaded"] += tier.loaded
+        return counts
+
+    return run
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_whoever_reads_a_slot_finds_the_kv_of_its_tokens_and_weights(drive, part):
+    seen = random_engine.Counter()
+    for seed in itertools.count(FIRST_SEED + part, PARTS):
+        seen.update(drive(seed))
+        if seen["slots"] >= SLOTS // PARTS:
+            break
+    print(f"part {part}: seeds {FIRST_SEED + part} to {seed}: {dict(seen)}")
+    for kind in ("loaded", "other", "resets", "failed"):
+        assert seen[kind], f"nothing {kind}: the test has shown nothing of that"
+
+
+def keys_of_before(monkeypatch):
+    """A reset that clears what it knows, and lets requests that are known go on under their keys."""
+    forget = _requests.RequestState.forget
+    monkeypatch.setattr(_requests.RequestState, "forget", lambda self, keys: forget(self, self.keys))
+
+
+def blocks_of_loads_alone(monkeypatch):
+    """Blocks count as overwritten where we load into them, or the step computes into them."""
+    allocated = _scheduler.SchedulerHalf.allocated
+
+    def forgets(self, request, blocks, num_external_tokens):
+        before = list(self._new_blocks)
+        allocated(self, request, blocks, num_external_tokens)
+        if not num_external_tokens:
+            self._new_blocks = before
+
+    monkeypatch.setattr(_scheduler.SchedulerHalf, "allocated", forgets)
+
+
+def steps_that_cannot_fail(monkeypatch):
+    """What a step was to compute counts as computed when the next is planned."""
+    begin = _requests.StepsUnderWay.begin
+
+    def confirms(self, writes, tokens, now_s):
+        begin(self, writes, tokens, now_s)
+        for state, total, life in self._steps[self.number].writes:
+            if life == state.life:
+                self._confirm(state, total)
+
+    monkeypatch.setattr(_requests.StepsUnderWay, "begin", confirms)
+    monkeypatch.setattr(_requests.StepsUnderWay, "_lose", lambda self, step: None)
+    monkeypatch.setattr(_requests.StepsUnderWay, "end", lambda self, number, now_s: (0, 0.0))
+
+
+def kv_that_outlives_a_reset(monkeypatch):
+    """A request that has KV from before a reset is stored on under its new keys."""
+    forget = _requests.RequestState.forget
+
+    def forgets(self, keys):
+        blocks, self.blocks = self.blocks, []
+        forget(self, keys)
+        self.blocks = blocks
+
+    monkeypatch.setattr(_requests.RequestState, "forget", forgets)
+
+
+@pytest.mark.parametrize(
+    "fault", [keys_of_before, blocks_of_loads_alone, steps_that_cannot_fail, kv_that_outlives_a_reset]
+)
+def test_without_any_of_the_rules_some_seed_reads_wrong_kv(drive, monkeypatch, fault):
+    fault(monkeypatch)
+    with pytest.raises(AssertionError, match="reads wrong KV"):
+        for seed in range(200):
+            drive(seed)
