@@ -121,8 +121,8 @@ def block_tokens(vllm_config: Any, kv_cache_config: Any) -> int:
         )
     _require_like_bits(vllm_config)
     if any(getattr(spec, "sliding_window", None) for spec in specs):
-        sinks = (getattr(layer.impl, "sinks", None) for layer in _layers(vllm_config))
-        _require_right_windows(any(each is not None for each in sinks))
+        impls = (getattr(layer, "impl", None) for layer in _layers(vllm_config))
+        _require_right_windows(any(getattr(impl, "sinks", None) is not None for impl in impls))
     if any(map(_window, specs)):
         _tell_cost(vllm_config)
     return int(groups[0].kv_cache_spec.block_size)
@@ -181,7 +181,8 @@ def _require_one_window(vllm_config: Any) -> None:
     model, window = vllm_config.model_config, getattr(vllm_config.cache_config, "sliding_window", None)
     # vLLM sets it unless the layers are named one by one. Models that name them in words of their own are
     # looked at when their layers are built.
-    if window and not any(name.endswith("_pattern") for name in vars(model.hf_text_config)):
+    words = ("pattern", "interleaved")
+    if window and not any(word in name for name in vars(model.hf_text_config) for word in words):
         raise ConfigError(
             f"sliding_window: {window}, in all layers; vLLM keeps the KV of the last tokens only. Write "
             f"disable_sliding_window: True, which allows prompts of up to {window} tokens, or serve this "
