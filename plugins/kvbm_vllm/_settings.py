@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import Any
 
@@ -10,15 +9,11 @@ from kvbm_core import ConfigError, StackConfig, check_stack, load_config
 from kvbm_device import check_copy
 from kvbm_metrics import read_port
 from kvbm_vllm._kvbm_env import check_environment, makes_stack, read_tiers
+from kvbm_vllm._models import block_tokens, check_engine, replicas
 
 __all__ = ["block_tokens", "check_settings", "read_settings", "replicas"]
 
-logger = logging.getLogger("kvbm_vllm")
-
 _FILE_KEY = "config"
-
-_PARTIAL_KINDS = ("Mamba", "SlidingWindow", "ChunkedLocal", "CrossAttention", "SinkFullAttention")
-"""How the names of vLLM's specifications begin whose blocks do not hold every token's KV."""
 
 
 def read_settings(vllm_config: Any) -> StackConfig:
@@ -74,65 +69,8 @@ def check_settings(vllm_config: Any) -> None:
     read_port(os.environ)
     config = read_settings(vllm_config)
     check_copy(config.device_copy)
-    _require_prefixes(vllm_config)
+    check_engine(vllm_config)
     check_stack(config, block_bytes=_block_bytes(vllm_config))
-
-
-def block_tokens(vllm_config: Any, kv_cache_config: Any) -> int:
-    """Give the tokens of a block, of a model whose blocks can be stored.
-
-    Raises:
-        ConfigError: If the model's layers do not all keep the KV of every token, as models with
-            Mamba layers or sliding windows do, if a block is divided over ranks by tokens, if vLLM
-            clears blocks before they are read, or if it cannot go on after a prefix that was loaded.
-    """
-    _require_prefixes(vllm_config)
-    groups = kv_cache_config.kv_cache_groups
-    kinds = [type(group.kv_cache_spec).__name__ for group in groups]
-    if len(groups) != 1 or any(kind.startswith(_PARTIAL_KINDS) for kind in kinds):
-        raise ConfigError(
-            f"the layers of the model keep their KV in ways that KvbmConnector does not support: {kinds}; it "
-            "supports full attention in all layers. Serve this model without it"
-        )
-    if getattr(kv_cache_config, "needs_kv_cache_zeroing", False) and getattr(
-        vllm_config, "use_v2_model_runner", False
-    ):
-        # Before the step's plan is carried out: what the blocks held would be stored as zeros.
-        raise ConfigError(
-            "VLLM_USE_V2_MODEL_RUNNER: vLLM clears new blocks of this model's KV cache, and its second model "
-            "runner does so before KvbmConnector has read what was in them. Set it to 0, or serve this model "
-            "without KvbmConnector"
-        )
-    for key in ("decode_context_parallel_size", "prefill_context_parallel_size"):
-        if getattr(vllm_config.parallel_config, key, 1) > 1:
-            raise ConfigError(f"{key}: KvbmConnector does not support more than 1; leave it out")
-    return int(groups[0].kv_cache_spec.block_size)
-
-
-def _require_prefixes(vllm_config: Any) -> None:
-    """Refuse MLA where vLLM computes prompts only as a whole.
-
-    Its CPU build switches chunked prefill and prefix caching off for such models, and computes other
-    tokens after a prefix that was loaded, although every byte of it is right.
-    """
-    model = vllm_config.model_config
-    if model is not None and model.use_mla and not vllm_config.scheduler_config.enable_chunked_prefill:
-        raise ConfigError(
-            "enable_chunked_prefill: False; for a model with MLA vLLM cannot go on after a prefix that was "
-            "loaded then. Leave it on; where vLLM switches it off itself, as on a CPU, serve this model "
-            "without KvbmConnector"
-        )
-
-
-def replicas(vllm_config: Any, kv_cache_config: Any) -> int:
-    """Say how many neighbouring ranks hold the same KV: of a model with MLA all that are tensor parallel.
-
-    Models with fewer KV heads than ranks hold some heads several times, too. That is not used: nothing
-    in vLLM's configuration proves it for every layer.
-    """
-    [group] = kv_cache_config.kv_cache_groups
-    mla = type(group.kv_cache_spec).__name__ == "MLAAttentionSpec"
-    return int(vllm_config.parallel_config.tensor_parallel_size) if mla else 1
 
 
 def _block_bytes(vllm_config: Any) -> int | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import logging
 import multiprocessing
 import sys
 from importlib import metadata
@@ -19,6 +21,13 @@ _THEIR_PATHS: Final = {
 }
 """Where the guides for KVBM, the present and an older one, tell vLLM to find it, and the distribution
 that has it."""
+
+_MULTI: Final = "MultiConnector"
+"""vLLM's connector that has others: its settings list theirs."""
+_PAIR: Final = "PdConnector"
+"""NVIDIA KVBM's own connector of that kind, for prefill and decode on different machines."""
+
+logger = logging.getLogger("kvbm_vllm")
 
 _checked: set[str | None] = set()
 """Engines whose configuration was checked in this process."""
@@ -43,8 +52,11 @@ def register() -> None:
     check_vllm = VllmConfig.__post_init__
 
     def check_both(self: Any) -> None:
+        if self.kv_transfer_config is not None:
+            _refuse_pair(self.kv_transfer_config)  # vLLM would only say that it knows no such name.
         check_vllm(self)
-        _check(self)
+        if self.kv_transfer_config is not None:
+            _check(self)
 
     VllmConfig.__post_init__ = check_both
 
@@ -74,21 +86,78 @@ class _StandIn(ModuleType):
         raise AttributeError(name)
 
 
-def _is_ours(transfer: Any) -> bool:
+def _known_path(transfer: Any) -> bool:
+    """Say whether a connector is looked for where ours are."""
     path = transfer.kv_connector_module_path
-    ours = not path or path == "kvbm_vllm" or isinstance(sys.modules.get(path), _StandIn)
-    return ours and transfer.kv_connector in _NAMES
+    return not path or path == "kvbm_vllm" or isinstance(sys.modules.get(path), _StandIn)
+
+
+def _children(transfer: Any) -> list[Any]:
+    """Give the configurations of the connectors in a MultiConnector, as it will make them."""
+    if transfer.kv_connector != _MULTI:
+        return []
+    written = (transfer.kv_connector_extra_config or {}).get("connectors") or ()
+    return [type(transfer)(**{"engine_id": transfer.engine_id, **each}) for each in written]
+
+
+def _ours(transfer: Any) -> list[Any]:
+    """Give the configurations of our connectors: this one, or those in a MultiConnector, however deep."""
+    if _known_path(transfer) and transfer.kv_connector in _NAMES:
+        return [transfer]
+    return [each for child in _children(transfer) for each in _ours(child)]
+
+
+def _refuse_pair(transfer: Any) -> None:
+    """Say what takes the place of KVBM's pair of DynamoConnector and NixlConnector."""
+    if transfer.kv_connector == _PAIR and _known_path(transfer):
+        from kvbm_core import ConfigError
+
+        raise ConfigError(
+            "kv_connector: 'PdConnector'; it joins NVIDIA KVBM's DynamoConnector with NixlConnector, and "
+            'kvbm-core has none. Write "MultiConnector", which is vLLM\'s own, take kv_connector_module_path '
+            "away beside it, and leave 'connectors' as it is: DynamoConnector there is KvbmConnector"
+        )
+    for child in _children(transfer):
+        _refuse_pair(child)
 
 
 def _check(vllm_config: Any) -> None:
     transfer = vllm_config.kv_transfer_config
+    ours = _ours(transfer)
+    if not ours:
+        return
+    # Wherever vLLM makes a configuration: its scheduler reads this one, and not the one of a child.
+    _recompute_failures(transfer)
     if multiprocessing.parent_process() is not None:
         # An engine's process, where vLLM checks once more when the tiers are open already.
         return
-    if transfer is None or not _is_ours(transfer) or transfer.engine_id in _checked:
+    if transfer.engine_id in _checked:
         return
+    from kvbm_core import ConfigError
     from kvbm_vllm._settings import check_settings
 
-    check_settings(vllm_config)
+    if len(ours) > 1:
+        raise ConfigError(
+            f"connectors: {len(ours)} of them are KvbmConnector; write one, with the tiers of all of them"
+        )
+    alone = copy.copy(vllm_config)
+    alone.kv_transfer_config = ours[0]
+    check_settings(alone)
     # Once an engine runs in this process its own directories are in use.
     _checked.add(transfer.engine_id)
+
+
+def _recompute_failures(transfer: Any) -> None:
+    """Have vLLM compute what could not be loaded, whichever connector of a MultiConnector failed.
+
+    vLLM has one setting for all of them. Its default, made for prefill and decode on different machines, ends
+    the request with an error, and cannot be told from what a user has written.
+    """
+    if transfer.kv_load_failure_policy == "recompute":
+        return
+    from kvbm_vllm._logging import share_log
+
+    share_log()
+    whose = ", by any of its connectors," if transfer.kv_connector == _MULTI else ""
+    logger.info("kv_load_failure_policy is set to 'recompute': what cannot be loaded%s is computed", whose)
+    transfer.kv_load_failure_policy = "recompute"

@@ -1,6 +1,10 @@
 """A mistake in the configuration is found before vLLM loads a model, and says what to change."""
 
+import logging
+import pickle
+
 import pytest
+from models import write_config
 
 from kvbm_core import Stack
 from kvbm_core.testing import MemoryDevice
@@ -89,3 +93,87 @@ def test_a_file_is_read_and_nothing_beside_it(llama, tmp_path):
 
 def test_loaded_by_module_path(llama):
     configure(llama, [CPU], kv_connector_module_path="kvbm_vllm")
+
+
+# In a MultiConnector.
+
+NIXL = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+THEIRS = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+
+
+def ours(**extra):
+    return {"kv_connector": "KvbmConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+
+
+def several(*connectors):
+    return {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": list(connectors)}}
+
+
+@pytest.mark.parametrize(
+    ("children", "words"),
+    [
+        ([ours(tiers=[{"backend": "cpu", "capcity": "1GiB"}]), THEIRS], ["'capcity'", "mean 'capacity'?"]),
+        ([THEIRS, ours(tiers=[CPU], load_deadline=3)], ["did you mean 'load_deadline_s'"]),
+        (
+            [THEIRS, {"kv_role": "kv_both", **several(ours(tiers=[CPU], load_deadline=3), THEIRS)}],
+            ["did you mean 'load_deadline_s'"],
+        ),
+        ([{**ours(tiers=[CPU]), "kv_role": "kv_producer"}, THEIRS], ['write "kv_both"']),
+        ([ours(tiers=[CPU]), ours(tiers=[CPU])], ["2 of them are KvbmConnector", "write one"]),
+    ],
+)
+def test_ours_among_several_is_checked_as_one_that_is_alone(llama, children, words):
+    with pytest.raises(Exception) as caught:
+        configure(llama, None, **several(*children))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_model_is_refused_for_ours_among_several_too(tmp_path):
+    with pytest.raises(Exception, match="not causal"):
+        configure(
+            write_config(tmp_path, "bert"),
+            None,
+            engine={"max_model_len": 512, "runner": "pooling"},
+            **several(THEIRS, ours(tiers=[CPU])),
+        )
+
+
+@pytest.mark.parametrize(
+    "children",
+    [
+        [ours(tiers=[CPU]), THEIRS],
+        [THEIRS, {"kv_role": "kv_both", **several(THEIRS, ours(tiers=[CPU]))}],
+        [{**ours(tiers=[CPU]), "kv_load_failure_policy": "recompute"}, THEIRS],
+    ],
+)
+def test_what_cannot_be_loaded_is_computed_whoever_failed(llama, children, caplog):
+    """vLLM's scheduler reads the setting of the MultiConnector, in another process as a rule."""
+    logging.getLogger("kvbm_vllm").propagate = True
+    with caplog.at_level(logging.INFO, "kvbm_vllm"):
+        config = configure(llama, None, **several(*children))
+    assert pickle.loads(pickle.dumps(config)).kv_transfer_config.kv_load_failure_policy == "recompute"
+    [line] = [each.message for each in caplog.records if "kv_load_failure_policy" in each.message]
+    assert "by any of its connectors" in line
+
+
+def test_connectors_without_ours_are_left_alone(llama):
+    config = configure(llama, None, **several(THEIRS, THEIRS))
+    assert config.kv_transfer_config.kv_load_failure_policy == "fail"
+
+
+@pytest.mark.parametrize("path", [None, "kvbm.vllm_integration.connector", "kvbm_vllm"])
+def test_the_pair_of_nvidias_kvbm_is_told_what_takes_its_place(llama, path):
+    dynamo = {"kv_connector": "DynamoConnector", "kv_role": "kv_both", "kv_connector_module_path": path}
+    children = {"kv_connector_extra_config": {"connectors": [dynamo, NIXL]}}
+    with pytest.raises(Exception) as caught:
+        configure(llama, None, kv_connector="PdConnector", kv_connector_module_path=path, **children)
+    for word in ["kv_connector: 'PdConnector'", 'Write "MultiConnector"', "kv_connector_module_path away"]:
+        assert word in str(caught.value)
+
+
+def test_what_the_pair_is_told_to_write_is_accepted(llama, monkeypatch):
+    monkeypatch.setenv("DYN_KVBM_CPU_CACHE_GB", "0.1")
+    path = "kvbm.vllm_integration.connector"
+    dynamo = {"kv_connector": "DynamoConnector", "kv_role": "kv_both", "kv_connector_module_path": path}
+    configure(llama, None, **several(dynamo, THEIRS))
