@@ -1,8 +1,8 @@
 """vLLM's real scheduler over the real connector, driven at random, with arithmetic in place of a model.
 
 The KV of a token is a number that depends on all tokens before it and on the weights, so whoever reads a slot
-knows at once whether the right KV is there. Requests come, are aborted and preempted; steps overlap; caches are
-reset and weights change; another connector loads into the same blocks; steps fail.
+knows at once whether the right KV is there. Requests come, are aborted and preempted; steps overlap; caches
+are reset and weights change; another connector loads into the same blocks; steps fail.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import (
@@ -39,6 +39,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 TOKENS = 4
 BLOCKS = 40
 LONGEST = 96
+"""Tokens of a request."""
 GARBAGE = -1
 
 
@@ -128,7 +129,7 @@ class OtherConnector(KVConnectorBase_V1):
                 self.bring(*load)
 
     def bring(self, name, blocks, start, count, when):
-        # Not where the step waits for the load: vLLM itself takes some of that KV for right, with no other connector.
+        # Not where the step waits for the load: vLLM itself, alone with this connector, goes on with such KV.
         fails = when == "later" and world.chance.random() < 0.2
         world.counts["other"] += count
         right = world.kv(name)
@@ -161,7 +162,7 @@ class OtherConnector(KVConnectorBase_V1):
         pass
 
 
-def configure(model, tiers, *, other, overlaps):
+def configure(model, tiers, *, other, overlaps, scale):
     """Make vLLM's configuration; `other`: where the other connector comes, if there is one."""
     ours = {
         "kv_connector": "KvbmConnector", "kv_role": "kv_both",
@@ -178,12 +179,15 @@ def configure(model, tiers, *, other, overlaps):
             "kv_connector_extra_config": {"connectors": connectors},
         }  # fmt: skip
     config = EngineArgs(
-        model=str(model), skip_tokenizer_init=True, dtype="bfloat16", max_model_len=128, block_size=32,
-        max_num_seqs=6, max_num_batched_tokens=128, async_scheduling=overlaps, enable_prefix_caching=True,
+        model=str(model), skip_tokenizer_init=True, dtype="bfloat16", max_model_len=512, block_size=32,
+        max_num_seqs=6, max_num_batched_tokens=512, async_scheduling=overlaps, enable_prefix_caching=True,
         kv_transfer_config=KVTransferConfig(**ours, kv_load_failure_policy="recompute"),
     ).create_engine_config()  # fmt: skip
     config.cache_config.block_size = TOKENS
-    config.cache_config.num_gpu_blocks = BLOCKS
+    config.cache_config.num_gpu_blocks = BLOCKS * scale
+    config.scheduler_config.max_num_scheduled_tokens = config.scheduler_config.max_num_batched_tokens = (
+        128 * scale
+    )
     return config
 
 
@@ -197,12 +201,13 @@ class Engine:
         self.overlaps = world.overlaps
         other = chance.choice([None, None, "first", "last"])
         names = chance.choice([("cpu",), ("cpu",), ("cpu", "shared"), ("shared",)])
-        blocks = chance.choice((12, 48))
+        self.scale = scale = chance.choice((1, 1, 4))
+        blocks = chance.choice((12, 48)) * scale
         self.tiers = [{"backend": name, "capacity": blocks * 4096} for name in names]
-        config = configure(model, self.tiers, other=other, overlaps=self.overlaps)
+        config = configure(model, self.tiers, other=other, overlaps=self.overlaps, scale=scale)
         spec = FullAttentionSpec(block_size=TOKENS, num_kv_heads=1, head_size=2, dtype=torch.int64)
-        cache = KVCacheConfig(BLOCKS, [], [KVCacheGroupSpec(["layer"], spec)])
-        self.memory = torch.zeros(BLOCKS, 1, TOKENS, 1, dtype=torch.int64)
+        cache = KVCacheConfig(BLOCKS * scale, [], [KVCacheGroupSpec(["layer"], spec)])
+        self.memory = torch.zeros(BLOCKS * scale, 1, TOKENS, 1, dtype=torch.int64)
         self.kv = self.memory.numpy()[:, 0, :, 0]
         kind = AsyncScheduler if self.overlaps else Scheduler
         self.scheduler = kind(
@@ -223,7 +228,7 @@ class Engine:
         self.clock_s = 100.0
         self.under_way, self.tables, self.named = deque(), {}, 0
         self.hasher = get_request_block_hasher(TOKENS, sha256)
-        self.books = [[chance.randrange(2, 50) for _ in range(LONGEST)] for _ in range(3)]
+        self.books = [[chance.randrange(2, 50) for _ in range(LONGEST * scale)] for _ in range(3)]
 
     def find_ours(self, connector):
         return next(c for c in getattr(connector, "_connectors", [connector]) if hasattr(c, "_leader"))
@@ -233,7 +238,7 @@ class Engine:
     def arrive(self):
         chance = self.chance
         tokens = list(chance.choice(self.books))
-        prompt = chance.randint(2, 72)
+        prompt = chance.randint(2, 72 * self.scale)
         if chance.random() < 0.3:
             tokens[prompt // 2 :] = [chance.randrange(2, 50) for _ in tokens[prompt // 2 :]]
         self.named += 1
