@@ -2,11 +2,11 @@
 
     python tests/benchmarks/bench_scheduler.py [--brief]
 
-A step here: vLLM asks for every waiting request, tells what it has scheduled (each running request computes one
-token; in every sixteenth step a request completes a block, which is stored), and brings the outcome of the step
-before. Median CPU time of the thread. Waiting requests have found their prompt in the tiers and are answered
-"ask again", because other loads hold all blocks that may be parked. "full": both tiers, of 262,144 blocks, are
-full, so that each block stored evicts another; "empty": they hold the waiting prompt alone.
+A step here: vLLM asks for every waiting request, tells what it has scheduled (each running request computes
+one token; in every sixteenth step a request completes a block, which is stored), and brings the outcome of
+the step before. Median CPU time of the thread. Waiting requests have found their prompt in the tiers and are
+answered "ask again", because other loads hold all blocks that may be parked. "full": both tiers, of 262,144
+blocks, are full, so that each block stored evicts another; "empty": they hold the waiting prompt alone.
 """
 
 from __future__ import annotations
@@ -231,8 +231,8 @@ def print_collections() -> None:
     gc.unfreeze()
     print(
         f"\na full garbage collection: {without_ms:.1f} ms without an index (a list of its keys), "
-        f"{with_ms:.1f} ms with {count:,} blocks in it, {frozen_ms:.1f} ms once the heap of the start is frozen, as "
-        f"vLLM's engine core does; {planner!r}"
+        f"{with_ms:.1f} ms with {count:,} blocks in it, {frozen_ms:.1f} ms once the heap of the start is "
+        f"frozen, as vLLM's engine core does; {planner!r}"
     )
 
 

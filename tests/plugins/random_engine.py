@@ -226,6 +226,7 @@ class Engine:
             self.scheduler.connector.set_xfer_handshake_metadata_pp_aware({(0, 0): metadata})
         self.most_under_way = 2 if self.overlaps else 1
         self.clock_s = 100.0
+        self.pauses_s = chance.choice([(0.0, 0.001, 0.002), (0.0, 0.001, 0.004, 0.02, 0.02, 3.0)])
         self.under_way, self.tables, self.named = deque(), {}, 0
         self.hasher = get_request_block_hasher(TOKENS, sha256)
         self.books = [[chance.randrange(2, 50) for _ in range(LONGEST * scale)] for _ in range(3)]
@@ -370,7 +371,7 @@ class Engine:
 
     def go_on(self, *, finish=False):
         chance = self.chance
-        self.clock_s += chance.choice((0.0, 0.001, 0.004, 0.02, 0.02, 3.0))
+        self.clock_s += chance.choice(self.pauses_s)
         if not finish:
             self.disturb()
         if self.scheduler.has_requests() or self.ours.has_pending_push_work():

@@ -108,5 +108,6 @@ def kv_that_outlives_a_reset(monkeypatch):
 )
 def test_without_any_of_the_rules_some_seed_reads_wrong_kv(drive, monkeypatch, fault):
     fault(monkeypatch)
-    with pytest.raises(AssertionError, match="reads wrong KV"):
+    with pytest.raises(AssertionError, match="reads wrong KV") as found:
         sum((drive(seed) for seed in range(200)), random_engine.Counter())
+    print(fault.__name__, found.value)

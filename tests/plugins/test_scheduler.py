@@ -1,12 +1,14 @@
 """What the scheduler's half tells the workers of a step: which blocks are stored, loaded and overwritten."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("vllm")
-from kvbm_core import Capabilities, ConfigError, Planner, Report, TierStatus, load_config
+from kvbm_core import Capabilities, ConfigError, Planner, Reason, Report, TierStatus, load_config
 from kvbm_metrics import Tally, rate_reading
+from kvbm_vllm import _scheduler
 from kvbm_vllm._scheduler import SchedulerHalf
 from kvbm_vllm._values import Handshake, Outcomes
 
@@ -613,3 +615,213 @@ def test_what_has_loaded_and_does_not_run_counts_as_what_loads(end):
     else:
         made.finished(made._requests["a"].request)
     assert made.match(other, 0) == (2 * TOKENS, True)
+
+
+# Requests that wait are asked for in every step.
+
+
+def remote(*keys):
+    """A tier that cannot list its blocks, and of which nothing is known."""
+    return TierStatus("remote", Capabilities(capacity_blocks=None, shared=True, remote_lookup=True), [*keys])
+
+
+def counted(made, monkeypatch):
+    """Count how often tiers are looked through for a prefix."""
+    times, match = [], made._planner.match
+    monkeypatch.setattr(made._planner, "match", lambda *args: times.append(1) or match(*args))
+    return times
+
+
+def test_a_request_that_finds_no_room_is_looked_for_once(monkeypatch):
+    made = idle()
+    times, asked = counted(made, monkeypatch), request("a", PROMPT)
+    assert [made.match(asked, 0) for _ in range(9)] == [(2 * TOKENS, False)] * 9
+    assert len(times) == 1
+
+
+def test_a_request_that_waits_for_others_to_run_is_looked_for_once(monkeypatch):
+    made = idle()
+    made._joins, made._max_load_blocks = False, 3
+    assert load(made, "a", [5, 6, 7])
+    times, asked = counted(made, monkeypatch), request("b", PROMPT)
+    assert [made.match(asked, 0) for _ in range(9)] == [(None, False)] * 9
+    assert len(times) == 1
+    step(made, {"a": 2}, new=[("a", 2 * TOKENS, [5, 6, 7])])
+    made.outcomes(Outcomes([Report(1, 0)], 1))
+    assert made.match(asked, 0) == (2 * TOKENS, True)
+
+
+def test_a_request_need_not_wait_for_room_when_nothing_is_left_to_load():
+    made = idle()
+    made._joins, made._max_load_blocks = False, 3
+    assert load(made, "a", [5, 6, 7])
+    asked = request("b", PROMPT)
+    assert made.match(asked, 0) == (None, False)
+    made._planner.reset()
+    assert made.match(asked, 0) == (0, False)
+
+
+def test_a_request_that_waits_for_an_answer_is_looked_for_when_it_has_come(monkeypatch):
+    made = half()
+    begin_with(made, remote())
+    asked = request("a", PROMPT)
+    times = counted(made, monkeypatch)
+    assert [made.match(asked, 0) for _ in range(9)] == [(None, False)] * 9
+    assert len(times) == 1
+    [op] = step(made).lookups
+    assert made.match(asked, 0) == (None, False)
+    made.outcomes(Outcomes([Report(op.op, 0)], 1))
+    assert made.match(asked, 0) == (2 * TOKENS, True)
+    assert len(times) == 2
+
+
+def test_what_a_remote_tier_had_not_is_asked_for_again_when_that_is_due(monkeypatch):
+    made = half()
+    begin_with(made, remote())
+    asked, clock = request("a", PROMPT), SimpleNamespace(monotonic=lambda: now_s)
+    monkeypatch.setattr(_scheduler, "time", clock)
+    now_s = 100.0
+    assert made.match(asked, 0) == (None, False)
+    [op] = step(made).lookups
+    missing = {at: Reason.MISSING for at in range(len(op.keys))}
+    made.outcomes(Outcomes([Report(op.op, 0, missing)], 1))
+    times = counted(made, monkeypatch)
+    assert [made.match(asked, 0) for _ in range(9)] == [(0, False)] * 9
+    assert len(times) == 1
+    now_s = 106.0
+    assert made.match(asked, 0) == (None, False)
+
+
+@pytest.mark.parametrize("change", ["evicted", "stored", "failing"])
+def test_a_finding_is_remembered_until_another_one_would_be_made(change):
+    made = idle(("cpu", 1)) if change == "stored" else idle()
+    made._joins = False
+    keys, planner, asked = (
+        made._state(request("a", PROMPT)).keys.slice(0, 2),
+        made._planner,
+        request("a", PROMPT),
+    )
+    assert made.match(asked, 0) == ((TOKENS if change == "stored" else 2 * TOKENS), True)
+    if change == "evicted":
+        planner._drop(0, keys[1])
+    elif change == "stored":
+        planner.store(keys[1:], [3], keys, 0.0)
+        end(made, step(made))
+    else:
+        for _ in range(3):
+            planner._tiers[0].breaker.note(Reason.ERROR, time.monotonic())
+    assert made.match(asked, 0)[0] == {"evicted": TOKENS, "stored": 2 * TOKENS, "failing": 0}[change]
+
+
+def test_a_step_ends_for_a_thousand_requests_at_once_in_one_look_at_what_has_ended():
+    made = half()
+    asked = [begin(made, str(at), [at, *range(9)], 0, [5])[0] for at in range(3)]
+    looks = []
+    made._is_to_offer = lambda state: looks.append(state) or True
+    for each in asked:
+        made.finished(each)
+    assert len(looks) == 3
+
+
+# Who writes into a block.
+
+
+def test_blocks_that_another_connector_may_load_into_are_stored_before():
+    """Of MultiConnector's children each hears of all blocks, and only one of how much it shall load."""
+    made = half()
+    finish(made, "a", PROMPT, [5, 6, 7])
+    other = request("b", [*range(50, 62)])
+    made.match(other, 0)
+    made.allocated(other, [7, 6, 5], 0)
+    plan = step(made)  # It waits for its load.
+    assert [op.blocks for op in plan.stores] == [[5, 6]]
+    assert sorted(plan.overwrites) == [5, 6, 7]
+    end(made, plan)
+    # When it is scheduled vLLM names the blocks once more, with one for the rest.
+    made.allocated(other, [7, 6, 5, 9], 0)
+    assert step(made, {"b": 1}, new=[("b", 11, [7, 6, 5, 9])]).overwrites == [5, 9]
+
+
+def test_what_vllms_own_cache_has_is_not_overwritten_when_it_is_given_again():
+    made = half()
+    finish(made, "a", PROMPT, [5, 6, 7])
+    again = request("b", [*PROMPT, *range(90, 95)])
+    made.match(again, 2 * TOKENS)
+    made.allocated(again, [5, 6, 8, 9], 0)
+    plan = step(made, {"b": 7}, new=[("b", 2 * TOKENS, [5, 6, 8, 9])])
+    assert plan.overwrites == [8, 9]
+    assert not plan.stores
+
+
+# Resets.
+
+
+def test_a_request_that_waits_loads_nothing_of_before_a_reset():
+    made = half()
+    begin_with(made, remote())
+    asked = request("a", PROMPT)
+    before = made._state(asked).keys.slice(0, 2)
+    assert made.match(asked, 0) == (None, False)
+    [op] = step(made).lookups
+    assert made.reset()
+    made.outcomes(Outcomes([Report(op.op, 0)], 1))
+    assert made.match(asked, 0) == (None, False)
+    [op] = step(made).lookups
+    assert not set(before).intersection(op.keys)
+    assert made._planner.occupancy == {"remote": 0}
+
+
+def test_a_request_that_ran_at_a_reset_is_stored_again_when_it_began_anew():
+    made = half()
+    asked, _ = begin(made, "a", PROMPT, 0, [5, 6, 7])
+    before = made._state(asked).keys.slice(0, 2)
+    assert made.reset()
+    made.outcomes(Outcomes([], 1))
+    assert not step(made, preempted=["a"]).stores
+    made.match(asked, 0)
+    made.allocated(asked, [8, 9, 10], 0)
+    step(made, {"a": 10}, cached=[("a", 0, [8, 9, 10])], resumed=["a"])
+    made.outcomes(Outcomes([], 3))
+    [op] = step(made).stores
+    assert op.blocks == [8, 9]
+    assert not set(before).intersection(op.keys)
+
+
+def test_a_reset_is_refused_while_something_of_before_is_loaded_and_does_not_run_yet():
+    made = idle()
+    made._joins = False
+    load(made, "a", [5, 6, 7])
+    plan = step(made)
+    assert not made.reset()
+    made.outcomes(Outcomes([Report(op.op, op.tier) for op in plan.loads], 1))
+    assert made._planner.loading_blocks == 0
+    assert not made.reset()
+    step(made, {"a": 2}, new=[("a", 2 * TOKENS, [5, 6, 7])])
+    assert made.reset()
+
+
+@pytest.mark.parametrize("between", ["reset", "evicted", "nothing"])
+def test_what_vllm_was_promised_and_is_gone_when_it_gives_the_blocks_is_computed(between):
+    """vLLM 0.33 may give the blocks for a load in a later step than the one it asked in."""
+    made = idle()
+    made._joins = False
+    asked = request("a", PROMPT)
+    assert made.match(asked, 0) == (2 * TOKENS, True)
+    keys = made._state(asked).keys.slice(0, 2)
+    step(made)
+    if between == "reset":
+        assert made.reset()
+    elif between == "evicted":
+        made._planner._drop(0, keys[1])
+    made.allocated(asked, [5, 6, 7], 2 * TOKENS)
+    plan = step(made)
+    gone = {"reset": [5, 6], "evicted": [6], "nothing": []}[between]
+    assert sorted(block for op in plan.loads for block in op.blocks) == [5, 6]
+    reports = []
+    for op in plan.loads:
+        failures = {at: Reason.MISSING for at, block in enumerate(op.blocks) if block in gone}
+        reports.append(Report(op.op, op.tier, failures))
+    made.outcomes(Outcomes(reports, made._steps.number))
+    assert made._planner.loading_blocks == 0
+    assert not made._planner._pending
+    assert repr(made._planner._tiers[0].index).endswith("0 pinned, 0 filling, 0 leaving>")
