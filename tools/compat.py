@@ -23,7 +23,7 @@ from pathlib import Path
 
 from commands import CommandError
 from cpu_build import LENDERS
-from surface import Surface, examine, judge
+from surface import NEVER_CALLED, Surface, examine, judge
 from wheels import download, unpack
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,9 +73,10 @@ def compare_names() -> bool:
     different = judge(surfaces)
     for line in different:
         print(f"names: {line}")
-    print(f"\n{'vLLM':<10} {'methods':>8} {'reads':>8}")
+    print(f"\n{'vLLM':<10} {'methods':>8} {'reads':>8}  never called")
     for version, surface in surfaces.items():
-        print(f"{version:<10} {surface.overrides:>8} {len(surface.reads):>8}")
+        unheard = ", ".join(sorted(surface.unheard - NEVER_CALLED.keys())) or "-"
+        print(f"{version:<10} {len(surface.overrides):>8} {len(surface.reads):>8}  {unheard}")
     print(f"\nnames: {f'{len(different)} do not fit' if different else 'all fit'}\n", flush=True)
     return not different
 

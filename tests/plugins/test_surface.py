@@ -54,7 +54,11 @@ def test_everything_fits_the_version_that_is_installed():
 
 def test_what_is_compared():
     found = examine(PLUGIN, installed())
-    assert found.overrides >= 25
+    assert found.overrides >= {
+        "KvbmConnector.build_kv_connector_stats", "KvbmConnector.get_num_new_matched_tokens",
+        "KvbmConnector.requires_kv_delivery", "KvbmPromMetrics.observe", "KvbmStats.aggregate",
+        "Outcomes.aggregate",
+    }  # fmt: skip
     names = {f"{read.of}.{read.name}" for read in found.reads}
     # Through parameters, attributes of ours, loops, patterns, loops over names, and annotations of theirs.
     assert names >= {

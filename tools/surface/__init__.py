@@ -63,8 +63,8 @@ class Surface:
     unheard: frozenset[str]
     """Public methods of ours that this version does not call."""
     reads: frozenset[Read]
-    overrides: int
-    """Methods that were compared."""
+    overrides: frozenset[str]
+    """Public methods of ours that were compared."""
 
 
 def examine(package: Path, engine: Path) -> Surface:
@@ -91,8 +91,8 @@ def examine(package: Path, engine: Path) -> Surface:
         problems |= reader.problems
         reads |= reader.reads
     alone = unheard(sources, classes)
-    overrides = _count(sources, classes) - len(alone)
-    return Surface(frozenset(problems), frozenset(alone), frozenset(reads), overrides)
+    overrides = _methods(sources, classes) - alone
+    return Surface(frozenset(problems), frozenset(alone), frozenset(reads), frozenset(overrides))
 
 
 def judge(surfaces: Mapping[str, Surface], sometimes: Mapping[str, str] = SOMETIMES) -> list[str]:
@@ -157,10 +157,11 @@ def _module(package: Path, path: Path) -> str:
     return package.name if path.name == "__init__.py" else f"{package.name}.{path.stem}"
 
 
-def _count(sources: Sources, classes: list[Class]) -> int:
-    return sum(
-        member.function is not None and not name.startswith("_")
+def _methods(sources: Sources, classes: list[Class]) -> set[str]:
+    return {
+        f"{cls.name}.{name}"
         for cls in classes
         if any(base.module.startswith("vllm") for base in sources.bases(cls))
         for name, member in sources.members(cls).items()
-    )
+        if member.function and not name.startswith("_")
+    }

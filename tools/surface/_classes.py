@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -85,7 +86,7 @@ class Sources:
         """Parse a module; None if there is no such file."""
         if module not in self._trees:
             path = self._path(module)
-            self._trees[module] = ast.parse(path.read_text(encoding="utf-8")) if path else None
+            self._trees[module] = _parse(path.read_text(encoding="utf-8")) if path else None
         return self._trees[module]
 
     def find(self, module: str, name: str) -> Type:
@@ -202,6 +203,11 @@ class Sources:
                     names.setdefault(name, statement)
             self._names[module] = names
         return self._names[module]
+
+
+@lru_cache(maxsize=256)
+def _parse(text: str) -> ast.Module:
+    return ast.parse(text)
 
 
 def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
