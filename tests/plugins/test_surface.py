@@ -157,8 +157,14 @@ def test_what_is_compared():
             "no vllm.config.VllmConfiguration, read at register.py:", id="import",
         ),
         pytest.param(
-            "_settings.py", '"SlidingWindow"', '"SlidingWindows"',
-            "SlidingWindowSpec is a kind of KV that is neither refused nor known to be served", id="kind",
+            "_settings.py", 'def replicas(vllm_config: Any, kv_cache_config: Any) -> int:',
+            'def replicas(vllm_config: Any, kv_cache_config: Any, kind="MLASpec") -> int:',
+            "no version has a kind of KV 'MLASpec'", id="kind",
+        ),
+        pytest.param(
+            "_settings.py", "(vllm_config.parallel_config, key, 1)",
+            "(vllm_config.parallel_config, key[1:], 1)",
+            "which attribute of ParallelConfig is read cannot be told", id="unknown name",
         ),
         pytest.param(
             "_keys.py", "def cacheable(request: Any)", "def cacheable(requested: Any)",
@@ -184,7 +190,7 @@ class Ours(KVConnectorBase_V1):
     pass
     {method}
     {read}
-_PARTIAL_KINDS = ("Mamba",)
+ROWS = (("inner", "number"), ("inner", "missing"))
 """
 
 
@@ -264,3 +270,13 @@ def test_a_place_that_one_version_lets_us_follow_and_another_does_not_is_named(v
     extras = {"1.0": "inner: 'Request'", "2.0": "inner: object"}
     found = versions(extras, "", "def g(self, request: Any): return request.inner.number")
     assert "2.0: what 'number' is read of at _settings.py:7 cannot be told" in found
+
+
+def test_rows_of_names_and_what_only_subclasses_have_are_followed(versions):
+    inner = "inner: 'Inner'\nclass Inner: ...\nclass Leaf(Inner):\n    number: int = 0"
+    read = (
+        "def g(self, request: Any):\n        for part, key in ROWS:\n"
+        "            getattr(getattr(request, part), key, None)"
+    )
+    found = versions({"1.0": inner}, "", read)
+    assert found[1:] == ["no version has Inner.missing, read at _settings.py:9"]

@@ -14,12 +14,13 @@ is reached. Here every such line is found without running any of it:
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from surface._classes import Class, Object, Sources
+from surface._classes import Class, Sources
 from surface._methods import compare_classes, unheard
 from surface._reads import Read, Reader
 
@@ -34,25 +35,8 @@ SOMETIMES: Final[Mapping[str, str]] = {}
 """``Class.attribute`` that not every version has, and since which; read by `getattr` with a default."""
 
 _KINDS: Final = "vllm.v1.kv_cache_interface"
-_REFUSED: Final = ("kvbm_vllm._settings", "_PARTIAL_KINDS")
-"""Where our source says how the names of kinds begin that are refused."""
-_JUDGED: Final[Mapping[str, str]] = {
-    "KVCacheSpec": "abstract",
-    "AttentionSpec": "abstract",
-    "FullAttentionSpec": "served",
-    "TQFullAttentionSpec": "served",
-    "MLAAttentionSpec": "served",
-    "UniformTypeKVCacheSpecs": "served",  # Layers of one kind; vLLM names that kind to the scheduler.
-    "EncoderOnlyAttentionSpec": "beside",  # Keeps nothing.
-    "HiddenStateCacheSpec": "beside",
-    "CircularBufferSpec": "beside",
-    "KpoolTailSpec": "beside",
-    "HiSparseHotSpec": "beside",
-    "HiSparseResidentSpec": "beside",
-    "RSWASpec": "open",  # Gives the blocks of old answers away while it answers.
-}
-"""Kinds of KV of every version, beside those that are refused by name. ``beside``: never the only kind of a
-model, and a model with several is refused. ``open``: to be judged."""
+_KIND: Final = re.compile(r"[A-Z]\w+Specs?")
+"""How vLLM names the classes that say how a layer keeps its KV. Our code names them in strings."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +49,8 @@ class Surface:
     reads: frozenset[Read]
     overrides: frozenset[str]
     """Public methods of ours that were compared."""
+    unknown_kinds: frozenset[str]
+    """Kinds of KV that our code names and this version does not have."""
 
 
 def examine(package: Path, engine: Path) -> Surface:
@@ -83,7 +69,7 @@ def examine(package: Path, engine: Path) -> Surface:
         for node in ast.walk(tree)
         if isinstance(node, ast.ClassDef)
     ]
-    problems = {*compare_classes(sources, classes), *_misjudged(sources)}
+    problems = {*compare_classes(sources, classes)}
     reads: set[Read] = set()
     for module in modules:
         reader = Reader(sources, module)
@@ -92,7 +78,11 @@ def examine(package: Path, engine: Path) -> Surface:
         reads |= reader.reads
     alone = unheard(sources, classes)
     overrides = _methods(sources, classes) - alone
-    return Surface(frozenset(problems), frozenset(alone), frozenset(reads), frozenset(overrides))
+    kinds = _named_kinds(sources, modules)
+    unknown = {kind for kind in kinds if sources.defined(_KINDS, kind) is None}
+    return Surface(
+        frozenset(problems), frozenset(alone), frozenset(reads), frozenset(overrides), frozenset(unknown)
+    )
 
 
 def judge(surfaces: Mapping[str, Surface], sometimes: Mapping[str, str] = SOMETIMES) -> list[str]:
@@ -100,6 +90,8 @@ def judge(surfaces: Mapping[str, Surface], sometimes: Mapping[str, str] = SOMETI
     found = [f"{version}: {line}" for version, each in surfaces.items() for line in sorted(each.problems)]
     alone = frozenset.intersection(*(each.unheard for each in surfaces.values()))
     found += [f"{name} is called by none of them" for name in sorted(alone - NEVER_CALLED.keys())]
+    nowhere = frozenset.intersection(*(each.unknown_kinds for each in surfaces.values()))
+    found += [f"no version has a kind of KV {kind!r}" for kind in sorted(nowhere)]
     missing: dict[Read, list[str]] = {}
     for version, surface in surfaces.items():
         for read in surface.reads:
@@ -131,26 +123,10 @@ def _lost(surfaces: Mapping[str, Surface]) -> list[str]:
     ]
 
 
-def _misjudged(sources: Sources) -> Iterator[str]:
-    """Name kinds of KV that nobody has looked at, and names to refuse that no kind has."""
-    base = sources.find(_KINDS, "KVCacheSpec")
-    tree = sources.tree(_KINDS)
-    statement = sources.defined(*_REFUSED)
-    if not isinstance(base, Object) or tree is None or not isinstance(statement, ast.Assign):
-        yield f"{_KINDS}.KVCacheSpec or {'.'.join(_REFUSED)} cannot be found"
-        return
-    prefixes: tuple[str, ...] = ast.literal_eval(statement.value)
-    nodes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    kinds = [node.name for node in nodes if base.of in sources.bases(Class(_KINDS, node))]
-    for kind in kinds:
-        refused, judged = kind.startswith(prefixes), _JUDGED.get(kind)
-        if not refused and judged is None:
-            yield f"{kind} is a kind of KV that is neither refused nor known to be served"
-        if refused and judged not in (None, "open"):
-            yield f"{kind} is refused, and known to be {judged}"
-    for prefix in prefixes:
-        if not any(kind.startswith(prefix) for kind in kinds):
-            yield f"no kind of KV begins with {prefix!r}, which is refused"
+def _named_kinds(sources: Sources, modules: Sequence[str]) -> set[str]:
+    trees = [tree for tree in map(sources.tree, modules) if tree]
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    return {node.value for node in nodes if isinstance(node.value, str) and _KIND.fullmatch(node.value)}
 
 
 def _module(package: Path, path: Path) -> str:

@@ -130,6 +130,12 @@ class Sources:
                     open_.append(known.of)
         return found
 
+    def subclasses(self, cls: Class) -> list[Class]:
+        """List the classes of the same module that are made of a class."""
+        tree = self.tree(cls.module)
+        nodes = [node for node in (tree.body if tree else []) if isinstance(node, ast.ClassDef)]
+        return [each for node in nodes if cls in self.bases(each := Class(cls.module, node)) and each != cls]
+
     def member(self, cls: Class, name: str) -> Member | None:
         """Find what a class has under a name, its bases included."""
         own = map(self.members, self.bases(cls))

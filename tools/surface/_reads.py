@@ -28,6 +28,7 @@ HELD: Final[Mapping[str, str]] = {
     "parallel": "vllm.config.ParallelConfig",
     "request": "vllm.v1.request.Request",
     "scheduler_output": "vllm.v1.core.sched.output.SchedulerOutput",
+    "spec": "vllm.v1.kv_cache_interface.KVCacheSpec",
     "transfer": "vllm.config.KVTransferConfig",
     "vllm_config": "vllm.config.VllmConfig",
 }
@@ -75,8 +76,8 @@ class Reader(ast.NodeVisitor):
         self._file = module.rpartition(".")[2] + ".py"
         self._variables: _Variables = {}
         self._class: Class | None = None
-        self._values: dict[str, list[str]] = {}
-        """What a variable is, of a loop over strings that are written there."""
+        self._strings: dict[str, str] = {}
+        """What a variable is in a loop over strings, or rows of them, that are written in our source."""
 
     def run(self) -> None:
         """Read the whole module."""
@@ -124,8 +125,13 @@ class Reader(ast.NodeVisitor):
 
     def visit_For(self, node: ast.For) -> None:
         self._loop(node.target, node.iter)
-        for statement in (*node.body, *node.orelse):
-            self.visit(statement)
+        rows: list[ast.expr | None] = [*self._rows(node.iter)]
+        for row in rows or [None]:
+            for target, value in _pairs(node.target, row):
+                if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    self._strings[target] = value.value
+            for statement in (*node.body, *node.orelse):
+                self.visit(statement)
 
     def generic_visit(self, node: ast.AST) -> None:
         """Take expressions by what they are, everything else part by part."""
@@ -184,6 +190,10 @@ class Reader(ast.NodeVisitor):
         if not isinstance(base, Object) or not base.of.module.startswith("vllm"):
             return None
         member = self._sources.member(base.of, name)
+        if member is None and has_default:
+            # Asked of a base class: some of its subclasses have it.
+            below = self._sources.subclasses(base.of)
+            member = next((m for m in (self._sources.member(each, name) for each in below) if m), None)
         special = name.startswith("__")  # Every object has some.
         if not special or member is not None:
             self._note(node, base.of.name, name, found=member is not None, has_default=has_default)
@@ -223,10 +233,15 @@ class Reader(ast.NodeVisitor):
         return None
 
     def _getattr(self, node: ast.Call) -> Type:
-        base, name = self._quietly(node.args[0]), node.args[1]
-        names = [name.value] if isinstance(name, ast.Constant) else self._values.get(ast.unparse(name), [])
-        known = [self._read(node, base, str(each), has_default=len(node.args) > 2) for each in names]
-        return known[0] if len(known) == 1 else None
+        base, key = self._quietly(node.args[0]), node.args[1]
+        name = key.value if isinstance(key, ast.Constant) else self._strings.get(ast.unparse(key))
+        if name is not None:
+            return self._read(node, base, str(name), has_default=len(node.args) > 2)
+        if isinstance(base, Object) and base.of.module.startswith("vllm"):
+            self.problems.add(
+                f"{self._place(node)}: which attribute of {base.of.name} is read cannot be told"
+            )
+        return None
 
     def _narrow(self, subject: ast.expr, wanted: ast.expr) -> None:
         """Take a variable for what it is asked to be, from here on."""
@@ -270,9 +285,15 @@ class Reader(ast.NodeVisitor):
 
     def _loop(self, target: ast.expr, over: ast.expr) -> None:
         known = self._type(over)
-        if isinstance(over, ast.Tuple) and isinstance(target, ast.Name):
-            self._values[target.id] = [str(e.value) for e in over.elts if isinstance(e, ast.Constant)]
         self._bind(target, known.each if isinstance(known, Many) else None, None)
+
+    def _rows(self, over: ast.expr) -> list[ast.expr]:
+        """Give what a loop goes over, if it is written there or in a constant of the module."""
+        if isinstance(over, ast.Name):
+            statement = self._sources.defined(self._module, over.id)
+            value = getattr(statement, "value", None)
+            over = value if isinstance(value, ast.expr) else over
+        return over.elts if isinstance(over, ast.Tuple | ast.List) else []
 
     def _bind(self, target: ast.expr, known: Type, value: ast.expr | None) -> None:
         if isinstance(target, ast.Name):
@@ -321,3 +342,12 @@ def _arguments(node: Function) -> Iterator[ast.arg]:
     arguments = node.args
     yield from (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
     yield from (each for each in (arguments.vararg, arguments.kwarg) if each)
+
+
+def _pairs(target: ast.expr, row: ast.expr | None) -> Iterator[tuple[str, ast.expr]]:
+    """Give variables of a loop, each with what it is in one row."""
+    if isinstance(target, ast.Name) and row is not None:
+        yield target.id, row
+    if isinstance(target, ast.Tuple) and isinstance(row, ast.Tuple):
+        for part, value in zip(target.elts, row.elts, strict=False):
+            yield from _pairs(part, value)
