@@ -40,9 +40,9 @@ lint: setup-dev ## check style, types and who may import whom
 bench: setup-dev ## run the benchmarks, one after the other
 	@set -e; for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
-compat: ## run the identity test with each version of vLLM that is promised
+compat: ## compare names with every version of vLLM that is promised, and run the identity test with some
 	@$(PYTHON) tools/compat.py $(ARGS)
 
 clean: ## remove environments and caches
-	rm -rf .venv .venv-compat-* build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-compat-* .cache/vllm build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

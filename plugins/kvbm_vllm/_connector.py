@@ -51,8 +51,8 @@ class KvbmConnector(KVConnectorBase_V1):
         """A store that is dropped is a miss later, so nobody has to wait for one."""
         return False
 
-    @property
-    def supports_sleep_mode(self) -> bool:
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
         """The workers keep addresses of the KV tensors, which sleep mode would free."""
         return False
 

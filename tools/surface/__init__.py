@@ -1,0 +1,143 @@
+"""Compares what our connector overrides and reads of the engine with the sources of a version of it.
+
+An engine that renames an attribute, or makes a property a method, breaks the connector only when the line
+is reached. Here every such line is found without running any of it:
+
+    our sources ──► methods that override: kind, parameters ──────────┐
+         │                                                            ├──► judge ──► what does not fit
+         └────────► reads: attribute, of which class, at which line ──┘
+                      ▲
+    a version's ──────┘  its annotations say what an attribute holds
+    sources
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from surface._classes import Class, Sources
+from surface._methods import compare_classes, unheard
+from surface._reads import Read, Reader
+
+__all__ = ["NEVER_CALLED", "SOMETIMES", "Surface", "examine", "judge"]
+
+NEVER_CALLED: Final[Mapping[str, str]] = {
+    "KvbmConnector.counts": "for those who hold the connector itself: tests, and programs around an engine",
+}
+"""Public methods of ours that no version calls, each with its reason."""
+
+SOMETIMES: Final[Mapping[str, str]] = {}
+"""``Class.attribute`` that not every version has, and since which; read by `getattr` with a default."""
+
+_KINDS: Final = "vllm.v1.kv_cache_interface"
+_KIND: Final = re.compile(r"[A-Z]\w+Specs?")
+"""How vLLM names the classes that say how a layer keeps its KV. Our code names them in strings."""
+
+
+@dataclass(frozen=True)
+class Surface:
+    """How our sources fit one version."""
+
+    problems: frozenset[str]
+    unheard: frozenset[str]
+    """Public methods of ours that this version does not call."""
+    reads: frozenset[Read]
+    overrides: frozenset[str]
+    """Public methods of ours that were compared."""
+    unknown_kinds: frozenset[str]
+    """Kinds of KV that our code names and this version does not have."""
+
+
+def examine(package: Path, engine: Path) -> Surface:
+    """Compare a package of ours with a version.
+
+    Args:
+        package: Its folder.
+        engine: A folder with the package `vllm`, sources only.
+    """
+    sources = Sources([package.parent, engine])
+    modules = [_module(package, path) for path in sorted(package.glob("*.py"))]
+    classes = [
+        Class(module, node)
+        for module in modules
+        if (tree := sources.tree(module))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    ]
+    problems = {*compare_classes(sources, classes)}
+    reads: set[Read] = set()
+    for module in modules:
+        reader = Reader(sources, module)
+        reader.run()
+        problems |= reader.problems
+        reads |= reader.reads
+    alone = unheard(sources, classes)
+    overrides = _methods(sources, classes) - alone
+    kinds = _named_kinds(sources, modules)
+    unknown = {kind for kind in kinds if sources.defined(_KINDS, kind) is None}
+    return Surface(
+        frozenset(problems), frozenset(alone), frozenset(reads), frozenset(overrides), frozenset(unknown)
+    )
+
+
+def judge(surfaces: Mapping[str, Surface], sometimes: Mapping[str, str] = SOMETIMES) -> list[str]:
+    """List what does not fit, a line each, for every version by its name."""
+    found = [f"{version}: {line}" for version, each in surfaces.items() for line in sorted(each.problems)]
+    alone = frozenset.intersection(*(each.unheard for each in surfaces.values()))
+    found += [f"{name} is called by none of them" for name in sorted(alone - NEVER_CALLED.keys())]
+    nowhere = frozenset.intersection(*(each.unknown_kinds for each in surfaces.values()))
+    found += [f"no version has a kind of KV {kind!r}" for kind in sorted(nowhere)]
+    missing: dict[Read, list[str]] = {}
+    for version, surface in surfaces.items():
+        for read in surface.reads:
+            if not read.found:
+                missing.setdefault(read, []).append(version)
+    excused = set()
+    for read, versions in sorted(missing.items()):
+        name = f"{read.of}.{read.name}"
+        excused.add(name)
+        if not read.has_default:
+            found.append(f"{', '.join(versions)}: no {name}, read at {read.place}")
+        elif len(versions) == len(surfaces):
+            found.append(f"no version has {name}, read at {read.place}")
+        elif name not in sometimes:
+            found.append(f"{', '.join(versions)}: no {name}, read at {read.place}: name it in SOMETIMES")
+    stale = sorted(sometimes.keys() - excused)
+    found += [f"every version has {name}: take it out of SOMETIMES" for name in stale]
+    return found + _lost(surfaces)
+
+
+def _lost(surfaces: Mapping[str, Surface]) -> list[str]:
+    """Name places that are followed in one version and not in another, whose annotations say less."""
+    places = {version: {(read.place, read.name) for read in each.reads} for version, each in surfaces.items()}
+    everywhere = set().union(*places.values())
+    return [
+        f"{version}: what {name!r} is read of at {place} cannot be told"
+        for version, have in places.items()
+        for place, name in sorted(everywhere - have)
+    ]
+
+
+def _named_kinds(sources: Sources, modules: Sequence[str]) -> set[str]:
+    trees = [tree for tree in map(sources.tree, modules) if tree]
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    return {node.value for node in nodes if isinstance(node.value, str) and _KIND.fullmatch(node.value)}
+
+
+def _module(package: Path, path: Path) -> str:
+    return package.name if path.name == "__init__.py" else f"{package.name}.{path.stem}"
+
+
+def _methods(sources: Sources, classes: list[Class]) -> set[str]:
+    return {
+        f"{cls.name}.{name}"
+        for cls in classes
+        if any(base.module.startswith("vllm") for base in sources.bases(cls))
+        for name, member in sources.members(cls).items()
+        if member.function and not name.startswith("_")
+    }
