@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -81,6 +81,8 @@ class Planner:
         policy: Makes the eviction order of one tier.
         block_tokens: Tokens a block, where only what loads faster than the engine computes shall be loaded;
             the engine tells `guard` how fast it computes. 0: what a tier has is loaded.
+        ops: Numbers for operations, where planners follow each other: a late report must not be taken for
+            one of another operation.
 
     Raises:
         ConfigError: If the ranks have different stacks; names rank and difference.
@@ -93,6 +95,7 @@ class Planner:
         max_store_blocks: int = 512,
         policy: Callable[[], EvictionPolicy] = Lru,
         block_tokens: int = 0,
+        ops: Iterator[int] | None = None,
     ) -> None:
         _same_stack(ranks)
         self._world_size = len(ranks)
@@ -103,7 +106,7 @@ class Planner:
         self._loads: list[Load] = []
         self._lookups: list[Lookup] = []
         self._pending: dict[int, _Pending] = {}
-        self._ops = itertools.count(1)
+        self._ops = ops or itertools.count(1)
         for position, statuses in enumerate(zip(*ranks, strict=True)):
             self._open(position, statuses, policy())
         self.lender = next((i for i, tier in enumerate(self._tiers) if tier.lends), -1)
@@ -264,14 +267,16 @@ class Planner:
         return Plan(list(drops.items()), stores, loads, lookups)
 
     def report(self, reports: Iterable[Report], now_s: float) -> list[tuple[Load, dict[int, Reason]]]:
-        """Take in what the ranks report.
+        """Take in what the ranks report. What is not expected is of a planner before, and ignored.
 
         Returns:
             The loads that are complete now, each with the positions that failed and why.
         """
         finished = []
         for report in reports:
-            pending = self._pending[report.op]
+            pending = self._pending.get(report.op)
+            if pending is None or report.tier not in pending.waiting:
+                continue
             known = pending.failures.setdefault(report.tier, {})
             known.update({at: max(why, known.get(at, why), key=_GRAVITY.index)
                           for at, why in report.failures.items()})  # fmt: skip

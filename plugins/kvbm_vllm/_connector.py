@@ -6,6 +6,7 @@ import logging
 import os
 from typing import Any
 
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
 from kvbm_core import TierCounts
@@ -64,7 +65,7 @@ class KvbmConnector(KVConnectorBase_V1):
     # In the scheduler.
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Any]) -> None:
-        """Take in what every worker says of its tiers, once."""
+        """Take in what every worker says of its tiers. What other connectors' workers say is not for us."""
         self._scheduler().start([each for each in metadata.values() if isinstance(each, Handshake)])
 
     def on_new_request(self, request: Any) -> None:
@@ -81,7 +82,9 @@ class KvbmConnector(KVConnectorBase_V1):
 
     def build_connector_meta(self, scheduler_output: Any) -> StepPlan:
         """Plan this step."""
-        return self._scheduler().step(scheduler_output)
+        plan = self._scheduler().step(scheduler_output)
+        plan.asks = self._scheduler().asks()
+        return plan
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Note that what is left shall be stored. vLLM may free the blocks at once."""
@@ -110,8 +113,13 @@ class KvbmConnector(KVConnectorBase_V1):
         self._worker().register(kv_caches)
 
     def get_handshake_metadata(self) -> Handshake | None:
-        """Tell the scheduler what the tiers can do and hold."""
-        return self._worker().handshake()
+        """Tell the scheduler what the tiers can do and hold.
+
+        None beside other connectors: vLLM's MultiConnector brings the handshake of one of them, to all. There
+        the scheduler asks for ours with its first step.
+        """
+        beside_others = has_kv_transfer_group() and get_kv_transfer_group() is not self
+        return None if beside_others else self._worker().handshake()
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         """Start the step's plan: called in every step, before anything is computed."""

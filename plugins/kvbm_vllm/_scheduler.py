@@ -15,6 +15,7 @@ storing costs the interpreter would delay its first kernels; a moment later the 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import time
@@ -24,12 +25,12 @@ from typing import Any, Final
 
 import msgspec
 
-from kvbm_core import Coordinator, Planner, StackConfig, TierCounts
+from kvbm_core import Coordinator, KvbmError, Planner, StackConfig, TierCounts
 from kvbm_metrics import MetricsServer, Readings, Tally
 from kvbm_vllm._keys import RequestKeys, cacheable
 from kvbm_vllm._membership import join_as_leader
-from kvbm_vllm._ranks import check_ranks
 from kvbm_vllm._settings import block_tokens
+from kvbm_vllm._startup import Beginning, RollCall
 from kvbm_vllm._stats import KvbmStats, open_server
 from kvbm_vllm._values import Handshake, Outcomes, StepPlan
 from kvbm_vllm._weights import AdapterDigests
@@ -99,6 +100,8 @@ class SchedulerHalf:
         self._epoch: bytes | None = None
         self._planner: Planner | None = None
         self._tally: Tally | None = None
+        self._ops = itertools.count(1)
+        self._roll = RollCall(vllm_config.parallel_config)
         self._server: MetricsServer | None = None
         self._sequences: dict[str, _Sequence] = {}
         self._new: set[str] = set()
@@ -135,30 +138,31 @@ class SchedulerHalf:
         return self._planner.counts if self._planner else {}
 
     def start(self, handshakes: list[Handshake]) -> None:
-        """Take in what the workers say of their tiers.
+        """Take in what the workers say of their tiers, see `kvbm_vllm._startup`. None: it is yet to come.
 
         Raises:
             ConfigError: If one is missing or differs from the others; names rank and difference. Or
                 if the port for metrics cannot be had.
             CoordinatorError: If a coordinator is configured, and they do not all come together there.
         """
-        check_ranks(handshakes, self._vllm_config.parallel_config.world_size)
-        self._coordinator = join_as_leader(self._config, self._vllm_config)
-        ranks = sorted(handshakes, key=lambda handshake: handshake.rank)
-        status = [handshake.status for handshake in ranks]
-        block_bytes = sum(handshake.block_bytes for handshake in ranks)
-        self._planner = Planner(
-            status,
-            max_store_blocks=self._config.max_store_blocks,
-            block_tokens=self._block_tokens if self._config.only_faster else 0,
-        )
-        self._joins = all(handshake.joins for handshake in handshakes)
-        constants: dict[str, int] = {}
-        for handshake in handshakes:  # Of several ranks the slowest counts.
-            for key, value in handshake.constants.items():
-                constants[key] = min(value, constants.get(key, value))
-        self._tally = Tally(self._planner, status, self._block_tokens, block_bytes, constants)
-        self._server = open_server(self._vllm_config)
+        again = self._roll.complete
+        try:
+            if not handshakes or not self._roll.admit(handshakes):
+                return
+            if again:
+                self._forget()
+            self._coordinator = self._coordinator or join_as_leader(self._config, self._vllm_config)
+            begun = Beginning.of(handshakes, self._config, self._block_tokens, self._ops)
+            self._planner, self._tally, self._joins = begun.planner, begun.tally, begun.joins
+            self._server = self._server or open_server(self._vllm_config)
+        except KvbmError:
+            if not again:
+                self.close()
+                raise
+            # The engine has begun; it would stay paused for ever. It can serve without.
+            logger.exception("nothing is loaded or stored until this engine is started again")
+            self._planner = self._tally = None
+            return
         logger.info("KvbmConnector is ready: %r", self._planner)
 
     def arrived(self, request: Any) -> None:
@@ -277,23 +281,35 @@ class SchedulerHalf:
             sequence.ended_s, sequence.ended_step = time.monotonic(), self._step
             self._ended.append(sequence)
 
+    def asks(self) -> bool:
+        """Say whether a step must ask the workers for their handshakes."""
+        return self._roll.ask()
+
     def outcomes(self, outcomes: Any) -> None:
         """Take in what the workers report."""
-        if not isinstance(outcomes, Outcomes) or self._planner is None or self._tally is None:
+        if not isinstance(outcomes, Outcomes):
             return
-        self._tally.reported(outcomes.reports, outcomes.copied)
+        if self._planner is not None and self._tally is not None:
+            self._take_in(outcomes, self._planner, self._tally)
+        if outcomes.handshakes:
+            self.start(self._roll.gather(outcomes.handshakes))
+
+    def _take_in(self, outcomes: Outcomes, planner: Planner, tally: Tally) -> None:
+        tally.reported(outcomes.reports, outcomes.copied)
         now_s = time.monotonic()
         self._heard = outcomes.step
         tokens, began_s = self._computing.pop(outcomes.step, (0, now_s))
-        self._planner.guard.computed(tokens, now_s - began_s, now_s)
-        for op, failures in self._planner.report(outcomes.reports, now_s):
-            self._tally.loaded(op, failures)
+        planner.guard.computed(tokens, now_s - began_s, now_s)
+        for op, failures in planner.report(outcomes.reports, now_s):
+            tally.loaded(op, failures)
             if failures and op.request in self._sequences:
                 self._sequences[op.request].may_load = False
 
     def busy(self) -> bool:
         """Say whether steps are needed although no request runs."""
-        return self._planner is not None and bool(self._ended or self._planner.busy(time.monotonic()))
+        if self._planner is None:
+            return self._roll.waits
+        return bool(self._ended or self._planner.busy(time.monotonic()))
 
     def reset(self) -> bool:
         """Forget every block in every tier; what runs now is not stored.
@@ -321,11 +337,21 @@ class SchedulerHalf:
 
     def close(self) -> None:
         """Be listed no more, and stop serving metrics. May be called twice."""
-        if self._coordinator:
-            self._coordinator.close()
+        coordinator, self._coordinator = self._coordinator, None
+        if coordinator:
+            coordinator.close()
         server, self._server = self._server, None
         if server:
             server.close()
+
+    def _forget(self) -> None:
+        """Forget what is under way: the workers have opened their tiers anew, and know nothing of it."""
+        logger.warning("the workers have opened their tiers anew: what was under way is forgotten")
+        for sequence in self._sequences.values():
+            # What it has computed may have gone with the memory that it lay in.
+            sequence.may_store = False
+        self._ended.clear()
+        self._computing.clear()
 
     def _fits_in_step(self, tiers: Sequence[int]) -> bool:
         """Say whether the step that computes the rest of a prompt can wait for a load, on the device.
