@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
 from kvbm_core import TierCounts
@@ -33,6 +34,7 @@ class KvbmConnector(KVConnectorBase_V1):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         share_log()
+        _known_by_name()
         config = read_settings(vllm_config)
         self._leader: SchedulerHalf | None = None
         self._mover: WorkerHalf | None = None
@@ -93,6 +95,7 @@ class KvbmConnector(KVConnectorBase_V1):
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Take in what the workers report."""
+        self._scheduler().lost(connector_output.invalid_block_ids or set())
         self._scheduler().outcomes(connector_output.kv_connector_worker_meta)
 
     def has_pending_push_work(self) -> bool:
@@ -172,6 +175,7 @@ class KvbmConnector(KVConnectorBase_V1):
         cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any
     ) -> KvbmPromMetrics:
         """Make the Prometheus metrics."""
+        _known_by_name()
         return KvbmPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def _scheduler(self) -> SchedulerHalf:
@@ -181,6 +185,17 @@ class KvbmConnector(KVConnectorBase_V1):
     def _worker(self) -> WorkerHalf:
         assert self._mover is not None, "only in a worker"
         return self._mover
+
+
+def _known_by_name() -> None:
+    """Have vLLM find the connector by its name also where it was given by the path of its module.
+
+    MultiConnector looks the statistics of its children up by the name of their class, in the engine and
+    where vLLM exports them.
+    """
+    name = KvbmConnector.__name__
+    if name not in KVConnectorFactory._registry:
+        KVConnectorFactory.register_connector(name, "kvbm_vllm", name)
 
 
 def _recompute_failures(transfer: Any) -> None:

@@ -294,6 +294,16 @@ class SchedulerHalf:
         if outcomes.handshakes:
             self.start(self._roll.gather(outcomes.handshakes))
 
+    def lost(self, blocks: set[int]) -> None:
+        """Take in which device blocks were not loaded, by whomever.
+
+        vLLM goes back to the last good one. What was computed behind a block that another connector was to
+        load in the step is worth nothing, and must not be stored.
+        """
+        for sequence in [*self._sequences.values(), *self._ended] if blocks else ():
+            if sequence.computed_tokens and not blocks.isdisjoint(sequence.blocks):
+                sequence.may_store = False
+
     def _take_in(self, outcomes: Outcomes, planner: Planner, tally: Tally) -> None:
         tally.reported(outcomes.reports, outcomes.copied)
         now_s = time.monotonic()

@@ -193,6 +193,28 @@ def test_calls_before_the_handshake_after_the_end_and_twice_do_nothing():
     assert not made.step(empty_step()).plan
 
 
+def test_what_another_connector_did_not_load_in_a_step_is_not_stored():
+    made = leader()
+    made.start([said()])
+    running, ended, loading = (made._sequence(request(name)) for name in ("a", "b", "c"))
+    for sequence, blocks in ((running, [1, 2, 3]), (ended, [4, 5, 6]), (loading, [2, 8, 9])):
+        sequence.blocks = blocks
+    running.computed_tokens = ended.computed_tokens = 9
+    made.finished(ended.request)
+    made.lost({2, 5})
+    # What is not scheduled yet is computed from where vLLM goes back to.
+    assert (running.may_store, ended.may_store, loading.may_store) == (False, False, True)
+    made.lost(set())
+    pass_time(made)
+    assert made.step(empty_step()).plan.stores == []
+
+
+def pass_time(made):
+    """Let the time pass for which the last blocks of finished requests wait."""
+    for sequence in made._ended:
+        sequence.ended_s -= 1
+
+
 def test_a_roll_call_knows_who_is_new():
     roll = RollCall(SimpleNamespace(world_size=2))
     assert roll.gather([said(0)]) == []
