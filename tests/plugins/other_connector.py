@@ -36,6 +36,9 @@ def begin(**settings: Any) -> None:
     vars(state).update({**defaults, **settings})
 
 
+begin()
+
+
 @dataclass
 class OtherHandshake(KVConnectorHandshakeMetadata):
     """Of no interest to anybody else."""
@@ -46,6 +49,9 @@ class OtherHandshake(KVConnectorHandshakeMetadata):
 @dataclass
 class OtherStats(KVConnectorStats):
     """A count."""
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
 
     def reset(self) -> None:
         self.data = {}
