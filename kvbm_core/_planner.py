@@ -32,7 +32,6 @@ logger = logging.getLogger("kvbm_core")
 _MAX_KNOWN_BLOCKS: Final = 1 << 18
 """Remembered of a shared tier; what is forgotten is looked up, or stored, once more."""
 
-
 _GRAVITY: Final = (Reason.MISSING, Reason.BUSY, Reason.FULL, Reason.DEADLINE, Reason.ERROR, Reason.CORRUPT)
 """Of what two ranks say of one block, the graver counts: a rank whose tier fails must be noticed beside
 one that only has not the block, and a corrupt part must be dropped."""
@@ -81,8 +80,7 @@ class Planner:
         policy: Makes the eviction order of one tier.
         block_tokens: Tokens a block, where only what loads faster than the engine computes shall be loaded;
             the engine tells `guard` how fast it computes. 0: what a tier has is loaded.
-        ops: Numbers for operations, where planners follow each other: a late report must not be taken for
-            one of another operation.
+        ops: Numbers for operations, where planners follow each other: no late report may fit another one.
 
     Raises:
         ConfigError: If the ranks have different stacks; names rank and difference.
@@ -274,8 +272,7 @@ class Planner:
         """
         finished = []
         for report in reports:
-            pending = self._pending.get(report.op)
-            if pending is None or report.tier not in pending.waiting:
+            if (pending := self._pending.get(report.op)) is None or report.tier not in pending.waiting:
                 continue
             known = pending.failures.setdefault(report.tier, {})
             known.update({at: max(why, known.get(at, why), key=_GRAVITY.index)
