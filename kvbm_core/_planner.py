@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Final
 
 from kvbm_core._counts import TierCounts, TierLevels
@@ -30,7 +30,6 @@ logger = logging.getLogger("kvbm_core")
 _MAX_KNOWN_BLOCKS: Final = 1 << 18
 """Remembered of a shared tier; what is forgotten is looked up, or stored, once more."""
 
-
 _GRAVITY: Final = (Reason.MISSING, Reason.BUSY, Reason.FULL, Reason.DEADLINE, Reason.ERROR, Reason.CORRUPT)
 """Of what two ranks say of one block, the graver counts: a rank whose tier fails must be noticed beside
 one that only has not the block, and a corrupt part must be dropped."""
@@ -45,6 +44,7 @@ class Planner:
         policy: Makes the eviction order of one tier.
         block_tokens: Tokens a block, where only what loads faster than the engine computes shall be loaded;
             the engine tells `guard` how fast it computes. 0: what a tier has is loaded.
+        ops: Numbers for operations, where planners follow each other: no late report may fit another one.
 
     Raises:
         ConfigError: If the ranks have different stacks; names rank and difference.
@@ -57,13 +57,14 @@ class Planner:
         max_store_blocks: int = 512,
         policy: Callable[[], EvictionPolicy] = Lru,
         block_tokens: int = 0,
+        ops: Iterator[int] | None = None,
     ) -> None:
         same_stack(ranks)
         self._world_size = len(ranks)
         self._max_store_blocks = max_store_blocks
         self._tiers: list[TierState] = []
         self._drops: dict[int, list[BlockKey]] = {}
-        self._ops = itertools.count(1)
+        self._ops = ops or itertools.count(1)
         self._stores: list[Store] = []
         self._loads: list[Load] = []
         self._lookups: list[Lookup] = []
@@ -254,14 +255,15 @@ class Planner:
         return Plan(list(drops.items()), stores, loads, lookups)
 
     def report(self, reports: Iterable[Report], now_s: float) -> list[tuple[Load, dict[int, Reason]]]:
-        """Take in what the ranks report.
+        """Take in what the ranks report. What is not expected is of a planner before, and ignored.
 
         Returns:
             The loads that are complete now, each with the positions that failed and why.
         """
         finished = []
         for report in reports:
-            pending = self._pending[report.op]
+            if (pending := self._pending.get(report.op)) is None or report.tier not in pending.waiting:
+                continue
             known = pending.failures.setdefault(report.tier, {})
             known.update({at: max(why, known.get(at, why), key=_GRAVITY.index)
                           for at, why in report.failures.items()})  # fmt: skip

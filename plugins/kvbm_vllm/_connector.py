@@ -6,6 +6,8 @@ import logging
 import os
 from typing import Any
 
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
 from kvbm_core import TierCounts
@@ -32,6 +34,7 @@ class KvbmConnector(KVConnectorBase_V1):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         share_log()
+        _known_by_name()
         config = read_settings(vllm_config)
         self._leader: SchedulerHalf | None = None
         self._mover: WorkerHalf | None = None
@@ -64,7 +67,7 @@ class KvbmConnector(KVConnectorBase_V1):
     # In the scheduler.
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Any]) -> None:
-        """Take in what every worker says of its tiers, once."""
+        """Take in what every worker says of its tiers. What other connectors' workers say is not for us."""
         self._scheduler().start([each for each in metadata.values() if isinstance(each, Handshake)])
 
     def on_new_request(self, request: Any) -> None:
@@ -81,7 +84,9 @@ class KvbmConnector(KVConnectorBase_V1):
 
     def build_connector_meta(self, scheduler_output: Any) -> StepPlan:
         """Plan this step."""
-        return self._scheduler().step(scheduler_output)
+        plan = self._scheduler().step(scheduler_output)
+        plan.asks = self._scheduler().asks()
+        return plan
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Note that what is left shall be stored. vLLM may free the blocks at once."""
@@ -90,6 +95,7 @@ class KvbmConnector(KVConnectorBase_V1):
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Take in what the workers report."""
+        self._scheduler().lost(connector_output.invalid_block_ids or set())
         self._scheduler().outcomes(connector_output.kv_connector_worker_meta)
 
     def has_pending_push_work(self) -> bool:
@@ -110,8 +116,13 @@ class KvbmConnector(KVConnectorBase_V1):
         self._worker().register(kv_caches)
 
     def get_handshake_metadata(self) -> Handshake | None:
-        """Tell the scheduler what the tiers can do and hold."""
-        return self._worker().handshake()
+        """Tell the scheduler what the tiers can do and hold.
+
+        None beside other connectors: vLLM's MultiConnector brings the handshake of one of them, to all. There
+        the scheduler asks for ours with its first step.
+        """
+        beside_others = has_kv_transfer_group() and get_kv_transfer_group() is not self
+        return None if beside_others else self._worker().handshake()
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         """Start the step's plan: called in every step, before anything is computed."""
@@ -164,6 +175,7 @@ class KvbmConnector(KVConnectorBase_V1):
         cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any
     ) -> KvbmPromMetrics:
         """Make the Prometheus metrics."""
+        _known_by_name()
         return KvbmPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def _scheduler(self) -> SchedulerHalf:
@@ -173,6 +185,17 @@ class KvbmConnector(KVConnectorBase_V1):
     def _worker(self) -> WorkerHalf:
         assert self._mover is not None, "only in a worker"
         return self._mover
+
+
+def _known_by_name() -> None:
+    """Have vLLM find the connector by its name also where it was given by the path of its module.
+
+    MultiConnector looks the statistics of its children up by the name of their class, in the engine and
+    where vLLM exports them.
+    """
+    name = KvbmConnector.__name__
+    if name not in KVConnectorFactory._registry:
+        KVConnectorFactory.register_connector(name, "kvbm_vllm", name)
 
 
 def _recompute_failures(transfer: Any) -> None:

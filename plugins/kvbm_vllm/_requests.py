@@ -146,6 +146,12 @@ class StepsUnderWay:
                 self._confirm(state, total)
         return step.tokens, now_s - step.began_s
 
+    def lose_all(self) -> None:
+        """Take all steps under way to have failed."""
+        self.confirmed.clear()
+        while self._steps:
+            self._lose(self._steps.popitem()[1])
+
     def _confirm(self, state: RequestState, total: int) -> None:
         # vLLM goes back where proposed tokens were rejected, and where another connector's load had failed.
         there: int = min(total, state.request.num_computed_tokens)

@@ -16,6 +16,7 @@ storing costs the interpreter would delay its first kernels; a moment later the 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import time
@@ -24,13 +25,13 @@ from typing import Any, Final
 
 import msgspec
 
-from kvbm_core import Coordinator, Match, Plan, Planner, StackConfig, TierCounts
+from kvbm_core import Coordinator, KvbmError, Match, Plan, Planner, StackConfig, TierCounts
 from kvbm_metrics import MetricsServer, Readings, Tally
 from kvbm_vllm._keys import RequestKeys, cacheable
 from kvbm_vllm._membership import join_as_leader
-from kvbm_vllm._ranks import check_ranks
 from kvbm_vllm._requests import Parked, RequestState, StepsUnderWay
 from kvbm_vllm._settings import block_tokens
+from kvbm_vllm._startup import Beginning, RollCall
 from kvbm_vllm._stats import KvbmStats, open_server
 from kvbm_vllm._values import Handshake, Outcomes, StepPlan
 from kvbm_vllm._weights import AdapterDigests
@@ -65,6 +66,8 @@ class SchedulerHalf:
         self._epoch: bytes | None = None
         self._planner: Planner | None = None
         self._tally: Tally | None = None
+        self._ops = itertools.count(1)
+        self._roll = RollCall(vllm_config.parallel_config)
         self._server: MetricsServer | None = None
         self._requests: dict[str, RequestState] = {}
         self._new: set[str] = set()
@@ -99,30 +102,31 @@ class SchedulerHalf:
         return self._planner.counts if self._planner else {}
 
     def start(self, handshakes: list[Handshake]) -> None:
-        """Take in what the workers say of their tiers.
+        """Take in what the workers say of their tiers, see `kvbm_vllm._startup`. None: it is yet to come.
 
         Raises:
             ConfigError: If one is missing or differs from the others; names rank and difference. Or
                 if the port for metrics cannot be had.
             CoordinatorError: If a coordinator is configured, and they do not all come together there.
         """
-        check_ranks(handshakes, self._vllm_config.parallel_config.world_size)
-        self._coordinator = join_as_leader(self._config, self._vllm_config)
-        ranks = sorted(handshakes, key=lambda handshake: handshake.rank)
-        status = [handshake.status for handshake in ranks]
-        block_bytes = sum(handshake.block_bytes for handshake in ranks)
-        self._planner = Planner(
-            status,
-            max_store_blocks=self._config.max_store_blocks,
-            block_tokens=self._block_tokens if self._config.only_faster else 0,
-        )
-        self._joins = all(handshake.joins for handshake in handshakes)
-        constants: dict[str, int] = {}
-        for handshake in handshakes:  # Of several ranks the slowest counts.
-            for key, value in handshake.constants.items():
-                constants[key] = min(value, constants.get(key, value))
-        self._tally = Tally(self._planner, status, self._block_tokens, block_bytes, constants)
-        self._server = open_server(self._vllm_config)
+        again = self._roll.complete
+        try:
+            if not handshakes or not self._roll.admit(handshakes):
+                return
+            if again:
+                self._forget()
+            self._coordinator = self._coordinator or join_as_leader(self._config, self._vllm_config)
+            begun = Beginning.of(handshakes, self._config, self._block_tokens, self._ops)
+            self._planner, self._tally, self._joins = begun.planner, begun.tally, begun.joins
+            self._server = self._server or open_server(self._vllm_config)
+        except KvbmError:
+            if not again:
+                self.close()
+                raise
+            # The engine has begun; it would stay paused for ever. It can serve without.
+            logger.exception("nothing is loaded or stored until this engine is started again")
+            self._planner = self._tally = None
+            return
         logger.info("KvbmConnector is ready: %r", self._planner)
 
     def arrived(self, request: Any) -> None:
@@ -229,23 +233,44 @@ class SchedulerHalf:
             state.ended_s, state.ended_step = time.monotonic(), self._steps.number
             self._ended.append(state)
 
+    def asks(self) -> bool:
+        """Say whether a step must ask the workers for their handshakes."""
+        return self._roll.ask()
+
     def outcomes(self, outcomes: Any) -> None:
         """Take in what the workers report."""
-        if not isinstance(outcomes, Outcomes) or self._planner is None or self._tally is None:
+        if not isinstance(outcomes, Outcomes):
             return
-        self._tally.reported(outcomes.reports, outcomes.copied)
         now_s = time.monotonic()
         self._heard = max(self._heard, outcomes.step)
-        self._planner.guard.computed(*self._steps.end(outcomes.step, now_s), now_s)
+        ended = self._steps.end(outcomes.step, now_s)
         self._ended = [state for state in self._ended if self._is_to_offer(state)]
-        for op, failures in self._planner.report(outcomes.reports, now_s):
-            self._tally.loaded(op, failures)
-            if failures and op.request in self._requests:
-                self._requests[op.request].may_load = False
+        if self._planner is not None and self._tally is not None:
+            self._planner.guard.computed(*ended, now_s)
+            self._tally.reported(outcomes.reports, outcomes.copied)
+            for op, failures in self._planner.report(outcomes.reports, now_s):
+                self._tally.loaded(op, failures)
+                if failures and op.request in self._requests:
+                    self._requests[op.request].may_load = False
+        if outcomes.handshakes:
+            self.start(self._roll.gather(outcomes.handshakes))
+
+    def lost(self, blocks: set[int]) -> None:
+        """Take in which device blocks were not loaded, by whomever.
+
+        vLLM goes back to the last good one. What was computed behind a block that another connector was to
+        load in the step is worth nothing, and must not be stored.
+        """
+        for state in [*self._requests.values(), *self._ended] if blocks else ():
+            computes = state.computed_tokens or state.steps_under_way
+            if computes and not blocks.isdisjoint(state.blocks):
+                state.may_store = False
 
     def busy(self) -> bool:
         """Say whether steps are needed although no request runs."""
-        return self._planner is not None and bool(self._ended or self._planner.busy(time.monotonic()))
+        if self._planner is None:
+            return self._roll.waits
+        return bool(self._ended or self._planner.busy(time.monotonic()))
 
     def reset(self) -> bool:
         """Forget every block in every tier; what runs now is not stored.
@@ -277,11 +302,21 @@ class SchedulerHalf:
 
     def close(self) -> None:
         """Be listed no more, and stop serving metrics. May be called twice."""
-        if self._coordinator:
-            self._coordinator.close()
+        coordinator, self._coordinator = self._coordinator, None
+        if coordinator:
+            coordinator.close()
         server, self._server = self._server, None
         if server:
             server.close()
+
+    def _forget(self) -> None:
+        """Forget what is under way: the workers have opened their tiers anew, and know nothing of it."""
+        logger.warning("the workers have opened their tiers anew: what was under way is forgotten")
+        for state in self._requests.values():
+            # What it has computed may have gone with the memory that it lay in.
+            state.forget(state.keys)
+        self._ended.clear()
+        self._steps.lose_all()
 
     def _keys(self, request: Any) -> RequestKeys:
         return RequestKeys(request, self._block_tokens, self._adapters, self._epoch)

@@ -34,6 +34,10 @@ class KvbmStats(KVConnectorStats):
 
     data: dict[str, Any] = field(default_factory=dict)
 
+    def __getitem__(self, name: str) -> Any:
+        """Look like what is sent between processes: as such MultiConnector reads it, in vLLM up to 0.29."""
+        return getattr(self, name)
+
     def reset(self) -> None:
         """Forget everything."""
         self.data = {}

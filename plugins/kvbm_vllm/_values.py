@@ -18,7 +18,7 @@ __all__ = ["Handshake", "Outcomes", "StepPlan"]
 
 @dataclass
 class Handshake(KVConnectorHandshakeMetadata):
-    """What a worker tells the leader once, before the first request."""
+    """What a worker tells the leader of its tiers. It may come several times, see `kvbm_vllm._startup`."""
 
     rank: int
     status: list[TierStatus]
@@ -30,6 +30,8 @@ class Handshake(KVConnectorHandshakeMetadata):
     """Whether the device can have a step wait for the load of its blocks."""
     constants: dict[str, int] = field(default_factory=dict)
     """Readings of this rank that do not change, see `kvbm_metrics`."""
+    incarnation: str = ""
+    """Drawn when the tiers were opened. Another: they were opened anew, and nothing is under way."""
 
 
 @dataclass
@@ -46,6 +48,8 @@ class StepPlan(KVConnectorMetadata):
     compute nothing before it takes the result of one that does, and a request waits for that."""
     heard: int = 0
     """The last step with outcomes that the leader has taken in. vLLM may have two steps under way."""
+    asks: bool = False
+    """The leader knows nothing of the workers yet, and asks each for its handshake."""
 
 
 @dataclass
@@ -57,10 +61,13 @@ class Outcomes(KVConnectorWorkerMetadata):
     """Number of the step that they came with."""
     copied: dict[str, int] = field(default_factory=dict)
     """Readings of the devices since the last time, see `kvbm_metrics`."""
+    handshakes: list[Handshake] = field(default_factory=list)
+    """What vLLM does not bring: as MultiConnector brings the handshake of one connector only."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Put the reports of two workers together; the planner counts them."""
         assert isinstance(other, Outcomes)
         copied = dict(self.copied)
         merge(copied, other.copied)
-        return Outcomes(self.reports + other.reports, max(self.step, other.step), copied)
+        handshakes = self.handshakes + other.handshakes
+        return Outcomes(self.reports + other.reports, max(self.step, other.step), copied, handshakes)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from kvbm_core import Coordinator, Load, Report, StackConfig, Worker, make_namespace
+from kvbm_core import Coordinator, KvbmError, Load, Report, StackConfig, Worker, make_namespace
 from kvbm_device import CopyCounts, open_device
 from kvbm_metrics import device_readings, rate_reading
 from kvbm_vllm._membership import join_as_worker
@@ -46,6 +47,9 @@ class WorkerHalf:
         self._kv_cache_config = kv_cache_config
         self._worker: Worker | None = None
         self._coordinator: Coordinator | None = None
+        self._tensors: dict[str, tuple[Any, ...]] = {}
+        self._incarnation, self._unsaid = "", False
+        """Of the tiers as they were opened last, and whether the leader has yet to be told of it."""
         self._block_bytes, self._joins = 0, False
         self._facts: dict[str, str] = {}
         self._counts = CopyCounts()
@@ -65,17 +69,32 @@ class WorkerHalf:
     def register(self, kv_caches: Mapping[str, Any]) -> None:
         """Take over the engine's KV tensors and open the tiers.
 
+        The same tensors once more are nothing new. Others take the place of those before: what is under way
+        has failed then, and the leader begins anew.
+
         Raises:
             ConfigError: For tensors of an unknown shape.
             TierOpenError: If a tier cannot be opened.
             CoordinatorError: If another process is registered in this one's place.
         """
+        tensors = _addresses(kv_caches)
+        if self._worker is not None and tensors == self._tensors:
+            return
+        self.close()
+        try:
+            self._open(kv_caches)
+        except BaseException:
+            self.close()
+            raise
+        self._tensors, self._incarnation, self._unsaid = tensors, os.urandom(8).hex(), True
+
+    def _open(self, kv_caches: Mapping[str, Any]) -> None:
         parallel = self._vllm_config.parallel_config
         device = open_device(
             kv_caches, self._kv_cache_config.num_blocks,
             copy=self._config.device_copy, staging_bytes=self._config.device_staging,
         )  # fmt: skip
-        self._counts = getattr(device, "counts", self._counts)
+        self._counts, self._copied = getattr(device, "counts", CopyCounts()), {}
         self._block_bytes = device.block_bytes
         facts = namespace_facts(
             self._vllm_config,
@@ -99,20 +118,25 @@ class WorkerHalf:
         )
 
     def handshake(self) -> Handshake | None:
-        """Say what the tiers can do and hold."""
+        """Say what the tiers can do and hold, as found when they were opened."""
         if self._worker is None:
             return None
+        self._unsaid = False
         rank = self._vllm_config.parallel_config.rank
         rates = {
             rate_reading(method, direction, chosen=chosen): int(speed)
             for (method, direction, chosen), speed in self._counts.bytes_per_s.items()
         }
         status = self._worker.status()
-        return Handshake(rank, status, self._block_bytes, self._facts, self._joins, rates)
+        return Handshake(rank, status, self._block_bytes, self._facts, self._joins, rates, self._incarnation)
 
     def begin(self, step: object) -> None:
-        """Start a step's plan, once, before anything of the step is computed."""
-        if self._worker is None or not isinstance(step, StepPlan) or step is self._begun:
+        """Start a step's plan, once, before anything of the step is computed.
+
+        Raises:
+            Exception: If the step computes with blocks that cannot be loaded.
+        """
+        if not isinstance(step, StepPlan) or step is self._begun:
             return
         self._begun = step
         for load in step.plan.loads:
@@ -120,7 +144,11 @@ class WorkerHalf:
                 continue
             self._loads[load.op] = load
             self._open_loads.setdefault(load.request, set()).add(load.op)
-        if step.plan:
+        if self._worker is None:
+            self._end_all()
+            if any(load.in_step for load in step.plan.loads):
+                raise KvbmError("the tiers are closed that this step loads from", operation="load")
+        elif step.plan:
             self._worker.submit(step.plan)
 
     def collect(self) -> set[str]:
@@ -129,16 +157,10 @@ class WorkerHalf:
         Returns:
             The requests whose loads have all ended, well or not. Each is named once.
         """
-        if self._worker is None:
-            return set()
         # Not if the leader has not heard yet what came last: a request may wait for just that.
-        if self._begun and self._begun.idle and self._begun.heard >= self._told:
+        if self._worker and self._begun and self._begun.idle and self._begun.heard >= self._told:
             self._worker.wait(self._LOAD_WAIT_S if self._open_loads else self._STORE_WAIT_S)
-        for report in self._worker.reports():
-            self._reports.append(report)
-            load = self._loads.get(report.op)
-            if load and report.tier == load.tier:
-                self._end(load, report)
+        self._take_in(self._worker)
         finished, self._finished = self._finished, set()
         return finished
 
@@ -149,19 +171,40 @@ class WorkerHalf:
 
     def take_outcomes(self) -> Outcomes | None:
         """Take what the leader must know."""
+        if self._begun is None:
+            return None
         reports, self._reports = self._reports, []
-        if self._begun is None or not (reports or self._begun.computes):
+        handshake = self.handshake() if self._unsaid or self._begun.asks else None
+        if not (reports or handshake or self._begun.computes):
             return None
         if reports:
             self._told = self._begun.number
-        return Outcomes(reports, self._begun.number, self._take_copied())
+        said = [handshake] if handshake else []
+        return Outcomes(reports, self._begun.number, self._take_copied(), said)
 
     def close(self) -> None:
-        """Close the tiers. May be called twice."""
-        if self._worker:
-            self._worker.close()
-        if self._coordinator:
-            self._coordinator.close()
+        """Close the tiers; what is under way has failed. May be called twice."""
+        worker, self._worker = self._worker, None
+        coordinator, self._coordinator = self._coordinator, None
+        if worker:
+            worker.close()
+            self._take_in(worker)
+            self._end_all()
+        if coordinator:
+            coordinator.close()
+
+    def _take_in(self, worker: Worker | None) -> None:
+        """Take in what has ended."""
+        for report in worker.reports() if worker else ():
+            self._reports.append(report)
+            load = self._loads.get(report.op)
+            if load and report.tier == load.tier:
+                self._end(load, report.failures)
+
+    def _end_all(self) -> None:
+        """Have every load under way fail, of which no report will come."""
+        for load in list(self._loads.values()):
+            self._end(load, range(len(load.blocks)))
 
     def _take_copied(self) -> dict[str, int]:
         """Give what the device has copied since the last call."""
@@ -174,11 +217,24 @@ class WorkerHalf:
         news = {key: value - before.get(key, 0) for key, value in self._copied.items()}
         return {key: value for key, value in news.items() if value}
 
-    def _end(self, load: Load, report: Report) -> None:
+    def _end(self, load: Load, failures: Iterable[int]) -> None:
         del self._loads[load.op]
-        self._failed_blocks.update(load.blocks[at] for at in report.failures)
+        self._failed_blocks.update(load.blocks[at] for at in failures)
         still_open = self._open_loads[load.request]
         still_open.discard(load.op)
         if not still_open:
             del self._open_loads[load.request]
             self._finished.add(load.request)
+
+
+def _addresses(kv_caches: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Say where tensors lie, to find that they are the same ones."""
+    tensors = {
+        f"{name} {at}": tensor
+        for name, given in kv_caches.items()
+        for at, tensor in enumerate(given if isinstance(given, list | tuple) else [given])
+    }
+    return {
+        name: (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+        for name, tensor in tensors.items()
+    }

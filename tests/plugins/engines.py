@@ -60,8 +60,16 @@ def make_engine(model: Path, tiers: list[dict[str, Any]] | None, **options: Any)
 
 
 def connector(llm: Any) -> Any:
-    """Give the scheduler's half of an in-process engine's connector."""
-    return llm.llm_engine.engine_core.engine_core.scheduler.get_kv_connector()
+    """Give the scheduler's half of an in-process engine's connector, also where it is one of several."""
+    return ours(llm.llm_engine.engine_core.engine_core.scheduler.get_kv_connector())
+
+
+def ours(found: Any) -> Any:
+    """Give our connector among those that a MultiConnector has, or itself."""
+    from kvbm_vllm import KvbmConnector
+
+    children = [ours(child) for child in getattr(found, "_connectors", ())]
+    return next((child for child in children if isinstance(child, KvbmConnector)), found)
 
 
 def generate(llm: Any, prompts: list[list[int]], max_tokens: int = 32) -> list[tuple[int, ...]]:
