@@ -49,8 +49,8 @@ _FEATURES: Final[tuple[tuple[str, str, object, str], ...]] = (
     ),
     (
         "parallel_config", "enable_fault_tolerance", False,
-        "vLLM then goes on after a step that failed, and KvbmConnector would store blocks that the step has "
-        "not written",
+        "vLLM then goes on after a step that failed, and it is not proved on several GPUs that KvbmConnector "
+        "stores nothing of that step",
     ),
 )  # fmt: skip
 """Settings of vLLM under which KV is lost without our knowing: where they are, the value that is harmless,

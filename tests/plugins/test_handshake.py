@@ -34,9 +34,11 @@ CACHE = SimpleNamespace(
 def engine(world_size=1):
     """vLLM's configuration, as far as it is asked for."""
     parallel = SimpleNamespace(world_size=world_size, rank=0)
-    return SimpleNamespace(
-        model_config=SimpleNamespace(use_mla=False, served_model_name="m"), parallel_config=parallel
-    )
+    model = SimpleNamespace(
+        use_mla=False, served_model_name="m", is_hybrid=False, is_attention_free=False,
+        is_prefix_caching_supported=True, hf_text_config=SimpleNamespace(),
+    )  # fmt: skip
+    return SimpleNamespace(model_config=model, parallel_config=parallel, cache_config=SimpleNamespace())
 
 
 def leader(world_size=1):
@@ -59,7 +61,7 @@ def empty_step():
 def request(name="r", tokens=range(10)):
     return SimpleNamespace(
         request_id=name, all_token_ids=[*tokens], num_tokens=len(tokens), lora_request=None, cache_salt=None,
-        mm_features=(), prompt_embeds=None, skip_reading_prefix_cache=False,
+        mm_features=(), prompt_embeds=None, skip_reading_prefix_cache=False, num_computed_tokens=1 << 30,
     )  # fmt: skip
 
 
@@ -122,10 +124,11 @@ def test_workers_that_opened_their_tiers_anew_are_planned_for_anew():
     made.start([said(found=KEYS[:2])])
     made._planner.load("r", KEYS[:2], [1, 2], [0, 0])
     [late] = made._planner.take(0.0).loads
-    sequence = made._sequence(request())
+    state = made._state(request())
+    state.blocks = [5, 6, 7]
     made.outcomes(Outcomes([], handshakes=[said(incarnation="b", found=KEYS[2:4])]))
     assert made._planner.occupancy == {"cpu": 2}
-    assert not sequence.may_store  # What it has computed may have gone.
+    assert not state.may_store  # What it has computed may have gone.
     made._planner.load("r", KEYS[2:4], [1, 2], [0, 0])
     [load] = made._planner.take(0.0).loads
     assert load.op > late.op
@@ -190,15 +193,16 @@ def test_calls_before_the_handshake_after_the_end_and_twice_do_nothing():
     made.close()
     made.close()
     made.outcomes(Outcomes([Report(9, 0)]))
+    assert made.step(empty_step()).plan.overwrites == [1, 2, 3]
     assert not made.step(empty_step()).plan
 
 
 def test_what_another_connector_did_not_load_in_a_step_is_not_stored():
     made = leader()
     made.start([said()])
-    running, ended, loading = (made._sequence(request(name)) for name in ("a", "b", "c"))
-    for sequence, blocks in ((running, [1, 2, 3]), (ended, [4, 5, 6]), (loading, [2, 8, 9])):
-        sequence.blocks = blocks
+    running, ended, loading = (made._state(request(name)) for name in ("a", "b", "c"))
+    for state, blocks in ((running, [1, 2, 3]), (ended, [4, 5, 6]), (loading, [2, 8, 9])):
+        state.blocks = blocks
     running.computed_tokens = ended.computed_tokens = 9
     made.finished(ended.request)
     made.lost({2, 5})
