@@ -145,7 +145,7 @@ def test_what_is_compared():
             "no version has Request.resumabel, read at _keys.py:", id="with a default",
         ),
         pytest.param(
-            "_settings.py", '"decode_context_parallel_size",', '"decode_context_parallel",',
+            "_models.py", '"decode_context_parallel_size",', '"decode_context_parallel",',
             "no version has ParallelConfig.decode_context_parallel, read at", id="names in a loop",
         ),
         pytest.param(
@@ -157,12 +157,12 @@ def test_what_is_compared():
             "no vllm.config.VllmConfiguration, read at register.py:", id="import",
         ),
         pytest.param(
-            "_settings.py", 'def replicas(vllm_config: Any, kv_cache_config: Any) -> int:',
+            "_models.py", 'def replicas(vllm_config: Any, kv_cache_config: Any) -> int:',
             'def replicas(vllm_config: Any, kv_cache_config: Any, kind="MLASpec") -> int:',
             "no version has a kind of KV 'MLASpec'", id="kind",
         ),
         pytest.param(
-            "_settings.py", "(vllm_config.parallel_config, key, 1)",
+            "_models.py", "(vllm_config.parallel_config, key, 1)",
             "(vllm_config.parallel_config, key[1:], 1)",
             "which attribute of ParallelConfig is read cannot be told", id="unknown name",
         ),
