@@ -31,7 +31,10 @@ NEVER_CALLED: Final[Mapping[str, str]] = {
 }
 """Public methods of ours that no version calls, each with its reason."""
 
-SOMETIMES: Final[Mapping[str, str]] = {}
+SOMETIMES: Final[Mapping[str, str]] = {
+    "ParallelConfig.enable_fault_tolerance": "since 0.27",
+    "VllmConfig.is_mm_encoder_only": "since 0.29",
+}
 """``Class.attribute`` that not every version has, and since which; read by `getattr` with a default."""
 
 _KINDS: Final = "vllm.v1.kv_cache_interface"
