@@ -98,7 +98,7 @@ class Engine:
         if name == "async":
             from kvbm_vllm._scheduler import SchedulerHalf
 
-            SchedulerHalf._fits_in_step = lambda half, tiers: False
+            SchedulerHalf._does_nothing_else = lambda half: False
         self.llm = LLM(
             model=str(model), skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16",
             max_model_len=max(4096, *arguments.lengths) + 64, enforce_eager=not arguments.graphs,
