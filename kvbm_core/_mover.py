@@ -117,6 +117,8 @@ class Mover:
             self._take_stores(stores, claimed, settled=plan.settled)
         elif not in_step:
             return
+        if plan.unordered:
+            self._device.claim(plan.unordered, wait=True)
         self._written = self._device.claim(claimed) if claimed else self._written
         for job in loads:
             job.fence = self._written

@@ -57,8 +57,12 @@ class Device(ABC):
         """Whether a gather may read its blocks after it has returned, until they are claimed."""
 
     @abstractmethod
-    def claim(self, blocks: Iterable[int]) -> Fence:
+    def claim(self, blocks: Iterable[int], *, wait: bool = False) -> Fence:
         """Say that the engine, or a scatter, will overwrite blocks from here on.
+
+        Args:
+            blocks: Their numbers.
+            wait: Return when nothing reads them any more, for a writer who does not keep the engine's order.
 
         Behaviour:
             - Called by the engine's thread, before whatever overwrites the blocks is started.

@@ -59,6 +59,9 @@ class Plan(msgspec.Struct, frozen=True, array_like=True):
     lookups: list[Lookup] = []
     overwrites: list[int] = []
     """Device blocks that the engine writes anew from this step on, beside those of the loads."""
+    unordered: list[int] = []
+    """Those of `overwrites` that may be written outside the engine's order of work: another connector loads
+    into them as soon as the step begins. Nothing reads them any more when the plan has been submitted."""
     settled: bool = False
     """Whether the blocks of all stores were computed before the last plan that wrote over any: then they are
     read beside what the engine has begun since, not after it."""

@@ -86,7 +86,7 @@ class HostDevice(Device):
         """False: a gather is complete when it returns."""
         return False
 
-    def claim(self, blocks: Iterable[int]) -> Fence:
+    def claim(self, blocks: Iterable[int], *, wait: bool = False) -> Fence:
         """Nothing is on its way when another call is made."""
 
     def gather(self, blocks: Sequence[int], regions: Sequence[Region], fence: Fence = None) -> Work:

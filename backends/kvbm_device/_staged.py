@@ -180,7 +180,7 @@ class StagedDevice(Device, Stageable):
         """Choose how bytes leave and enter."""
         self._out.method, self._in.method = out, into
 
-    def claim(self, blocks: Iterable[int]) -> Fence:
+    def claim(self, blocks: Iterable[int], *, wait: bool = False) -> Fence:
         """See `Device.claim`."""
         stream = self._gpu.engine_stream()
         wanted = set(blocks)
@@ -190,7 +190,7 @@ class StagedDevice(Device, Stageable):
                 self._read_or_give_up(wanted)
                 for piece in self._pieces:
                     if not all(wanted.isdisjoint(wait.blocks) for wait in piece.waits):
-                        self._gpu.wait(stream, piece.read)
+                        self._gpu.wait_here(piece.read) if wait else self._gpu.wait(stream, piece.read)
             return self._gpu.record(stream)
 
     def gather(self, blocks: Sequence[int], regions: Sequence[Region], fence: Fence = None) -> Work:

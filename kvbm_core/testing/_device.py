@@ -51,7 +51,7 @@ class MemoryDevice(Device):
         """See `Device.deferred`."""
         return False
 
-    def claim(self, blocks: Iterable[int]) -> Fence:
+    def claim(self, blocks: Iterable[int], *, wait: bool = False) -> Fence:
         """See `Device.claim`."""
 
     def gather(self, blocks: Sequence[int], regions: Sequence[Region], fence: Fence = None) -> Work:

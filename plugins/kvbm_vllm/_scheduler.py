@@ -442,7 +442,12 @@ class SchedulerHalf:
         # The loads name their own; but what is given to a step that computes is written after its load.
         loaded = {block for load in plan.loads for block in load.blocks}.difference(given)
         overwrites = [block for block in written if block not in loaded]
-        plan = msgspec.structs.replace(plan, overwrites=overwrites, settled=self._settled)
+        # What neither this step computes into nor we load into is another connector's.
+        computed = {*given}
+        unordered = [block for block in overwrites if block not in computed]
+        plan = msgspec.structs.replace(
+            plan, overwrites=overwrites, unordered=unordered, settled=self._settled
+        )
         self._tally.planned(plan)
         self._settled = True
         if overwrites or plan.loads:

@@ -114,6 +114,26 @@ def test_what_is_overwritten_before_its_store_began_is_stored_as_it_was_or_not_a
         made.assert_nothing_is_in_use()
 
 
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("polls", [0, 1, 3])
+def test_who_does_not_keep_the_engines_order_writes_when_nothing_reads(seed, polls):
+    """Another connector writes with a copy of its own as soon as the plan has been submitted."""
+    with engine(8, seed) as made:
+        made.writes(range(8), KEYS[:8])
+        made.worker.submit(Plan(stores=[Store(1, KEYS[:8], list(range(8)), [0])]))
+        for _ in range(polls):
+            made.poll()
+        blocks = [7, 1, 2, 0]
+        made.worker.submit(Plan(overwrites=blocks, unordered=blocks))
+        made.memory[blocks] = 255
+        [report] = made.end()
+        [tier] = made.worker._tiers
+        for at in set(range(8)).difference(report.failures):
+            assert bytes(tier.lend(KEYS[at]).view()[:BYTES]) == content(KEYS[at])
+        assert set(report.failures) <= set(blocks)
+        made.assert_nothing_is_in_use()
+
+
 def test_a_store_that_nobody_overwrites_costs_the_engines_thread_nothing(monkeypatch):
     with engine(8) as made:
         made.writes(range(8), KEYS[:8])
