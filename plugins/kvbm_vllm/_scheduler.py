@@ -8,10 +8,9 @@ step that computed it has come, so that is when it is planned:
     step k+1   plans blocks below n // block     (worker gathers *before* anything of k+1 is computed)
 
 Therefore vLLM may give the blocks away in step k+1, to a finished or preempted request's successor,
-and nothing has to be held back or waited for. Where step k+1 computes nothing and gives nothing away, while
-the result of another step is awaited, it leaves the planning to the next. What a finished request has left
-waits a little, until its blocks are given away at the latest: the next request often comes at once, and what
-storing costs the interpreter would delay its first kernels; a moment later the accelerator has work to do.
+and nothing has to be held back or waited for. What a finished request has left waits a little, until its
+blocks are given away at the latest: the next request often comes at once, and what storing costs the
+interpreter would delay its first kernels; a moment later the accelerator has work to do.
 """
 
 from __future__ import annotations
@@ -196,13 +195,9 @@ class SchedulerHalf:
     def step(self, output: Any) -> StepPlan:
         """Plan one step, given what vLLM has scheduled for it."""
         now_s, tokens = time.monotonic(), output.total_num_scheduled_tokens
-        preempted = output.preempted_req_ids or ()
-        # vLLM takes the result of a step that computed only after one more step, and somebody waits for it:
-        # if that step gives no blocks away, what there is to store can wait, too.
-        if tokens or self._admits or preempted or not self._steps:
-            self._offer_confirmed(now_s)
+        self._offer_confirmed(now_s)
         self._admits = False
-        for name in preempted:
+        for name in output.preempted_req_ids or ():
             if state := self._requests.get(name):
                 state.begin_anew(state.blocks)
         self._running.clear()
