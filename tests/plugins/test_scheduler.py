@@ -826,3 +826,10 @@ def test_what_vllm_was_promised_and_is_gone_when_it_gives_the_blocks_is_computed
     assert made._planner.loading_blocks == 0
     assert not made._planner._pending
     assert repr(made._planner._tiers[0].index).endswith("0 pinned, 0 filling, 0 leaving>")
+
+
+def test_a_request_of_which_nothing_is_found_does_not_wait_for_room():
+    made = idle()
+    made._joins, made._max_load_blocks = False, 1
+    assert load(made, "a", [5, 6, 7])
+    assert made.match(request("b", [*range(50, 60)]), 0) == (0, False)
