@@ -120,9 +120,12 @@ class Guard:
             slowest_s = spent_s if spent_s > slowest_s else slowest_s
             if (saved_s := at * computing - slowest_s) > most_s:
                 best, most_s = at, saved_s
-        for tier in filter(self.is_slow, dict.fromkeys(tiers[:best])):
-            self._tried_s[tier] = now_s
         return best
+
+    def tried(self, tiers: Sequence[int], now_s: float) -> None:
+        """Take in that blocks are loaded from these tiers: the try of a slow one is used up for a while."""
+        for tier in filter(self.is_slow, dict.fromkeys(tiers)):
+            self._tried_s[tier] = now_s
 
     def _block_seconds(self) -> float | None:
         seconds = self._computing.seconds

@@ -102,7 +102,7 @@ class Matcher:
         missed = match.start + len(match.tiers)
         if missed < match.stop:
             key = prefix[missed]
-            if any(key in tier.index for tier in self._tiers):
+            if any(ok and key in tier.index for ok, tier in zip(match.usable, self._tiers, strict=True)):
                 return False
         if self._departures.any_since(match.departures, prefix):
             return False

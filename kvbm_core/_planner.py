@@ -143,10 +143,6 @@ class Planner:
         """Return True if a tier has a block."""
         return key in self._tiers[tier].index
 
-    def awaits(self, match: Match) -> bool:
-        """Return True while an answer is on its way that a match waits for."""
-        return any(op in self._pending for op in match.lookups)
-
     def decline(self, tiers: Iterable[int]) -> None:
         """Note that blocks found in these tiers are computed, because `guard` finds that faster."""
         for tier in tiers:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import vllm
+
 from kvbm_core import Match
 from kvbm_vllm._keys import RequestKeys
 
@@ -169,13 +171,24 @@ class StepsUnderWay:
                 state.may_store = False
 
 
-class Parked:
-    """Device blocks of requests that load, or have loaded and were not scheduled since."""
+_ONE_QUEUE: Final = tuple(int(part) for part in vllm.__version__.split(".")[:2] if part.isdigit()) < (0, 31)
+"""Whether vLLM keeps requests that hold blocks in one queue with those that wait for some."""
 
-    def __init__(self) -> None:
+
+class Parked:
+    """Device blocks of requests that load, or have loaded and were not scheduled since.
+
+    Args:
+        room_blocks: All that the engine has for requests.
+    """
+
+    def __init__(self, room_blocks: int) -> None:
+        self._room_blocks = room_blocks
         self._blocks: dict[str, int] = {}
         self.blocks = 0
         """Of all."""
+        self.in_need: set[str] = set()
+        """Requests that wait until enough of these are free again, see `stop_the_queue`."""
 
     def __repr__(self) -> str:
         return f"<Parked {self.blocks} blocks of {len(self._blocks)} requests>"
@@ -190,5 +203,21 @@ class Parked:
         self.blocks += blocks
 
     def remove(self, request: str) -> None:
-        """Note that a request runs, or is gone."""
+        """Note that a request runs."""
         self.blocks -= self._blocks.pop(request, 0)
+
+    def forget(self, request: str) -> None:
+        """Note that a request is gone."""
+        self.remove(request)
+        self.in_need.discard(request)
+
+    def stop_the_queue(self, request: str, whole_blocks: int) -> bool:
+        """Return True for a request whose whole prompt finds room only when parked requests give theirs back.
+
+        Up to 0.30 vLLM looks at no request behind one that finds no room, and one that has loaded may stand
+        there, for ever. So such a request waits elsewhere, and nobody else begins to load before it runs.
+        """
+        others = self.blocks - self._blocks.get(request, 0)
+        stops = _ONE_QUEUE and others > 0 and others + whole_blocks > self._room_blocks
+        (self.in_need.add if stops else self.in_need.discard)(request)
+        return stops

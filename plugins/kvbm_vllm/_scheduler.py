@@ -73,7 +73,7 @@ class SchedulerHalf:
         """Requests that vLLM has not looked at yet."""
         self._cached: dict[str, int] = {}
         """Leading blocks that vLLM's own cache has of requests that it looks at."""
-        self._parked = Parked()
+        self._parked = Parked(kv_cache_config.num_blocks - 1)  # vLLM keeps one for itself.
         self._running: set[str] = set()
         """Requests scheduled in the last step."""
         self._ended: list[RequestState] = []
@@ -141,6 +141,9 @@ class SchedulerHalf:
         self._new.discard(request.request_id)
         start, inside = divmod(num_computed_tokens, self._block_tokens)
         self._cached[request.request_id] = start
+        whole_blocks = -(-request.num_tokens // self._block_tokens)
+        if self._parked.stop_the_queue(request.request_id, whole_blocks):
+            return None, False
         state = self._state(request)
         if state is None or self._planner is None:
             return 0, False
@@ -220,7 +223,7 @@ class SchedulerHalf:
         state = self._requests.pop(name, None)
         self._new.discard(name)
         self._cached.pop(name, None)
-        self._parked.remove(name)
+        self._parked.forget(name)
         self._running.discard(name)
         if self._tally:
             self._tally.finished(name)
@@ -331,7 +334,7 @@ class SchedulerHalf:
         """
         assert self._planner is not None
         parked = max(self._planner.loading_blocks, self._parked.blocks)
-        return bool(parked) and parked + blocks > self._max_load_blocks
+        return bool(parked) and bool(self._parked.in_need or parked + blocks > self._max_load_blocks)
 
     def _waits_for_room(self, state: RequestState, start: int, stop: int) -> bool:
         """Return True for a request that still waits because too many blocks are parked.
@@ -394,6 +397,7 @@ class SchedulerHalf:
         if not state.in_step:
             self._parked.add(name, len(state.blocks))
         blocks = state.blocks[start : start + count]
+        self._planner.guard.tried(tiers, time.monotonic())
         self._planner.load(name, keys, blocks, tiers, in_step=state.in_step)
 
     # Steps.

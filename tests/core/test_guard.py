@@ -22,11 +22,24 @@ def guard(computing_s=None, *loading_s, trusted=-1):
     return made
 
 
+def load(made, tiers, now_s):
+    """Load of a prefix what is worth it, and say how much that is."""
+    count = made.worth(tiers, now_s)
+    made.tried(tiers[:count], now_s)
+    return count
+
+
+def test_a_try_that_came_to_nothing_is_not_used_up():
+    """The engine had no room for it, or the request ended before."""
+    made = guard(0.01, 0.04)
+    assert [made.worth([0] * 1000, at) for at in (101.0, 102.0)] == [12, 12]
+
+
 def test_what_is_faster_than_computing_is_loaded_and_the_rest_is_computed():
     fast_then_slow = [0] * 10 + [1] * 50
     assert guard(0.01, 0.001, 0.02).worth(fast_then_slow, 101.0) == 10 + 1  # One block: the first try.
     made = guard(0.01, 0.001, 0.02)
-    made.worth(fast_then_slow, 101.0)
+    load(made, fast_then_slow, 101.0)
     assert made.worth(fast_then_slow, 102.0) == 10
     assert guard(0.01, 0.001, 0.009).worth(fast_then_slow, 101.0) == 60
     assert guard(0.01, 0.02, 0.001).worth([1] * 5, 101.0) == 5
@@ -42,7 +55,7 @@ def test_a_step_that_waited_for_a_delayed_one_is_not_thought_slow():
 def test_tiers_load_side_by_side():
     """A slow head is worth its time where a long fast tail follows it; alone it is not."""
     made = guard(0.01, 0.001, 0.02)
-    made.worth([1] * 100, 101.0)
+    load(made, [1] * 100, 101.0)
     assert made.worth([1] * 5 + [0] * 95, 102.0) == 100
     assert made.worth([1] * 5, 102.0) == 0
 
@@ -64,9 +77,9 @@ def test_a_tier_of_which_nothing_is_known_is_tried_with_a_few_blocks():
 
 def test_a_slow_tier_is_tried_again_later_at_a_twentieth_of_the_cost():
     made = guard(0.01, 0.04)
-    assert made.worth([0] * 1000, 101.0) == 12  # 12 * 0.04 s are 4.8 % of 1000 * 0.01 s.
+    assert load(made, [0] * 1000, 101.0) == 12  # 12 * 0.04 s are 4.8 % of 1000 * 0.01 s.
     assert made.worth([0] * 1000, 130.9) == 0
-    assert made.worth([0] * 1000, 131.1) == 12
+    assert load(made, [0] * 1000, 131.1) == 12
     assert made.worth([0] * 10, 170.0) == 0  # Not even one block is cheap enough.
     for at in range(12):
         made.loaded(0, 12, 12 * 0.001, 200.0 + at)
@@ -103,7 +116,7 @@ def test_the_planner_measures_its_loads_and_counts_what_it_declines():
     planner.report([Report(op.op, 0, {}, 2.0)], 3.0)
     planner.guard.computed(1600, 1.0, 3.0)
     assert planner.guard.is_slow(0)
-    assert planner.guard.worth(tiers, 3.0) == 2  # A try: 0.04 s of 1 s.
+    assert load(planner.guard, tiers, 3.0) == 2  # A try: 0.04 s of 1 s.
     planner.decline(tiers[2:])
     assert planner.guard.worth(tiers, 3.1) == 0
     assert planner.counts["disk"].declined == 98
@@ -130,7 +143,7 @@ def test_a_slow_tier_that_must_be_asked_is_asked_again_when_a_try_is_due():
     (op,) = planner.take(4.0).lookups
     planner.report([Report(op.op, 0, {})], 4.0)
     tiers = planner.match(keys, 4.0)
-    assert planner.guard.worth(tiers, 4.0) > 0
+    assert load(planner.guard, tiers, 4.0) > 0
     others = chain_keys(root_key(), range(1000, 2000), 1)
     assert not planner.lookup(others, 5.0)
     assert planner.lookup(others, 40.0)

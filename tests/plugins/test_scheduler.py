@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("vllm")
 from kvbm_core import Capabilities, ConfigError, Planner, Reason, Report, TierStatus, load_config
 from kvbm_metrics import Tally, rate_reading
-from kvbm_vllm import _scheduler
+from kvbm_vllm import _requests, _scheduler
 from kvbm_vllm._scheduler import SchedulerHalf
 from kvbm_vllm._values import Handshake, Outcomes
 
@@ -833,3 +833,36 @@ def test_a_request_of_which_nothing_is_found_does_not_wait_for_room():
     made._joins, made._max_load_blocks = False, 1
     assert load(made, "a", [5, 6, 7])
     assert made.match(request("b", [*range(50, 60)]), 0) == (0, False)
+
+
+@pytest.mark.parametrize("found", [0, 2])
+def test_before_031_a_request_that_finds_no_room_beside_parked_ones_does_not_stop_the_queue(
+    monkeypatch, found
+):
+    """vLLM looked at nobody behind it, and who had loaded could stand there for ever."""
+    monkeypatch.setattr(_requests, "_ONE_QUEUE", True)
+    made = idle()
+    made._joins = False
+    assert load(made, "a", [5, 6, 7])
+    plan = step(made)
+    large = request("large", [*PROMPT[: found * TOKENS], *range(100, 100 + 62 * TOKENS)])
+    small = request("small", PROMPT)
+    assert made.match(large, 0) == (None, False)
+    assert made.match(small, 0) == (None, False), "or the large one would wait for ever"
+    made.outcomes(Outcomes([Report(op.op, 0) for op in plan.loads], 1))
+    step(made, {"a": 2}, new=[("a", 2 * TOKENS, [5, 6, 7])])
+    assert made.match(large, 0) == ((2 * TOKENS, True) if found else (0, False))
+    assert made.match(small, 0) == (2 * TOKENS, True)
+    monkeypatch.setattr(_requests, "_ONE_QUEUE", False)
+    assert load(made, "b", [1, 2, 3])
+    assert made.match(large, 0)[0] is not None
+
+
+def test_a_block_in_a_tier_that_is_left_alone_does_not_make_a_finding_untrue(monkeypatch):
+    made = idle(("cpu", 1), ("disk", 2))
+    made._joins = False
+    for _ in range(3):
+        made._planner._tiers[1].breaker.note(Reason.ERROR, time.monotonic())
+    times, asked = counted(made, monkeypatch), request("a", PROMPT)
+    assert [made.match(asked, 0) for _ in range(5)] == [(TOKENS, True)] * 5
+    assert len(times) == 1
