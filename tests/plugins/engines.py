@@ -35,6 +35,11 @@ def make_engine(model: Path, tiers: list[dict[str, Any]] | None, **options: Any)
     os.environ["HF_HUB_OFFLINE"] = "1"
     # Bound threads leave no core for the engine on a machine with two.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    import torch
+
+    if hasattr(torch.cpu, "_init_amx"):
+        # vLLM's attention uses AMX without asking the kernel: where torch has not yet, the process dies.
+        torch.cpu._init_amx()
     from vllm import LLM
     from vllm.config import KVTransferConfig
     from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown

@@ -42,7 +42,7 @@ def test_a_load_that_fails_ends_no_request(faulty, llama, start, tmp_path):
     answer = generate(start(llama, None), [prompt])
     transfer = KVTransferConfig(**several(tmp_path, [{"backend": "faulty", "capacity": "64MiB"}]))
     llm = start(llama, None, kv_transfer_config=transfer)
-    ours = connector(llm)._connectors[0]
+    ours = connector(llm)
     assert generate(llm, [prompt]) == answer
     drain(llm)
     assert llm.reset_prefix_cache()
