@@ -13,6 +13,7 @@ from collections import Counter, deque
 
 import numpy as np
 import torch
+from engines import ours as find_ours
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -216,8 +217,8 @@ class Engine:
         )  # fmt: skip
         self.worker = KVConnectorFactory.create_connector(config, KVConnectorRole.WORKER, cache)
         self.worker.register_kv_caches({"layer": self.memory})
-        self.ours = self.find_ours(self.scheduler.connector)
-        self.half = self.find_ours(self.worker)._mover
+        self.ours = find_ours(self.scheduler.connector)
+        self.half = find_ours(self.worker)._mover
         self.half._LOAD_WAIT_S = self.half._STORE_WAIT_S = 0
         self.mover = self.half._worker._mover
         self.half._worker._thread.start = lambda: None  # It runs when the test says so.
@@ -230,9 +231,6 @@ class Engine:
         self.under_way, self.tables, self.named = deque(), {}, 0
         self.hasher = get_request_block_hasher(TOKENS, sha256)
         self.books = [[chance.randrange(2, 50) for _ in range(LONGEST * scale)] for _ in range(3)]
-
-    def find_ours(self, connector):
-        return next(c for c in getattr(connector, "_connectors", [connector]) if hasattr(c, "_leader"))
 
     # Requests.
 
