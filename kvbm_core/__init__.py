@@ -4,12 +4,6 @@ Backend authors start from `Tier` and `Backend`, engine authors from `Planner`, 
 `Device`, or from `Stack`, which joins them in one process.
 """
 
-from kvbm_core._counts import TierCounts
-from kvbm_core._matches import Match
-from kvbm_core._planner import Planner
-from kvbm_core._registry import Registry
-from kvbm_core._stack import Stack
-from kvbm_core._worker import Worker, check_stack
 from kvbm_core.block import BlockKey, BlockState, Namespace, chain_keys, make_namespace, root_key
 from kvbm_core.config import ByteSize, StackConfig, load_config
 from kvbm_core.coordinator import Coordinator, Member
@@ -25,7 +19,12 @@ from kvbm_core.errors import (
     TransitionError,
 )
 from kvbm_core.hookspecs import hookimpl
+from kvbm_core.leader.counts import TierCounts
+from kvbm_core.leader.matches import Match
+from kvbm_core.leader.planner import Planner
 from kvbm_core.plan import Load, Plan, Report, Store, TierStatus
+from kvbm_core.registry import Registry
+from kvbm_core.stack import Stack
 from kvbm_core.tier import (
     CONTRACT_VERSION,
     PAGE_BYTES,
@@ -42,6 +41,7 @@ from kvbm_core.tier import (
     TierContext,
     Transfer,
 )
+from kvbm_core.worker.worker import Worker, check_stack
 
 __all__ = [
     "CONTRACT_VERSION",

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from kvbm_core._registry import Registry
 from kvbm_core.block import BlockKey, Namespace
 from kvbm_core.config import convert
+from kvbm_core.registry import Registry
 from kvbm_core.tier import (
     PAGE_BYTES,
     Backend,

@@ -29,8 +29,8 @@ WHERE = {
     "ours: outcomes": "kvbm_vllm:KvbmConnector.update_connector_output",
     "ours: begin": "kvbm_vllm._worker:WorkerHalf.begin",
     "ours: collect": "kvbm_vllm._worker:WorkerHalf.collect",
-    "ours: wait": "kvbm_core._worker:Worker.wait",
-    "ours: poll": "kvbm_core._mover:Mover.poll",
+    "ours: wait": "kvbm_core.worker.worker:Worker.wait",
+    "ours: poll": "kvbm_core.worker.transfer_engine:Mover.poll",
     "ours: enqueue in": "kvbm_device._link:Link.load",
     "ours: enqueue out": "kvbm_device._link:Link.store",
     "native: match": "vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector:"

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvbm_core import BlockState, TransitionError
-from kvbm_core._index import Departures, TierIndex
-from kvbm_core._policy import Lru
+from kvbm_core.leader.tier_index import Departures, TierIndex
+from kvbm_core.policy import Lru
 
 KEYS = [bytes([number]) * 32 for number in range(8)]
 

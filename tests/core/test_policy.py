@@ -3,8 +3,8 @@ from collections import Counter
 
 import pytest
 
-from kvbm_core._breaker import Breaker
-from kvbm_core._policy import EvictionPolicy, Lru
+from kvbm_core.leader.breaker import Breaker
+from kvbm_core.policy import EvictionPolicy, Lru
 from kvbm_core.tier import Reason
 
 

@@ -125,9 +125,9 @@ def test_every_variable_that_makes_the_stack_has_a_row():
 @pytest.mark.parametrize("medium", ["CPU", "DISK"])
 def test_a_number_of_blocks_is_what_the_tier_says_it_holds(medium, world_size, tmp_path):
     from kvbm_core import TierContext
-    from kvbm_core._registry import Registry
     from kvbm_core.config import convert
     from kvbm_core.layers import FOOTER_BYTES
+    from kvbm_core.registry import Registry
 
     environ = {f"DYN_KVBM_{medium}_CACHE_OVERRIDE_NUM_BLOCKS": "37", "DYN_KVBM_DISK_CACHE_DIR": str(tmp_path)}
     [entry] = load_config({"tiers": tiers(environ, world_size, 3 * 32768)}).tiers

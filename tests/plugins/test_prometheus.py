@@ -9,8 +9,8 @@ from engines import BLOCK_TOKENS, connector, drain, forget, generate, make_promp
 from prometheus import DEPLOY, Prometheus, concrete, free_port, panels
 
 from kvbm_core import Op
-from kvbm_core._breaker import Breaker
 from kvbm_core.layers import FOOTER_BYTES
+from kvbm_core.leader.breaker import Breaker
 from kvbm_metrics import METRICS
 
 pytestmark = pytest.mark.engine

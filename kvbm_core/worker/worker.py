@@ -8,16 +8,16 @@ import threading
 from collections.abc import Sequence
 from typing import Final
 
-from kvbm_core._mover import Mover
-from kvbm_core._registry import Registry
-from kvbm_core._staging import Staging
 from kvbm_core.block import Namespace
 from kvbm_core.config import StackConfig, TierEntry, convert
 from kvbm_core.device import Device, Stageable
 from kvbm_core.errors import TierOpenError
 from kvbm_core.layers import FOOTER_BYTES, CheckedTier, DeadlineTier, ReplicaTier
 from kvbm_core.plan import Plan, Report, TierStatus
+from kvbm_core.registry import Registry
 from kvbm_core.tier import Addressable, Backend, Capabilities, Tier, TierConfig, TierContext
+from kvbm_core.worker.staging import Staging
+from kvbm_core.worker.transfer_engine import Mover
 
 __all__ = ["Worker", "check_stack"]
 

@@ -11,9 +11,9 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvbm_core._index import Departures
-from kvbm_core._tier_state import TierState
 from kvbm_core.block import BlockKey
+from kvbm_core.leader.tier_index import Departures
+from kvbm_core.leader.tier_state import TierState
 
 __all__ = ["Match", "Matcher", "Prefix"]
 

@@ -21,14 +21,14 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from kvbm_core._moves import Copy, Failed, Job, Move, Traffic, is_done
-from kvbm_core._slots import Slot, Slots
-from kvbm_core._staging import Staging
 from kvbm_core.device import Device, Fence, Stageable
 from kvbm_core.errors import KvbmError, QueueFullError, TierError
 from kvbm_core.layers import FOOTER_BYTES, DeadlineTier
 from kvbm_core.plan import Load, Lookup, Plan, Report, Store
 from kvbm_core.tier import Addressable, Completion, Outcome, Reason, Region, Tier, Transfer
+from kvbm_core.worker.host_buffers import Slot, Slots
+from kvbm_core.worker.jobs import Copy, Failed, Job, Move, Traffic, is_done
+from kvbm_core.worker.staging import Staging
 
 __all__ = ["Mover"]
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from kvbm_core._guard import Guard
-from kvbm_core._planner import Planner
 from kvbm_core.block import chain_keys, root_key
+from kvbm_core.leader.cost_model import Guard
+from kvbm_core.leader.planner import Planner
 from kvbm_core.plan import Report, TierStatus
 from kvbm_core.tier import Capabilities
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from kvbm_core._staging import Staging
 from kvbm_core.block import BlockKey
 from kvbm_core.device import Stageable
 from kvbm_core.tier import Region
+from kvbm_core.worker.staging import Staging
 
 __all__ = ["Hold", "Slot", "Slots"]
 

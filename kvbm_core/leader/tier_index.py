@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Container, Iterable, Sequence
 from typing import Final
 
-from kvbm_core._policy import EvictionPolicy
 from kvbm_core.block import BlockEvent, BlockKey, BlockState, next_state
+from kvbm_core.policy import EvictionPolicy
 
 __all__ = ["Departures", "TierIndex"]
 

@@ -12,15 +12,15 @@ import logging
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Final
 
-from kvbm_core._counts import TierCounts, TierLevels
-from kvbm_core._finder import Finder
-from kvbm_core._guard import Guard
-from kvbm_core._index import Departures, TierIndex
-from kvbm_core._matches import Match, Matcher, Prefix
-from kvbm_core._policy import EvictionPolicy, Lru
-from kvbm_core._tier_state import Pending, TierState, same_stack
 from kvbm_core.block import BlockKey, BlockState
+from kvbm_core.leader.cost_model import Guard
+from kvbm_core.leader.counts import TierCounts, TierLevels
+from kvbm_core.leader.matches import Match, Matcher, Prefix
+from kvbm_core.leader.prefix_probe import Finder
+from kvbm_core.leader.tier_index import Departures, TierIndex
+from kvbm_core.leader.tier_state import Pending, TierState, same_stack
 from kvbm_core.plan import Load, Lookup, Plan, Report, Store, TierStatus
+from kvbm_core.policy import EvictionPolicy, Lru
 from kvbm_core.tier import Reason
 
 __all__ = ["Planner"]

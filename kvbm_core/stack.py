@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from kvbm_core._counts import TierCounts
-from kvbm_core._planner import Planner
-from kvbm_core._registry import Registry
-from kvbm_core._worker import Worker
 from kvbm_core.block import BlockKey, Namespace
 from kvbm_core.config import StackConfig, load_config
 from kvbm_core.device import Device
+from kvbm_core.leader.counts import TierCounts
+from kvbm_core.leader.planner import Planner
+from kvbm_core.registry import Registry
 from kvbm_core.tier import Reason
+from kvbm_core.worker.worker import Worker
 
 __all__ = ["Stack"]
 

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from kvbm_core._slots import Hold, Slot
 from kvbm_core.block import BlockKey
 from kvbm_core.device import Fence, Work
 from kvbm_core.layers import DeadlineTier
 from kvbm_core.plan import Load, Lookup, Report, Store
 from kvbm_core.tier import Op, Reason, Transfer
+from kvbm_core.worker.host_buffers import Hold, Slot
 
 __all__ = ["Copy", "Failed", "Job", "Move", "Traffic", "is_done"]
 

@@ -6,12 +6,12 @@ from collections import OrderedDict
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
-from kvbm_core._breaker import Breaker
-from kvbm_core._counts import TierCounts
-from kvbm_core._finder import Finder
-from kvbm_core._index import TierIndex
 from kvbm_core.block import BlockKey
 from kvbm_core.errors import ConfigError
+from kvbm_core.leader.breaker import Breaker
+from kvbm_core.leader.counts import TierCounts
+from kvbm_core.leader.prefix_probe import Finder
+from kvbm_core.leader.tier_index import TierIndex
 from kvbm_core.plan import Load, Lookup, Store, TierStatus
 from kvbm_core.tier import Reason
 

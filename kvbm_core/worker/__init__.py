@@ -1,0 +1,1 @@
+"""The worker's half: moves one rank's bytes, as planned. Decides nothing."""
