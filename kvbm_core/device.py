@@ -29,7 +29,7 @@ class Work(ABC):
         """Say whether the regions (gather) or the blocks (scatter) hold the data. Called until it is true.
 
         Raises:
-            Exception: If the copy failed. The mover turns it into an outcome.
+            Exception: If the copy failed. The transfer engine turns it into an outcome.
         """
 
     @property

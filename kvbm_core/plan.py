@@ -1,7 +1,7 @@
 """What the leader wants moved, and what came of it: values that travel between processes.
 
-Planner ── Plan(drops, stores, loads, lookups) ──► Mover
-Planner ◄── Report(op, tier, failures) ── Mover        (from every rank)
+Planner ── Plan(drops, stores, loads, lookups) ──► TransferEngine
+Planner ◄── Report(op, tier, failures) ── TransferEngine        (from every rank)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Store(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Blocks to be written into tiers."""
 
     op: int
-    """Number of the operation; the mover reports once for each of `tiers`."""
+    """Number of the operation; the transfer engine reports once for each of `tiers`."""
     keys: list[BlockKey]
     blocks: list[int]
     """Device blocks to gather, one a key. Empty: the blocks are in the tier that lends its memory."""

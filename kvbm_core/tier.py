@@ -35,6 +35,7 @@ __all__ = [
     "TierConfig",
     "TierContext",
     "Transfer",
+    "host_pool_of",
 ]
 
 CONTRACT_VERSION: Final = 1
@@ -150,7 +151,7 @@ class Capabilities:
     """What it said was stored, it serves again after a ``kill -9`` of the process. (What was
     discarded shortly before the kill may be there again too; after `close` it is gone.)"""
     addressable: bool = False
-    """It is `Addressable`: it lends the memory its blocks lie in."""
+    """It is `Addressable`: the memory its blocks lie in can be used directly."""
     device_direct: bool = False
     """It takes regions in device memory."""
     shared: bool = False
@@ -181,6 +182,15 @@ class TierContext:
     """Page-lock ``(address, nbytes)`` for DMA; returns what undoes it. None without an accelerator."""
     cpus: frozenset[int] | None = None
     """Processor cores near the accelerator: memory that they touch first is near it. None: all alike."""
+
+
+def host_pool_of(stack: Sequence[Capabilities]) -> int:
+    """Return the position of the host pool: the first tier whose memory is used directly. -1 for none.
+
+    Args:
+        stack: Of every tier behind its layers, fastest first. A layer that copies clears `addressable`.
+    """
+    return next((at for at, each in enumerate(stack) if each.addressable), -1)
 
 
 class Tier(ABC):
@@ -250,7 +260,7 @@ class Tier(ABC):
 
 
 class Addressable(ABC):
-    """What a tier adds when it can lend the memory its blocks lie in, so that no copy is needed.
+    """What a tier adds when the memory its blocks lie in can be used directly, so that no copy is needed.
 
     Regions are ``TierContext.block_bytes`` long, and each owns its pages whole, see `Region`. All
     four return at once.
@@ -281,7 +291,7 @@ class Addressable(ABC):
         """
 
     @abstractmethod
-    def lend(self, key: BlockKey) -> Region | None:
+    def view(self, key: BlockKey) -> Region | None:
         """Give the memory of a published block; valid until `discard`. None if it is absent."""
 
 

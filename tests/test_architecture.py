@@ -17,10 +17,9 @@ FUNCTIONS = [
 ]
 
 MAY_SWALLOW = {
-    "kvbm_core/layers.py": "the top of a tier's thread: it becomes completions",
-    "kvbm_core/worker/jobs.py": "a device's error is foreign: it becomes outcomes",
-    "kvbm_core/worker/transfer_engine.py": "a device's error is foreign: it becomes outcomes",
-    "kvbm_core/worker/worker.py": "the top of the mover's thread, and the edge to the engine",
+    "kvbm_core/layers/deadline.py": "the top of a tier's thread: it becomes completions",
+    "kvbm_core/worker/copier.py": "a device's error is foreign: it becomes outcomes",
+    "kvbm_core/worker/worker.py": "the top of the transfer engine's thread, and the edge to the engine",
     "backends/kvbm_lmdb/_tier.py": "the tops of the writer's and the readers' threads",
     "backends/kvbm_remote/_tier.py": "the edge to foreign client libraries: it becomes a completion",
     "backends/kvbm_remote/_gc.py": "the program's top: a client's error may quote a password",

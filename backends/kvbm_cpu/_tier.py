@@ -157,8 +157,8 @@ class CpuTier(Tier, Addressable):
         """
         self._free.append(self._take_reserved(key, "abandoned"))
 
-    def lend(self, key: BlockKey) -> Region | None:
-        """See `Addressable.lend`."""
+    def view(self, key: BlockKey) -> Region | None:
+        """See `Addressable.view`."""
         slot = self._published.get(key)
         return None if slot is None else self._region(slot)
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["Guard"]
+__all__ = ["CostModel"]
 
 _MEMORY: Final = 0.7
 """What earlier measurements count for, when a new one comes."""
@@ -51,7 +51,7 @@ class _Speed:
         return self.took_s / self.units if self.units else None
 
 
-class Guard:
+class CostModel:
     """Chooses how much of a prefix is loaded.
 
     Args:
@@ -71,7 +71,7 @@ class Guard:
         speeds = ["?" if s.seconds is None else f"{s.seconds * 1e3:.3g}" for s in self._loading]
         computing = self._block_seconds()
         engine = "?" if computing is None else f"{computing * 1e3:.3g}"
-        return f"<Guard ms a block: computed {engine}, loaded {', '.join(speeds)}>"
+        return f"<CostModel ms a block: computed {engine}, loaded {', '.join(speeds)}>"
 
     def computed(self, tokens: int, seconds: float, now_s: float) -> None:
         """Take in that a step of the engine that computed so many tokens has ended, after this time.
@@ -92,11 +92,11 @@ class Guard:
         computing, loading = self._block_seconds(), self._loading[tier].seconds
         return computing is not None and loading is not None and loading >= computing
 
-    def shuns(self, tier: int, now_s: float) -> bool:
+    def should_skip(self, tier: int, now_s: float) -> bool:
         """Say whether a tier need not even be asked: it is slow, and no new try is due."""
         return self.is_slow(tier) and now_s - self._tried_s[tier] < _TRIAL_EVERY_S
 
-    def worth(self, tiers: Sequence[int], now_s: float) -> int:
+    def blocks_to_load(self, tiers: Sequence[int], now_s: float) -> int:
         """Count the leading blocks that shall be loaded.
 
         Args:
@@ -140,5 +140,5 @@ class Guard:
         seconds = self._loading[tier].seconds
         if seconds is None:
             return 0.0, math.inf if tier == self._trusted else _TRIAL_BLOCKS
-        is_due = self.is_slow(tier) and not self.shuns(tier, now_s)
+        is_due = self.is_slow(tier) and not self.should_skip(tier, now_s)
         return (0.0, budget_s / seconds) if is_due else (seconds, math.inf)

@@ -13,15 +13,15 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Final
 
 from kvbm_core.block import BlockKey, BlockState
-from kvbm_core.leader.cost_model import Guard
+from kvbm_core.leader.cost_model import CostModel
 from kvbm_core.leader.counts import TierCounts, TierLevels
 from kvbm_core.leader.matches import Match, Matcher, Prefix
-from kvbm_core.leader.prefix_probe import Finder
+from kvbm_core.leader.prefix_probe import PrefixProbe
 from kvbm_core.leader.tier_index import Departures, TierIndex
 from kvbm_core.leader.tier_state import Pending, TierState, same_stack
 from kvbm_core.plan import Load, Lookup, Plan, Report, Store, TierStatus
 from kvbm_core.policy import EvictionPolicy, Lru
-from kvbm_core.tier import Reason
+from kvbm_core.tier import Reason, host_pool_of
 
 __all__ = ["Planner"]
 
@@ -30,7 +30,7 @@ logger = logging.getLogger("kvbm_core")
 _MAX_KNOWN_BLOCKS: Final = 1 << 18
 """Remembered of a shared tier; what is forgotten is looked up, or stored, once more."""
 
-_GRAVITY: Final = (Reason.MISSING, Reason.BUSY, Reason.FULL, Reason.DEADLINE, Reason.ERROR, Reason.CORRUPT)
+_SEVERITY: Final = (Reason.MISSING, Reason.BUSY, Reason.FULL, Reason.DEADLINE, Reason.ERROR, Reason.CORRUPT)
 """Of what two ranks say of one block, the graver counts: a rank whose tier fails must be noticed beside
 one that only has not the block, and a corrupt part must be dropped."""
 
@@ -43,7 +43,7 @@ class Planner:
         max_store_blocks: Blocks on their way into a tier that does not lend its memory, at once.
         policy: Makes the eviction order of one tier.
         block_tokens: Tokens a block, where only what loads faster than the engine computes shall be loaded;
-            the engine tells `guard` how fast it computes. 0: what a tier has is loaded.
+            the engine tells `cost_model` how fast it computes. 0: what a tier has is loaded.
         ops: Numbers for operations, where planners follow each other: no late report may fit another one.
 
     Raises:
@@ -73,9 +73,9 @@ class Planner:
         self._matcher = Matcher(self._tiers, self._departures, self._pending)
         for position, statuses in enumerate(zip(*ranks, strict=True)):
             self._open(position, statuses, policy())
-        self.lender = next((i for i, tier in enumerate(self._tiers) if tier.lends), -1)
+        self.host_pool = host_pool_of([status.capabilities for status in ranks[0]])
         """Position of the tier that lends its memory; -1 for none."""
-        self.guard = Guard(len(self._tiers), block_tokens, self.lender)
+        self.cost_model = CostModel(len(self._tiers), block_tokens, self.host_pool)
         self.loading_blocks = 0
         """Blocks on their way to the device, for which requests wait. Of a load in-step, the device waits."""
 
@@ -144,7 +144,7 @@ class Planner:
         return key in self._tiers[tier].index
 
     def decline(self, tiers: Iterable[int]) -> None:
-        """Note that blocks found in these tiers are computed, because `guard` finds that faster."""
+        """Note that blocks found in these tiers are computed, because `cost_model` finds that faster."""
         for tier in tiers:
             self._tiers[tier].counts.declined += 1
 
@@ -163,18 +163,18 @@ class Planner:
             # A block that is on its way there needs no question, and is no hit yet.
             absent = tier.index.state(keys[0]) is BlockState.ABSENT
             if (
-                tier.finder is None
+                tier.probe is None
                 or not absent
                 or not tier.breaker.closed(now_s)
-                or self.guard.shuns(position, now_s)
+                or self.cost_model.should_skip(position, now_s)
             ):
                 continue
-            if (number := tier.finder.asking(keys[0])) is not None:
+            if (number := tier.probe.asking(keys[0])) is not None:
                 asking.add(number)
-            elif span := tier.finder.span(keys, now_s):
+            elif span := tier.probe.span(keys, now_s):
                 number = next(self._ops)
                 asking.add(number)
-                op = Lookup(number, position, tier.finder.ask(number, span))
+                op = Lookup(number, position, tier.probe.ask(number, span))
                 self._lookups.append(op)
                 self._expect(op, [position])
         return frozenset(asking)
@@ -232,7 +232,7 @@ class Planner:
             for key in reversed(keys):
                 tier.index.touch(key)
             wanted = [key for key in keys if tier.index.state(key) is BlockState.ABSENT]
-            if not tier.lends or not tier.breaker.closed(now_s):
+            if not tier.is_host_pool or not tier.breaker.closed(now_s):
                 wanted = self._admit(tier, wanted, prefix, now_s)
             # Some of `keys` may be there already: the others must not push these out.
             for key in self._reserve(position, wanted, prefix):
@@ -241,7 +241,7 @@ class Planner:
 
     def take(self, now_s: float) -> Plan:
         """Take everything planned since the last call."""
-        if self.lender >= 0:
+        if self.host_pool >= 0:
             for position in range(len(self._tiers)):
                 self._pay(position, now_s)
         drops, self._drops = self._drops, {}
@@ -261,7 +261,7 @@ class Planner:
             if (pending := self._pending.get(report.op)) is None or report.tier not in pending.waiting:
                 continue
             known = pending.failures.setdefault(report.tier, {})
-            known.update({at: max(why, known.get(at, why), key=_GRAVITY.index)
+            known.update({at: max(why, known.get(at, why), key=_SEVERITY.index)
                           for at, why in report.failures.items()})  # fmt: skip
             pending.waiting[report.tier] -= 1
             pending.took_s = max(pending.took_s, report.seconds)
@@ -297,28 +297,28 @@ class Planner:
             index.found(key)
         orphans = set().union(*(status.inventory for status in statuses)).difference(keep)
         capabilities = statuses[0].capabilities
-        finder = Finder() if capabilities.remote_lookup else None
+        probe = PrefixProbe() if capabilities.remote_lookup else None
         direct = capabilities.device_direct
         self._tiers.append(
-            TierState(statuses[0].name, index, capabilities.addressable, shared, direct, finder)
+            TierState(statuses[0].name, index, capabilities.addressable, shared, direct, probe)
         )
         self._discard(position, orphans)
 
     def _plan_fills(
         self, keys: Sequence[BlockKey], tiers: Sequence[int], gone: Container[BlockKey]
     ) -> list[int]:
-        """Choose which blocks the lender keeps as they pass through its memory."""
-        lender = self.lender
+        """Choose which blocks the host pool keeps as they pass through its memory."""
+        host_pool = self.host_pool
         lower = [
             key
             for key, tier in zip(keys, tiers, strict=True)
-            if tier > lender >= 0 and not self._tiers[tier].direct and key not in gone
+            if tier > host_pool >= 0 and not self._tiers[tier].direct and key not in gone
         ]
         if not lower:
             return [-1] * len(keys)
         # Their ancestors need no mention: `load` has pinned them.
-        kept = set(self._reserve(lender, lower, ()))
-        return [lender if key in kept else -1 for key in keys]
+        kept = set(self._reserve(host_pool, lower, ()))
+        return [host_pool if key in kept else -1 for key in keys]
 
     def _reserve(
         self, position: int, keys: Sequence[BlockKey], prefix: Container[BlockKey]
@@ -335,15 +335,15 @@ class Planner:
     ) -> list[BlockKey]:
         """Choose what is written from the device now.
 
-        What the lender has already is owed, because it need not be gathered again; so is what is
-        too much at once. Without a lender the surplus is dropped.
+        What the host pool has already is owed, because it need not be gathered again; so is what is
+        too much at once. Without a host pool the surplus is dropped.
         """
         usable = tier.breaker.closed(now_s)
         room = max(0, self._max_store_blocks - tier.storing) if usable else 0
-        if self.lender < 0 or tier.lends:
+        if self.host_pool < 0 or tier.is_host_pool:
             tier.counts.dropped["backlog" if usable else "unusable"] += len(keys[room:])
             return keys[:room]
-        lent = self._tiers[self.lender].index
+        lent = self._tiers[self.host_pool].index
         fresh = [key for key in keys if key not in lent]
         self._owe(tier, [*fresh[room:], *(key for key in keys if key in lent)], prefix)
         return fresh[:room]
@@ -357,14 +357,14 @@ class Planner:
                 tier.counts.dropped["backlog"] += 1
 
     def _pay(self, position: int, now_s: float) -> None:
-        """Plan the copies from the lender that are owed to a tier."""
-        tier, lender = self._tiers[position], self._tiers[self.lender]
+        """Plan the copies from the host pool that are owed to a tier."""
+        tier, host_pool = self._tiers[position], self._tiers[self.host_pool]
         if not tier.owed or not tier.breaker.closed(now_s):
             return
         due: list[tuple[BlockKey, Container[BlockKey]]] = []
         while tier.owed and tier.storing + len(due) < self._max_store_blocks:
             key, prefix = next(iter(tier.owed.items()))
-            state = lender.index.state(key)
+            state = host_pool.index.state(key)
             if state is BlockState.FILLING:
                 break
             del tier.owed[key]
@@ -376,8 +376,8 @@ class Planner:
         for _, run in itertools.groupby(due, key=lambda pair: id(pair[1])):
             together = list(run)
             keys += self._reserve(position, [key for key, _ in together], together[0][1])
-        gone = lender.index.pin(keys)
-        assert not gone, "what the lender has lost since is not owed"
+        gone = host_pool.index.pin(keys)
+        assert not gone, "what the host pool has lost since is not owed"
         if keys:
             self._plan_store(keys, [], [position])
 
@@ -412,7 +412,7 @@ class Planner:
             kind = "load"
             tier.counts.loaded += len(op.keys) - len(failures)
             if not failures:
-                self.guard.loaded(position, len(op.keys), pending.took_s, now_s)
+                self.cost_model.loaded(position, len(op.keys), pending.took_s, now_s)
             self._end_load(pending, position)
         else:
             kind = "store"
@@ -421,7 +421,7 @@ class Planner:
         absent = Reason.MISSING if kind == "lookup" else None  # An answer, not a failure.
         tier.counts.failed.update((kind, why.value) for why in failures.values() if why is not absent)
         worst = next(iter(failures.values()), Reason.NONE) if len(failures) == len(op.keys) else Reason.NONE
-        # A copy that the lender did not get, because the load failed, is not the lender's fault.
+        # A copy that the host pool did not get, because the load failed, is not the host pool's fault.
         if asked and tier.breaker.note(worst, now_s):
             logger.warning(
                 "tier %s fails (%s) and is left alone for a while: %r", tier.name, worst.value, tier.breaker
@@ -429,8 +429,8 @@ class Planner:
 
     def _end_lookup(self, pending: Pending, op: Lookup, failures: dict[int, Reason], now_s: float) -> None:
         tier = self._tiers[op.tier]
-        assert tier.finder
-        found = tier.finder.answer(op.op, failures, now_s)
+        assert tier.probe
+        found = tier.probe.answer(op.op, failures, now_s)
         if pending.doomed:
             return
         news = [key for key in found if tier.index.state(key) is BlockState.ABSENT]
@@ -438,7 +438,7 @@ class Planner:
         for key in reversed(known):
             tier.index.stored(key)
         for key in news[len(known) :]:  # The index is full of pinned blocks.
-            tier.finder.miss(key, now_s)
+            tier.probe.miss(key, now_s)
 
     def _end_load(self, pending: Pending, position: int) -> None:
         op, index = pending.op, self._tiers[position].index
@@ -472,8 +472,8 @@ class Planner:
         op = pending.op
         if isinstance(op, Store) and not op.blocks:
             for key in op.keys:
-                if self._tiers[self.lender].index.unpin(key):
-                    self._discard(self.lender, [key])
+                if self._tiers[self.host_pool].index.unpin(key):
+                    self._discard(self.host_pool, [key])
 
     def _drop(self, position: int, key: BlockKey, *, corrupt: bool = False) -> None:
         """Forget a READY block, as soon as nobody reads it."""

@@ -16,10 +16,10 @@ from typing import Final
 from kvbm_core.block import BlockKey
 from kvbm_core.tier import Reason
 
-__all__ = ["Finder"]
+__all__ = ["PrefixProbe"]
 
 
-class Finder:
+class PrefixProbe:
     """Chooses what to ask a tier, and remembers what it has not. No I/O, no clock."""
 
     max_probes: Final = 64
@@ -35,7 +35,7 @@ class Finder:
         self._heads: dict[BlockKey, int] = {}
 
     def __repr__(self) -> str:
-        return f"<Finder {len(self._spans)} asked, {len(self._absent)} absent>"
+        return f"<PrefixProbe {len(self._spans)} asked, {len(self._absent)} absent>"
 
     def asking(self, key: BlockKey) -> int | None:
         """Give the operation that asks about a block and those after it. None: no answer is on its way."""

@@ -10,7 +10,7 @@ from kvbm_core.block import BlockKey
 from kvbm_core.errors import ConfigError
 from kvbm_core.leader.breaker import Breaker
 from kvbm_core.leader.counts import TierCounts
-from kvbm_core.leader.prefix_probe import Finder
+from kvbm_core.leader.prefix_probe import PrefixProbe
 from kvbm_core.leader.tier_index import TierIndex
 from kvbm_core.plan import Load, Lookup, Store, TierStatus
 from kvbm_core.tier import Reason
@@ -24,19 +24,19 @@ class TierState:
 
     name: str
     index: TierIndex
-    lends: bool
+    is_host_pool: bool
     shared: bool
     """Other engines use what lies here: what is forgotten here stays there."""
     direct: bool
-    """It reads into device memory, so that its blocks do not pass the lender."""
-    finder: Finder | None
+    """It reads into device memory, so that its blocks do not pass the host pool."""
+    probe: PrefixProbe | None
     """For a tier that cannot list its blocks."""
     breaker: Breaker = field(default_factory=Breaker)
     counts: TierCounts = field(default_factory=TierCounts)
     storing: int = 0
     """Blocks on their way in."""
     owed: OrderedDict[BlockKey, Container[BlockKey]] = field(default_factory=OrderedDict)
-    """Blocks the lender has and this tier shall get when fewer are on their way, each with its prefix."""
+    """Blocks the host pool has and this tier shall get when fewer are on their way, each with its prefix."""
 
 
 @dataclass(slots=True)

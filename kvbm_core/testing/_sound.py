@@ -188,8 +188,8 @@ class LendingTier(MemoryTier, Addressable):
             raise TransitionError("not reserved")
         self.free.append(self.reserved.pop(key))
 
-    def lend(self, key: BlockKey) -> Region | None:
-        """See `Addressable.lend`."""
+    def view(self, key: BlockKey) -> Region | None:
+        """See `Addressable.view`."""
         return self.region(self.published[key]) if key in self.published else None
 
 

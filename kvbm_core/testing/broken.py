@@ -545,8 +545,8 @@ class LendsInSecret(LendingTier):
 class PublishesEarly(LendingTier):
     """A reserved block is there at once."""
 
-    def lend(self, key: BlockKey) -> Region | None:
-        return self.region(self.reserved[key]) if key in self.reserved else super().lend(key)
+    def view(self, key: BlockKey) -> Region | None:
+        return self.region(self.reserved[key]) if key in self.reserved else super().view(key)
 
 
 @_found_by("test_reserve_gives_none_for_a_known_key_or_without_room")

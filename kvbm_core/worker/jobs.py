@@ -1,28 +1,29 @@
-"""What the mover has under way: jobs of a plan, the moves and copies of their blocks, each tier's traffic."""
+"""The operations of plans that are under way on one rank, and how they end.
+
+Job      one operation of a plan
+Move     one block of a job on its way to or from one tier
+Copy     the blocks of a job that the device copies in one call
+Ledger   all jobs, and the reports that nobody has taken yet
+"""
 
 from __future__ import annotations
 
-import itertools
-import logging
+import threading
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from kvbm_core.block import BlockKey
 from kvbm_core.device import Fence, Work
-from kvbm_core.layers import DeadlineTier
 from kvbm_core.plan import Load, Lookup, Report, Store
 from kvbm_core.tier import Op, Reason, Transfer
-from kvbm_core.worker.host_buffers import Hold, Slot
+from kvbm_core.worker.host_buffers import BatchLease, Lease
 
-__all__ = ["Copy", "Failed", "Job", "Move", "Traffic", "is_done"]
-
-logger = logging.getLogger("kvbm_core")
+__all__ = ["Copy", "Failed", "Job", "Ledger", "Move"]
 
 _FIRST_BYTES: Final = 64 << 20
-"""Of a load from the lender: under way a millisecond on the link while the next are looked up."""
+"""Of a load from the host pool: under way a millisecond on the link while the next are looked up."""
 _FIRST_BLOCKS: Final = 128
 """Likewise, where they are small: they are looked up in half a millisecond."""
 _TIMES_FIRST: Final = 4
@@ -41,18 +42,19 @@ class Job:
     began_s: float
     deadline_s: float
     left: dict[int, int]
-    """Tier to blocks whose end there is not known yet."""
+    """Tier to blocks that have not ended there."""
     fence: Fence = None
-    """Where it came in the engine's order of work."""
+    """Its place in the engine's order of work."""
     failures: dict[int, dict[int, Reason]] = field(default_factory=dict)
+    """Tier to position to reason."""
 
     @property
     def pause_s(self) -> float:
-        """How long the device's copies for it need not be looked at: they wake nobody when they end."""
+        """Seconds between two looks at the device's copies for it: they wake nobody when they end."""
         return _LOAD_PAUSE_S if isinstance(self.op, Load) else _STORE_PAUSE_S
 
     def parts(self, block_bytes: int) -> list[range]:
-        """Divide a load from the lender: the first blocks are on their way while the next are looked up."""
+        """Divide a load from the host pool: the first blocks are copied while the next are looked up."""
         count = len(self.op.keys)
         first = min(count, max(1, min(_FIRST_BLOCKS, _FIRST_BYTES // block_bytes)))
         step = _TIMES_FIRST * first
@@ -81,17 +83,18 @@ class Move:
     at: int
     """Position in the operation's keys."""
     tier: int
-    slot: Slot | None = None
+    lease: Lease | None = None
     fills: bool = False
-    """The slot is the lender's and shall be published."""
+    """True if the lease is the host pool's, which shall publish the block."""
 
     @property
     def key(self) -> BlockKey:
+        """The block."""
         return self.job.op.keys[self.at]
 
     def transfer(self, ticket: int) -> Transfer:
-        """Ask for it."""
-        region = self.slot.region if self.slot else None
+        """Make the transfer that a tier is asked for."""
+        region = self.lease.region if self.lease else None
         return Transfer(ticket, _OPS[type(self.job.op)], self.key, region, self.job.deadline_s)
 
 
@@ -99,71 +102,98 @@ class Failed(Work):
     """A copy that could not be started."""
 
     def done(self) -> bool:
+        """See `Work.done`."""
         raise RuntimeError("the copy could not be started")
 
     @property
     def given_up(self) -> frozenset[int]:
+        """See `Work.given_up`."""
         return frozenset()
 
 
 @dataclass(slots=True, eq=False)
 class Copy:
-    """What the device copies for a job at once: `moves`, a `hold` or `slots`."""
+    """The blocks of a job that the device copies in one call: `moves`, a `batch` or `leases`."""
 
     job: Job
     places: Sequence[int]
     """Positions in the operation's keys."""
     moves: Sequence[Move] = ()
-    """Of a load, what a tier has brought."""
-    hold: Hold | None = None
-    """To or from the lender's memory."""
-    slots: Mapping[int, Slot] = field(default_factory=dict)
-    """Of a store, by position, what goes to other tiers only."""
+    """Of a load, the blocks that a tier has brought."""
+    batch: BatchLease | None = None
+    """Blocks in the host pool's memory."""
+    leases: Mapping[int, Lease] = field(default_factory=dict)
+    """Of a store, by position, the blocks that go to other tiers only."""
     work: Work = Failed()  # noqa: RUF009 - it holds nothing
-    """So until it is started."""
+    """`Failed` until the device has started it."""
 
 
-@dataclass(slots=True, eq=False, repr=False)
-class Traffic:
-    """What is under way in one tier behind its layers."""
+class Ledger:
+    """All jobs under way, and the reports that nobody has taken yet.
 
-    tier: DeadlineTier
-    loads: deque[Move] = field(default_factory=deque)
-    """Not yet submitted: the tier's queue is full, or no region is free."""
-    stores: deque[Move] = field(default_factory=deque)
-    """Likewise. They wait for the loads, and leave half of the tier's queue to them."""
-    open: dict[int, Move] = field(default_factory=dict)
-    late: dict[int, Move] = field(default_factory=dict)
-    """Given up, but the region is still the tier's."""
-    doomed: set[BlockKey] = field(default_factory=set)
-    """Keys of late moves, to be forgotten when the tier has let go: dropped, or stored too late."""
+    Args:
+        store_deadline_s: Seconds a store may take.
+        load_deadline_s: Seconds a load may take.
+        lookup_deadline_s: Seconds a lookup may take.
+    """
+
+    def __init__(self, *, store_deadline_s: float, load_deadline_s: float, lookup_deadline_s: float) -> None:
+        self._limits_s = {Store: store_deadline_s, Load: load_deadline_s, Lookup: lookup_deadline_s}
+        self._jobs: set[Job] = set()
+        self._reports: list[Report] = []
+        self.lock = threading.Lock()
+        """Guards this bookkeeping, the leases and the queues of tiers."""
+        self.is_broken = False
+        """True after a bug: every job has ended, and each new one fails."""
 
     def __repr__(self) -> str:
-        return f"{len(self.open)} open {len(self.loads) + len(self.stores)} queued"
+        return f"<Ledger {len(self._jobs)} jobs>"
 
-    def busy_with(self, key: BlockKey) -> bool:
-        """Say whether a transfer of this block is under way."""
-        moves = itertools.chain(self.open.values(), self.late.values(), self.loads, self.stores)
-        return any(move.key == key for move in moves)
+    def __len__(self) -> int:
+        return len(self._jobs)
 
-    def drop(self, keys: Sequence[BlockKey]) -> None:
-        """Have the tier forget blocks; those still in use, as soon as they are not."""
-        late = {move.key for move in self.late.values()}
-        self.doomed |= late.intersection(keys)
-        self.tier.discard([key for key in keys if key not in late])
+    @property
+    def has_reports(self) -> bool:
+        """True if `take_reports` has something to give."""
+        return bool(self._reports)
 
-    def forget_doomed(self, key: BlockKey) -> None:
-        """Have the tier forget a block that may be there and nobody knows, unless it is on its way again."""
-        if key in self.doomed and not self.busy_with(key):
-            self.doomed.remove(key)
-            self.tier.discard([key])
+    def begin(self, op: Store | Load | Lookup, tiers: Sequence[int]) -> Job:
+        """Open a job. It fails at once where the ledger is broken."""
+        now_s = time.monotonic()
+        job = Job(op, now_s, now_s + self._limits_s[type(op)], dict.fromkeys(tiers, len(op.keys)))
+        with self.lock:
+            if self.is_broken:
+                self._reports += [job.failed(tier) for tier in tiers]
+            else:
+                self._jobs.add(job)
+        return job
 
+    def end(self, job: Job, places: Sequence[int], tier: int, reason: Reason) -> None:
+        """Note how blocks of a job, by their positions, ended in one tier. Under the lock."""
+        if job not in self._jobs or not places:
+            return
+        if report := job.end(places, tier, reason):
+            self._reports.append(report)
+        if not job.left:
+            self._jobs.discard(job)
 
-def is_done(work: Work) -> bool | None:
-    """True: copied. False: failed. None: not yet."""
-    try:
-        return True if work.done() else None
-    except Exception:  # As in `Mover._start_copy`.
-        if not isinstance(work, Failed):
-            logger.exception("a device copy failed")
-        return False
+    def end_move(self, move: Move, reason: Reason) -> None:
+        """Note how a move ended: in its tier, and in the host pool that was to keep the block."""
+        op = move.job.op
+        if isinstance(op, Load) and op.fill >= 0:
+            self.end(move.job, [move.at], op.fill, reason)
+        self.end(move.job, [move.at], move.tier, reason)
+
+    def take_reports(self) -> list[Report]:
+        """Take the reports that have come since the last call."""
+        with self.lock:
+            reports, self._reports = self._reports, []
+        return reports
+
+    def fail_all(self) -> None:
+        """End every job, after a bug."""
+        with self.lock:
+            for job in list(self._jobs):
+                for tier in list(job.left):
+                    self._reports.append(job.failed(tier))
+            self._jobs.clear()

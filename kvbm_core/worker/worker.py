@@ -1,4 +1,4 @@
-"""One rank: its tiers, each behind its layers, the mover, and the thread that drives it."""
+"""One rank: its tiers, each behind its layers, the transfer engine, and the thread that drives it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from kvbm_core.errors import TierOpenError
 from kvbm_core.layers import FOOTER_BYTES, CheckedTier, DeadlineTier, ReplicaTier
 from kvbm_core.plan import Plan, Report, TierStatus
 from kvbm_core.registry import Registry
-from kvbm_core.tier import Addressable, Backend, Capabilities, Tier, TierConfig, TierContext
+from kvbm_core.tier import Backend, Capabilities, Tier, TierConfig, TierContext, host_pool_of
+from kvbm_core.worker.jobs import Ledger
 from kvbm_core.worker.staging import Staging
-from kvbm_core.worker.transfer_engine import Mover
+from kvbm_core.worker.transfer_engine import TransferEngine
 
 __all__ = ["Worker", "check_stack"]
 
 logger = logging.getLogger("kvbm_core")
 
 _LAST_POLL_S: Final = 10.0
-"""How long a poll under way is waited for, at the end or when the mover has failed."""
+"""How long a poll under way is waited for, at the end or when the transfer engine has failed."""
 
 
 def check_stack(
@@ -91,18 +92,19 @@ class Worker:
         )  # fmt: skip
         self._names = [entry.name for entry in config.tiers]
         self._tiers = _open_tiers(config, context, replicas, registry or Registry(), device)
-        self._mover = Mover(
-            self._tiers, device, _staging(config, self._tiers, context),
-            load_deadline_s=config.load_deadline_s, store_deadline_s=config.store_deadline_s,
+        ledger = Ledger(
+            store_deadline_s=config.store_deadline_s, load_deadline_s=config.load_deadline_s,
             lookup_deadline_s=config.lookup_deadline_s,
         )  # fmt: skip
+        staging = _staging(config, self._tiers, context)
+        self._engine = TransferEngine(self._tiers, device, staging, ledger)
         self._status: list[TierStatus] | None = None
         self._closing = False
         self._polling = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="kvbm-mover", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="kvbm-transfer", daemon=True)
 
     def __repr__(self) -> str:
-        return f"<Worker {', '.join(self._names)}; {self._mover!r}>"
+        return f"<Worker {', '.join(self._names)}; {self._engine!r}>"
 
     def status(self) -> list[TierStatus]:
         """Say what each tier can do and holds, fastest first. As found at open, also when asked later."""
@@ -114,7 +116,7 @@ class Worker:
         return self._status
 
     def submit(self, plan: Plan) -> None:
-        """Start a plan, see `Mover.submit`. Waits for nothing but the gather of a device not `deferred`.
+        """Start a plan, see `TransferEngine.submit`. Waits only for the gather of a device not `deferred`.
 
         Raises:
             Exception: If a load `in_step` cannot be started.
@@ -123,22 +125,22 @@ class Worker:
         if self._thread.ident is None and not self._closing:
             self._thread.start()
         try:
-            self._mover.submit(plan)
+            self._engine.submit(plan)
         except Exception:
             self._fail()  # A bug of ours must not end the engine, nor be answered with a wrong token.
             if any(load.in_step for load in plan.loads):
                 raise
-        if self._mover.active:
+        if self._engine.active:
             self._event.set()
 
     def reports(self) -> list[Report]:
         """Take what has ended since the last call."""
         self._progress.clear()
-        return self._mover.take_reports()
+        return self._engine.take_reports()
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until `reports` may have something. False if it took too long, or nothing is under way."""
-        return self._progress.wait(timeout_s if self._mover.active else 0)
+        return self._progress.wait(timeout_s if self._engine.active else 0)
 
     def close(self) -> None:
         """Finish or fail what is under way and close the tiers. May be called twice."""
@@ -148,28 +150,28 @@ class Worker:
         self._event.set()
         if self._thread.is_alive():
             self._thread.join(timeout=_LAST_POLL_S)
-        if not self._thread.is_alive():  # Else it may hold the mover's lock.
-            self._mover.fail_all()
+        if not self._thread.is_alive():  # Else it may hold the transfer engine's lock.
+            self._engine.fail_all()
         self._progress.set()
-        self._mover.close()
+        self._engine.close()
 
     def _run(self) -> None:
         while not self._closing:
-            self._event.wait(self._mover.pause_s)
+            self._event.wait(self._engine.pause_s)
             self._event.clear()
             try:
                 with self._polling:
-                    self._mover.poll()
+                    self._engine.poll()
             except Exception:  # noqa: BLE001 - as in `submit`.
                 self._fail()
-            if self._mover.has_reports:
+            if self._engine.has_reports:
                 self._progress.set()
 
     def _fail(self) -> None:
-        logger.exception("the mover failed; nothing is stored or loaded from here on")
+        logger.exception("the transfer engine failed; nothing is stored or loaded from here on")
         # Not beside a poll: what that starts would be written after it was said to have failed.
         alone = self._polling.acquire(timeout=_LAST_POLL_S)
-        self._mover.fail_all()
+        self._engine.fail_all()
         if alone:
             self._polling.release()
         self._progress.set()
@@ -188,14 +190,12 @@ def _open_tiers(
     config: StackConfig, context: TierContext, replicas: int, registry: Registry, device: Device
 ) -> list[Tier]:
     tiers: list[Tier] = []
-    lends = False
     try:
         for entry, backend, settings in _resolve(config, registry):
             woken = threading.Event()
             opened = _open(backend, settings, dataclasses.replace(context, wake=woken.set), replicas)
-            tier = _layered(opened, entry, context, woken, device, first_lender=not lends)
-            lends = lends or isinstance(tier, Addressable)
-            tiers.append(tier)
+            is_first = host_pool_of([tier.capabilities for tier in tiers]) < 0
+            tiers.append(_layered(opened, entry, context, woken, device, may_be_host_pool=is_first))
     except BaseException:
         for tier in tiers:
             tier.close()
@@ -215,20 +215,20 @@ def _open(backend: Backend, settings: TierConfig, context: TierContext, replicas
 
 def _layered(
     tier: Tier, entry: TierEntry, context: TierContext, woken: threading.Event, device: Device,
-    *, first_lender: bool,
+    *, may_be_host_pool: bool,
 ) -> Tier:  # fmt: skip
-    """Put its layers around a tier. The lender gets none: its memory is used directly."""
+    """Put its layers around a tier. The host pool gets none: its memory is used directly."""
     try:
         _check_capacity(tier.capabilities, entry, context)
     except TierOpenError:
         tier.close()
         raise
     _announce(tier.capabilities, entry, context)
-    lends = isinstance(tier, Addressable)
-    if lends and first_lender and not entry.checked:
+    addressable = tier.capabilities.addressable
+    if addressable and may_be_host_pool and not entry.checked:
         return tier
     read = device.read if isinstance(device, Stageable) else None
-    if entry.checked or (entry.checked is None and not lends):
+    if entry.checked or (entry.checked is None and not addressable):
         tier = CheckedTier(tier, context.namespace, read)
     return DeadlineTier(tier, woken, entry.name, context.wake, stages=read is not None)
 
@@ -249,10 +249,11 @@ def _check_capacity(capabilities: Capabilities, entry: TierEntry, context: TierC
 
 
 def _staging(config: StackConfig, tiers: Sequence[Tier], context: TierContext) -> Staging | None:
-    """Make the memory for blocks that pass through no lender; only a little where there is one."""
-    if len(tiers) == 1 and isinstance(tiers[0], Addressable):
+    """Make the memory for blocks that pass through no host pool; only a little where there is one."""
+    has_host_pool = host_pool_of([tier.capabilities for tier in tiers]) >= 0
+    if has_host_pool and len(tiers) == 1:
         return None
     nbytes = int(config.staging) // context.world_size
-    if any(isinstance(tier, Addressable) for tier in tiers):
+    if has_host_pool:
         nbytes = min(nbytes, 64 * context.block_bytes)
     return Staging(nbytes, context.block_bytes, context.pin)

@@ -37,7 +37,7 @@ class RequestState:
     """The finding that was last weighed against computing: a try of a slow tier is given once."""
     worth_blocks: int = 0
     """Leading blocks of it that shall be loaded."""
-    from_lender: bool = False
+    from_host_pool: bool = False
     """Whether all of these are in the memory that a tier lends."""
     matched_step: int = 0
     """The step in whose planning it was matched last."""

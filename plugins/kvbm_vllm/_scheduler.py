@@ -168,7 +168,7 @@ class SchedulerHalf:
         state.is_held = self._exceeds_room(state.worth_blocks)
         if state.is_held:
             return None, False
-        state.in_step = state.from_lender and self._does_nothing_else()
+        state.in_step = state.from_host_pool and self._does_nothing_else()
         return state.worth_blocks * self._block_tokens, not state.in_step
 
     def allocated(self, request: Any, blocks: list[int], num_external_tokens: int) -> None:
@@ -244,7 +244,7 @@ class SchedulerHalf:
         ended = self._steps.end(outcomes.step, now_s)
         self._ended = [state for state in self._ended if self._is_to_offer(state)]
         if self._planner is not None and self._tally is not None:
-            self._planner.guard.computed(*ended, now_s)
+            self._planner.cost_model.computed(*ended, now_s)
             self._tally.reported(outcomes.reports, outcomes.copied)
             for op, failures in self._planner.report(outcomes.reports, now_s):
                 self._tally.loaded(op, failures)
@@ -356,9 +356,9 @@ class SchedulerHalf:
         assert self._planner is not None
         last, state.judged = state.judged, match
         if last is None or (last.start, last.tiers) != (match.start, match.tiers):
-            state.worth_blocks = self._planner.guard.worth(match.tiers, now_s)
-        lender = self._planner.lender
-        state.from_lender = all(tier == lender for tier in match.tiers[: state.worth_blocks])
+            state.worth_blocks = self._planner.cost_model.blocks_to_load(match.tiers, now_s)
+        host_pool = self._planner.host_pool
+        state.from_host_pool = all(tier == host_pool for tier in match.tiers[: state.worth_blocks])
 
     def _does_nothing_else(self) -> bool:
         """Say whether the step that computes the rest of a prompt can wait for a load, on the device.
@@ -397,7 +397,7 @@ class SchedulerHalf:
         if not state.in_step:
             self._parked.add(name, len(state.blocks))
         blocks = state.blocks[start : start + count]
-        self._planner.guard.tried(tiers, time.monotonic())
+        self._planner.cost_model.tried(tiers, time.monotonic())
         self._planner.load(name, keys, blocks, tiers, in_step=state.in_step)
 
     # Steps.

@@ -35,7 +35,7 @@ class WorkerHalf:
 
     _LOAD_WAIT_S: Final = 0.005
     """How long an idle step waits for progress: an engine that only waits for a disk shall not burn a core,
-    and the mover's thread needs the interpreter meanwhile."""
+    and the transfer engine's thread needs the interpreter meanwhile."""
     _STORE_WAIT_S: Final = 0.001
     """Likewise where no request is loading: the next may come at any time, and is not seen while it waits."""
 

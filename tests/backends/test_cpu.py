@@ -101,13 +101,13 @@ def test_a_reserved_block_is_not_loadable_before_publish(cpu):
     assert lent.nbytes == BLOCK
     assert lent.address % 4096 == 0
     assert cpu.reserve(key(1)) is None
-    assert cpu.lend(key(1)) is None
+    assert cpu.view(key(1)) is None
     assert lookup(cpu, 1) is Outcome.MISSING
     assert store(cpu, 1).reason is Reason.BUSY
     lent.view()[:] = content(1)
     cpu.publish(key(1))
     assert cpu.reserve(key(1)) is None
-    assert cpu.lend(key(1)) == lent
+    assert cpu.view(key(1)) == lent
     assert load(cpu, 1)[1] == content(1)
 
 

@@ -1,6 +1,6 @@
-"""Stores started later and loads that a step waits for, under a mover: on a simulated accelerator.
+"""Stores started later and loads that a step waits for, under a transfer engine: on a simulated accelerator.
 
-The mover's thread is never started; each test says when it would have run.
+The transfer engine's thread is never started; each test says when it would have run.
 """
 
 import contextlib
@@ -14,10 +14,12 @@ import torch
 from simulated_gpu import SimulatedGpu
 from test_staged import METHODS, opened, until
 
-from kvbm_core import Planner, Reason, Worker, _mover, _moves, chain_keys, load_config, root_key
+from kvbm_core import Planner, Reason, Worker, chain_keys, load_config, root_key
 from kvbm_core.block import make_namespace
 from kvbm_core.errors import KvbmError
 from kvbm_core.plan import Load, Plan, Store
+from kvbm_core.worker import copier, jobs
+from kvbm_core.worker.copier import Copier
 from kvbm_device import StagedDevice
 from kvbm_device._pages import page_table
 from kvbm_device._views import page_views
@@ -44,7 +46,7 @@ class Engine:
             load_config({"tiers": entries, **options}), self.device, make_namespace({"a": 1})
         )
         self.worker._thread.start = lambda: None
-        self.mover = self.worker._mover
+        self.engine = self.worker._engine
         self.rights = []
         """What the engine's reads have found so far."""
 
@@ -62,22 +64,22 @@ class Engine:
             )
 
     def poll(self):
-        self.mover.poll()
+        self.engine.poll()
         self.gpu.step()
 
     def end(self):
         """Poll until no copy and no job is left; give the reports."""
         reports = []
-        while self.mover.active or self.mover._copies:
+        while self.engine.active or self.engine._copier.under_way():
             self.poll()
             reports += self.worker.reports()
         return reports
 
     def assert_nothing_is_in_use(self):
-        assert self.mover._slots._lent == {}
-        assert self.mover._slots._holds == set()
+        assert self.engine._buffers._lent == {}
+        assert self.engine._buffers._batches == set()
         assert "0 waiting, 0 pieces" in repr(self.device)
-        staging = self.mover._slots._staging
+        staging = self.engine._buffers._staging
         assert staging is None or repr(staging).startswith("<Staging 0/")
 
 
@@ -107,7 +109,7 @@ def test_what_is_overwritten_before_its_store_began_is_stored_as_it_was_or_not_a
         assert {why for report in reports for why in report.failures.values()} == {Reason.FULL}
         stored = {key: at for at, key in enumerate(KEYS[:8]) if at not in {3, 6, 7}}
         for tier in made.worker._tiers:
-            blocks = {key: tier.lend(key) for key in KEYS[:8]} if hasattr(tier, "lend") else None
+            blocks = {key: tier.view(key) for key in KEYS[:8]} if hasattr(tier, "view") else None
             if blocks is not None:
                 assert {key for key, region in blocks.items() if region} == set(stored)
                 assert all(bytes(blocks[key].view()[:BYTES]) == content(key) for key in stored)
@@ -129,7 +131,7 @@ def test_who_does_not_keep_the_engines_order_writes_when_nothing_reads(seed, pol
         [report] = made.end()
         [tier] = made.worker._tiers
         for at in set(range(8)).difference(report.failures):
-            assert bytes(tier.lend(KEYS[at]).view()[:BYTES]) == content(KEYS[at])
+            assert bytes(tier.view(KEYS[at]).view()[:BYTES]) == content(KEYS[at])
         assert set(report.failures) <= set(blocks)
         made.assert_nothing_is_in_use()
 
@@ -172,7 +174,7 @@ def test_nothing_was_begun_before_the_first_plan_that_writes():
         made.worker.submit(Plan(stores=[Store(1, KEYS[:4], [0, 1, 2, 3], [0])], settled=True))
         assert [report.failures for report in made.end()] == [{}]
         tier = made.worker._tiers[0]
-        assert all(bytes(tier.lend(key).view()[:BYTES]) == content(key) for key in KEYS[:4])
+        assert all(bytes(tier.view(key).view()[:BYTES]) == content(key) for key in KEYS[:4])
 
 
 def test_a_load_into_blocks_whose_store_has_not_begun_comes_after_it():
@@ -189,7 +191,7 @@ def test_a_load_into_blocks_whose_store_has_not_begun_comes_after_it():
         planner.report(made.end(), NOW)
         assert [bytes(made.memory[block].numpy()) for block in (2, 3)] == [content(k) for k in KEYS[:2]]
         for key in KEYS[:4]:
-            assert bytes(made.worker._tiers[0].lend(key).view()[:BYTES]) == content(key)
+            assert bytes(made.worker._tiers[0].view(key).view()[:BYTES]) == content(key)
         assert not planner.busy(NOW)
 
 
@@ -211,7 +213,7 @@ def in_step(keys, blocks):
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("seed", range(8))
 def test_a_step_computes_with_what_is_loaded_in_it(seed, method, monkeypatch):
-    monkeypatch.setattr(_moves, "_FIRST_BLOCKS", 1)  # The load has two parts.
+    monkeypatch.setattr(jobs, "_FIRST_BLOCKS", 1)  # The load has two parts.
     with engine(8, seed, method=method) as made:
         planner, blocks = stored(made), [6, 2, 0, 5]
         for _ in range(3):
@@ -231,51 +233,51 @@ def test_a_step_computes_with_what_is_loaded_in_it(seed, method, monkeypatch):
 
 
 def test_a_load_that_comes_while_others_are_looked_at_is_not_lost(monkeypatch):
-    """The engine's thread starts it, the mover's thread looks."""
+    """The engine's thread starts it, the transfer engine's thread looks."""
     with engine(8) as made:
-        planner, is_done = stored(made), _mover.is_done
+        planner, is_done = stored(made), Copier._is_done
 
         def look(work):
-            monkeypatch.setattr(_mover, "is_done", is_done)
+            monkeypatch.setattr(Copier, "_is_done", staticmethod(is_done))
             planner.load("b", KEYS[2:4], [6, 7], [0, 0], in_step=True)
             made.worker.submit(planner.take(NOW))
             return is_done(work)
 
-        monkeypatch.setattr(_mover, "is_done", look)
+        monkeypatch.setattr(Copier, "_is_done", staticmethod(look))
         planner.load("a", KEYS[:2], [4, 5], [0, 0], in_step=True)
         made.worker.submit(planner.take(NOW))
         for _ in range(2):
             made.gpu.finish()
-            made.mover.poll()
+            made.engine.poll()
         assert [op.request for op, _ in planner.report(made.worker.reports(), NOW)] == ["a", "b"]
         made.assert_nothing_is_in_use()
 
 
 def test_a_block_that_is_not_there_is_not_computed_with(monkeypatch):
-    monkeypatch.setattr(_mover, "_SETTLE_S", 0.1)  # Nobody runs what was begun of the load.
+    monkeypatch.setattr(copier, "_SETTLE_S", 0.1)  # Nobody runs what was begun of the load.
     with engine(8) as made:
         stored(made, KEYS[:1])
         with pytest.raises(KvbmError, match="cannot be loaded"):
             made.worker.submit(in_step(KEYS[:2], [4, 5]))
         # The engine ends. If it does not, it waits for nothing.
         assert [(report.op, set(report.failures)) for report in made.worker.reports()] == [(9, {0, 1})]
-        assert not made.mover.active
+        assert not made.engine.active
 
 
 def test_a_load_that_failed_with_its_mover_is_written_no_more(monkeypatch):
-    """The engine's thread finds the bug while the mover's thread is about to start the load."""
+    """The engine's thread finds the bug while the transfer engine's thread is about to start the load."""
     with engine(8) as made:
-        planner, end = stored(made), made.mover._end_copies
+        planner, end = stored(made), made.engine._end_copies
 
         def fail_meanwhile():
-            monkeypatch.setattr(made.mover, "_end_copies", end)
-            made.mover.fail_all()
+            monkeypatch.setattr(made.engine, "_end_copies", end)
+            made.engine.fail_all()
             end()
 
         planner.load("a", KEYS[:4], [4, 5, 6, 7], [0] * 4)
         made.worker.submit(planner.take(NOW))
-        monkeypatch.setattr(made.mover, "_end_copies", fail_meanwhile)
-        made.mover.poll()
+        monkeypatch.setattr(made.engine, "_end_copies", fail_meanwhile)
+        made.engine.poll()
         assert [set(report.failures) for report in made.worker.reports()] == [{0, 1, 2, 3}]
         made.writes([4, 5, 6, 7], KEYS[8:12])  # Nothing claims them any more.
         made.gpu.finish()
@@ -286,22 +288,22 @@ def test_a_block_is_forgotten_when_nobody_reads_it_any_more():
     """Two loads and a store to another tier read it from host memory."""
     with engine(8, tiers=("cpu", "memory")) as made:
         stored(made)
-        cpu, slots = made.worker._tiers[0], made.mover._slots
+        cpu, slots = made.worker._tiers[0], made.engine._buffers
         loads = [Load(op, "a", 0, -1, KEYS[1:3], blocks) for op, blocks in ((8, [4, 5]), (9, [6, 7]))]
         made.worker.submit(Plan(loads=loads))
-        made.mover.poll()
+        made.engine.poll()
         slot = slots.borrow(KEYS[2])
         made.worker.submit(Plan(drops=[(0, KEYS[1:4])]))
-        lent = [bool(cpu.lend(key)) for key in KEYS[:4]]
+        lent = [bool(cpu.view(key)) for key in KEYS[:4]]
         assert lent == [True, True, True, False]
         made.writes([4, 5, 6, 7], KEYS[8:12])  # The loads come after it.
         assert [(report.op, report.failures) for report in made.end()] == [(8, {}), (9, {})]
         assert [bytes(made.memory[block].numpy()) for block in (4, 5, 6, 7)] == [
             content(key) for key in KEYS[1:3] * 2
         ]
-        assert [bool(cpu.lend(key)) for key in KEYS[:4]] == [True, False, True, False]
+        assert [bool(cpu.view(key)) for key in KEYS[:4]] == [True, False, True, False]
         slots.release(slot)
-        assert cpu.lend(KEYS[2]) is None
+        assert cpu.view(KEYS[2]) is None
         made.assert_nothing_is_in_use()
 
 
@@ -320,7 +322,7 @@ def test_what_host_memory_has_not_of_a_load_is_said_and_the_rest_is_loaded():
 
 @pytest.mark.parametrize("first", ["load", "store"])
 def test_what_was_refused_does_not_hold_back_a_drop_until_the_block_is_there_again(first):
-    """The mover's thread polls only while something is under way."""
+    """The transfer engine's thread polls only while something is under way."""
     with engine(8, blocks=4) as made:
         cpu = made.worker._tiers[0]
         if first == "load":
@@ -328,27 +330,27 @@ def test_what_was_refused_does_not_hold_back_a_drop_until_the_block_is_there_aga
         else:
             stored(made, KEYS[4:8])
             made.worker.submit(Plan(stores=[Store(1, KEYS[:1], [0], [0])], overwrites=[0]))
-        while made.mover.active:
+        while made.engine.active:
             made.poll()
         assert [set(report.failures) for report in made.worker.reports()] == [{0}]
         made.writes([0], KEYS[:1])
         drops = [(0, [KEYS[0], *KEYS[4:8]])]
         made.worker.submit(Plan(drops=drops, stores=[Store(2, KEYS[:1], [0], [0])]))
         assert [(report.op, report.failures) for report in made.end()] == [(2, {})]
-        assert bytes(cpu.lend(KEYS[0]).view()[:BYTES]) == content(KEYS[0])
+        assert bytes(cpu.view(KEYS[0]).view()[:BYTES]) == content(KEYS[0])
         made.assert_nothing_is_in_use()
 
 
 def test_a_block_that_the_lender_loses_at_once_is_said_to_be_missing_below(monkeypatch):
     with engine(8, tiers=("cpu", "memory")) as made:
         cpu = made.worker._tiers[0]
-        lend = cpu.lend
-        monkeypatch.setattr(cpu, "lend", lambda key: None if key == KEYS[1] else lend(key))
+        view = cpu.view
+        monkeypatch.setattr(cpu, "view", lambda key: None if key == KEYS[1] else view(key))
         made.worker.submit(Plan(stores=[Store(1, KEYS[:2], [0, 1], [0, 1])]))
         found = []
         until(lambda: made.poll() or found.extend(made.worker.reports()) or len(found) == 2)
         assert [(report.tier, report.failures) for report in found] == [(0, {}), (1, {1: Reason.MISSING})]
-        assert not made.mover.active
+        assert not made.engine.active
 
 
 def test_a_copy_of_no_blocks_is_done():
@@ -389,7 +391,7 @@ def test_a_mover_that_has_given_up_still_loads_what_a_step_computes_with(seed):
     """The leader may not know yet, and vLLM computes the rest in any case."""
     with engine(8, seed) as made:
         planner = stored(made)
-        made.mover.fail_all()
+        made.engine.fail_all()
         planner.load("a", KEYS[:4], [4, 5, 6, 7], [0] * 4, in_step=True)
         made.worker.submit(planner.take(NOW))
         made.reads([4, 5, 6, 7], KEYS[:4])
@@ -401,10 +403,10 @@ def test_a_mover_that_has_given_up_still_loads_what_a_step_computes_with(seed):
 
 
 def test_a_mover_that_has_given_up_computes_with_nothing_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(_mover, "_SETTLE_S", 0.1)  # Nobody runs what was begun of the load.
+    monkeypatch.setattr(copier, "_SETTLE_S", 0.1)  # Nobody runs what was begun of the load.
     with engine(8) as made:
         stored(made, KEYS[:1])
-        made.mover.fail_all()
+        made.engine.fail_all()
         with pytest.raises(KvbmError, match="cannot be loaded"):
             made.worker.submit(in_step(KEYS[:2], [4, 5]))
 
@@ -424,7 +426,7 @@ def test_nobody_waits_for_a_worker_that_has_nothing_to_do():
 def test_stores_that_wait_at_the_end_are_reported():
     with engine(8) as made:
         made.worker.submit(Plan(stores=[Store(1, KEYS[:4], [0, 1, 2, 3], [0])]))
-        made.mover.poll()
+        made.engine.poll()
         made.worker.submit(Plan(stores=[Store(2, KEYS[4:8], [4, 5, 6, 7], [0])]))
     assert [(r.op, set(r.failures.values())) for r in sorted(made.worker.reports(), key=lambda r: r.op)] == [
         (1, {Reason.ERROR}), (2, {Reason.ERROR}),
@@ -491,8 +493,8 @@ def test_an_engine_over_its_tiers_never_loads_what_is_not_its_keys(seed):  # noq
                 computed.append((*needed, number))  # To be stored, and anybody's from then on.
             for _ in range(chance.randint(0, 3)):
                 made.poll()
-            while chance.random() < 0.2 and any(traffic.open for traffic in made.mover._traffic.values()):
-                until(lambda: made.poll() or not any(t.open for t in made.mover._traffic.values()))
+            while chance.random() < 0.2 and any(queue.open for queue in made.engine._queues.values()):
+                until(lambda: made.poll() or not any(t.open for t in made.engine._queues.values()))
             # An engine is not far ahead.
             while sum(map(len, made.gpu.streams)) > 40 or chance.random() < 0.5:
                 made.gpu.step()

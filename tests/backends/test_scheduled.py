@@ -265,9 +265,9 @@ class Vllm:
 
     def assert_tiers_hold_their_keys_bytes(self):
         for tier in self.engine.worker._tiers:
-            if hasattr(tier, "lend"):
+            if hasattr(tier, "view"):
                 for key, data in self.known.items():
-                    region = tier.lend(key)
+                    region = tier.view(key)
                     assert region is None or bytes(region.view()[: len(data)]) == data
 
     def go_on(self, *, finish):

@@ -251,7 +251,7 @@ def test_host_memory_stays_page_locked_until_the_copies_under_way_have_ended(mon
 def test_a_load_that_a_bug_has_ended_is_written_no_more(monkeypatch):
     gpu = SimulatedGpu(5, eager=0.9)
     memory, _, stack = small_stack(gpu)
-    mover = stack._worker._mover
+    mover = stack._worker._engine
 
     def bug():
         raise ZeroDivisionError

@@ -1,4 +1,4 @@
-"""What copies of many blocks cost the interpreter: the engine's thread, and the mover's beside it.
+"""What copies of many blocks cost the interpreter: the engine's thread, and the transfer engine's beside it.
 
     python tests/benchmarks/bench_host_work.py [--blocks 2048] [--times 20]
 
@@ -8,8 +8,8 @@ kernel on top. The best of all, in ms of processor time of the thread named:
 
   in-step load   the engine's thread, until all is on the streams
   first piece    until the first piece of that is, on the clock
-  load           the mover's thread, of a load that the engine's stream does not wait for
-  store          the mover's thread, and the engine's
+  load           the transfer engine's thread, of a load that the engine's stream does not wait for
+  store          the transfer engine's thread, and the engine's
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ class Bench:
         return spent(lambda: self.worker.submit(plan))
 
     def finish(self) -> float:
-        """Poll as the mover's thread does, until all has ended."""
-        mover, took_s = self.worker._mover, 0.0
+        """Poll as the transfer engine's thread does, until all has ended."""
+        mover, took_s = self.worker._engine, 0.0
         while mover.active:
             took_s += spent(mover.poll)
             time.sleep(mover.pause_s or 0)

@@ -31,7 +31,7 @@ from kvbm_lmdb._directory import plan_sizing
 
 
 def drive(tier, wake: threading.Event, op: Op, keys: list[bytes], regions: list[Region]) -> float:
-    """Submit as the mover does, 32 blocks ahead, and give the seconds until all are done."""
+    """Submit as the transfer engine does, 32 blocks ahead, and give the seconds until all are done."""
     transfers = [Transfer(n, op, keys[n], region) for n, region in enumerate(regions)]
     sent = done = 0
     start_s = time.perf_counter()

@@ -80,7 +80,7 @@ def load(paths: list[Path], name: str | None) -> Panel:
         raise SystemExit(f"{file} has no {kind!r} prompt" + (", which its trace belongs to" if trace else ""))
     chosen = min(kinds[kind], key=lambda found: found["end"] - found["begin"])
     begin, answer = chosen["begin"], (chosen["end"] - chosen["begin"]) / 1e6
-    steps, threads = [], {"MainThread": [], "kvbm-mover": []}
+    steps, threads = [], {"MainThread": [], "kvbm-transfer": []}
     for what, thread, start, stop in sorted(chosen["spans"], key=lambda span: (span[2], -span[3])):
         owner, _, part = what.rpartition(": ")
         bar = Bar((start - begin) / 1e6, (stop - begin) / 1e6, part)

@@ -63,7 +63,7 @@ def felt(work, busy) -> dict[str, tuple[float, float]]:
 
 
 def beside(device, blocks, regions, work, way: str) -> dict[str, tuple[float, float]]:
-    """Start the copies as the mover does, from a thread of its own, and time the engine's work meanwhile."""
+    """Copy from a thread of its own, as the transfer engine does, and time the engine's work meanwhile."""
 
     def move() -> None:
         fence = device.claim(())

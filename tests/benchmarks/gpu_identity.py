@@ -114,13 +114,13 @@ def run(arguments: argparse.Namespace, folder: str) -> int:
         return connector.counts["cpu"].loaded
 
     in_step: list[int] = []
-    join = type(_connector()._mover._worker._mover._device).join
+    join = type(_connector()._mover._worker._engine._device).join
 
     def noted(device, work):
         in_step.append(1)
         return join(device, work)
 
-    type(_connector()._mover._worker._mover._device).join = noted
+    type(_connector()._mover._worker._engine._device).join = noted
     computed = ask(prompts)
     from_gpu = ask(prompts)
     settle()
@@ -141,7 +141,7 @@ def run(arguments: argparse.Namespace, folder: str) -> int:
     settle()
     assert llm.reset_prefix_cache()
     worker = llm.llm_engine.model_executor.driver_worker
-    mover = _connector()._mover._worker._mover
+    mover = _connector()._mover._worker._engine
     real, fails, fences = mover._device.scatter, random.Random(3), {}
 
     def scatter(regions, blocks, fence=None):

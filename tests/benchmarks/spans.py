@@ -30,7 +30,7 @@ WHERE = {
     "ours: begin": "kvbm_vllm._worker:WorkerHalf.begin",
     "ours: collect": "kvbm_vllm._worker:WorkerHalf.collect",
     "ours: wait": "kvbm_core.worker.worker:Worker.wait",
-    "ours: poll": "kvbm_core.worker.transfer_engine:Mover.poll",
+    "ours: poll": "kvbm_core.worker.transfer_engine:TransferEngine.poll",
     "ours: enqueue in": "kvbm_device._link:Link.load",
     "ours: enqueue out": "kvbm_device._link:Link.store",
     "native: match": "vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector:"

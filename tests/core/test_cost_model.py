@@ -3,7 +3,7 @@
 import pytest
 
 from kvbm_core.block import chain_keys, root_key
-from kvbm_core.leader.cost_model import Guard
+from kvbm_core.leader.cost_model import CostModel
 from kvbm_core.leader.planner import Planner
 from kvbm_core.plan import Report, TierStatus
 from kvbm_core.tier import Capabilities
@@ -11,9 +11,9 @@ from kvbm_core.tier import Capabilities
 TOKENS = 16
 
 
-def guard(computing_s=None, *loading_s, trusted=-1):
+def cost_model(computing_s=None, *loading_s, trusted=-1):
     """Blocks take these seconds to compute and, by tier, to load; None: not measured."""
-    made = Guard(len(loading_s), TOKENS, trusted)
+    made = CostModel(len(loading_s), TOKENS, trusted)
     if computing_s is not None:
         made.computed(1024, computing_s / TOKENS * 1024, 100.0)
     for tier, seconds in enumerate(loading_s):
@@ -24,29 +24,31 @@ def guard(computing_s=None, *loading_s, trusted=-1):
 
 def load(made, tiers, now_s):
     """Load of a prefix what is worth it, and say how much that is."""
-    count = made.worth(tiers, now_s)
+    count = made.blocks_to_load(tiers, now_s)
     made.tried(tiers[:count], now_s)
     return count
 
 
 def test_a_try_that_came_to_nothing_is_not_used_up():
     """The engine had no room for it, or the request ended before."""
-    made = guard(0.01, 0.04)
-    assert [made.worth([0] * 1000, at) for at in (101.0, 102.0)] == [12, 12]
+    made = cost_model(0.01, 0.04)
+    assert [made.blocks_to_load([0] * 1000, at) for at in (101.0, 102.0)] == [12, 12]
 
 
 def test_what_is_faster_than_computing_is_loaded_and_the_rest_is_computed():
     fast_then_slow = [0] * 10 + [1] * 50
-    assert guard(0.01, 0.001, 0.02).worth(fast_then_slow, 101.0) == 10 + 1  # One block: the first try.
-    made = guard(0.01, 0.001, 0.02)
+    assert (
+        cost_model(0.01, 0.001, 0.02).blocks_to_load(fast_then_slow, 101.0) == 10 + 1
+    )  # One block: the first try.
+    made = cost_model(0.01, 0.001, 0.02)
     load(made, fast_then_slow, 101.0)
-    assert made.worth(fast_then_slow, 102.0) == 10
-    assert guard(0.01, 0.001, 0.009).worth(fast_then_slow, 101.0) == 60
-    assert guard(0.01, 0.02, 0.001).worth([1] * 5, 101.0) == 5
+    assert made.blocks_to_load(fast_then_slow, 102.0) == 10
+    assert cost_model(0.01, 0.001, 0.009).blocks_to_load(fast_then_slow, 101.0) == 60
+    assert cost_model(0.01, 0.02, 0.001).blocks_to_load([1] * 5, 101.0) == 5
 
 
 def test_a_step_that_waited_for_a_delayed_one_is_not_thought_slow():
-    made = Guard(1, TOKENS)
+    made = CostModel(1, TOKENS)
     made.computed(0, 10.0, 110.0)  # A load held it up.
     made.computed(1000, 10.9, 111.0)  # It was planned at 100.1 and could begin at 110.
     assert "computed 16," in repr(made)
@@ -54,42 +56,42 @@ def test_a_step_that_waited_for_a_delayed_one_is_not_thought_slow():
 
 def test_tiers_load_side_by_side():
     """A slow head is worth its time where a long fast tail follows it; alone it is not."""
-    made = guard(0.01, 0.001, 0.02)
+    made = cost_model(0.01, 0.001, 0.02)
     load(made, [1] * 100, 101.0)
-    assert made.worth([1] * 5 + [0] * 95, 102.0) == 100
-    assert made.worth([1] * 5, 102.0) == 0
+    assert made.blocks_to_load([1] * 5 + [0] * 95, 102.0) == 100
+    assert made.blocks_to_load([1] * 5, 102.0) == 0
 
 
 def test_while_the_engine_has_not_computed_anything_all_is_loaded():
-    assert guard(None, 5.0).worth([0] * 1000, 1.0) == 1000
-    assert Guard(1).worth([0] * 1000, 1.0) == 1000
-    made = Guard(1)
+    assert cost_model(None, 5.0).blocks_to_load([0] * 1000, 1.0) == 1000
+    assert CostModel(1).blocks_to_load([0] * 1000, 1.0) == 1000
+    made = CostModel(1)
     made.computed(4096, 0.001, 1.0)
     made.loaded(0, 100, 100.0, 1.0)
-    assert made.worth([0] * 10, 2.0) == 10
+    assert made.blocks_to_load([0] * 10, 2.0) == 10
     assert not made.is_slow(0)
 
 
 def test_a_tier_of_which_nothing_is_known_is_tried_with_a_few_blocks():
-    assert guard(0.01, None).worth([0] * 1000, 101.0) == 16
-    assert guard(0.01, None, trusted=0).worth([0] * 1000, 101.0) == 1000
+    assert cost_model(0.01, None).blocks_to_load([0] * 1000, 101.0) == 16
+    assert cost_model(0.01, None, trusted=0).blocks_to_load([0] * 1000, 101.0) == 1000
 
 
 def test_a_slow_tier_is_tried_again_later_at_a_twentieth_of_the_cost():
-    made = guard(0.01, 0.04)
+    made = cost_model(0.01, 0.04)
     assert load(made, [0] * 1000, 101.0) == 12  # 12 * 0.04 s are 4.8 % of 1000 * 0.01 s.
-    assert made.worth([0] * 1000, 130.9) == 0
+    assert made.blocks_to_load([0] * 1000, 130.9) == 0
     assert load(made, [0] * 1000, 131.1) == 12
-    assert made.worth([0] * 10, 170.0) == 0  # Not even one block is cheap enough.
+    assert made.blocks_to_load([0] * 10, 170.0) == 0  # Not even one block is cheap enough.
     for at in range(12):
         made.loaded(0, 12, 12 * 0.001, 200.0 + at)
     assert not made.is_slow(0)
-    assert made.worth([0] * 1000, 220.0) == 1000
+    assert made.blocks_to_load([0] * 1000, 220.0) == 1000
 
 
 def test_loads_that_waited_for_others_are_not_slow():
     """Ten loads of 100 blocks arrive at once and end one after the other, 1 ms a block."""
-    made = guard(0.01, None)
+    made = cost_model(0.01, None)
     for at in range(1, 11):
         made.loaded(0, 100, 0.1 * at, 50.0 + 0.1 * at)
     made.loaded(0, 100, 1.0, 51.0)  # In the same step as the one before.
@@ -99,10 +101,10 @@ def test_loads_that_waited_for_others_are_not_slow():
 
 
 def test_steps_of_a_few_tokens_and_loads_of_a_few_blocks_say_nothing():
-    made = guard(0.01, 0.001)
+    made = cost_model(0.01, 0.001)
     made.computed(16, 1.0, 200.0)
     made.loaded(0, 7, 100.0, 200.0)
-    assert repr(made) == "<Guard ms a block: computed 10, loaded 1>"
+    assert repr(made) == "<CostModel ms a block: computed 10, loaded 1>"
 
 
 def test_the_planner_measures_its_loads_and_counts_what_it_declines():
@@ -110,15 +112,15 @@ def test_the_planner_measures_its_loads_and_counts_what_it_declines():
     keys = chain_keys(root_key(), range(100), 1)
     planner = Planner([[TierStatus("disk", ready, keys)]], block_tokens=TOKENS)
     tiers = planner.match(keys, 1.0)
-    assert planner.guard.worth(tiers, 1.0) == 100
+    assert planner.cost_model.blocks_to_load(tiers, 1.0) == 100
     planner.load("a", keys, range(100), tiers)
     (op,) = planner.take(1.0).loads
     planner.report([Report(op.op, 0, {}, 2.0)], 3.0)
-    planner.guard.computed(1600, 1.0, 3.0)
-    assert planner.guard.is_slow(0)
-    assert load(planner.guard, tiers, 3.0) == 2  # A try: 0.04 s of 1 s.
+    planner.cost_model.computed(1600, 1.0, 3.0)
+    assert planner.cost_model.is_slow(0)
+    assert load(planner.cost_model, tiers, 3.0) == 2  # A try: 0.04 s of 1 s.
     planner.decline(tiers[2:])
-    assert planner.guard.worth(tiers, 3.1) == 0
+    assert planner.cost_model.blocks_to_load(tiers, 3.1) == 0
     assert planner.counts["disk"].declined == 98
 
 
@@ -128,22 +130,22 @@ def test_a_load_on_several_ranks_is_measured_once_and_by_the_slowest():
     planner = Planner([[TierStatus("disk", ready, keys)]] * 4, block_tokens=TOKENS)
     planner.load("a", keys, range(100), planner.match(keys, 1.0))
     (op,) = planner.take(1.0).loads
-    planner.guard.computed(1600, 1.0, 3.0)
+    planner.cost_model.computed(1600, 1.0, 3.0)
     planner.report([Report(op.op, 0, {}, seconds) for seconds in (1.0, 2.0, 1.5, 1.0)], 3.0)
-    assert repr(planner.guard) == "<Guard ms a block: computed 10, loaded 20>"
+    assert repr(planner.cost_model) == "<CostModel ms a block: computed 10, loaded 20>"
 
 
 def test_a_slow_tier_that_must_be_asked_is_asked_again_when_a_try_is_due():
     remote = Capabilities(capacity_blocks=None, durable=True, shared=True, remote_lookup=True)
     keys = chain_keys(root_key(), range(1000), 1)
     planner = Planner([[TierStatus("remote", remote, [])]], block_tokens=TOKENS)
-    planner.guard.computed(1600, 1.0, 3.0)
-    planner.guard.loaded(0, 100, 4.0, 3.0)
+    planner.cost_model.computed(1600, 1.0, 3.0)
+    planner.cost_model.loaded(0, 100, 4.0, 3.0)
     assert planner.lookup(keys, 4.0)
     (op,) = planner.take(4.0).lookups
     planner.report([Report(op.op, 0, {})], 4.0)
     tiers = planner.match(keys, 4.0)
-    assert load(planner.guard, tiers, 4.0) > 0
+    assert load(planner.cost_model, tiers, 4.0) > 0
     others = chain_keys(root_key(), range(1000, 2000), 1)
     assert not planner.lookup(others, 5.0)
     assert planner.lookup(others, 40.0)

@@ -18,7 +18,7 @@ from kvbm_core import (
     chain_keys,
     root_key,
 )
-from kvbm_core.leader.prefix_probe import Finder
+from kvbm_core.leader.prefix_probe import PrefixProbe
 from kvbm_core.memory import MemoryConfig, MemoryTier
 from kvbm_core.testing import FaultyTier, MemoryDevice
 from kvbm_core.tier import Op
@@ -60,7 +60,7 @@ def search(made, keys, present, now_s=NOW):
         if found == len(keys) or not made.lookup(keys[found:], now_s):
             return found, asked
         news = answer(made, present)
-        assert news <= Finder.max_probes
+        assert news <= PrefixProbe.max_probes
         asked += news
 
 
@@ -69,7 +69,7 @@ def search(made, keys, present, now_s=NOW):
 def test_a_prefix_is_found_exactly_with_few_questions(length, present):
     found, asked = search(planner(), KEYS[:length], set(KEYS[:present]))
     assert found == min(length, present)
-    assert asked <= 3 * Finder.max_probes
+    assert asked <= 3 * PrefixProbe.max_probes
 
 
 def test_what_was_found_or_missing_is_not_asked_again():
@@ -81,7 +81,7 @@ def test_what_was_found_or_missing_is_not_asked_again():
 def test_another_engine_may_store_what_was_missing():
     made = planner()
     search(made, KEYS[:10], set(KEYS[:4]))
-    assert search(made, KEYS[:10], set(KEYS[:10]), NOW + Finder.absent_s + 1) == (10, 6)
+    assert search(made, KEYS[:10], set(KEYS[:10]), NOW + PrefixProbe.absent_s + 1) == (10, 6)
 
 
 def test_two_requests_with_one_prefix_ask_once():
@@ -150,11 +150,11 @@ def test_what_is_known_of_a_shared_tier_is_bounded(monkeypatch):
 
 
 def test_absent_blocks_remembered_are_bounded(monkeypatch):
-    monkeypatch.setattr(Finder, "max_absent", 5)
-    finder = Finder()
+    monkeypatch.setattr(PrefixProbe, "max_absent", 5)
+    probe = PrefixProbe()
     for key in KEYS[:20]:
-        finder.miss(key, NOW)
-    assert repr(finder) == "<Finder 0 asked, 5 absent>"
+        probe.miss(key, NOW)
+    assert repr(probe) == "<PrefixProbe 0 asked, 5 absent>"
 
 
 class Store(MemoryTier):
@@ -213,8 +213,8 @@ def test_a_store_that_fails_takes_no_block_from_the_others(fault):
         second.store(KEYS[:4], range(4))
         second.wait()
         assert second.counts["store"].failed.total() == 4
-        traffic = second._worker._mover._traffic[1]
-        until(lambda: not traffic.late and not traffic.doomed)
+        queue = second._worker._engine._queues[1]
+        until(lambda: not queue.late and not queue.doomed)
         # Whatever was told to the tier has reached it.
         assert second.match(KEYS[900:901]) == 0
         assert set(blocks) == set(KEYS[:4])

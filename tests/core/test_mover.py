@@ -1,4 +1,4 @@
-"""The mover and its worker where something goes wrong: late tiers, regions, bugs, the end."""
+"""The transfer engine and its worker where something goes wrong: late tiers, regions, bugs, the end."""
 
 import random
 import threading
@@ -26,6 +26,11 @@ from kvbm_core import (
 from kvbm_core.layers import FOOTER_BYTES
 from kvbm_core.memory import MemoryConfig, MemoryTier
 from kvbm_core.testing import FaultyTier, MemoryDevice
+from kvbm_core.worker.copier import Copier
+from kvbm_core.worker.loads import Loads
+from kvbm_core.worker.stores import Stores
+from kvbm_core.worker.tier_queue import TierQueue
+from kvbm_core.worker.transfer_engine import TransferEngine
 
 BLOCK = 4096 - FOOTER_BYTES
 NAMESPACE = b"n" * 16
@@ -129,7 +134,7 @@ def test_a_late_loads_region_is_not_used_before_the_tier_lets_go():
             [1 for op, _, at in tier.regions if op is Op.STORE and at == kept]
         ) == 1
         tier.hold = lambda transfer: False
-        until(lambda: stack._worker._mover._traffic[0].late == {})
+        until(lambda: stack._worker._engine._queues[0].late == {})
         assert stack.load(KEYS[:4], range(20, 24)) == 4
 
 
@@ -162,7 +167,7 @@ def test_a_block_dropped_while_a_late_load_reads_it_is_forgotten_afterwards():
         stack.store(KEYS[1:2], [1])  # Evicts the block that is still being read.
         stack.wait()
         tier.hold = lambda transfer: False
-        until(lambda: not tier.held and stack._worker._mover._traffic[0].late == {})
+        until(lambda: not tier.held and stack._worker._engine._queues[0].late == {})
         stack.store(KEYS[2:3], [2])
         stack.wait()
         assert stack.load(KEYS[2:3], [20]) == 1
@@ -224,7 +229,7 @@ def test_every_block_reaches_every_tier_whether_the_first_is_checked_or_not(orde
 
 
 def test_a_tier_behind_its_layers_lends_nothing():
-    """Planner and mover must agree on who the lender is."""
+    """Planner and mover must agree on who the host pool is."""
     wanted = config("cpu", "memory", max_store_blocks=2)
     wanted["tiers"][0]["checked"] = True
     with Stack.open(wanted, device(), NAMESPACE) as stack:
@@ -237,9 +242,18 @@ def test_a_tier_behind_its_layers_lends_nothing():
 
 
 @pytest.mark.parametrize(
-    "method", ["_forward", "_take_stores", "_store", "_end_copies", "_collect", "_start_copy", "_load_lent"]
+    ("part", "method"),
+    [
+        (Stores, "_forward"),
+        (TransferEngine, "_take_stores"),
+        (Stores, "begin"),
+        (TransferEngine, "_end_copies"),
+        (TierQueue, "collect"),
+        (Copier, "start"),
+        (Loads, "_start_part"),
+    ],
 )
-def test_a_bug_anywhere_fails_everything_and_hangs_nothing(method, monkeypatch):
+def test_a_bug_anywhere_fails_everything_and_hangs_nothing(part, method, monkeypatch):
     with Stack.open(config("cpu", "memory", blocks=4), device(), NAMESPACE) as stack:
         stack.store(KEYS[:4], range(4))
         stack.wait()
@@ -247,7 +261,7 @@ def test_a_bug_anywhere_fails_everything_and_hangs_nothing(method, monkeypatch):
         def bug(*args, **kwargs):
             raise ZeroDivisionError(method)
 
-        monkeypatch.setattr(stack._worker._mover, method, bug)
+        monkeypatch.setattr(part, method, bug)
         for _ in range(3):
             in_time(lambda: stack.load(KEYS[:4], range(20, 24)))
             stack.store(KEYS[4:6], [4, 5])  # Evicts, stores to two tiers.
@@ -359,7 +373,7 @@ class Silent(Tier, Addressable):
     def reserve(self, key):
         return None
 
-    publish = abandon = lend = reserve
+    publish = abandon = view = reserve
 
 
 def test_a_lender_without_room_fails_the_store_and_nothing_else():

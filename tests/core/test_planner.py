@@ -236,7 +236,7 @@ def test_a_store_to_a_tier_whose_breaker_is_open_goes_to_the_others():
         end(made, made.take(NOW), {1: {0: Reason.ERROR}})
     assert [op.tiers for op in store(made, 7).stores] == [[0]]
     made.store(keys(8), [8], [], NOW + 1)
-    # And what it was owed meanwhile is copied from the lender.
+    # And what it was owed meanwhile is copied from the host pool.
     assert [(op.tiers, op.keys) for op in made.take(NOW + 1).stores] == [([0, 1], keys(8)), ([1], keys(7))]
 
 
@@ -257,13 +257,13 @@ def test_what_is_owed_is_dropped_if_the_lender_has_it_no_more():
     made.store(keys(1), [1], [], NOW)
     first = made.take(NOW)
     end(made, first, tiers=[0])
-    made.store(keys(2), [2], [], NOW)  # Evicts 1 from the lender; the other tier has no place yet.
+    made.store(keys(2), [2], [], NOW)  # Evicts 1 from the host pool; the other tier has no place yet.
     end(made, made.take(NOW))
     made.store(keys(3), [3], [], NOW)
     end(made, made.take(NOW))
     end(made, first, tiers=[1])
     end(made, made.take(NOW))
-    # 3 found the queue full, 2 left the lender before its turn came.
+    # 3 found the queue full, 2 left the host pool before its turn came.
     assert made.counts["disk"].dropped == {"backlog": 1, "gone": 1}
     assert made.occupancy == {"cpu": 1, "disk": 1}
 
@@ -272,7 +272,7 @@ def test_a_block_that_is_being_copied_to_another_tier_is_not_evicted():
     made = planner(status("cpu", 1, lends=True), status("disk", 9), max_store_blocks=1)
     made.store(keys(1), [1], [], NOW)
     end(made, made.take(NOW), {1: {0: Reason.FULL}})
-    made.store(keys(1), [1], [], NOW)  # The lender has it: it is copied from there.
+    made.store(keys(1), [1], [], NOW)  # The host pool has it: it is copied from there.
     copy = made.take(NOW)
     assert [(op.blocks, op.tiers) for op in copy.stores] == [([], [1])]
     assert store(made, 2).drops == []

@@ -167,7 +167,7 @@ def test_copies_that_fail_are_outcomes(order, tmp_path):
 
 def test_a_bug_in_the_mover_fails_everything_and_hangs_nothing(tmp_path, monkeypatch):
     with Stack.open({"tiers": [tier("cpu", 64, tmp_path)]}, device(), NAMESPACE) as stack:
-        monkeypatch.setattr(stack._worker._mover, "_end_copies", lambda: 1 / 0)
+        monkeypatch.setattr(stack._worker._engine, "_end_copies", lambda: 1 / 0)
         stack.store(KEYS[:4], range(4))
         stack.wait()
         assert stack.counts["cpu"].failed["store", "error"] == 4

@@ -220,7 +220,7 @@ class Engine:
         self.ours = find_ours(self.scheduler.connector)
         self.half = find_ours(self.worker)._mover
         self.half._LOAD_WAIT_S = self.half._STORE_WAIT_S = 0
-        self.mover = self.half._worker._mover
+        self.engine = self.half._worker._engine
         self.half._worker._thread.start = lambda: None  # It runs when the test says so.
         metadata = self.worker.get_handshake_metadata()
         if metadata is not None:
@@ -362,8 +362,8 @@ class Engine:
 
     def poll(self):
         for _ in range(self.chance.choice((0, 1, 3, 50))):
-            self.mover.poll()
-            if not self.mover.active:
+            self.engine.poll()
+            if not self.engine.active:
                 break
             time.sleep(0)
 

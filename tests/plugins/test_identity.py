@@ -52,7 +52,7 @@ class Pages:
     def _read(half, blocks):
         import ctypes
 
-        device = half._worker._mover._device
+        device = half._worker._engine._device
         memory = (ctypes.c_ubyte * device.block_bytes)()
         region = Region(ctypes.addressof(memory), device.block_bytes, owner=memory)
         digests = []

@@ -201,9 +201,9 @@ def test_a_request_that_must_wait_for_room_is_judged_once():
     capabilities = Capabilities(capacity_blocks=200, durable=True)
     keys = made._state(request("b", tokens)).keys.slice(0, 100)
     begin_with(made, TierStatus("disk", capabilities, keys))
-    made._planner.guard.computed(1600, 4.0, 1.0)  # 10 ms a block
-    made._planner.guard.loaded(0, 100, 4.0, 1.0)  # 40 ms a block
-    made._planner.guard._tried_s[0] = float("-inf")
+    made._planner.cost_model.computed(1600, 4.0, 1.0)  # 10 ms a block
+    made._planner.cost_model.loaded(0, 100, 4.0, 1.0)  # 40 ms a block
+    made._planner.cost_model._tried_s[0] = float("-inf")
     asked = request("b", tokens)
     tried = made.match(asked, 0)
     assert tried == (1 * TOKENS, True)
@@ -357,7 +357,7 @@ def test_a_step_that_waits_for_a_load_says_nothing_of_how_fast_the_engine_comput
     load(made, "a", [5, 6, 7])
     plan = step(made, {"a": 1000}, new=[("a", 2 * TOKENS, [5, 6, 7])])
     made.outcomes(Outcomes([Report(op.op, 0) for op in plan.loads], 1))
-    assert (made._planner.guard._computing.seconds is None) is joins
+    assert (made._planner.cost_model._computing.seconds is None) is joins
 
 
 def test_what_a_step_computed_is_stored_after_its_outcome():

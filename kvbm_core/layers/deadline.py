@@ -1,169 +1,27 @@
-"""What cuts across all tiers, as wrappers with the same interface.
-
-mover ──► DeadlineTier ──► CheckedTier ──► ReplicaTier ──► the backend's tier
-          a thread a tier,    footer on store,   only where another rank
-          a bound on time     proof on load      writes the same bytes
-"""
+"""A thread and a bound on time for each tier."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import math
-import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
-import xxhash
-
-from kvbm_core.block import KEY_BYTES, NAMESPACE_BYTES, BlockKey, Namespace
+from kvbm_core.block import BlockKey
 from kvbm_core.errors import QueueFullError, TierError
-from kvbm_core.tier import Capabilities, Completion, Op, Outcome, Reason, Region, Tier, Transfer
+from kvbm_core.layers.forward import ForwardTier
+from kvbm_core.tier import Capabilities, Completion, Outcome, Reason, Tier, Transfer
 
-__all__ = ["FOOTER_BYTES", "CheckedTier", "DeadlineTier", "ReplicaTier"]
+__all__ = ["DeadlineTier"]
 
 logger = logging.getLogger("kvbm_core")
 
-# magic, format version, footer bytes, payload bytes, namespace, key, then the checksum of payload
-# and these fields. The footer follows the payload, so that the payload keeps its page alignment.
-_FIELDS: Final = struct.Struct(f"<8sIIQ{NAMESPACE_BYTES}s{KEY_BYTES}s")
-_MAGIC: Final = b"KVBMBLK\0"
-_FORMAT_VERSION: Final = 1
-_CHECKSUM_BYTES: Final = 16
-FOOTER_BYTES: Final = 96
-"""Bytes that `CheckedTier` adds behind a block's payload (88 used, 8 zero)."""
 
-
-class CheckedTier(Tier):
-    """Proves on every load that the bytes are those stored, under this key, in this namespace.
-
-    Behaviour:
-        - A flipped bit, a short value, another key's value, another namespace's value: FAILED with
-          reason CORRUPT.
-    """
-
-    def __init__(
-        self, inner: Tier, namespace: Namespace, read: Callable[[Region], memoryview] | None = None
-    ) -> None:
-        """Take a tier over.
-
-        Args:
-            inner: The tier.
-            namespace: 16 bytes.
-            read: Brings a region of device memory to the host, see `Stageable.read`.
-        """
-        self._inner = inner
-        self._namespace = namespace
-        self._read_device = read
-        self._loads: dict[int, Transfer] = {}
-
-    def __repr__(self) -> str:
-        return f"<Checked {self._inner!r}>"
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """See `Tier.capabilities`."""
-        return self._inner.capabilities
-
-    def inventory(self) -> Iterable[BlockKey]:
-        """See `Tier.inventory`."""
-        return self._inner.inventory()
-
-    def submit(self, transfers: Sequence[Transfer]) -> None:
-        """See `Tier.submit`."""
-        for transfer in transfers:
-            if transfer.op is Op.STORE:
-                content = self._content(transfer)
-                content[-FOOTER_BYTES:] = self._footer(transfer.key, content)
-        self._inner.submit(transfers)
-        self._loads.update((t.ticket, t) for t in transfers if t.op is Op.LOAD)
-
-    def poll(self) -> Sequence[Completion]:
-        """See `Tier.poll`."""
-        return [self._verify(completion) for completion in self._inner.poll()]
-
-    def discard(self, keys: Sequence[BlockKey]) -> None:
-        """See `Tier.discard`."""
-        self._inner.discard(keys)
-
-    def close(self) -> None:
-        """See `Tier.close`."""
-        self._inner.close()
-
-    def _content(self, transfer: Transfer) -> memoryview:
-        region = transfer.region
-        assert region is not None
-        if not region.on_device:
-            return region.view()
-        assert self._read_device is not None, "only a device that stages has such regions"
-        return self._read_device(region)
-
-    def _footer(self, key: BlockKey, content: memoryview) -> bytes:
-        payload_bytes = len(content) - FOOTER_BYTES
-        fields = _FIELDS.pack(_MAGIC, _FORMAT_VERSION, FOOTER_BYTES, payload_bytes, self._namespace, key)
-        checksum = xxhash.xxh3_128(content[:payload_bytes])
-        checksum.update(fields)
-        return (fields + checksum.digest()).ljust(FOOTER_BYTES, b"\0")
-
-    def _verify(self, completion: Completion) -> Completion:
-        transfer = self._loads.pop(completion.ticket, None)
-        if transfer is None or completion.outcome is not Outcome.DONE:
-            return completion
-        content = self._content(transfer)
-        if content[-FOOTER_BYTES:] == self._footer(transfer.key, content):
-            return completion
-        return Completion(completion.ticket, Outcome.FAILED, Reason.CORRUPT)
-
-
-class ReplicaTier(Tier):
-    """Leaves writing to another rank that holds the same bytes.
-
-    Behaviour:
-        - A store completes DONE and writes nothing. A block counts as stored when every rank has said
-          so, and the one that writes says it last or first.
-    """
-
-    def __init__(self, inner: Tier, wake: Callable[[], None]) -> None:
-        self._inner = inner
-        self._wake = wake
-        self._left: list[Completion] = []
-
-    def __repr__(self) -> str:
-        return f"<Replica {self._inner!r}>"
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """See `Tier.capabilities`."""
-        return self._inner.capabilities
-
-    def inventory(self) -> Iterable[BlockKey]:
-        """See `Tier.inventory`."""
-        return self._inner.inventory()
-
-    def submit(self, transfers: Sequence[Transfer]) -> None:
-        """See `Tier.submit`."""
-        self._inner.submit([transfer for transfer in transfers if transfer.op is not Op.STORE])
-        self._left += [Completion(t.ticket, Outcome.DONE) for t in transfers if t.op is Op.STORE]
-        self._wake()
-
-    def poll(self) -> Sequence[Completion]:
-        """See `Tier.poll`."""
-        left, self._left = self._left, []
-        return [*left, *self._inner.poll()]
-
-    def discard(self, keys: Sequence[BlockKey]) -> None:
-        """See `Tier.discard`."""
-        self._inner.discard(keys)
-
-    def close(self) -> None:
-        """See `Tier.close`."""
-        self._inner.close()
-
-
-class DeadlineTier(Tier):
+class DeadlineTier(ForwardTier):
     """Gives a tier a thread of its own, and every ticket exactly one outcome in time.
 
     Behaviour:
@@ -198,7 +56,7 @@ class DeadlineTier(Tier):
             wake: Called when `poll` has something to return.
             stages: Whether there is device memory for a `device_direct` tier to read into.
         """
-        self._inner = inner
+        super().__init__(inner)
         self._event = woken
         self._name = name
         self._wake_outer = wake
@@ -223,10 +81,6 @@ class DeadlineTier(Tier):
     def capabilities(self) -> Capabilities:
         """See `Tier.capabilities`."""
         return self._capabilities
-
-    def inventory(self) -> Iterable[BlockKey]:
-        """See `Tier.inventory`. Call it before the first `submit`."""
-        return self._inner.inventory()
 
     def submit(self, transfers: Sequence[Transfer]) -> None:
         """See `Tier.submit`."""

@@ -1,0 +1,162 @@
+"""The moves that wait for one tier below the host pool, and those that are under way there."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+from kvbm_core.block import BlockKey
+from kvbm_core.errors import QueueFullError, TierError
+from kvbm_core.layers import DeadlineTier
+from kvbm_core.plan import Load, Store
+from kvbm_core.tier import Completion, Outcome, Reason, Transfer
+from kvbm_core.worker.host_buffers import HostBuffers
+from kvbm_core.worker.jobs import Ledger, Move
+
+__all__ = ["TierQueue"]
+
+
+class TierQueue:
+    """Submits moves as far as the tier's queue and the regions go, and takes its completions.
+
+    Args:
+        tier: A tier behind its layers.
+        tickets: Numbers for transfers.
+        ledger: Where ends are noted.
+        buffers: Where regions come from.
+        stage: Gives a move a region of the device's memory, False if none is free. None where the tier reads
+            into host memory.
+    """
+
+    def __init__(
+        self,
+        tier: DeadlineTier,
+        tickets: Iterator[int],
+        ledger: Ledger,
+        buffers: HostBuffers,
+        stage: Callable[[Move], bool] | None,
+    ) -> None:
+        self.tier = tier
+        self._tickets = tickets
+        self._ledger = ledger
+        self._buffers = buffers
+        self._stage = stage
+        self.loads: deque[Move] = deque()
+        """Not yet submitted: the tier's queue is full, or no region is free."""
+        self.stores: deque[Move] = deque()
+        """Likewise. They wait for the loads, and leave half of the tier's queue to them."""
+        self.open: dict[int, Move] = {}
+        self.late: dict[int, Move] = {}
+        """Given up, but the region is still the tier's."""
+        self.doomed: set[BlockKey] = set()
+        """Keys of late moves, to be forgotten when the tier has let go: dropped, or stored too late."""
+
+    def __repr__(self) -> str:
+        return f"{len(self.open)} open {len(self.loads) + len(self.stores)} queued"
+
+    def drop(self, keys: Sequence[BlockKey]) -> None:
+        """Have the tier forget blocks; those still in use, as soon as they are not."""
+        late = {move.key for move in self.late.values()}
+        self.doomed |= late.intersection(keys)
+        self.tier.discard([key for key in keys if key not in late])
+
+    def feed(self) -> None:
+        """Submit the moves that wait, as far as the tier's queue and the regions go; loads first."""
+        depth = self.tier.capabilities.queue_depth
+        room = depth - len(self.open) - len(self.late)
+        room -= self._feed_from(self.loads, room)
+        stores = sum(isinstance(move.job.op, Store) for move in self.open.values())
+        self._feed_from(self.stores, min(room, max(1, depth // 2) - stores))
+
+    def collect(self) -> list[Move]:
+        """Take the tier's completions, and return the loads whose regions hold their blocks."""
+        landed = []
+        for completion in self.tier.poll():
+            move = self.open.pop(completion.ticket)
+            if completion.outcome is Outcome.DONE and isinstance(move.job.op, Load):
+                landed.append(move)
+            elif completion.outcome is Outcome.DONE:
+                self.doomed.discard(move.key)
+                self._ledger.end(move.job, [move.at], move.tier, Reason.NONE)
+                self.let_go(move)
+            else:
+                self._collect_failed(completion, move)
+        for ticket in self.tier.released():
+            # May come for a transfer that had failed in time; then nothing is left to do.
+            late = self.late.pop(ticket, None)
+            if late:
+                self.let_go(late, filled=False)
+                self._forget_doomed(late.key)
+        return landed
+
+    def fail(self, move: Move, reason: Reason) -> None:
+        """End a move whose region, if it has one, is ours again."""
+        self._ledger.end_move(move, reason)
+        self.let_go(move, filled=False)
+        self._forget_doomed(move.key)
+
+    def let_go(self, move: Move, *, filled: bool = True) -> None:
+        """Stop using a move's region; one that was meant for the host pool and never filled is given back."""
+        if move.lease:
+            if move.fills and not filled:
+                self._buffers.abandon(move.lease, move.key)
+            self._buffers.release(move.lease)
+
+    def _feed_from(self, waiting: deque[Move], room: int) -> int:
+        """Submit up to `room` moves and return how many."""
+        now_s = time.monotonic()
+        moves: dict[int, Move] = {}
+        while waiting and (len(moves) < room or waiting[0].job.deadline_s <= now_s):
+            if waiting[0].job.deadline_s <= now_s:
+                self.fail(waiting.popleft(), Reason.DEADLINE)
+            elif not self._has_region(waiting[0]):
+                break
+            else:
+                moves[next(self._tickets)] = waiting.popleft()
+        if moves:
+            self._send([move.transfer(ticket) for ticket, move in moves.items()], moves)
+        return len(moves)
+
+    def _send(self, batch: list[Transfer], moves: dict[int, Move]) -> None:
+        try:
+            self.tier.submit(batch)
+        except TierError as error:
+            reason = Reason.BUSY if isinstance(error, QueueFullError) else Reason.ERROR
+            for move in moves.values():
+                self.fail(move, reason)
+        else:
+            self.open.update(moves)
+
+    def _has_region(self, move: Move) -> bool:
+        """Find the region that a load goes through, if it has none yet."""
+        op = move.job.op
+        if move.lease or not isinstance(op, Load):
+            return True
+        if self._stage is not None:
+            return self._stage(move)
+        move.lease, move.fills = self._buffers.for_load(move.key, keep=op.fill >= 0)
+        return move.lease is not None
+
+    def _collect_failed(self, completion: Completion, move: Move) -> None:
+        held = self.tier.holds(completion.ticket)
+        # It may be there after all, and nobody would know. In a shared tier it may be another engine's.
+        unknown = isinstance(move.job.op, Store) and not self.tier.capabilities.shared
+        if unknown and (held or completion.reason in (Reason.DEADLINE, Reason.ERROR)):
+            self.doomed.add(move.key)
+        if held:
+            self.late[completion.ticket] = move
+            self._ledger.end_move(move, completion.reason)
+        else:
+            self.fail(move, completion.reason)
+
+    def _forget_doomed(self, key: BlockKey) -> None:
+        """Have the tier forget a block that may be there and nobody knows, unless it is on its way again."""
+        if key in self.doomed and not self._is_busy_with(key):
+            self.doomed.remove(key)
+            self.tier.discard([key])
+
+    def _is_busy_with(self, key: BlockKey) -> bool:
+        moves = itertools.chain(self.open.values(), self.late.values(), self.loads, self.stores)
+        return any(move.key == key for move in moves)
