@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvbm_core.block import BlockKey
-from kvbm_core.leader.tier_index import Departures
-from kvbm_core.leader.tier_state import TierState
+from kvbm_core.leader.tier_state import Tiers
 
 __all__ = ["Match", "Matcher", "Prefix"]
 
@@ -51,14 +50,13 @@ class Matcher:
     """Finds what tiers have of a prefix, and says whether a finding of before is still true.
 
     Args:
-        tiers: Fastest first. The list is shared with the planner.
-        departures: Of blocks of these tiers.
-        pending: The numbers of operations that have not ended, shared likewise.
+        tiers: The leader's tiers.
+        pending: The numbers of operations that have not ended.
     """
 
-    def __init__(self, tiers: Sequence[TierState], departures: Departures, pending: Container[int]) -> None:
+    def __init__(self, tiers: Tiers, pending: Container[int]) -> None:
         self._tiers = tiers
-        self._departures = departures
+        self._departures = tiers.departures
         self._pending = pending
 
     def match(self, keys: Sequence[BlockKey], now_s: float) -> list[int]:

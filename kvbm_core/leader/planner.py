@@ -1,4 +1,4 @@
-"""The leader's half: knows where every block is, and plans what to move. No I/O, no clock.
+"""The verbs of the leader's half: what is matched, looked up, loaded and stored, as plans. No I/O, no clock.
 
 match ──► load ─┐
 lookup ─────────┼─► take: one Plan ──► report (from every rank) ──► index
@@ -8,31 +8,21 @@ store ──────────┘
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from typing import Final
 
 from kvbm_core.block import BlockKey, BlockState
 from kvbm_core.leader.cost_model import CostModel
 from kvbm_core.leader.counts import TierCounts, TierLevels
+from kvbm_core.leader.endings import Endings
+from kvbm_core.leader.in_flight import InFlight
 from kvbm_core.leader.matches import Match, Matcher, Prefix
-from kvbm_core.leader.prefix_probe import PrefixProbe
-from kvbm_core.leader.tier_index import Departures, TierIndex
-from kvbm_core.leader.tier_state import Pending, TierState, same_stack
+from kvbm_core.leader.tier_state import Tiers
+from kvbm_core.leader.write_back import WriteBack
 from kvbm_core.plan import Load, Lookup, Plan, Report, Store, TierStatus
 from kvbm_core.policy import EvictionPolicy, Lru
-from kvbm_core.tier import Reason, host_pool_of
+from kvbm_core.tier import Reason
 
 __all__ = ["Planner"]
-
-logger = logging.getLogger("kvbm_core")
-
-_MAX_KNOWN_BLOCKS: Final = 1 << 18
-"""Remembered of a shared tier; what is forgotten is looked up, or stored, once more."""
-
-_SEVERITY: Final = (Reason.MISSING, Reason.BUSY, Reason.FULL, Reason.DEADLINE, Reason.ERROR, Reason.CORRUPT)
-"""Of what two ranks say of one block, the graver counts: a rank whose tier fails must be noticed beside
-one that only has not the block, and a corrupt part must be dropped."""
 
 
 class Planner:
@@ -59,30 +49,28 @@ class Planner:
         block_tokens: int = 0,
         ops: Iterator[int] | None = None,
     ) -> None:
-        same_stack(ranks)
-        self._world_size = len(ranks)
-        self._max_store_blocks = max_store_blocks
-        self._tiers: list[TierState] = []
-        self._drops: dict[int, list[BlockKey]] = {}
-        self._ops = ops or itertools.count(1)
+        self._tiers = Tiers(ranks, policy)
+        self._in_flight = InFlight(len(ranks), ops)
+        self._matcher = Matcher(self._tiers, self._in_flight)
+        self._write_back = WriteBack(self._tiers, max_store_blocks)
+        self.cost_model = CostModel(len(self._tiers), block_tokens, self._tiers.host_pool)
+        self._endings = Endings(
+            self._tiers, self.cost_model, over_several_ranks=self._in_flight.over_several_ranks
+        )
         self._stores: list[Store] = []
         self._loads: list[Load] = []
         self._lookups: list[Lookup] = []
-        self._pending: dict[int, Pending] = {}
-        self._departures = Departures()
-        self._matcher = Matcher(self._tiers, self._departures, self._pending)
-        for position, statuses in enumerate(zip(*ranks, strict=True)):
-            self._open(position, statuses, policy())
-        self.host_pool = host_pool_of([status.capabilities for status in ranks[0]])
-        """Position of the tier that lends its memory; -1 for none."""
-        self.cost_model = CostModel(len(self._tiers), block_tokens, self.host_pool)
         self.loading_blocks = 0
         """Blocks on their way to the device, for which requests wait. Of a load in-step, the device waits."""
 
     def __repr__(self) -> str:
-        tiers = ", ".join(f"{t.name} {len(t.index)}/{t.index.capacity_blocks}" for t in self._tiers)
-        flights = f"{len(self._pending)} operations pending, {self.loading_blocks} blocks loading"
-        return f"<Planner {tiers}; {flights}>"
+        flights = f"{len(self._in_flight)} operations pending, {self.loading_blocks} blocks loading"
+        return f"<Planner {self._tiers!r}; {flights}>"
+
+    @property
+    def host_pool(self) -> int:
+        """Position of the host pool; -1 for none."""
+        return self._tiers.host_pool
 
     @property
     def counts(self) -> dict[str, TierCounts]:
@@ -97,15 +85,13 @@ class Planner:
     def levels(self, now_s: float) -> dict[str, TierLevels]:
         """Where each tier stands, by its name."""
         return {
-            t.name: TierLevels(len(t.index), t.storing + len(t.owed), t.breaker.closed(now_s))
+            t.name: TierLevels(len(t.index), t.storing + len(t.write_back), t.breaker.closed(now_s))
             for t in self._tiers
         }
 
     def busy(self, now_s: float) -> bool:
-        """Say whether something is under way, or would be if `take` were called."""
-        return bool(
-            self._pending or self._drops or any(t.owed and t.breaker.closed(now_s) for t in self._tiers)
-        )
+        """Return True if something is under way, or would be if `take` were called."""
+        return bool(self._in_flight or self._tiers.has_drops or self._write_back.is_due(now_s))
 
     def match(self, keys: Sequence[BlockKey], now_s: float) -> list[int]:
         """Find the longest prefix that can be loaded.
@@ -172,11 +158,11 @@ class Planner:
             if (number := tier.probe.asking(keys[0])) is not None:
                 asking.add(number)
             elif span := tier.probe.span(keys, now_s):
-                number = next(self._ops)
+                number = self._in_flight.number()
                 asking.add(number)
                 op = Lookup(number, position, tier.probe.ask(number, span))
                 self._lookups.append(op)
-                self._expect(op, [position])
+                self._in_flight.expect(op, [position])
         return frozenset(asking)
 
     def load(
@@ -209,9 +195,11 @@ class Planner:
         start = 0
         for (tier, fill, held), run in itertools.groupby(zip(tiers, fills, pinned, strict=True)):
             part = slice(start, start := start + len(list(run)))
-            op = Load(next(self._ops), request, tier, fill, list(keys[part]), list(blocks[part]), in_step)
+            op = Load(
+                self._in_flight.number(), request, tier, fill, list(keys[part]), list(blocks[part]), in_step
+            )
             self._loads.append(op)
-            self._expect(op, [tier] if fill < 0 else [tier, fill], pinned=held)
+            self._in_flight.expect(op, [tier] if fill < 0 else [tier, fill], pinned=held)
         self.loading_blocks += 0 if in_step else len(keys)
 
     def store(
@@ -233,9 +221,9 @@ class Planner:
                 tier.index.touch(key)
             wanted = [key for key in keys if tier.index.state(key) is BlockState.ABSENT]
             if not tier.is_host_pool or not tier.breaker.closed(now_s):
-                wanted = self._admit(tier, wanted, prefix, now_s)
+                wanted = self._write_back.admit(tier, wanted, prefix, now_s)
             # Some of `keys` may be there already: the others must not push these out.
-            for key in self._reserve(position, wanted, prefix):
+            for key in self._tiers.reserve(position, wanted, prefix):
                 targets[key].append(position)
         self._group(targets, dict(zip(keys, blocks, strict=True)))
 
@@ -243,12 +231,12 @@ class Planner:
         """Take everything planned since the last call."""
         if self.host_pool >= 0:
             for position in range(len(self._tiers)):
-                self._pay(position, now_s)
-        drops, self._drops = self._drops, {}
+                if keys := self._write_back.due(position, now_s):
+                    self._plan_store(keys, [], [position])
         stores, self._stores = self._stores, []
         loads, self._loads = self._loads, []
         lookups, self._lookups = self._lookups, []
-        return Plan(list(drops.items()), stores, loads, lookups)
+        return Plan(self._tiers.take_drops(), stores, loads, lookups)
 
     def report(self, reports: Iterable[Report], now_s: float) -> list[tuple[Load, dict[int, Reason]]]:
         """Take in what the ranks report. What is not expected is of a planner before, and ignored.
@@ -257,52 +245,19 @@ class Planner:
             The loads that are complete now, each with the positions that failed and why.
         """
         finished = []
-        for report in reports:
-            if (pending := self._pending.get(report.op)) is None or report.tier not in pending.waiting:
-                continue
-            known = pending.failures.setdefault(report.tier, {})
-            known.update({at: max(why, known.get(at, why), key=_SEVERITY.index)
-                          for at, why in report.failures.items()})  # fmt: skip
-            pending.waiting[report.tier] -= 1
-            pending.took_s = max(pending.took_s, report.seconds)
-            if pending.waiting[report.tier] == 0:
-                del pending.waiting[report.tier]
-                self._end_leg(pending, report.tier, now_s)
-            if not pending.waiting:
-                del self._pending[report.op]
-                self._end(pending)
-                if isinstance(pending.op, Load):
-                    finished.append((pending.op, pending.failures[pending.op.tier]))
+        for leg in self._in_flight.take_in(reports):
+            op = leg.pending.op
+            if isinstance(op, Load) and leg.tier == op.tier and not op.in_step:
+                self.loading_blocks -= len(op.keys)
+            self._endings.end(leg, now_s)
+            if leg.is_last and isinstance(op, Load):
+                finished.append((op, leg.pending.failures[op.tier]))
         return finished
 
     def reset(self) -> None:
         """Forget every block in every tier, those on their way too. In a shared tier they stay."""
-        for pending in self._pending.values():
-            pending.doomed = True
-        for position, tier in enumerate(self._tiers):
-            tier.owed.clear()
-            for key in tier.index.ready():
-                self._drop(position, key)
-
-    def _open(self, position: int, statuses: Sequence[TierStatus], policy: EvictionPolicy) -> None:
-        """Start a tier's index with the blocks that every rank found, and have the others dropped."""
-        limits = [s.capabilities.capacity_blocks for s in statuses]
-        shared = statuses[0].capabilities.shared
-        bounded = [limit for limit in (*limits, _MAX_KNOWN_BLOCKS if shared else None) if limit is not None]
-        index = TierIndex(min(bounded) if bounded else None, policy, self._departures)
-        common = set.intersection(*(set(status.inventory) for status in statuses))
-        ordered = [key for key in statuses[0].inventory if key in common]
-        keep = ordered[-index.capacity_blocks :] if index.capacity_blocks is not None else ordered
-        for key in keep:
-            index.found(key)
-        orphans = set().union(*(status.inventory for status in statuses)).difference(keep)
-        capabilities = statuses[0].capabilities
-        probe = PrefixProbe() if capabilities.remote_lookup else None
-        direct = capabilities.device_direct
-        self._tiers.append(
-            TierState(statuses[0].name, index, capabilities.addressable, shared, direct, probe)
-        )
-        self._discard(position, orphans)
+        self._in_flight.doom()
+        self._tiers.drop_all()
 
     def _plan_fills(
         self, keys: Sequence[BlockKey], tiers: Sequence[int], gone: Container[BlockKey]
@@ -312,74 +267,13 @@ class Planner:
         lower = [
             key
             for key, tier in zip(keys, tiers, strict=True)
-            if tier > host_pool >= 0 and not self._tiers[tier].direct and key not in gone
+            if tier > host_pool >= 0 and not self._tiers[tier].capabilities.device_direct and key not in gone
         ]
         if not lower:
             return [-1] * len(keys)
         # Their ancestors need no mention: `load` has pinned them.
-        kept = set(self._reserve(host_pool, lower, ()))
+        kept = set(self._tiers.reserve(host_pool, lower, ()))
         return [host_pool if key in kept else -1 for key in keys]
-
-    def _reserve(
-        self, position: int, keys: Sequence[BlockKey], prefix: Container[BlockKey]
-    ) -> list[BlockKey]:
-        tier = self._tiers[position]
-        filling, evicted = tier.index.reserve(keys, prefix)
-        if not tier.shared:  # Else they are forgotten here and stay there.
-            self._discard(position, evicted)
-            tier.counts.evicted += len(evicted)
-        return filling
-
-    def _admit(
-        self, tier: TierState, keys: list[BlockKey], prefix: Container[BlockKey], now_s: float
-    ) -> list[BlockKey]:
-        """Choose what is written from the device now.
-
-        What the host pool has already is owed, because it need not be gathered again; so is what is
-        too much at once. Without a host pool the surplus is dropped.
-        """
-        usable = tier.breaker.closed(now_s)
-        room = max(0, self._max_store_blocks - tier.storing) if usable else 0
-        if self.host_pool < 0 or tier.is_host_pool:
-            tier.counts.dropped["backlog" if usable else "unusable"] += len(keys[room:])
-            return keys[:room]
-        lent = self._tiers[self.host_pool].index
-        fresh = [key for key in keys if key not in lent]
-        self._owe(tier, [*fresh[room:], *(key for key in keys if key in lent)], prefix)
-        return fresh[:room]
-
-    def _owe(self, tier: TierState, keys: Iterable[BlockKey], prefix: Container[BlockKey]) -> None:
-        for key in keys:
-            # Full: the end of a prefix is dropped, because its end without its head is worth nothing.
-            if len(tier.owed) < self._max_store_blocks:
-                tier.owed[key] = prefix
-            elif key not in tier.owed:
-                tier.counts.dropped["backlog"] += 1
-
-    def _pay(self, position: int, now_s: float) -> None:
-        """Plan the copies from the host pool that are owed to a tier."""
-        tier, host_pool = self._tiers[position], self._tiers[self.host_pool]
-        if not tier.owed or not tier.breaker.closed(now_s):
-            return
-        due: list[tuple[BlockKey, Container[BlockKey]]] = []
-        while tier.owed and tier.storing + len(due) < self._max_store_blocks:
-            key, prefix = next(iter(tier.owed.items()))
-            state = host_pool.index.state(key)
-            if state is BlockState.FILLING:
-                break
-            del tier.owed[key]
-            if state is BlockState.READY:
-                due.append((key, prefix))
-            elif key not in tier.index:
-                tier.counts.dropped["gone"] += 1
-        keys: list[BlockKey] = []
-        for _, run in itertools.groupby(due, key=lambda pair: id(pair[1])):
-            together = list(run)
-            keys += self._reserve(position, [key for key, _ in together], together[0][1])
-        gone = host_pool.index.pin(keys)
-        assert not gone, "what the host pool has lost since is not owed"
-        if keys:
-            self._plan_store(keys, [], [position])
 
     def _group(self, targets: dict[BlockKey, list[int]], blocks: dict[BlockKey, int]) -> None:
         """Plan one store for each set of tiers."""
@@ -391,97 +285,8 @@ class Planner:
             self._plan_store(keys, [blocks[key] for key in keys], list(group))
 
     def _plan_store(self, keys: list[BlockKey], blocks: list[int], tiers: list[int]) -> None:
-        op = Store(next(self._ops), keys, blocks, tiers)
+        op = Store(self._in_flight.number(), keys, blocks, tiers)
         self._stores.append(op)
         for tier in tiers:
             self._tiers[tier].storing += len(keys)
-        self._expect(op, tiers)
-
-    def _expect(self, op: Store | Load | Lookup, tiers: Sequence[int], *, pinned: bool = True) -> None:
-        self._pending[op.op] = Pending(op, dict.fromkeys(tiers, self._world_size), pinned=pinned)
-
-    def _end_leg(self, pending: Pending, position: int, now_s: float) -> None:
-        """One operation has ended in one tier on every rank."""
-        tier, op = self._tiers[position], pending.op
-        failures = pending.failures[position]
-        asked = position == op.tier if isinstance(op, Load) else True
-        if isinstance(op, Lookup):
-            kind = "lookup"
-            self._end_lookup(pending, op, failures, now_s)
-        elif isinstance(op, Load) and asked:
-            kind = "load"
-            tier.counts.loaded += len(op.keys) - len(failures)
-            if not failures:
-                self.cost_model.loaded(position, len(op.keys), pending.took_s, now_s)
-            self._end_load(pending, position)
-        else:
-            kind = "store"
-            tier.counts.stored += len(op.keys) - len(failures)
-            self._end_store(pending, position)
-        absent = Reason.MISSING if kind == "lookup" else None  # An answer, not a failure.
-        tier.counts.failed.update((kind, why.value) for why in failures.values() if why is not absent)
-        worst = next(iter(failures.values()), Reason.NONE) if len(failures) == len(op.keys) else Reason.NONE
-        # A copy that the host pool did not get, because the load failed, is not the host pool's fault.
-        if asked and tier.breaker.note(worst, now_s):
-            logger.warning(
-                "tier %s fails (%s) and is left alone for a while: %r", tier.name, worst.value, tier.breaker
-            )
-
-    def _end_lookup(self, pending: Pending, op: Lookup, failures: dict[int, Reason], now_s: float) -> None:
-        tier = self._tiers[op.tier]
-        assert tier.probe
-        found = tier.probe.answer(op.op, failures, now_s)
-        if pending.doomed:
-            return
-        news = [key for key in found if tier.index.state(key) is BlockState.ABSENT]
-        known = self._reserve(op.tier, news, ())
-        for key in reversed(known):
-            tier.index.stored(key)
-        for key in news[len(known) :]:  # The index is full of pinned blocks.
-            tier.probe.miss(key, now_s)
-
-    def _end_load(self, pending: Pending, position: int) -> None:
-        op, index = pending.op, self._tiers[position].index
-        assert isinstance(op, Load)
-        self.loading_blocks -= 0 if op.in_step else len(op.keys)
-        # The head of a prefix is unpinned last and so evicted last.
-        for key in reversed(op.keys if pending.pinned else ()):
-            if index.unpin(key):
-                self._discard(position, [key])
-        for at, reason in pending.failures[position].items():
-            if reason in (Reason.CORRUPT, Reason.MISSING):
-                self._drop(position, op.keys[at], corrupt=reason is Reason.CORRUPT)
-
-    def _end_store(self, pending: Pending, position: int) -> None:
-        op, tier = pending.op, self._tiers[position]
-        if isinstance(op, Store):
-            tier.storing -= len(op.keys)
-        failures = pending.failures[position]
-        for at in reversed(range(len(op.keys))):
-            if at in failures:
-                tier.index.not_stored(op.keys[at])
-                if self._world_size > 1:  # Other ranks may have it.
-                    self._discard(position, [op.keys[at]])
-            else:
-                tier.index.stored(op.keys[at])
-                if pending.doomed:
-                    self._drop(position, op.keys[at])
-
-    def _end(self, pending: Pending) -> None:
-        """An operation has ended in all its tiers."""
-        op = pending.op
-        if isinstance(op, Store) and not op.blocks:
-            for key in op.keys:
-                if self._tiers[self.host_pool].index.unpin(key):
-                    self._discard(self.host_pool, [key])
-
-    def _drop(self, position: int, key: BlockKey, *, corrupt: bool = False) -> None:
-        """Forget a READY block, as soon as nobody reads it."""
-        if self._tiers[position].index.drop(key):
-            self._discard(position, [key], corrupt=corrupt)
-
-    def _discard(self, position: int, keys: Iterable[BlockKey], *, corrupt: bool = False) -> None:
-        """Have the tier forget what the index has forgotten. Other engines may want what is not corrupt."""
-        keys = list(keys)
-        if keys and (corrupt or not self._tiers[position].shared):
-            self._drops.setdefault(position, []).extend(keys)
+        self._in_flight.expect(op, tiers)

@@ -1,67 +1,145 @@
-"""The leader's state of one tier, and of one operation that is under way."""
+"""The leader's ground: the state of each tier, and the blocks that tiers shall forget."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from kvbm_core.block import BlockKey
 from kvbm_core.errors import ConfigError
 from kvbm_core.leader.breaker import Breaker
 from kvbm_core.leader.counts import TierCounts
 from kvbm_core.leader.prefix_probe import PrefixProbe
-from kvbm_core.leader.tier_index import TierIndex
-from kvbm_core.plan import Load, Lookup, Store, TierStatus
-from kvbm_core.tier import Reason
+from kvbm_core.leader.tier_index import Departures, TierIndex
+from kvbm_core.plan import TierStatus
+from kvbm_core.policy import EvictionPolicy
+from kvbm_core.tier import Capabilities, host_pool_of
 
-__all__ = ["Pending", "TierState", "same_stack"]
+__all__ = ["TierState", "Tiers"]
+
+_MAX_KNOWN_BLOCKS: Final = 1 << 18
+"""Remembered of a shared tier; what is forgotten is looked up, or stored, once more."""
 
 
 @dataclass(slots=True)
 class TierState:
-    """What the leader knows of one tier."""
+    """One tier."""
 
     name: str
+    capabilities: Capabilities
+    """As rank 0 has them; every rank's traits are alike."""
     index: TierIndex
     is_host_pool: bool
-    shared: bool
-    """Other engines use what lies here: what is forgotten here stays there."""
-    direct: bool
-    """It reads into device memory, so that its blocks do not pass the host pool."""
     probe: PrefixProbe | None
     """For a tier that cannot list its blocks."""
     breaker: Breaker = field(default_factory=Breaker)
     counts: TierCounts = field(default_factory=TierCounts)
     storing: int = 0
     """Blocks on their way in."""
-    owed: OrderedDict[BlockKey, Container[BlockKey]] = field(default_factory=OrderedDict)
-    """Blocks the host pool has and this tier shall get when fewer are on their way, each with its prefix."""
+    write_back: OrderedDict[BlockKey, Container[BlockKey]] = field(default_factory=OrderedDict)
+    """Blocks in the host pool that this tier gets when fewer are on their way, each with its prefix."""
 
 
-@dataclass(slots=True)
-class Pending:
-    """An operation whose reports have not all come."""
+class Tiers:
+    """All tiers, fastest first. Begins with the blocks that every rank found; the others are dropped.
 
-    op: Store | Load | Lookup
-    waiting: dict[int, int]
-    """Tier to ranks still to report."""
-    failures: dict[int, dict[int, Reason]] = field(default_factory=dict)
-    """Tier to position to reason, over all ranks."""
-    took_s: float = 0.0
-    """On the slowest rank so far."""
-    doomed: bool = False
-    """A reset came in between: what arrives is dropped again."""
-    pinned: bool = True
-    """The blocks of a load are pinned. False for blocks that had left their tier when it was planned."""
-
-
-def same_stack(ranks: Sequence[Sequence[TierStatus]]) -> None:
-    """Refuse workers whose stacks differ.
+    Args:
+        ranks: What each worker says of its tiers.
+        policy: Makes the eviction order of one tier.
 
     Raises:
-        ConfigError: Names the rank and both stacks.
+        ConfigError: If the ranks have different stacks; names rank and difference.
     """
+
+    def __init__(self, ranks: Sequence[Sequence[TierStatus]], policy: Callable[[], EvictionPolicy]) -> None:
+        _refuse_different_stacks(ranks)
+        self.departures = Departures()
+        self.host_pool = host_pool_of([status.capabilities for status in ranks[0]])
+        """Position of the host pool; -1 for none."""
+        self._drops: dict[int, list[BlockKey]] = {}
+        self._states: list[TierState] = []
+        for statuses in zip(*ranks, strict=True):
+            self._open(statuses, policy())
+
+    def __repr__(self) -> str:
+        return ", ".join(f"{t.name} {len(t.index)}/{t.index.capacity_blocks}" for t in self._states)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def __getitem__(self, position: int) -> TierState:
+        return self._states[position]
+
+    def __iter__(self) -> Iterator[TierState]:
+        return iter(self._states)
+
+    @property
+    def has_drops(self) -> bool:
+        """True if `take_drops` has something to give."""
+        return bool(self._drops)
+
+    def take_drops(self) -> list[tuple[int, list[BlockKey]]]:
+        """Take the blocks that tiers shall forget: position and keys."""
+        drops, self._drops = self._drops, {}
+        return list(drops.items())
+
+    def reserve(self, position: int, keys: Sequence[BlockKey], prefix: Container[BlockKey]) -> list[BlockKey]:
+        """Set room aside in a tier, and have it forget the blocks evicted for that; see `TierIndex.reserve`."""
+        tier = self._states[position]
+        filling, evicted = tier.index.reserve(keys, prefix)
+        if not tier.capabilities.shared:  # Else they are forgotten here and stay there.
+            self.discard(position, evicted)
+            tier.counts.evicted += len(evicted)
+        return filling
+
+    def unpin(self, position: int, keys: Iterable[BlockKey]) -> None:
+        """Take one pin of each block back; a doomed block goes with its last."""
+        index = self._states[position].index
+        for key in keys:
+            if index.unpin(key):
+                self.discard(position, [key])
+
+    def drop(self, position: int, key: BlockKey, *, corrupt: bool = False) -> None:
+        """Forget a READY block, as soon as nobody reads it."""
+        if self._states[position].index.drop(key):
+            self.discard(position, [key], corrupt=corrupt)
+
+    def discard(self, position: int, keys: Iterable[BlockKey], *, corrupt: bool = False) -> None:
+        """Have a tier forget what its index has forgotten. Other engines may want what is not corrupt."""
+        keys = list(keys)
+        if keys and (corrupt or not self._states[position].capabilities.shared):
+            self._drops.setdefault(position, []).extend(keys)
+
+    def drop_all(self) -> None:
+        """Forget every block. In a shared tier they stay."""
+        for position, tier in enumerate(self._states):
+            tier.write_back.clear()
+            for key in tier.index.ready():
+                self.drop(position, key)
+
+    def _open(self, statuses: Sequence[TierStatus], policy: EvictionPolicy) -> None:
+        """Start a tier's index with the blocks that every rank found, and have the others dropped."""
+        capabilities, position = statuses[0].capabilities, len(self._states)
+        limits = [status.capabilities.capacity_blocks for status in statuses]
+        limits.append(_MAX_KNOWN_BLOCKS if capabilities.shared else None)
+        bounded = [limit for limit in limits if limit is not None]
+        index = TierIndex(min(bounded) if bounded else None, policy, self.departures)
+        common = set.intersection(*(set(status.inventory) for status in statuses))
+        ordered = [key for key in statuses[0].inventory if key in common]
+        keep = ordered[-index.capacity_blocks :] if index.capacity_blocks is not None else ordered
+        for key in keep:
+            index.found(key)
+        probe = PrefixProbe() if capabilities.remote_lookup else None
+        self._states.append(
+            TierState(statuses[0].name, capabilities, index, position == self.host_pool, probe)
+        )
+        self.discard(position, set().union(*(status.inventory for status in statuses)).difference(keep))
+
+
+def _refuse_different_stacks(ranks: Sequence[Sequence[TierStatus]]) -> None:
+    """Refuse workers whose stacks differ."""
     first = [status.name for status in ranks[0]]
     for rank, statuses in enumerate(ranks):
         if (names := [status.name for status in statuses]) != first:

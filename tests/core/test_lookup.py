@@ -141,7 +141,7 @@ def test_a_shared_tier_is_told_to_forget_only_what_is_corrupt():
 
 
 def test_what_is_known_of_a_shared_tier_is_bounded(monkeypatch):
-    monkeypatch.setattr("kvbm_core.leader.planner._MAX_KNOWN_BLOCKS", 8)
+    monkeypatch.setattr("kvbm_core.leader.tier_state._MAX_KNOWN_BLOCKS", 8)
     made = planner()
     assert search(made, KEYS[:30], set(KEYS[:30]))[0] == 8
     assert made.occupancy["remote"] == 8

@@ -38,7 +38,7 @@ def live(job, life, pipe):
 
 def watch(planner, at, log):
     """Write down every block that the tier says it has stored."""
-    end_store = planner._end_store
+    end_store = planner._endings._end_store
 
     def end(pending, position):
         if position == at:
@@ -49,7 +49,7 @@ def watch(planner, at, log):
             log.flush()
         end_store(pending, position)
 
-    planner._end_store = end
+    planner._endings._end_store = end
 
 
 def main():

@@ -703,7 +703,7 @@ def test_a_finding_is_remembered_until_another_one_would_be_made(change):
     )
     assert made.match(asked, 0) == ((TOKENS if change == "stored" else 2 * TOKENS), True)
     if change == "evicted":
-        planner._drop(0, keys[1])
+        planner._tiers.drop(0, keys[1])
     elif change == "stored":
         planner.store(keys[1:], [3], keys, 0.0)
         end(made, step(made))
@@ -813,7 +813,7 @@ def test_what_vllm_was_promised_and_is_gone_when_it_gives_the_blocks_is_computed
     if between == "reset":
         assert made.reset()
     elif between == "evicted":
-        made._planner._drop(0, keys[1])
+        made._planner._tiers.drop(0, keys[1])
     made.allocated(asked, [5, 6, 7], 2 * TOKENS)
     plan = step(made)
     gone = {"reset": [5, 6], "evicted": [6], "nothing": []}[between]
@@ -824,7 +824,7 @@ def test_what_vllm_was_promised_and_is_gone_when_it_gives_the_blocks_is_computed
         reports.append(Report(op.op, op.tier, failures))
     made.outcomes(Outcomes(reports, made._steps.number))
     assert made._planner.loading_blocks == 0
-    assert not made._planner._pending
+    assert not made._planner._in_flight
     assert repr(made._planner._tiers[0].index).endswith("0 pinned, 0 filling, 0 leaving>")
 
 

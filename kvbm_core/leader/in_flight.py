@@ -1,0 +1,106 @@
+"""The leader's operations that are under way: which ranks have yet to report each."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from kvbm_core.plan import Load, Lookup, Report, Store
+from kvbm_core.tier import Reason
+
+__all__ = ["InFlight", "LegEnded", "Pending"]
+
+_SEVERITY: Final = (Reason.MISSING, Reason.BUSY, Reason.FULL, Reason.DEADLINE, Reason.ERROR, Reason.CORRUPT)
+"""Of what two ranks say of one block, the graver counts: a rank whose tier fails must be noticed beside
+one that only has not the block, and a corrupt part must be dropped."""
+
+
+@dataclass(slots=True)
+class Pending:
+    """An operation whose reports have not all come."""
+
+    op: Store | Load | Lookup
+    waiting: dict[int, int]
+    """Tier to ranks that have yet to report."""
+    failures: dict[int, dict[int, Reason]] = field(default_factory=dict)
+    """Tier to position to reason, over all ranks."""
+    took_s: float = 0.0
+    """On the slowest rank so far."""
+    doomed: bool = False
+    """True if a reset came in between: the blocks that arrive are dropped again."""
+    pinned: bool = True
+    """True if the blocks of a load are pinned. False for blocks that had left their tier before."""
+
+
+class LegEnded(NamedTuple):
+    """An operation that every rank has reported for one tier."""
+
+    pending: Pending
+    tier: int
+    is_last: bool
+    """True if the operation has ended in all its tiers."""
+
+
+class InFlight:
+    """Counts ranks: the one place that knows when an operation has ended on all of them.
+
+    Args:
+        world_size: Ranks of the engine.
+        numbers: Numbers for operations, where planners follow each other: no late report may fit another one.
+    """
+
+    def __init__(self, world_size: int, numbers: Iterator[int] | None = None) -> None:
+        self._world_size = world_size
+        self._numbers = numbers or itertools.count(1)
+        self._pending: dict[int, Pending] = {}
+
+    def __repr__(self) -> str:
+        return f"<InFlight {len(self._pending)} operations>"
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def __contains__(self, op: object) -> bool:
+        """Return True if an operation, by its number, has not ended."""
+        return op in self._pending
+
+    @property
+    def over_several_ranks(self) -> bool:
+        """True if one rank may have a block that another has not."""
+        return self._world_size > 1
+
+    def number(self) -> int:
+        """Draw the number of the next operation."""
+        return next(self._numbers)
+
+    def expect(self, op: Store | Load | Lookup, tiers: Sequence[int], *, pinned: bool = True) -> None:
+        """Wait for every rank's report of an operation in each of its tiers."""
+        self._pending[op.op] = Pending(op, dict.fromkeys(tiers, self._world_size), pinned=pinned)
+
+    def take_in(self, reports: Iterable[Report]) -> Iterator[LegEnded]:
+        """Take in reports, and give each tier's end of an operation as soon as all ranks have reported it.
+
+        A report that is not expected is of a planner before, and ignored.
+        """
+        for report in reports:
+            pending = self._pending.get(report.op)
+            if pending is None or report.tier not in pending.waiting:
+                continue
+            known = pending.failures.setdefault(report.tier, {})
+            for at, why in report.failures.items():
+                known[at] = max(why, known.get(at, why), key=_SEVERITY.index)
+            pending.waiting[report.tier] -= 1
+            pending.took_s = max(pending.took_s, report.seconds)
+            if pending.waiting[report.tier]:
+                continue
+            del pending.waiting[report.tier]
+            if not pending.waiting:
+                del self._pending[report.op]
+            yield LegEnded(pending, report.tier, not pending.waiting)
+
+    def doom(self) -> None:
+        """Have all that is under way dropped when it arrives."""
+        for pending in self._pending.values():
+            pending.doomed = True

@@ -1,0 +1,81 @@
+"""The blocks that tiers below the host pool get later: too many at once, or in the host pool already."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Container, Iterable
+
+from kvbm_core.block import BlockKey, BlockState
+from kvbm_core.leader.tier_state import Tiers, TierState
+
+__all__ = ["WriteBack"]
+
+
+class WriteBack:
+    """Bounds what is on its way into each tier, and queues the rest.
+
+    Args:
+        tiers: The leader's tiers.
+        max_store_blocks: Blocks on their way into a tier below the host pool, at once; as many more wait.
+    """
+
+    def __init__(self, tiers: Tiers, max_store_blocks: int) -> None:
+        self._tiers = tiers
+        self._max_store_blocks = max_store_blocks
+
+    def __repr__(self) -> str:
+        return f"<WriteBack {sum(len(tier.write_back) for tier in self._tiers)} blocks>"
+
+    def is_due(self, now_s: float) -> bool:
+        """Return True if `due` may give blocks."""
+        return any(tier.write_back and tier.breaker.closed(now_s) for tier in self._tiers)
+
+    def admit(
+        self, tier: TierState, keys: list[BlockKey], prefix: Container[BlockKey], now_s: float
+    ) -> list[BlockKey]:
+        """Choose the blocks that are written from the device now.
+
+        The blocks in the host pool are queued, because they need not be gathered again; so are those that
+        are too many at once. Without a host pool the surplus is dropped.
+        """
+        usable = tier.breaker.closed(now_s)
+        room = max(0, self._max_store_blocks - tier.storing) if usable else 0
+        if self._tiers.host_pool < 0 or tier.is_host_pool:
+            tier.counts.dropped["backlog" if usable else "unusable"] += len(keys[room:])
+            return keys[:room]
+        there = self._tiers[self._tiers.host_pool].index
+        fresh = [key for key in keys if key not in there]
+        self._enqueue(tier, [*fresh[room:], *(key for key in keys if key in there)], prefix)
+        return fresh[:room]
+
+    def due(self, position: int, now_s: float) -> list[BlockKey]:
+        """Take the blocks that a tier gets now from the host pool, reserved there and pinned here."""
+        tier, host_pool = self._tiers[position], self._tiers[self._tiers.host_pool]
+        if not tier.write_back or not tier.breaker.closed(now_s):
+            return []
+        due: list[tuple[BlockKey, Container[BlockKey]]] = []
+        while tier.write_back and tier.storing + len(due) < self._max_store_blocks:
+            key, prefix = next(iter(tier.write_back.items()))
+            state = host_pool.index.state(key)
+            if state is BlockState.FILLING:
+                break
+            del tier.write_back[key]
+            if state is BlockState.READY:
+                due.append((key, prefix))
+            elif key not in tier.index:
+                tier.counts.dropped["gone"] += 1
+        keys: list[BlockKey] = []
+        for _, run in itertools.groupby(due, key=lambda pair: id(pair[1])):
+            together = list(run)
+            keys += self._tiers.reserve(position, [key for key, _ in together], together[0][1])
+        gone = host_pool.index.pin(keys)
+        assert not gone, "what the host pool has lost since is not due"
+        return keys
+
+    def _enqueue(self, tier: TierState, keys: Iterable[BlockKey], prefix: Container[BlockKey]) -> None:
+        for key in keys:
+            # Full: the end of a prefix is dropped, because its end without its head is worth nothing.
+            if len(tier.write_back) < self._max_store_blocks:
+                tier.write_back[key] = prefix
+            elif key not in tier.write_back:
+                tier.counts.dropped["backlog"] += 1
