@@ -7,7 +7,7 @@ A region is memory of the *lender*, the tier that lends its own (then nothing is
 of the staging pool. `submit` is the engine's thread, `poll` the mover's. They share a lock for the
 bookkeeping; copies happen outside it, and tiers work in threads of their own.
 
-Where the device is `deferred`, stores are started by the mover's thread too, and the engine's thread does
+Where a device has `async_gather`, stores are started by the mover's thread too, and the engine's thread does
 nothing for them unless blocks are claimed that a store has not been started for. It starts loads in-step.
 """
 
@@ -101,7 +101,7 @@ class Mover:
     def submit(self, plan: Plan) -> None:
         """Start a plan: drops, then stores, then loads. In the engine's thread.
 
-        Whatever the plan overwrites may be overwritten on return; where the device is not deferred, so may
+        Whatever the plan overwrites may be overwritten on return; without `async_gather` of a device, so may
         the blocks of its stores. Raises what `_load_in_step` raises.
         """
         # All are noted before anything is done: whatever fails from here on, `fail_all` ends them.
@@ -194,14 +194,14 @@ class Mover:
 
     def _take_stores(self, stores: Sequence[Job], claimed: set[int], *, settled: bool) -> None:
         """Start stores now if the device or the engine cannot wait, else leave them to the mover's thread."""
-        deferred = self._device.deferred
+        async_gather = self._device.traits.async_gather
         fence = ((settled and self._written) or self._device.claim(())) if stores else None
         for job in stores:
             job.fence = fence
         with self._lock:
             self._arrived.extend(stores)
             for job in list(self._arrived):
-                if not isinstance(job.op, Store) or (deferred and claimed.isdisjoint(job.op.blocks)):
+                if not isinstance(job.op, Store) or (async_gather and claimed.isdisjoint(job.op.blocks)):
                     continue
                 self._arrived.remove(job)
                 self._store(job)
@@ -311,7 +311,7 @@ class Mover:
                 if isinstance(job.op, Store):
                     self._store(job)
                 elif job.op.tier == self._lender_at:
-                    self._lent.extend((job, part) for part in job.parts(self._device.block_bytes))
+                    self._lent.extend((job, part) for part in job.parts(self._device.traits.block_bytes))
                 else:
                     loads = self._traffic[job.op.tier].loads
                     moves = [Move(job, at, job.op.tier) for at in range(len(job.op.keys))]
@@ -323,7 +323,7 @@ class Mover:
     def _start_lent(self) -> None:
         """Start loads from the lender's memory, as far as the device has not enough to copy."""
         ahead = sum(len(copy.places) for copy in self._copies if isinstance(copy.job.op, Load))
-        while self._lent and not self._broken and ahead * self._device.block_bytes < _AHEAD_BYTES:
+        while self._lent and not self._broken and ahead * self._device.traits.block_bytes < _AHEAD_BYTES:
             job, part = self._lent.popleft()
             ahead += len(part)
             self._load_lent(job, part)
@@ -343,11 +343,11 @@ class Mover:
         Raises:
             KvbmError: If a block is not there. The engine would compute with whatever is in its place.
         """
-        for part in job.parts(self._device.block_bytes):
+        for part in job.parts(self._device.traits.block_bytes):
             copy = self._load_lent(job, part)
             if isinstance(copy.work, Failed) or len(copy.places) < len(part):
                 raise KvbmError("blocks that this step computes with cannot be loaded", operation="load")
-            self._device.join(copy.work)
+            self._device.stream_wait(copy.work)
 
     # Tiers.
 
@@ -393,7 +393,7 @@ class Mover:
         assert isinstance(op, Load)
         if self._traffic[move.tier].tier.capabilities.device_direct:
             assert isinstance(self._device, Stageable)
-            move.slot = self._slots.stage_on(self._device, self._device.block_bytes + FOOTER_BYTES)
+            move.slot = self._slots.stage_on(self._device, self._device.traits.block_bytes + FOOTER_BYTES)
             return move.slot is not None
         move.slot, move.fills = self._slots.for_load(move.key, keep=op.fill >= 0)
         return move.slot is not None

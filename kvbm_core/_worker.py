@@ -13,7 +13,7 @@ from kvbm_core._registry import Registry
 from kvbm_core._staging import Staging
 from kvbm_core.block import Namespace
 from kvbm_core.config import StackConfig, TierEntry, convert
-from kvbm_core.device import Device, Stageable
+from kvbm_core.device import Device, Pinnable, Stageable
 from kvbm_core.errors import TierOpenError
 from kvbm_core.layers import FOOTER_BYTES, CheckedTier, DeadlineTier, ReplicaTier
 from kvbm_core.plan import Plan, Report, TierStatus
@@ -86,8 +86,8 @@ class Worker:
         self._event = threading.Event()
         self._progress = threading.Event()
         context = TierContext(
-            namespace, device.block_bytes + FOOTER_BYTES, rank, world_size, self._event.set, device.pinner(),
-            device.cpus,
+            namespace, device.traits.block_bytes + FOOTER_BYTES, rank, world_size, self._event.set,
+            device.pin if isinstance(device, Pinnable) else None, device.traits.cpus,
         )  # fmt: skip
         self._names = [entry.name for entry in config.tiers]
         self._tiers = _open_tiers(config, context, replicas, registry or Registry(), device)
@@ -114,7 +114,7 @@ class Worker:
         return self._status
 
     def submit(self, plan: Plan) -> None:
-        """Start a plan, see `Mover.submit`. Waits for nothing but the gather of a device not `deferred`.
+        """Start a plan, see `Mover.submit`. Waits for nothing, or for a gather that is not asynchronous.
 
         Raises:
             Exception: If a load `in_step` cannot be started.

@@ -75,13 +75,21 @@ def test_functions_have_at_most_eight_parameters():
 def test_interfaces_have_at_most_six_methods_to_implement():
     import kvbm_core
     from kvbm_core._policy import EvictionPolicy
+    from kvbm_device._gpu import Copies, Events, Memory, Streams
 
     interfaces = [
         kvbm_core.Tier,
         kvbm_core.Addressable,
         kvbm_core.Coordinator,
+        kvbm_core.Device,
+        kvbm_core.Pinnable,
+        kvbm_core.Stageable,
         kvbm_core.Work,
         EvictionPolicy,
+        Streams,
+        Events,
+        Memory,
+        Copies,
     ]
     assert [each for each in interfaces if len(each.__abstractmethods__) > 6] == []
 

@@ -360,7 +360,7 @@ def test_a_copy_of_no_blocks_is_done():
 def test_only_page_locked_memory_is_loaded_in_the_step(monkeypatch):
     """The driver waits for copies of other memory, in the thread that asks for them: the engine's."""
     with engine(8) as made:
-        assert made.device.joins
+        assert made.device.traits.stream_wait
 
     def refuse(gpu, address, nbytes):
         raise KvbmError("no memory may be locked", operation="pin")
@@ -369,7 +369,7 @@ def test_only_page_locked_memory_is_loaded_in_the_step(monkeypatch):
     memory = torch.zeros(8, BYTES, dtype=torch.uint8)
     table = page_table(page_views({"layer": memory}, 8), 8)
     monkeypatch.setattr("kvbm_device._link._Jobs.__init__", lambda jobs, gpu, most: None)
-    assert not StagedDevice(SimulatedGpu(), table, memory, 1).joins
+    assert not StagedDevice(SimulatedGpu(), table, memory, 1).traits.stream_wait
 
 
 def test_blocks_that_the_device_does_not_load_are_not_computed_with(monkeypatch):
@@ -494,7 +494,7 @@ def test_an_engine_over_its_tiers_never_loads_what_is_not_its_keys(seed):  # noq
             while chance.random() < 0.2 and any(traffic.open for traffic in made.mover._traffic.values()):
                 until(lambda: made.poll() or not any(t.open for t in made.mover._traffic.values()))
             # An engine is not far ahead.
-            while sum(map(len, made.gpu.streams)) > 40 or chance.random() < 0.5:
+            while sum(map(len, made.gpu.queues)) > 40 or chance.random() < 0.5:
                 made.gpu.step()
         while planner.busy(NOW):
             made.worker.submit(planner.take(NOW))
