@@ -117,17 +117,17 @@ class Pinnable(ABC):
 
     @abstractmethod
     def pin(self, address: int, nbytes: int) -> Callable[[], None]:
-        """Page-lock host memory.
+        """Page-lock host memory. Called from several threads.
 
         Args:
-            address: Of the first byte, on a page.
-            nbytes: Whole pages.
+            address: Of the first byte, a multiple of the page size.
+            nbytes: Length, a multiple of the page size. No block lies across two ranges.
 
         Returns:
             What undoes it.
 
         Raises:
-            KvbmError: If the memory cannot be locked. It is used all the same.
+            KvbmError: If the memory cannot be locked. Copies of it are correct, but slower.
         """
 
 
