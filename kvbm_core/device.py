@@ -27,7 +27,7 @@ class Work(ABC):
 
     @abstractmethod
     def done(self) -> bool:
-        """Say whether the regions (gather) or the blocks (scatter) hold the data. Called until it is true.
+        """Give True if the regions (gather) or the blocks (scatter) hold the data. Called until it is true.
 
         Raises:
             Exception: If the copy failed. The mover turns it into an outcome.

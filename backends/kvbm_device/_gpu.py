@@ -47,7 +47,7 @@ class Events(ABC):
 
     @abstractmethod
     def passed(self, event: Event) -> bool:
-        """Say whether everything before an event is done."""
+        """Give True if everything before an event is done."""
 
     @abstractmethod
     def wait_here(self, event: Event) -> None:

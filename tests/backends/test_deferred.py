@@ -16,6 +16,7 @@ from test_staged import METHODS, opened, until
 
 from kvbm_core import Planner, Reason, Worker, _mover, _moves, chain_keys, load_config, root_key
 from kvbm_core.block import make_namespace
+from kvbm_core.device import DeviceTraits
 from kvbm_core.errors import KvbmError
 from kvbm_core.plan import Load, Plan, Store
 from kvbm_device import StagedDevice
@@ -360,7 +361,7 @@ def test_a_copy_of_no_blocks_is_done():
 def test_only_page_locked_memory_is_loaded_in_the_step(monkeypatch):
     """The driver waits for copies of other memory, in the thread that asks for them: the engine's."""
     with engine(8) as made:
-        assert made.device.traits.stream_wait
+        assert made.device.traits == DeviceTraits(BYTES, 8, async_gather=True, stream_wait=True)
 
     def refuse(gpu, address, nbytes):
         raise KvbmError("no memory may be locked", operation="pin")
