@@ -7,7 +7,7 @@ Backend authors start from `Tier` and `Backend`, engine authors from `Planner`, 
 from kvbm_core.block import BlockKey, BlockState, Namespace, chain_keys, make_namespace, root_key
 from kvbm_core.config import ByteSize, StackConfig, load_config
 from kvbm_core.coordinator import Coordinator, Member
-from kvbm_core.device import Device, Stageable, Work
+from kvbm_core.device import Device, DeviceTraits, Pinnable, Stageable, Work
 from kvbm_core.errors import (
     BackendError,
     ConfigError,
@@ -58,6 +58,7 @@ __all__ = [
     "Coordinator",
     "CoordinatorError",
     "Device",
+    "DeviceTraits",
     "KvbmError",
     "Load",
     "Match",
@@ -65,6 +66,7 @@ __all__ = [
     "Namespace",
     "Op",
     "Outcome",
+    "Pinnable",
     "Plan",
     "Planner",
     "QueueFullError",

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from kvbm_core.tier import Region
 
-__all__ = ["Device", "Fence", "Stageable", "Work"]
+__all__ = ["Device", "DeviceTraits", "Fence", "Pinnable", "Stageable", "Work"]
 
 Fence: TypeAlias = Any
 """A place in the engine's order of work, as `Device.claim` gives it. None: now."""
@@ -26,7 +27,7 @@ class Work(ABC):
 
     @abstractmethod
     def done(self) -> bool:
-        """Say whether the regions (gather) or the blocks (scatter) hold the data. Called until it is true.
+        """Give True if the regions (gather) or the blocks (scatter) hold the data. Called until it is true.
 
         Raises:
             Exception: If the copy failed. The transfer engine turns it into an outcome.
@@ -38,23 +39,32 @@ class Work(ABC):
         """Positions that were not copied, because the engine claimed their blocks first. Known when done."""
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceTraits:
+    """What a device is and what it can do. Constant from open to close, except `stream_wait`."""
+
+    block_bytes: int
+    """Bytes of one block: all pages of all layers of this rank."""
+    num_blocks: int
+    """Number of the engine's blocks. Block numbers are 0 to this, exclusive."""
+    async_gather: bool = False
+    """True if a gather may read its blocks after it has returned, until they are claimed."""
+    stream_wait: bool = False
+    """True if the engine may use blocks in the step that loads them, behind `Device.stream_wait`.
+
+    It may change while host memory is page-locked. Read it when all tiers are open.
+    """
+    cpus: frozenset[int] | None = None
+    """Numbers of the processor cores that reach the device's memory fastest. None: all, or unknown."""
+
+
 class Device(ABC):
     """The KV blocks of one worker, as the engine laid them out."""
 
     @property
     @abstractmethod
-    def block_bytes(self) -> int:
-        """Bytes of one block: all pages of all layers of this rank."""
-
-    @property
-    @abstractmethod
-    def num_blocks(self) -> int:
-        """Blocks the engine has; block numbers are 0 to this, exclusive."""
-
-    @property
-    @abstractmethod
-    def deferred(self) -> bool:
-        """Whether a gather may read its blocks after it has returned, until they are claimed."""
+    def traits(self) -> DeviceTraits:
+        """What the device is and what it can do. Cheap: loops read it."""
 
     @abstractmethod
     def claim(self, blocks: Iterable[int], *, wait: bool = False) -> Fence:
@@ -76,42 +86,49 @@ class Device(ABC):
 
         Behaviour:
             - Sees everything the engine had started to write to the blocks before the fence.
-            - The engine may overwrite the blocks once it has claimed them; where the device is not
-              `deferred`, as soon as this has returned.
+            - The engine may overwrite the blocks once it has claimed them; where the traits do not say
+              `async_gather`, as soon as this has returned.
         """
 
     @abstractmethod
     def scatter(self, regions: Sequence[Region], blocks: Sequence[int], fence: Fence = None) -> Work:
-        """Copy regions into blocks, one each. The engine must not use the blocks until it is done, or joined.
+        """Copy regions into blocks, one each.
 
-        The regions of a call are all in host memory, or all from `Stageable.stage`. What the engine had
-        started before the fence still sees the blocks as they were.
+        Behaviour:
+            - The engine must not use the blocks before the copy is done, or `stream_wait` has returned.
+            - The regions of a call are all in host memory, or all from `Stageable.stage`.
+            - What the engine had started before the fence still sees the blocks as they were.
         """
 
-    @property
-    def joins(self) -> bool:
-        """Whether there is `join`, so that the engine may use blocks in the step that loads them."""
-        return False
-
-    def join(self, work: Work) -> None:
+    @abstractmethod
+    def stream_wait(self, work: Work) -> None:
         """Have whatever the engine starts from here on wait for a scatter. Nobody waits on the host.
 
-        Called by the engine's thread, only where the device `joins`.
+        Called by the engine's thread, only where the traits say `stream_wait`.
         """
-        raise NotImplementedError
-
-    @abstractmethod
-    def pinner(self) -> Callable[[int, int], Callable[[], None]] | None:
-        """Give what page-locks ``(address, nbytes)`` for fast copies, or None if nothing does."""
-
-    @property
-    @abstractmethod
-    def cpus(self) -> frozenset[int] | None:
-        """Processor cores near the device, whose memory it reaches fastest. None: all, or nobody knows."""
 
     @abstractmethod
     def close(self) -> None:
         """Let go of the engine's memory. May be called twice."""
+
+
+class Pinnable(ABC):
+    """What a device adds when it copies page-locked host memory faster than other memory."""
+
+    @abstractmethod
+    def pin(self, address: int, nbytes: int) -> Callable[[], None]:
+        """Page-lock host memory. Called from several threads.
+
+        Args:
+            address: Of the first byte, a multiple of the page size.
+            nbytes: Length, a multiple of the page size. No block lies across two ranges.
+
+        Returns:
+            What undoes it.
+
+        Raises:
+            KvbmError: If the memory cannot be locked. Copies of it are correct, but slower.
+        """
 
 
 class Stageable(ABC):

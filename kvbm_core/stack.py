@@ -92,7 +92,7 @@ class Stack:
     ) -> None:
         """Start to write device blocks through to every tier.
 
-        The blocks may be overwritten on return; where the device is `deferred`, after `wait` or a load.
+        The blocks may be overwritten on return; where the device has `async_gather`, after `wait` or a load.
         """
         self._planner.store(keys, blocks, frozenset([*ancestors, *keys]), time.monotonic())
         self._go()

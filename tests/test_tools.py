@@ -18,7 +18,7 @@ INFO = f"vllm-{VERSION}.dist-info"
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    """An environment with the host pool, of which nothing is run."""
+    """An environment with the lender, of which nothing is run."""
     folder = tmp_path / "site-packages"
     write(folder / "vllm" / "_C.abi3.so", "compiled for CPUs")
     write(folder / "vllm" / "old.py", "")

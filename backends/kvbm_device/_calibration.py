@@ -62,13 +62,14 @@ def calibrate(gpu: Gpu, device: StagedDevice, copy: str) -> list[Rate]:
     methods = [m for m in _methods(gpu) if copy in ("auto", m.way.value)]
     if not methods:
         raise ConfigError(f"device_copy: {copy!r} needs triton; install it, or write auto, staged or dma")
-    count = max(1, min(device.num_blocks, _SAMPLE_BYTES // device.block_bytes))
-    blocks = random.Random(0).sample(range(device.num_blocks), count)
-    pitch = -(-device.block_bytes // PAGE_BYTES) * PAGE_BYTES
+    traits = device.traits
+    count = max(1, min(traits.num_blocks, _SAMPLE_BYTES // traits.block_bytes))
+    blocks = random.Random(0).sample(range(traits.num_blocks), count)
+    pitch = -(-traits.block_bytes // PAGE_BYTES) * PAGE_BYTES
     memory = mmap.mmap(-1, count * pitch)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     unpin = _page_lock(device, address, count * pitch)
-    regions = [Region(address + at * pitch, device.block_bytes, owner=memory) for at in range(count)]
+    regions = [Region(address + at * pitch, traits.block_bytes, owner=memory) for at in range(count)]
     try:
         rates = [_measure(gpu, device.links, method, blocks, regions) for method in methods]
     finally:
@@ -88,9 +89,8 @@ def calibrate(gpu: Gpu, device: StagedDevice, copy: str) -> list[Rate]:
 
 def _page_lock(device: StagedDevice, address: int, nbytes: int) -> Callable[[], None] | None:
     """Page-lock the sample. Where that cannot be, the tiers' memory is not locked either."""
-    pin = device.pinner()
     try:
-        return pin(address, nbytes) if pin else None
+        return device.pin(address, nbytes)
     except KvbmError as error:
         logger.warning("copies are measured with memory that is not page-locked: %s", error)
         return None
@@ -120,17 +120,17 @@ def _measure(
 
 def _store_all(gpu: Gpu, link: Link, blocks: Sequence[int], regions: Sequence[Region]) -> float:
     start_s = time.perf_counter()
-    fence = away = gpu.record(gpu.engine_stream())
+    fence = away = gpu.events.record(gpu.streams.engine_stream())
     for first in range(0, len(blocks), link.piece_blocks):
         part = slice(first, first + link.piece_blocks)
         _, away = link.store(blocks[part], regions[part], [fence])
-    gpu.wait_here(away)
+    gpu.events.wait_here(away)
     return time.perf_counter() - start_s
 
 
 def _load_all(gpu: Gpu, link: Link, blocks: Sequence[int], regions: Sequence[Region]) -> float:
     start_s = time.perf_counter()
-    gpu.wait_here(link.load(regions, blocks, gpu.record(gpu.engine_stream())))
+    gpu.events.wait_here(link.load(regions, blocks, gpu.events.record(gpu.streams.engine_stream())))
     return time.perf_counter() - start_s
 
 
@@ -140,5 +140,5 @@ def _log(rates: Sequence[Rate], device: StagedDevice, out: Method, into: Method)
     )
     logger.info(
         "copies of blocks of %d bytes, out/in in GB/s: %s; blocks leave by %s and come by %s",
-        device.block_bytes, table, out, into,
+        device.traits.block_bytes, table, out, into,
     )  # fmt: skip

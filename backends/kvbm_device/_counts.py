@@ -18,4 +18,4 @@ class CopyCounts:
     staging_full_blocks: int = 0
     """Not gathered because all staging memory of the device was in use."""
     bytes_per_s: dict[tuple[str, str, bool], float] = field(default_factory=dict)
-    """Of each way to copy, as calibrated: name, `device_to_host` or `host_to_device`, whether it is used."""
+    """Of each way to copy, as calibrated: name, `device_to_host` or `host_to_device`, true if it is used."""

@@ -6,7 +6,7 @@ cores. ``numpy.copyto`` copies in the calling thread and lets other Python threa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, TypeAlias
@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from kvbm_core.device import Device, Fence, Work
+from kvbm_core.device import Device, DeviceTraits, Fence, Work
 from kvbm_core.errors import KvbmError
 from kvbm_core.tier import Region
 from kvbm_device._counts import CopyCounts
@@ -62,6 +62,7 @@ class HostDevice(Device):
         self.counts = CopyCounts()
         self._num_blocks = num_blocks
         self._block_bytes = sum(view.page_bytes for view in views)
+        self._traits = DeviceTraits(self._block_bytes, num_blocks)
         self._num_views = len(views)
         self._folds = _fold(views, num_blocks)
         self._owner = owner
@@ -72,19 +73,9 @@ class HostDevice(Device):
         return f"<HostDevice {self._num_blocks} blocks of {self._block_bytes} bytes, {state}>"
 
     @property
-    def block_bytes(self) -> int:
-        """Bytes of one block: all pages of all layers."""
-        return self._block_bytes
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks the engine has."""
-        return self._num_blocks
-
-    @property
-    def deferred(self) -> bool:
-        """False: a gather is complete when it returns."""
-        return False
+    def traits(self) -> DeviceTraits:
+        """See `Device.traits`."""
+        return self._traits
 
     def claim(self, blocks: Iterable[int], *, wait: bool = False) -> Fence:
         """Nothing is on its way when another call is made."""
@@ -115,14 +106,8 @@ class HostDevice(Device):
         self.counts.scattered_blocks += len(blocks)
         return _Finished()
 
-    def pinner(self) -> Callable[[int, int], Callable[[], None]] | None:
-        """None: a copy in host memory gains nothing from page-locking."""
-        return None
-
-    @property
-    def cpus(self) -> frozenset[int] | None:
-        """See `Device.cpus`."""
-        return None
+    def stream_wait(self, work: Work) -> None:
+        """See `Device.stream_wait`. A scatter is complete when it returns."""
 
     def close(self) -> None:
         """Let go of the engine's memory."""

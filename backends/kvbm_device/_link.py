@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvbm_core.tier import Region
-from kvbm_device._gpu import Addresses, Event, Gpu
-from kvbm_device._pages import PageTable
+from kvbm_device._gpu import Event, Gpu
+from kvbm_device._pages import Addresses, PageTable
 
 __all__ = ["Link", "Method", "PinnedMemory", "Way"]
 
@@ -81,7 +81,9 @@ class Link:
         *,
         gather: bool,
     ) -> None:
-        self._gpu = gpu
+        self._events = gpu.events
+        self._mover = gpu.copies
+        self._has_kernel = gpu.has_kernel
         self._table = table
         self._pinned = pinned
         self._gather = gather
@@ -93,14 +95,14 @@ class Link:
         """Pieces to be stored at once: those behind wait for staging, on the accelerator."""
         self.piece_blocks = max(1, min(_PIECE_BYTES, staging_bytes // self.pieces) // block_bytes)
         self.piece_bytes = self.piece_blocks * block_bytes
-        self._staging, self._memory = gpu.memory(self.pieces * self.piece_bytes)
+        self._staging, self._memory = gpu.memory.allocate(self.pieces * self.piece_bytes)
         # All that can be on its way at once: on the way in, each of the engine's blocks.
         self._jobs = _Jobs(gpu, self.ahead * self.piece_blocks if gather else table.num_blocks)
-        self._kernels = gpu.stream(urgent=not gather)
+        self._kernels = gpu.streams.stream(urgent=not gather)
         # Not urgent: the engine's own copies shall have their turn.
-        self._copies = gpu.stream(urgent=False)
-        self._other_copies = gpu.stream(urgent=False)
-        self._copied = gpu.record(self._copies)
+        self._copies = gpu.streams.stream(urgent=False)
+        self._other_copies = gpu.streams.stream(urgent=False)
+        self._copied = gpu.events.record(self._copies)
         """After the last copy."""
         self._free = [self._copied] * self.pieces
         """When each piece of staging is free again."""
@@ -122,10 +124,10 @@ class Link:
             return done, done
         staged, buffer = method.way is Way.STAGED, self._next
         for fence in (*fences, self._free[buffer]) if staged else fences:
-            self._gpu.wait(self._kernels, fence)
+            self._events.wait(self._kernels, fence)
         flats = self._flats(buffer, len(blocks)) if staged else addresses
         self._run(self._jobs.send(self._kernels, blocks, flats), len(blocks), int(flats[0]), method)
-        read = self._gpu.record(self._kernels)
+        read = self._events.record(self._kernels)
         self._jobs.used_until(read)
         if not staged:
             return read, read
@@ -145,7 +147,7 @@ class Link:
         method = Method(Way.KERNEL) if on_device else self._method(addresses)
         if method.way is Way.DMA:
             return self._batch(blocks, addresses, fence)
-        self._gpu.wait(self._kernels, fence)
+        self._events.wait(self._kernels, fence)
         if method.way is Way.KERNEL:
             return self._load_directly(addresses, blocks, method)
         return self._load_staged(addresses, blocks, method)
@@ -159,8 +161,8 @@ class Link:
         nbytes = min(nbytes, self.pieces * self.piece_bytes)
         target, source = (address, self._staging) if self._gather else (self._staging, address)
         start_s = time.perf_counter()
-        self._gpu.copy_rows(self._copies, target, 0, source, 0, nbytes, 1, waits=True)
-        self._gpu.wait_here(self._gpu.record(self._copies))
+        self._mover.copy_rows(self._copies, target, 0, source, 0, nbytes, 1, waits=True)
+        self._events.wait_here(self._events.record(self._copies))
         return nbytes / (time.perf_counter() - start_s)
 
     def close(self) -> None:
@@ -177,9 +179,9 @@ class Link:
         self._done()
         for start, buffer in zip(starts, buffers, strict=True):
             part = addresses[start : start + self.piece_blocks]
-            self._gpu.wait(self._kernels, self._copy(part, int(flats[start]), self._free[buffer]))
+            self._events.wait(self._kernels, self._copy(part, int(flats[start]), self._free[buffer]))
             self._run(jobs + start * _JOB_BYTES, len(part), int(flats[start]), method)
-            self._free[buffer] = done = self._gpu.record(self._kernels)
+            self._free[buffer] = done = self._events.record(self._kernels)
         self._jobs.used_until(done)
         return done
 
@@ -192,21 +194,21 @@ class Link:
         """
         self._copies, self._other_copies = self._other_copies, self._copies
         for event in (self._copied, *after):
-            self._gpu.wait(self._copies, event)
+            self._events.wait(self._copies, event)
 
     def _done(self) -> Event:
         """Give the end of the copies of this turn."""
-        self._copied = done = self._gpu.record(self._copies)
+        self._copied = done = self._events.record(self._copies)
         return done
 
     def _load_directly(
         self, addresses: npt.NDArray[np.int64], blocks: Sequence[int], method: Method
     ) -> Event:
-        step = len(blocks) if self._gpu.has_kernel else 1
+        step = len(blocks) if self._has_kernel else 1
         jobs = self._jobs.send(self._kernels, blocks, addresses)
         for at in range(0, len(blocks), step):
             self._run(jobs + at * _JOB_BYTES, min(step, len(blocks) - at), int(addresses[at]), method)
-        done = self._gpu.record(self._kernels)
+        done = self._events.record(self._kernels)
         self._jobs.used_until(done)
         return done
 
@@ -221,7 +223,7 @@ class Link:
         return start + np.arange(count, dtype=np.int64) * self.block_bytes
 
     def _run(self, jobs: int, count: int, flat: int, method: Method) -> None:
-        self._gpu.move_pages(
+        self._mover.move_pages(
             self._kernels, self._table, jobs, count, flat, gather=self._gather, programs=method.programs
         )
 
@@ -237,7 +239,7 @@ class Link:
         for address, pitch, rows in runs:
             inside, outside = (staged, block_bytes), (address, pitch or block_bytes)
             target, source = (outside, inside) if self._gather else (inside, outside)
-            self._gpu.copy_rows(self._copies, *target, *source, block_bytes, rows, waits=waits)
+            self._mover.copy_rows(self._copies, *target, *source, block_bytes, rows, waits=waits)
             staged += rows * block_bytes
         return self._done()
 
@@ -268,7 +270,7 @@ class Link:
         """Copy between addresses of the host and of the accelerator, in one call."""
         self._turn(*after)
         target, source = (outside, inside) if self._gather else (inside, outside)
-        self._gpu.copy_batch(self._copies, target, source, sizes)
+        self._mover.copy_batch(self._copies, target, source, sizes)
         return self._done()
 
 
@@ -318,15 +320,16 @@ class _Jobs:
     """
 
     def __init__(self, gpu: Gpu, most: int) -> None:
-        self._gpu = gpu
+        self._events = gpu.events
+        self._mover = gpu.copies
         self._rows = rows = 3 * most
         nbytes = -(-rows * _JOB_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
         memory = mmap.mmap(-1, nbytes)
         self._host = np.frombuffer(memory, dtype=np.int64)[: 2 * rows].reshape(rows, 2)
         # The page lock last: where there is no memory, nothing is left locked.
-        self._device, self._owner = gpu.memory(nbytes)
+        self._device, self._owner = gpu.memory.allocate(nbytes)
         self._address = self._host.ctypes.data
-        self._unpin: Callable[[], None] | None = gpu.pin(self._address, nbytes)
+        self._unpin: Callable[[], None] | None = gpu.memory.pin(self._address, nbytes)
         self._head = 0
         self._used: deque[tuple[int, int, Event]] = deque()
         self._sent: tuple[int, int] | None = None
@@ -341,7 +344,7 @@ class _Jobs:
         self._host[start:stop, 0] = blocks
         self._host[start:stop, 1] = flats
         address, nbytes = self._device + start * _JOB_BYTES, count * _JOB_BYTES
-        self._gpu.copy_rows(stream, address, 0, self._address + start * _JOB_BYTES, 0, nbytes, 1)
+        self._mover.copy_rows(stream, address, 0, self._address + start * _JOB_BYTES, 0, nbytes, 1)
         self._sent = (start, stop)
         return address
 
@@ -358,11 +361,11 @@ class _Jobs:
 
     def _wait_for(self, start: int, stop: int) -> None:
         """See to it that nothing reads a part of the ring."""
-        while self._used and self._gpu.passed(self._used[0][2]):
+        while self._used and self._events.passed(self._used[0][2]):
             self._used.popleft()
         for first, last, event in self._used:
             if first < stop and start < last:
-                self._gpu.wait_here(event)
+                self._events.wait_here(event)
 
 
 def _addresses(regions: Sequence[Region]) -> npt.NDArray[np.int64]:

@@ -77,11 +77,11 @@ def _open_cuda(
     index: int, views: Sequence[PageView], num_blocks: int, owner: Any, copy: str, staging_bytes: int
 ) -> Device:
     from kvbm_device._calibration import calibrate
-    from kvbm_device._gpu import CudaGpu
+    from kvbm_device._cuda import open_cuda
     from kvbm_device._pages import page_table
     from kvbm_device._staged import StagedDevice
 
-    gpu, table = CudaGpu(index), page_table(views, num_blocks)
+    gpu, table = open_cuda(index), page_table(views, num_blocks)
     while True:
         try:
             device = StagedDevice(gpu, table, owner, staging_bytes)

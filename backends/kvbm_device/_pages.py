@@ -75,12 +75,12 @@ class PageMover(Protocol):
     """Moves the pages of blocks, on torch's current stream."""
 
     reaches_host: bool
-    """Whether flat addresses may be in host memory, and `programs` counts."""
+    """True if flat addresses may be in host memory, and `programs` counts."""
 
     def __call__(
         self, table: PageTable, jobs: int, count: int, flat: int, *, gather: bool, programs: int
     ) -> None:
-        """See `kvbm_device._gpu.Gpu.move_pages`."""
+        """See `kvbm_device._gpu.Copies.move_pages`."""
 
 
 def make_page_mover(device: str = "cuda") -> PageMover:

@@ -19,17 +19,17 @@ import mmap
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any, Final
 
 import numpy as np
 
-from kvbm_core.device import Device, Fence, Stageable, Work
+from kvbm_core.device import Device, DeviceTraits, Fence, Pinnable, Stageable, Work
 from kvbm_core.errors import KvbmError
 from kvbm_core.tier import PAGE_BYTES, Region
 from kvbm_device._counts import CopyCounts
-from kvbm_device._gpu import Event, Gpu
+from kvbm_device._gpu import Event, Events, Gpu
 from kvbm_device._link import Link, Method, PinnedMemory
 from kvbm_device._pages import PageTable
 
@@ -46,11 +46,11 @@ _DIRECT_PLACES: Final = 64
 class _Loaded(Work):
     """A scatter: all of it is on its way."""
 
-    gpu: Gpu
+    events: Events
     event: Event
 
     def done(self) -> bool:
-        return self.gpu.passed(self.event)
+        return self.events.passed(self.event)
 
     @property
     def given_up(self) -> frozenset[int]:
@@ -116,7 +116,7 @@ class _Piece:
     """Their regions hold them."""
 
 
-class StagedDevice(Device, Stageable):
+class StagedDevice(Device, Pinnable, Stageable):
     """An engine's KV blocks in the memory of an accelerator.
 
     Args:
@@ -129,6 +129,9 @@ class StagedDevice(Device, Stageable):
     def __init__(self, gpu: Gpu, table: PageTable, owner: Any, staging_bytes: int) -> None:
         self.counts = CopyCounts()
         self._gpu = gpu
+        self._streams = gpu.streams
+        self._events = gpu.events
+        self._traits = DeviceTraits(table.block_bytes, table.num_blocks, async_gather=True, cpus=gpu.cpus)
         self._table = table
         self._owner = owner
         self._pinned = PinnedMemory()
@@ -142,7 +145,7 @@ class StagedDevice(Device, Stageable):
         self._lock = threading.Lock()
         self._waits: deque[_Wait] = deque()
         self._pieces: deque[_Piece] = deque()
-        self._reading = gpu.stream(urgent=True)
+        self._reading = gpu.streams.stream(urgent=True)
         self._bounce = threading.local()
         self._places: list[int] | None = None
         self._place_bytes = 0
@@ -157,24 +160,14 @@ class StagedDevice(Device, Stageable):
         )
 
     @property
-    def block_bytes(self) -> int:
-        """Bytes of one block: all pages of all layers."""
-        return self._table.block_bytes
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks the engine has."""
-        return self._table.num_blocks
+    def traits(self) -> DeviceTraits:
+        """See `Device.traits`."""
+        return self._traits
 
     @property
     def links(self) -> tuple[Link, Link]:
         """The way out and the way in."""
         return self._out, self._in
-
-    @property
-    def deferred(self) -> bool:
-        """See `Device.deferred`."""
-        return True
 
     def use(self, out: Method, into: Method) -> None:
         """Choose how bytes leave and enter."""
@@ -182,7 +175,7 @@ class StagedDevice(Device, Stageable):
 
     def claim(self, blocks: Iterable[int], *, wait: bool = False) -> Fence:
         """See `Device.claim`."""
-        stream = self._gpu.engine_stream()
+        stream = self._streams.engine_stream()
         wanted = set(blocks)
         with self._lock:
             if wanted and (self._waits or self._pieces):
@@ -190,13 +183,13 @@ class StagedDevice(Device, Stageable):
                 self._read_or_give_up(wanted)
                 for piece in self._pieces:
                     if not all(wanted.isdisjoint(wait.blocks) for wait in piece.waits):
-                        self._gpu.wait_here(piece.read) if wait else self._gpu.wait(stream, piece.read)
-            return self._gpu.record(stream)
+                        self._events.wait_here(piece.read) if wait else self._events.wait(stream, piece.read)
+            return self._events.record(stream)
 
     def gather(self, blocks: Sequence[int], regions: Sequence[Region], fence: Fence = None) -> Work:
         """See `Device.gather`. Without a fence, whatever the calling thread's stream has enqueued is seen."""
         self._check("gather", blocks, regions)
-        fence = fence or self._gpu.record(self._gpu.engine_stream())
+        fence = fence or self._events.record(self._streams.engine_stream())
         work = _Stored(self, len(blocks))
         if blocks:
             with self._lock:
@@ -206,25 +199,20 @@ class StagedDevice(Device, Stageable):
     def scatter(self, regions: Sequence[Region], blocks: Sequence[int], fence: Fence = None) -> Work:
         """See `Device.scatter`."""
         self._check("scatter", blocks, regions)
-        fence = fence or self._gpu.record(self._gpu.engine_stream())
+        fence = fence or self._events.record(self._streams.engine_stream())
         with self._lock:
             # What a `device_direct` tier has read did not come from host memory.
             self.counts.scattered_blocks += sum(not region.on_device for region in regions)
             try:
-                return _Loaded(self._gpu, self._in.load(regions, blocks, fence))
+                return _Loaded(self._events, self._in.load(regions, blocks, fence))
             except Exception:
                 self._halt()
                 raise
 
-    @property
-    def joins(self) -> bool:
-        """See `Device.joins`. The driver waits for copies of memory that is not page-locked."""
-        return bool(self._pinned)
-
-    def join(self, work: Work) -> None:
-        """See `Device.join`."""
+    def stream_wait(self, work: Work) -> None:
+        """See `Device.stream_wait`."""
         assert isinstance(work, _Loaded)
-        self._gpu.wait(self._gpu.engine_stream(), work.event)
+        self._events.wait(self._streams.engine_stream(), work.event)
 
     def advance(self) -> None:
         """Read what waits while few pieces are on their way, and see what has arrived. Waits for nothing."""
@@ -236,13 +224,10 @@ class StagedDevice(Device, Stageable):
                 if more:
                     self._read(self._take(self._waits, mixed=False))
 
-    def pinner(self) -> Callable[[int, int], Callable[[], None]] | None:
-        """See `Device.pinner`. What it raises says what copies of memory that is not page-locked cost."""
-        return self._pin
-
-    def _pin(self, address: int, nbytes: int) -> Callable[[], None]:
+    def pin(self, address: int, nbytes: int) -> Callable[[], None]:
+        """See `Pinnable.pin`. What it raises says what copies of memory that is not page-locked cost."""
         try:
-            unpin = self._gpu.pin(address, nbytes)
+            unpin = self._gpu.memory.pin(address, nbytes)
         except KvbmError as error:
             rates = [link.measure(address, min(nbytes, _TRIAL_BYTES)) / 1e9 for link in self.links]
             raise KvbmError(
@@ -250,17 +235,19 @@ class StagedDevice(Device, Stageable):
                 operation="pin",
             ) from error
         self._pinned.add(address, nbytes)
+        self._note_pinned()
 
         def undo() -> None:
             if self._pinned.remove(address):
+                self._note_pinned()
                 unpin()
 
         return undo
 
-    @property
-    def cpus(self) -> frozenset[int] | None:
-        """See `Device.cpus`."""
-        return self._gpu.cpus
+    def _note_pinned(self) -> None:
+        """Keep the traits true. The driver waits for copies of memory that is not page-locked."""
+        with self._lock:  # Tiers page-lock in several threads.
+            self._traits = replace(self._traits, stream_wait=bool(self._pinned))
 
     def stage(self, nbytes: int) -> Region | None:
         """See `Stageable.stage`."""
@@ -276,7 +263,7 @@ class StagedDevice(Device, Stageable):
         count = _DIRECT_PLACES
         while count:
             try:
-                start, self._direct = self._gpu.memory(count * self._place_bytes)
+                start, self._direct = self._gpu.memory.allocate(count * self._place_bytes)
             except MemoryError:
                 count //= 2
             else:
@@ -299,8 +286,8 @@ class StagedDevice(Device, Stageable):
         if memory is None or len(memory) < region.nbytes:
             memory = self._bounce.memory = mmap.mmap(-1, region.nbytes)
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        self._gpu.copy_rows(self._reading, address, 0, region.address, 0, region.nbytes, 1, waits=True)
-        self._gpu.wait_here(self._gpu.record(self._reading))
+        self._gpu.copies.copy_rows(self._reading, address, 0, region.address, 0, region.nbytes, 1, waits=True)
+        self._events.wait_here(self._events.record(self._reading))
         return memoryview(memory)[: region.nbytes]
 
     def close(self) -> None:
@@ -312,7 +299,7 @@ class StagedDevice(Device, Stageable):
             for wait in self._waits:
                 self._lose(wait)
             self._waits.clear()
-        self._gpu.finish()
+        self._streams.finish()
         with self._lock:
             self._reap()
         self._out.close()
@@ -350,13 +337,13 @@ class StagedDevice(Device, Stageable):
     def _halt(self) -> None:
         """Wait for what was begun of a copy that failed: its regions and blocks will be used for others."""
         try:
-            self._gpu.finish()
+            self._streams.finish()
         except Exception:  # An accelerator that fails runs nothing any more.
             logger.exception("the accelerator fails")
 
     def _reap(self) -> None:
         """Take back the pieces that have arrived; they arrive in order."""
-        while self._pieces and self._gpu.passed(self._pieces[0].away):
+        while self._pieces and self._events.passed(self._pieces[0].away):
             piece = self._pieces.popleft()
             for wait in piece.waits:
                 self.counts.gathered_blocks += len(wait.blocks)
@@ -390,10 +377,11 @@ class StagedDevice(Device, Stageable):
             raise KvbmError(f"{operation} on a closed device", operation=operation)
         if len(blocks) != len(regions):
             raise ValueError(f"{operation} of {len(blocks)} blocks and {len(regions)} regions")
-        numbers = np.asarray(blocks, dtype=np.int64)
-        if len(numbers) and not (numbers.min() >= 0 and numbers.max() < self.num_blocks):
+        numbers, num_blocks = np.asarray(blocks, dtype=np.int64), self._table.num_blocks
+        if len(numbers) and not (numbers.min() >= 0 and numbers.max() < num_blocks):
             worst = numbers.max() if numbers.min() >= 0 else numbers.min()
-            raise IndexError(f"{operation} of block {worst}; there are {self.num_blocks}")
+            raise IndexError(f"{operation} of block {worst}; there are {num_blocks}")
+        block_bytes = self._table.block_bytes
         for region in regions:
-            if region.nbytes < self.block_bytes or (region.on_device and operation == "gather"):
-                raise ValueError(f"{operation} needs {self.block_bytes} bytes of host memory, got {region}")
+            if region.nbytes < block_bytes or (region.on_device and operation == "gather"):
+                raise ValueError(f"{operation} needs {block_bytes} bytes of host memory, got {region}")

@@ -195,9 +195,8 @@ class Planner:
         start = 0
         for (tier, fill, held), run in itertools.groupby(zip(tiers, fills, pinned, strict=True)):
             part = slice(start, start := start + len(list(run)))
-            op = Load(
-                self._in_flight.number(), request, tier, fill, list(keys[part]), list(blocks[part]), in_step
-            )
+            number = self._in_flight.number()
+            op = Load(number, request, tier, fill, list(keys[part]), list(blocks[part]), in_step)
             self._loads.append(op)
             self._in_flight.expect(op, [tier] if fill < 0 else [tier, fill], pinned=held)
         self.loading_blocks += 0 if in_step else len(keys)

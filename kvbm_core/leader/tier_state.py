@@ -86,7 +86,7 @@ class Tiers:
         return list(drops.items())
 
     def reserve(self, position: int, keys: Sequence[BlockKey], prefix: Container[BlockKey]) -> list[BlockKey]:
-        """Set room aside in a tier, and have it forget the blocks evicted for that; see `TierIndex.reserve`."""
+        """Set room aside in a tier, see `TierIndex.reserve`, and have it forget the blocks evicted."""
         tier = self._states[position]
         filling, evicted = tier.index.reserve(keys, prefix)
         if not tier.capabilities.shared:  # Else they are forgotten here and stay there.

@@ -8,7 +8,7 @@ or of the staging pool. `submit` is called by the engine's thread, `poll` by the
 a lock for the bookkeeping. Gathers are started under it, so that a claim finds each store either waiting or
 started; scatters are started outside it, and the device's copies run outside it, as tiers do.
 
-Where the device is `deferred`, stores are started by `poll`, and the engine's thread does nothing for them
+Where a device has `async_gather`, stores are started by `poll`, and the engine's thread does nothing for them
 unless blocks are claimed that a store has not been started for. It starts loads in-step.
 """
 
@@ -92,7 +92,7 @@ class TransferEngine:
     def submit(self, plan: Plan) -> None:
         """Start a plan: drops, then stores, then loads. In the engine's thread.
 
-        Whatever the plan overwrites may be overwritten on return; where the device is not deferred, so may
+        Whatever the plan overwrites may be overwritten on return; without `async_gather` of a device, so may
         the blocks of its stores. Raises what `Loads.start_in_step` raises.
         """
         # All are noted before anything is done: whatever fails from here on, `fail_all` ends them.
@@ -157,7 +157,7 @@ class TransferEngine:
         """Return the source of device regions for a tier that reads into device memory; None for others."""
         if not tier.capabilities.device_direct:
             return None
-        device, nbytes = self._device, self._device.block_bytes + FOOTER_BYTES
+        device, nbytes = self._device, self._device.traits.block_bytes + FOOTER_BYTES
         assert isinstance(device, Stageable)
 
         def stage(move: Move) -> bool:
@@ -168,14 +168,14 @@ class TransferEngine:
 
     def _take_stores(self, stores: Sequence[Job], claimed: set[int], *, settled: bool) -> None:
         """Start stores now if the device or the engine cannot wait, else leave them to `poll`."""
-        deferred = self._device.deferred
+        async_gather = self._device.traits.async_gather
         fence = ((settled and self._overwritten) or self._device.claim(())) if stores else None
         for job in stores:
             job.fence = fence
         with self._ledger.lock:
             self._arrived.extend(stores)
             for job in list(self._arrived):
-                if not isinstance(job.op, Store) or (deferred and claimed.isdisjoint(job.op.blocks)):
+                if not isinstance(job.op, Store) or (async_gather and claimed.isdisjoint(job.op.blocks)):
                     continue
                 self._arrived.remove(job)
                 self._stores.begin(job)

@@ -10,7 +10,7 @@ from typing import Final
 
 from kvbm_core.block import Namespace
 from kvbm_core.config import StackConfig, TierEntry, convert
-from kvbm_core.device import Device, Stageable
+from kvbm_core.device import Device, Pinnable, Stageable
 from kvbm_core.errors import TierOpenError
 from kvbm_core.layers import FOOTER_BYTES, CheckedTier, DeadlineTier, ReplicaTier
 from kvbm_core.plan import Plan, Report, TierStatus
@@ -87,8 +87,8 @@ class Worker:
         self._event = threading.Event()
         self._progress = threading.Event()
         context = TierContext(
-            namespace, device.block_bytes + FOOTER_BYTES, rank, world_size, self._event.set, device.pinner(),
-            device.cpus,
+            namespace, device.traits.block_bytes + FOOTER_BYTES, rank, world_size, self._event.set,
+            device.pin if isinstance(device, Pinnable) else None, device.traits.cpus,
         )  # fmt: skip
         self._names = [entry.name for entry in config.tiers]
         self._tiers = _open_tiers(config, context, replicas, registry or Registry(), device)
@@ -116,7 +116,7 @@ class Worker:
         return self._status
 
     def submit(self, plan: Plan) -> None:
-        """Start a plan, see `TransferEngine.submit`. Waits only for the gather of a device not `deferred`.
+        """Start a plan, see `TransferEngine.submit`. Waits only for a gather that is not asynchronous.
 
         Raises:
             Exception: If a load `in_step` cannot be started.

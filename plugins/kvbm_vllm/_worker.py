@@ -95,7 +95,7 @@ class WorkerHalf:
             copy=self._config.device_copy, staging_bytes=self._config.device_staging,
         )  # fmt: skip
         self._counts, self._copied = getattr(device, "counts", CopyCounts()), {}
-        self._block_bytes = device.block_bytes
+        self._block_bytes = device.traits.block_bytes
         facts = namespace_facts(
             self._vllm_config,
             kv_caches,
@@ -112,7 +112,7 @@ class WorkerHalf:
         # Asked when the tiers have page-locked their memory. Where several engines compute a step together,
         # one that waits for its load holds up the others; and vLLM would zero what is loaded in the step.
         zeroes = getattr(self._kv_cache_config, "needs_kv_cache_zeroing", False)
-        self._joins = device.joins and parallel.data_parallel_size == 1 and not zeroes
+        self._joins = device.traits.stream_wait and parallel.data_parallel_size == 1 and not zeroes
         self._coordinator = join_as_worker(
             self._config, self._vllm_config, namespace, make_namespace(shared_facts(facts))
         )

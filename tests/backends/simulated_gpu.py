@@ -12,16 +12,21 @@ from collections import deque
 
 import numpy as np
 
-from kvbm_device._gpu import Gpu
+from kvbm_device._gpu import Copies, Events, Memory, Streams
 from kvbm_device._pages import TorchMover
 
 
-class SimulatedGpu(Gpu):
+class SimulatedGpu(Streams, Events, Memory, Copies):
+    """A `Gpu` that is all of its parts itself."""
+
+    streams = events = memory = copies = property(lambda gpu: gpu)
+    cpus = None
+
     def __init__(self, seed=0, *, has_kernel=True, eager=0.3):
         self.random = random.Random(seed)
-        self.streams = []
+        self.queues = []
         self.engine = self.stream(urgent=False)
-        self.kernel = has_kernel
+        self.has_kernel = has_kernel
         self.eager = eager
         self.pinned = []
         self.mover = TorchMover("cpu")
@@ -30,8 +35,8 @@ class SimulatedGpu(Gpu):
         return self.engine
 
     def stream(self, *, urgent):
-        self.streams.append(deque())
-        return self.streams[-1]
+        self.queues.append(deque())
+        return self.queues[-1]
 
     def put(self, stream, action):
         stream.append(("run", action))
@@ -56,11 +61,11 @@ class SimulatedGpu(Gpu):
     def finish(self):
         while self.step():
             pass
-        assert not any(self.streams)
+        assert not any(self.queues)
 
     def step(self):
         """Run one piece of work; False if none can run."""
-        ready = [s for s in self.streams if s and not (s[0][0] == "wait" and not s[0][1]["passed"])]
+        ready = [s for s in self.queues if s and not (s[0][0] == "wait" and not s[0][1]["passed"])]
         if not ready:
             return False
         kind, what = self.choose(ready).popleft()
@@ -74,7 +79,7 @@ class SimulatedGpu(Gpu):
         """Say which of the streams whose next piece of work can run goes on."""
         return self.random.choice(ready)
 
-    def memory(self, nbytes):
+    def allocate(self, nbytes):
         memory = mmap.mmap(-1, nbytes)
         return ctypes.addressof(ctypes.c_char.from_buffer(memory)), memory
 
@@ -97,12 +102,6 @@ class SimulatedGpu(Gpu):
         pairs = np.ctypeslib.as_array((ctypes.c_int64 * (2 * count)).from_address(jobs)).reshape(count, 2)
         for pair in pairs.copy():
             self.mover(table, pair.ctypes.data, 1, int(pair[1]), gather=gather, programs=0)
-
-    @property
-    def has_kernel(self):
-        return self.kernel
-
-    cpus = None
 
     def pin(self, address, nbytes):
         self.pinned.append((address, nbytes))

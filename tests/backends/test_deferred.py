@@ -16,6 +16,7 @@ from test_staged import METHODS, opened, until
 
 from kvbm_core import Planner, Reason, Worker, chain_keys, load_config, root_key
 from kvbm_core.block import make_namespace
+from kvbm_core.device import DeviceTraits
 from kvbm_core.errors import KvbmError
 from kvbm_core.plan import Load, Plan, Store
 from kvbm_core.worker import copier, jobs
@@ -362,7 +363,7 @@ def test_a_copy_of_no_blocks_is_done():
 def test_only_page_locked_memory_is_loaded_in_the_step(monkeypatch):
     """The driver waits for copies of other memory, in the thread that asks for them: the engine's."""
     with engine(8) as made:
-        assert made.device.joins
+        assert made.device.traits == DeviceTraits(BYTES, 8, async_gather=True, stream_wait=True)
 
     def refuse(gpu, address, nbytes):
         raise KvbmError("no memory may be locked", operation="pin")
@@ -371,7 +372,7 @@ def test_only_page_locked_memory_is_loaded_in_the_step(monkeypatch):
     memory = torch.zeros(8, BYTES, dtype=torch.uint8)
     table = page_table(page_views({"layer": memory}, 8), 8)
     monkeypatch.setattr("kvbm_device._link._Jobs.__init__", lambda jobs, gpu, most: None)
-    assert not StagedDevice(SimulatedGpu(), table, memory, 1).joins
+    assert not StagedDevice(SimulatedGpu(), table, memory, 1).traits.stream_wait
 
 
 def test_blocks_that_the_device_does_not_load_are_not_computed_with(monkeypatch):
@@ -496,7 +497,7 @@ def test_an_engine_over_its_tiers_never_loads_what_is_not_its_keys(seed):  # noq
             while chance.random() < 0.2 and any(queue.open for queue in made.engine._queues.values()):
                 until(lambda: made.poll() or not any(t.open for t in made.engine._queues.values()))
             # An engine is not far ahead.
-            while sum(map(len, made.gpu.streams)) > 40 or chance.random() < 0.5:
+            while sum(map(len, made.gpu.queues)) > 40 or chance.random() < 0.5:
                 made.gpu.step()
         while planner.busy(NOW):
             made.worker.submit(planner.take(NOW))

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvbm_core.device import DeviceTraits, Pinnable
 from kvbm_core.errors import ConfigError, KvbmError
 from kvbm_core.tier import Region
 from kvbm_device import HostDevice, PageView, open_device, page_views
@@ -94,10 +95,11 @@ SHAPES = {
 
 def regions_for(device, count, extra=0):
     """Host regions at odd distances, so that nothing is aligned by chance."""
-    pitch = device.block_bytes + extra + 13
+    nbytes = device.traits.block_bytes + extra
+    pitch = nbytes + 13
     memory = np.full(count * pitch, 0xAB, dtype=np.uint8)
     start = memory.ctypes.data
-    return memory, [Region(start + i * pitch, device.block_bytes + extra, owner=memory) for i in range(count)]
+    return memory, [Region(start + i * pitch, nbytes, owner=memory) for i in range(count)]
 
 
 def stored(device, blocks):
@@ -246,7 +248,7 @@ def test_cache_groups_laid_over_each_other_are_kept_as_one_page():
 def test_padding_between_pages_is_neither_read_nor_written():
     raw = buffer(BLOCKS * 64)
     device = open_device({"a": raw.as_strided((BLOCKS, 1, 1, 40), (64, 40, 40, 1))}, BLOCKS)
-    assert device.block_bytes == 40
+    assert device.traits.block_bytes == 40
     before = raw.clone()
     _, regions = regions_for(device, 1)
     device.scatter(regions, [2])
@@ -315,15 +317,15 @@ class TestHostDevice:
         device = open_device(layered("LBHNC"), BLOCKS)
         memory, regions = regions_for(device, 2, extra=16)
         device.gather([1, 2], regions)
-        assert all(bytes(r.view())[device.block_bytes :] == b"\xab" * 16 for r in regions)
-        assert (memory[: device.block_bytes] != 0xAB).any()
+        assert all(bytes(r.view())[device.traits.block_bytes :] == b"\xab" * 16 for r in regions)
+        assert (memory[: device.traits.block_bytes] != 0xAB).any()
 
     def test_arguments_are_checked_before_anything_is_copied(self):
         layers = layered("LBHNC")
         device = open_device(layers, BLOCKS)
         before = content(layers, BLOCKS)
         memory, regions = regions_for(device, 2)
-        short = [regions[0], regions[1].part(0, device.block_bytes - 1)]
+        short = [regions[0], regions[1].part(0, device.traits.block_bytes - 1)]
         elsewhere = [regions[0], Region(regions[1].address, regions[1].nbytes, on_device=True)]
         for error, blocks, where in [
             (IndexError, [0, BLOCKS], regions),
@@ -361,8 +363,8 @@ class TestHostDevice:
     def test_no_blocks_are_no_work(self):
         device = open_device(layered("LBHNC"), BLOCKS)
         assert device.gather([], []).done()
-        assert device.pinner() is None
-        assert device.num_blocks == BLOCKS
+        assert not isinstance(device, Pinnable)
+        assert device.traits == DeviceTraits(384, BLOCKS)
 
     def test_other_threads_run_while_it_copies(self):
         layers = {f"l{i}": torch.zeros(2, 1, 1, 64 << 20, dtype=torch.uint8) for i in range(2)}

@@ -283,7 +283,7 @@ class Vllm:
             self.update()
         for _ in range(chance.randint(0, 2)):
             self.engine.poll()
-        while sum(map(len, gpu.streams)) > 200 or chance.random() < 0.5:
+        while sum(map(len, gpu.queues)) > 200 or chance.random() < 0.5:
             gpu.step()
 
     def run(self):

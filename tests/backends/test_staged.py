@@ -45,7 +45,7 @@ def paged(count, nbytes):
 
 def opened(layers, gpu, num_blocks=BLOCKS, staging_bytes=0, method=METHODS[0]):
     device = StagedDevice(gpu, page_table(page_views(layers, num_blocks), num_blocks), layers, staging_bytes)
-    device.pinner()(0, 1 << 60)  # All host memory counts as page-locked.
+    device.pin(0, 1 << 60)  # All host memory counts as page-locked.
     device.use(method, method)
     return device
 
@@ -66,7 +66,7 @@ def test_a_block_moves_bit_for_bit_and_its_neighbours_stay(name, method):
     before, goal = content(source, BLOCKS), content(target, BLOCKS)
     reader, writer = opened(source, gpu, method=method), opened(target, gpu, method=method)
     pairs = [(5, 1), (0, 6), (3, 3), (1, 0)]
-    regions = paged(len(pairs), reader.block_bytes)
+    regions = paged(len(pairs), reader.traits.block_bytes)
     random.Random(1).shuffle(regions)
     assert not wait(gpu, reader.gather([b for b, _ in pairs], regions)).given_up
     wait(gpu, writer.scatter(regions, [b for _, b in pairs]))
@@ -151,7 +151,7 @@ def test_what_is_claimed_before_it_was_read_is_given_up_and_says_so():
     gpu = SimulatedGpu(1, eager=0)
     device = opened({"layer": memory}, gpu, 8, 1)
     device._out.piece_blocks = 1
-    regions = paged(8, device.block_bytes)
+    regions = paged(8, device.traits.block_bytes)
     work = device.gather(range(8), regions, device.claim(()))
     device.claim(range(8))  # Nothing was read yet: two pieces of staging, one block each.
     memory_before = memory.clone()
@@ -174,7 +174,7 @@ def test_a_claim_reads_blocks_of_several_stores_behind_all_their_fences(seed, me
     early = device.claim(())
     gpu.put(gpu.engine, lambda: memory[2].fill_(7))
     late = device.claim(())
-    regions = paged(2, device.block_bytes)
+    regions = paged(2, device.traits.block_bytes)
     works = [device.gather([2], regions[:1], late), device.gather([1], regions[1:], early)]
     device.claim([1, 2])
     assert not any(wait(gpu, work).given_up for work in works)
@@ -235,7 +235,7 @@ def test_host_memory_stays_page_locked_until_the_copies_under_way_have_ended(mon
 
     def watched(address, nbytes):
         undo = pin(address, nbytes)
-        return lambda: (pending.append(sum(map(len, gpu.streams))), undo())
+        return lambda: (pending.append(sum(map(len, gpu.queues))), undo())
 
     monkeypatch.setattr(gpu, "pin", watched)
     _, device, stack = small_stack(gpu)
@@ -270,7 +270,7 @@ def test_a_copy_that_fails_halfway_is_not_under_way_any_more(way, monkeypatch):
     memory = torch.zeros(8, 4096, dtype=torch.uint8)
     gpu = SimulatedGpu(1, eager=0)
     device = opened({"layer": memory}, gpu, 8, 1)
-    regions, calls = paged(2, device.block_bytes), []
+    regions, calls = paged(2, device.traits.block_bytes), []
     for region in regions:
         region.view()[:] = b"\1" * region.nbytes
 
@@ -290,7 +290,7 @@ def test_a_copy_that_fails_halfway_is_not_under_way_any_more(way, monkeypatch):
     }
     with pytest.raises(KvbmError):
         copy[way]()
-    assert not any(gpu.streams)
+    assert not any(gpu.queues)
 
 
 @pytest.mark.parametrize("allowed", range(4))
@@ -298,7 +298,7 @@ def test_an_accelerator_without_enough_memory_leaves_nothing_page_locked(allowed
     """Opening is tried again with less, and the same address cannot be locked twice."""
     memory = torch.zeros(8, 4096, dtype=torch.uint8)
     gpu, taken = SimulatedGpu(0), []
-    take = gpu.memory
+    take = gpu.allocate
 
     def full(nbytes):
         if len(taken) == allowed:
@@ -306,7 +306,7 @@ def test_an_accelerator_without_enough_memory_leaves_nothing_page_locked(allowed
         taken.append(nbytes)
         return take(nbytes)
 
-    monkeypatch.setattr(gpu, "memory", full)
+    monkeypatch.setattr(gpu, "allocate", full)
     with pytest.raises(MemoryError):
         StagedDevice(gpu, page_table(page_views({"layer": memory}, 8), 8), memory, 1)
     assert len(taken) == allowed
@@ -317,14 +317,14 @@ def test_an_accelerator_without_enough_memory_leaves_nothing_page_locked(allowed
 def test_a_device_direct_tier_makes_do_with_what_memory_there_is(room, monkeypatch):
     memory = torch.zeros(8, 4096, dtype=torch.uint8)
     gpu = SimulatedGpu(0)
-    device, take = opened({"layer": memory}, gpu, 8, 1), gpu.memory
+    device, take = opened({"layer": memory}, gpu, 8, 1), gpu.allocate
 
     def full(nbytes):
         if nbytes > room * 8192:
             raise MemoryError("no memory")
         return take(nbytes)
 
-    monkeypatch.setattr(gpu, "memory", full)
+    monkeypatch.setattr(gpu, "allocate", full)
     places = [device.stage(4192) for _ in range(65)]
     count = {64: 64, 17: 16, 0: 0}[room]
     assert [place is not None for place in places] == [True] * count + [False] * (65 - count)
@@ -361,7 +361,7 @@ def test_a_kernel_is_not_sent_to_memory_that_is_not_page_locked():
     regions = paged(4, 4096)
     addresses = np.array([region.address for region in regions])
     assert device.links[0]._method(addresses).way is Way.STAGED
-    device.pinner()(regions[0].address, 4 * 8192)
+    device.pin(regions[0].address, 4 * 8192)
     assert device.links[0]._method(addresses).way is Way.KERNEL
 
 
@@ -376,7 +376,7 @@ def test_regions_in_any_order_are_copied_with_few_calls(seed, monkeypatch):
         monkeypatch.setattr(
             gpu, name, lambda *a, name=name, real=real, **k: (calls.append(name), real(*a, **k))
         )
-    regions = paged(32, device.block_bytes)
+    regions = paged(32, device.traits.block_bytes)
     if seed is not None:
         random.Random(seed).shuffle(regions)
     wait(gpu, device.gather(range(32), regions))
@@ -465,8 +465,8 @@ class OneTrackGpu(SimulatedGpu):
 
     def choose(self, ready):
         if not any(self.at is stream for stream in ready):
-            after = next((i for i, s in enumerate(self.streams) if s is self.at), -1) + 1
-            order = [*self.streams[after:], *self.streams[:after]]
+            after = next((i for i, s in enumerate(self.queues) if s is self.at), -1) + 1
+            order = [*self.queues[after:], *self.queues[:after]]
             self.at = next(s for s in order if any(s is each for each in ready))
         return self.at
 
@@ -480,7 +480,7 @@ def test_long_copies_let_the_engines_own_in_between(method, way, monkeypatch):
     device = opened({"layer": memory}, gpu, 64, 12 << 12, method)
     link = device._out if way == "out" else device._in
     assert (link.pieces, link.piece_blocks) == (6, 1)
-    regions, copy, batch = paged(6, device.block_bytes), gpu.copy_rows, gpu.copy_batch
+    regions, copy, batch = paged(6, device.traits.block_bytes), gpu.copy_rows, gpu.copy_batch
     for at, region in enumerate(regions):
         (memory[at] if way == "out" else torch.frombuffer(region.view(), dtype=torch.uint8)).fill_(at + 1)
     turns = [link._copies, link._other_copies]

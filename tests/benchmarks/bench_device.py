@@ -72,12 +72,13 @@ def medians_s(runs: int, calls: list[Callable[[], object]]) -> list[float]:
 
 def measure(case: Case, runs: int) -> None:
     device = open_device(layers_of(case), case.blocks)
-    nbytes = MOVED_BLOCKS * device.block_bytes
+    block_bytes = device.traits.block_bytes
+    nbytes = MOVED_BLOCKS * block_bytes
     memory = np.zeros(nbytes, dtype=np.uint8)
     start = memory.ctypes.data
-    regions = [Region(start + i * device.block_bytes, device.block_bytes) for i in range(MOVED_BLOCKS)]
+    regions = [Region(start + i * block_bytes, block_bytes) for i in range(MOVED_BLOCKS)]
     # Random, and allocated as the engine's: zeros never written would all be read from one cached page.
-    other = torch.randint(0, 256, (case.blocks * device.block_bytes,), dtype=torch.uint8).numpy()
+    other = torch.randint(0, 256, (case.blocks * block_bytes,), dtype=torch.uint8).numpy()
     offsets = random.Random(1)
     blocks = random.Random(2).sample(range(case.blocks), MOVED_BLOCKS)
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from kvbm_core import Planner, Worker, chain_keys, load_config, make_namespace, root_key
 from kvbm_device import StagedDevice
-from kvbm_device._gpu import Gpu
+from kvbm_device._gpu import Copies, Events, Memory, Streams
 from kvbm_device._pages import PageGroup, PageTable
 
 SHAPES = {"Llama 3.1 8B": (32, 64 << 10), "Llama 3 70B, a rank of 8": (80, 8 << 10)}
@@ -41,9 +41,10 @@ class Stream:
     """When it has done what was put on it."""
 
 
-class ClockGpu(Gpu):
-    """Moves nothing. An event is the time at which it passes."""
+class ClockGpu(Streams, Events, Memory, Copies):
+    """A `Gpu` that moves nothing, all of its parts itself. An event is the time at which it passes."""
 
+    streams = events = memory = copies = property(lambda gpu: gpu)
     has_kernel = True
     cpus = None
 
@@ -70,7 +71,7 @@ class ClockGpu(Gpu):
     def wait_here(self, event: float) -> None:
         time.sleep(max(0.0, event - time.perf_counter()))
 
-    def memory(self, nbytes: int) -> tuple[int, object]:
+    def allocate(self, nbytes: int) -> tuple[int, object]:
         memory = mmap.mmap(-1, nbytes)
         return ctypes.addressof(ctypes.c_char.from_buffer(memory)), memory
 

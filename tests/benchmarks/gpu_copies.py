@@ -46,7 +46,7 @@ def layers_of(page: int) -> dict[str, torch.Tensor]:
 
 def host_memory(device, nbytes: int) -> CpuTier:
     """Host memory as an engine on this device would have it."""
-    context = TierContext(b"n" * 16, BLOCK + 96, 0, 1, lambda: None, device.pinner())
+    context = TierContext(b"n" * 16, BLOCK + 96, 0, 1, lambda: None, device.pin)
     return CpuTier(CpuConfig(capacity=nbytes), context)
 
 

@@ -114,13 +114,13 @@ def run(arguments: argparse.Namespace, folder: str) -> int:
         return connector.counts["cpu"].loaded
 
     in_step: list[int] = []
-    join = type(_connector()._mover._worker._engine._device).join
+    stream_wait = type(_connector()._mover._worker._engine._device).stream_wait
 
     def noted(device, work):
         in_step.append(1)
-        return join(device, work)
+        return stream_wait(device, work)
 
-    type(_connector()._mover._worker._engine._device).join = noted
+    type(_connector()._mover._worker._engine._device).stream_wait = noted
     computed = ask(prompts)
     from_gpu = ask(prompts)
     settle()

@@ -13,7 +13,7 @@ from test_staged import METHODS, paged
 
 from kvbm_core import Stack, chain_keys, make_namespace, root_key
 from kvbm_device import StagedDevice, open_device, page_views
-from kvbm_device._gpu import CudaGpu
+from kvbm_device._cuda import open_cuda
 from kvbm_device._pages import TorchMover, page_table
 
 pytestmark = pytest.mark.gpu
@@ -37,9 +37,7 @@ def on_cpu(layers):
 
 
 def opened(layers, method, fallback=False):
-    gpu = CudaGpu(0)
-    if fallback:
-        gpu._page_mover = TorchMover("cuda")
+    gpu = open_cuda(0, TorchMover("cuda") if fallback else None)
     table = page_table(page_views(layers, BLOCKS), BLOCKS)
     device = StagedDevice(gpu, table, tensors_of(layers), 2 * table.block_bytes)
     device.use(method, method)
@@ -61,8 +59,8 @@ def test_a_block_moves_bit_for_bit_and_its_neighbours_stay(name, method):
     fallback, method = method == "torch", METHODS[0] if method == "torch" else method
     reader, writer = opened(source, method, fallback), opened(target, method, fallback)
     pairs = [(5, 1), (0, 6), (3, 3), (1, 0)]
-    regions = paged(len(pairs), reader.block_bytes)
-    unpin = [reader.pinner()(r.address, -(-r.nbytes // 4096) * 4096) for r in regions]
+    regions = paged(len(pairs), reader.traits.block_bytes)
+    unpin = [reader.pin(r.address, -(-r.nbytes // 4096) * 4096) for r in regions]
     for r in regions:
         writer._pinned.add(r.address, r.nbytes)
     assert not wait(reader.gather([b for b, _ in pairs], regions)).given_up
@@ -83,11 +81,11 @@ def test_an_engine_that_goes_on_never_mixes_old_and_new(method):  # noqa: C901 -
     chance, count, words = random.Random(5), 64, 16_384
     memory = torch.zeros(count, words, dtype=torch.int32, device="cuda")
     table = page_table(page_views({"layer": memory}, count), count)
-    device = StagedDevice(CudaGpu(0), table, memory, 8 * words * 4)
+    device = StagedDevice(open_cuda(0), table, memory, 8 * words * 4)
     device.use(method, method)
-    regions = paged(512, device.block_bytes)
+    regions = paged(512, device.traits.block_bytes)
     base = min(r.address for r in regions)
-    unpin = device.pinner()(base, max(r.address for r in regions) - base + 2 * device.block_bytes // 2)
+    unpin = device.pin(base, max(r.address for r in regions) - base + 2 * device.traits.block_bytes // 2)
     free, now, stored, kept, loading = list(range(512)), [0] * count, [], {}, []
     lost = 0
 
@@ -99,7 +97,7 @@ def test_an_engine_that_goes_on_never_mixes_old_and_new(method):  # noqa: C901 -
                 stored.remove(each)
                 lost += len(work.given_up)
                 for at, (place, value) in enumerate(zip(places, values, strict=True)):
-                    held = torch.frombuffer(regions[place].view()[: device.block_bytes], dtype=torch.int32)
+                    held = torch.frombuffer(regions[place].view()[: words * 4], dtype=torch.int32)
                     if at in work.given_up:
                         free.append(place)
                         continue
@@ -167,7 +165,7 @@ def test_staged_device_memory_is_read_back_for_a_checksum():
     memory = torch.randint(0, 255, (4, 8192), dtype=torch.uint8, device="cuda")
     device = open_device({"layer": memory}, 4)
     place = device.stage(8192 + 96)
-    device._gpu.copy_rows(torch.cuda.current_stream(), place.address, 0, memory.data_ptr(), 0, 8192, 1)
+    device._gpu.copies.copy_rows(torch.cuda.current_stream(), place.address, 0, memory.data_ptr(), 0, 8192, 1)
     torch.cuda.synchronize()
     assert bytes(device.read(place)[:8192]) == bytes(memory[0].cpu().numpy())
     wait(device.scatter([place], [3]))

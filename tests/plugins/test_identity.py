@@ -53,8 +53,8 @@ class Pages:
         import ctypes
 
         device = half._worker._engine._device
-        memory = (ctypes.c_ubyte * device.block_bytes)()
-        region = Region(ctypes.addressof(memory), device.block_bytes, owner=memory)
+        memory = (ctypes.c_ubyte * device.traits.block_bytes)()
+        region = Region(ctypes.addressof(memory), device.traits.block_bytes, owner=memory)
         digests = []
         for block in blocks:
             assert device.gather([block], [region]).done()
