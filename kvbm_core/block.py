@@ -153,7 +153,7 @@ TRANSITIONS: Final[Mapping[tuple[BlockState, BlockEvent], BlockState]] = Mapping
         (BlockState.LEAVING, BlockEvent.RELEASED): BlockState.ABSENT,
     }
 )
-"""Every legal move. A pair that is not here raises `TransitionError`."""
+"""Every legal move. `next_state` raises `TransitionError` for a pair that is not here."""
 
 
 def next_state(state: BlockState, event: BlockEvent) -> BlockState:

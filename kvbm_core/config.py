@@ -59,7 +59,12 @@ class TierEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StackConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything an operator can say about a stack."""
+    """An operator's settings: of the stack, and of the engine that uses it.
+
+    A `Stack` reads `tiers`, the deadlines, `max_store_blocks` and `staging`. The other keys are for the
+    connector of an engine: `only_faster`, `max_load_fraction`, `device_copy`, `device_staging`, `weights_id`
+    and `coordinator`.
+    """
 
     tiers: tuple[TierEntry, ...]
     """Fastest first, at least one."""

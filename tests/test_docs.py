@@ -32,6 +32,7 @@ from kvbm_gds import GdsConfig
 from kvbm_lmdb import LmdbConfig
 from kvbm_metrics import METRICS
 from kvbm_remote import RemoteConfig
+from kvbm_vllm._stats import PREFIX
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -450,7 +451,7 @@ def test_every_metric_is_documented():
         for row in rows(section(REFERENCE / "metrics.md", "Metrics").split("\n## ")[0])
     }
     assert written == {
-        f"`{metric.exported}`": (metric.kind.value, list(metric.labels), metric.text)
+        f"`{metric.exported(PREFIX)}`": (metric.kind.value, list(metric.labels), metric.text)
         for metric in METRICS.values()
     }
 

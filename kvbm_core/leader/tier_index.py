@@ -55,6 +55,10 @@ class Departures:
 class TierIndex:
     """The blocks of one tier, by key. No I/O, no bytes, no clock.
 
+    A move along an edge that `kvbm_core.block.TRANSITIONS` has not raises `TransitionError`: for `found`,
+    `stored`, `not_stored` and `unpin`. `reserve`, `pin` and `drop` choose among the blocks whose state allows
+    the move, and return which they are.
+
     Args:
         capacity_blocks: Blocks it holds at most. None: no limit.
         policy: The order of eviction.
@@ -123,6 +127,8 @@ class TierIndex:
             self._move(key, BlockEvent.RELEASED)
             del self._leaving[key]
             return True
+        if key not in self._pins:  # Asked first, as in `stored`.
+            self._move(key, BlockEvent.RELEASED)
         self._pins[key] -= 1
         if not self._pins[key]:
             del self._pins[key]
@@ -156,7 +162,6 @@ class TierIndex:
             if missing > 0:
                 evicted = self._evict(missing, protected)
                 wanted = wanted[: max(0, self.capacity_blocks - len(self))]
-        next_state(BlockState.ABSENT, BlockEvent.RESERVE)
         self._filling.update(wanted)
         return wanted, evicted
 
@@ -166,7 +171,6 @@ class TierIndex:
         Protected blocks that stand first in the order go to its end, so that each is met once in a round.
         Where nearly all are protected fewer are evicted than could be, so that the time is bounded.
         """
-        next_state(BlockState.READY, BlockEvent.EVICT)
         idle = self._idle
         victims: list[BlockKey] = []
         spared = _SPARED_AT_ONCE + _SPARED_EACH * count
@@ -196,7 +200,7 @@ class TierIndex:
         self._filling.remove(key)
 
     def drop(self, key: BlockKey) -> bool:
-        """Forget a READY block: at once, or with its last pin. True if at once."""
+        """Forget a READY block: at once, or with its last pin. True if at once. Others stay as they are."""
         self._departures.note([key])
         if key in self._pins:
             self._move(key, BlockEvent.DOOM)

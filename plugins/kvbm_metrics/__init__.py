@@ -1,6 +1,6 @@
 """Metrics of the stack: one table of what there is, counted by the leader, served to Prometheus.
 
-    planner, reports ──► Tally ──► readings ──► Exporter on vLLM's /metrics
+    planner, reports ──► Tally ──► readings ──► Exporter on the engine's /metrics
                                            └──► MetricsServer, on a port of its own
 
 The dashboard, the alert rules and a compose file lie in `deploy`; ``python -m kvbm_metrics FOLDER``

@@ -7,7 +7,7 @@ from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from kvbm_metrics._table import METRICS, PREFIX, Kind, labels_of
+from kvbm_metrics._table import METRICS, Kind, labels_of
 
 __all__ = ["Exporter"]
 
@@ -19,6 +19,7 @@ class Exporter:
         types: What makes a counter, a gauge and a histogram, by Prometheus's class.
         label_names: Labels that each metric has beside its own, first.
         label_values: Their values, by the engine's number.
+        prefix: Begins every name; the engine's own, because engines have rules of their own for names.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class Exporter:
         types: Mapping[Any, Callable[..., Any]],
         label_names: Sequence[str],
         label_values: Mapping[int, Sequence[object]],
+        prefix: str,
     ) -> None:
         makers: dict[Kind, tuple[type[Any], dict[str, Any]]] = {
             Kind.COUNTER: (Counter, {}),
@@ -40,7 +42,7 @@ class Exporter:
             if metric.buckets:
                 options = {**options, "buckets": list(metric.buckets)}
             self._metrics[metric.name] = types[made](
-                name=PREFIX + metric.name, documentation=metric.text,
+                name=prefix + metric.name, documentation=metric.text,
                 labelnames=[*label_names, *metric.labels], **options,
             )  # fmt: skip
         self._writers: dict[tuple[int, str], Callable[[Any], None]] = {}

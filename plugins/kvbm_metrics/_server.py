@@ -56,20 +56,23 @@ class MetricsServer:
 
     Args:
         port: On all interfaces, as the engine's own server.
-        label_names: As vLLM labels its metrics.
+        label_names: As the engine labels its own metrics.
         label_values: Their values for this engine.
+        prefix: Begins every name, see `Exporter`.
 
     Raises:
         ConfigError: If the port cannot be had.
     """
 
-    def __init__(self, port: int, label_names: Sequence[str], label_values: Sequence[object]) -> None:
+    def __init__(
+        self, port: int, label_names: Sequence[str], label_values: Sequence[object], prefix: str
+    ) -> None:
         registry = CollectorRegistry()
         types: dict[Any, Any] = {
             kind: partial(kind, registry=registry) for kind in (Counter, Gauge, Histogram)
         }
         self._port = port
-        self._exporter = Exporter(types, label_names, {0: label_values})
+        self._exporter = Exporter(types, label_names, {0: label_values}, prefix)
         try:
             self._server = make_server("", port, partial(_answer, make_wsgi_app(registry)), _Server, _Handler)
         except OSError as error:

@@ -9,9 +9,6 @@ from typing import Any, Final, TypeAlias
 
 __all__ = ["METRICS", "Kind", "Metric", "Readings", "device_readings", "labels_of", "merge", "reading"]
 
-PREFIX: Final = "vllm:kvbm_"
-"""vLLM takes back what begins with ``vllm:`` when an engine is made anew in the same process."""
-
 Readings: TypeAlias = MutableMapping[str, Any]
 """News since the last time, by `reading`. Of a counter what was added, of a gauge the value, of a
 histogram the list of observations."""
@@ -38,10 +35,9 @@ class Metric:
     buckets: tuple[float, ...] = ()
     """Of a histogram: upper bounds."""
 
-    @property
-    def exported(self) -> str:
-        """The name as Prometheus knows it."""
-        return f"{PREFIX}{self.name}{'_total' if self.kind is Kind.COUNTER else ''}"
+    def exported(self, prefix: str) -> str:
+        """Give the name as Prometheus knows it, behind the engine's prefix."""
+        return f"{prefix}{self.name}{'_total' if self.kind is Kind.COUNTER else ''}"
 
 
 _SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)

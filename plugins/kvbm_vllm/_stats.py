@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from kvbm_metrics import METRICS, Exporter, Kind, MetricsServer, merge, read_port
 
-__all__ = ["KvbmPromMetrics", "KvbmStats", "open_server"]
+__all__ = ["PREFIX", "KvbmPromMetrics", "KvbmStats", "open_server"]
+
+PREFIX: Final = "vllm:kvbm_"
+"""vLLM takes metrics back that begin with ``vllm:`` when an engine is made anew in the same process."""
 
 
 def open_server(vllm_config: Any) -> MetricsServer | None:
@@ -25,7 +28,7 @@ def open_server(vllm_config: Any) -> MetricsServer | None:
     engine = int(getattr(vllm_config.parallel_config, "data_parallel_index", 0))
     # As vLLM labels its own. Engines that share a machine, for data parallelism, have ports in a row.
     values = [vllm_config.model_config.served_model_name, str(engine)]
-    return MetricsServer(port + engine, ["model_name", "engine"], values)
+    return MetricsServer(port + engine, ["model_name", "engine"], values, PREFIX)
 
 
 @dataclass
@@ -71,7 +74,7 @@ class KvbmPromMetrics(KVConnectorPromMetrics):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        self._exporter = Exporter(metric_types, labelnames, per_engine_labelvalues)
+        self._exporter = Exporter(metric_types, labelnames, per_engine_labelvalues, PREFIX)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Add readings of one engine."""

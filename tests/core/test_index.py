@@ -218,3 +218,10 @@ class Model(RuleBasedStateMachine):
 
 
 TestIndexAgainstAModel = Model.TestCase
+
+
+def test_a_pin_that_nobody_took_cannot_be_taken_back():
+    with pytest.raises(TransitionError):
+        index().unpin(KEYS[0])
+    with pytest.raises(TransitionError):
+        index(4, KEYS[0]).unpin(KEYS[0])

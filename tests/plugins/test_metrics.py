@@ -30,6 +30,7 @@ from kvbm_metrics import (
     reading,
 )
 from kvbm_metrics._table import labels_of
+from kvbm_vllm._stats import PREFIX
 
 ROOT = Path(__file__).parent.parent.parent
 DEPLOY = Path(str(files("kvbm_metrics"))) / "deploy"
@@ -237,7 +238,7 @@ def test_drops_say_why():
 def exporter():
     registry = CollectorRegistry()
     types = {kind: partial(kind, registry=registry) for kind in (Counter, Gauge, Histogram)}
-    return registry, Exporter(types, ["model_name", "engine"], {0: ["m", "0"], 1: ["m", "1"]})
+    return registry, Exporter(types, ["model_name", "engine"], {0: ["m", "0"], 1: ["m", "1"]}, PREFIX)
 
 
 def test_readings_reach_the_series_of_their_engine_and_labels():
@@ -302,7 +303,7 @@ def test_a_wrong_word_is_refused_with_what_to_write(environment, said):
 
 def test_a_port_serves_and_one_that_is_taken_is_named():
     port = free_port()
-    server = MetricsServer(port, ["model_name", "engine"], ["m", "0"])
+    server = MetricsServer(port, ["model_name", "engine"], ["m", "0"], PREFIX)
     try:
         server.observe({"asked_tokens": 64})
         url = f"http://127.0.0.1:{port}/metrics"
@@ -312,7 +313,7 @@ def test_a_port_serves_and_one_that_is_taken_is_named():
         with urllib.request.urlopen(urllib.request.Request(url, headers=wanted)) as answer:
             assert "vllm:kvbm_asked_tokens_total{" in answer.read().decode()
         with pytest.raises(ConfigError, match=f"DYN_KVBM_METRICS_PORT: {port} is in use on this machine"):
-            MetricsServer(port, [], [])
+            MetricsServer(port, [], [], PREFIX)
     finally:
         server.close()
 
@@ -326,13 +327,13 @@ def test_the_dashboard_is_what_its_program_writes():
 
 
 def test_the_dashboard_draws_every_metric_and_no_other():
-    exported = {metric.exported for metric in METRICS.values()}
+    exported = {metric.exported(PREFIX) for metric in METRICS.values()}
     assert names_in(expressions()) == exported
     assert names_in(rule["expr"] for rule in RULES) <= exported
 
 
 def test_labels_in_queries_are_those_of_the_table():
-    by_name = {metric.exported: metric for metric in METRICS.values()}
+    by_name = {metric.exported(PREFIX): metric for metric in METRICS.values()}
     for text in [*expressions(), *(rule["expr"] for rule in RULES)]:
         for name, selector in re.findall(r"(vllm:kvbm_\w+?)(?:_bucket)?\{([^}]*)\}", text):
             used = set(re.findall(r"(\w+)=", selector)) - {"instance", "engine"}

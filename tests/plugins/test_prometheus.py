@@ -12,6 +12,7 @@ from kvbm_core import Op
 from kvbm_core.layers import FOOTER_BYTES
 from kvbm_core.leader.breaker import Breaker
 from kvbm_metrics import METRICS
+from kvbm_vllm._stats import PREFIX
 
 pytestmark = pytest.mark.engine
 
@@ -81,7 +82,7 @@ def scraped(prometheus, job, names):
     """The same of a job's last scrape."""
     found = {}
     for name in names:
-        series = prometheus.query(f'{METRICS[name].exported}{{job="{job}"}}')
+        series = prometheus.query(f'{METRICS[name].exported(PREFIX)}{{job="{job}"}}')
         found |= {(name, *labels): value for labels, value in series.items() if value}
     return found
 
@@ -127,7 +128,7 @@ def test_prometheus_has_every_metric_with_the_connectors_own_counts(watch, tmp_p
     for job in JOBS:
         until(lambda job=job: scraped(prometheus, job, names), own | others)
         types = {name: kind for name, kind in prometheus.types(job).items() if name.startswith("vllm:kvbm_")}
-        assert types == {metric.exported: metric.kind.value for metric in METRICS.values()}
+        assert types == {metric.exported(PREFIX): metric.kind.value for metric in METRICS.values()}
         operations = prometheus.query(f'vllm:kvbm_operation_seconds_count{{job="{job}"}}')
         # 20 tokens are no block, and what the memory tier has is copied to the other from there.
         assert operations[("load", "cpu")] == sum(length > BLOCK_TOKENS for length in lengths)
