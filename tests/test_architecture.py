@@ -31,7 +31,7 @@ MAY_SWALLOW = {
 }
 
 
-CORE_CODE_LINES = 2610
+CORE_CODE_LINES = 2731
 """Without comments, docstrings and empty lines. The aim is 1,500."""
 
 
