@@ -1,9 +1,13 @@
-"""How a rank's files are laid out, and how many slots fit into its share of the capacity.
+"""How the files of one rank are laid out, and how many slots fit into its share of the capacity.
 
-index       header (4096 bytes), then one entry of 80 bytes for each slot
-slab.000 ...  slots of equal size, 8 GiB a file, the last one shorter
+    <path>/rank0/          0700
+        engine.lock        see `kvbm_core.localdir`
+        index              header (4096 bytes), then one entry of 80 bytes for each slot
+        slab.000 ...       slots of equal size, 8 GiB a file, the last one shorter
 
-entry  namespace (16)  key (32)  sequence (8)  length (8)  unused (8)  checksum (8)
+    entry  namespace (16)  key (32)  sequence (8)  length (8)  unused (8)  checksum (8)
+
+What is asked of a share is found by the sizing itself, so that the two cannot disagree.
 """
 
 from __future__ import annotations

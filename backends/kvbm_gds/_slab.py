@@ -1,14 +1,7 @@
-"""The directory of one rank: preallocated files of slots, and the index that says what lies in them.
+"""The files of one rank: preallocated slots, and the index that says what lies in them.
 
-    <path>/rank0/          0700
-        engine.lock        flock held by the engine that uses the directory; holds its pid
-        index              header (4096 bytes), then one entry of 80 bytes for each slot
-        slab.000 ...       slots of equal size, 8 GiB a file, the last one shorter
-
-    entry  namespace (16)  key (32)  sequence (8)  length (8)  unused (8)  checksum (8)
-
-An entry is cleared before its slot is written and set after every byte was: a slot whose entry is
-sound holds a whole block. The index is read and written as a file, never mapped: a mapped file that
+`_layout` draws them. An entry is cleared before its slot is written and set after every byte was: a slot whose
+entry is sound holds a whole block. The index is read and written as a file, never mapped: a mapped file that
 is cut short kills the process that touches it.
 """
 
