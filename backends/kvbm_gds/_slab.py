@@ -1,8 +1,8 @@
 """The files of one rank: preallocated slots, and the index that says what lies in them.
 
-`_layout` draws them. An entry is cleared before its slot is written and set after every byte was: a slot whose
-entry is sound holds a whole block. The index is read and written as a file, never mapped: a mapped file that
-is cut short kills the process that touches it.
+`_layout` draws them. An entry is cleared before its slot is written and set after every byte was: a slot
+whose entry is sound holds a whole block. The index is read and written as a file, never mapped: a mapped
+file that is cut short kills the process that touches it.
 """
 
 from __future__ import annotations
