@@ -299,6 +299,11 @@ class TierConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Base of every backend's configuration: one frozen type with at most ten keys."""
 
 
+def whole_pages(blocks: int, block_bytes: int) -> int:
+    """Give the bytes of so many blocks that take whole pages and nothing else."""
+    return blocks * -(-block_bytes // PAGE_BYTES) * PAGE_BYTES
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
     """What a backend package registers: how tiers of its kind are configured, checked and opened."""
@@ -315,3 +320,6 @@ class Backend:
     shared: bool = False
     """Its tiers are `shared`. Then of neighbouring ranks that hold the same bytes only the first writes,
     and all are told the same rank, so that they read what it has written."""
+    share_bytes: Callable[[int, int], int] = whole_pages
+    """``share_bytes(blocks, block_bytes)`` gives a rank's share of the `capacity` with which its tier holds
+    at least so many blocks. The default counts each block in whole pages, and nothing beside them."""

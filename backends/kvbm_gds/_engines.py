@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from kvbm_core.errors import TierOpenError
 from kvbm_gds._config import GdsConfig
 from kvbm_gds._io import Io, IoEngine, load_nixl, open_engine
-from kvbm_gds._probe import DIRECT, HOST, POSIX, Finding, choose, gds_is_thinkable, has_nvidia_fs, run_probe
-from kvbm_gds._slab import Sizing, Slab
+from kvbm_gds._layout import Sizing
+from kvbm_gds._machine import has_nvidia_fs, why_gds_is_unavailable
+from kvbm_gds._probe import DIRECT, HOST, POSIX, Finding, choose, run_probe
+from kvbm_gds._slab import Slab
 
 __all__ = ["Engines", "open_engines"]
 
@@ -85,7 +87,7 @@ def _probe(config: GdsConfig, slab: Slab, sizing: Sizing) -> list[Finding]:
         _log.warning("%s; using threads", error)
         return []
     engines = [*(POSIX if config.engine == "posix" else HOST)]
-    why = gds_is_thinkable()
+    why = why_gds_is_unavailable()
     if config.engine == "gds" and why:
         raise _impossible(f"'gds' cannot work here: {why}")
     # Without nvidia-fs cuFile reads through host memory itself, and measured slower than we do.

@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvbm_core.errors import TierError
+from kvbm_gds._io import Io, open_engine
+from kvbm_gds._machine import open_direct
 
 __all__ = [
     "DIRECT",
@@ -37,8 +39,6 @@ __all__ = [
     "Finding",
     "child",
     "choose",
-    "gds_is_thinkable",
-    "has_nvidia_fs",
     "run_probe",
 ]
 
@@ -69,22 +69,6 @@ class Finding:
         """Reads and writes count alike, the slower more (harmonic mean)."""
         rates = (self.write_bytes_per_s, self.read_bytes_per_s)
         return 0.0 if self.problem or min(rates) <= 0 else 2 / sum(1 / rate for rate in rates)
-
-
-def gds_is_thinkable() -> str:
-    """Say why GPUDirect Storage cannot work here, without touching it; empty if it might."""
-    if not list(Path("/dev").glob("nvidia[0-9]*")):
-        return "there is no NVIDIA device"
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "there is no CUDA driver (libcuda.so.1)"
-    return ""
-
-
-def has_nvidia_fs() -> bool:
-    """Say whether the kernel can move data between the disk and the GPU without host memory."""
-    return Path("/proc/driver/nvidia-fs").exists()
 
 
 def run_probe(
@@ -214,9 +198,6 @@ def child() -> None:
 
 
 def _try(engine: str, file: Path, piece_bytes: int, pieces: int) -> dict[str, Any]:
-    from kvbm_gds._io import Io, open_engine
-    from kvbm_gds._slab import open_direct
-
     fd, _ = open_direct(file)
     os.posix_fallocate(fd, 0, piece_bytes * pieces)
     ended = threading.Event()

@@ -29,7 +29,8 @@ from kvbm_core.tier import (
 from kvbm_gds._config import GdsConfig
 from kvbm_gds._engines import Engines, open_engines
 from kvbm_gds._io import Io
-from kvbm_gds._slab import Entry, Sizing, Slab, drop_other_ranks, least_share_bytes, plan_sizing
+from kvbm_gds._layout import Entry, Sizing, plan_sizing, share_bytes
+from kvbm_gds._slab import Slab, directory_of
 
 __all__ = ["GdsTier"]
 
@@ -49,7 +50,7 @@ class GdsTier(Tier):
         self._sizing = _sizing(config, context)
         self._slab = Slab(config, context.rank)
         try:
-            drop_other_ranks(config, context.rank, context.world_size)
+            directory_of(config).drop_other_ranks(context.rank, context.world_size, _log)
             self._engines: Engines = open_engines(config, self._slab, self._sizing, context.wake)
             entries = self._open_files()
         except BaseException:
@@ -305,10 +306,9 @@ class GdsTier(Tier):
 
 
 def _sizing(config: GdsConfig, context: TierContext) -> Sizing:
-    share_bytes = config.capacity // context.world_size
-    sizing = plan_sizing(share_bytes, context.block_bytes)
+    sizing = plan_sizing(config.capacity // context.world_size, context.block_bytes)
     if sizing is None:
-        least = least_share_bytes(context.block_bytes) * context.world_size
+        least = share_bytes(1, context.block_bytes) * context.world_size
         raise TierOpenError(
             f"capacity: {int(config.capacity)} bytes over {context.world_size} ranks hold no block of "
             f"{context.block_bytes} bytes; write at least {least}",

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from kvbm_core.hookspecs import hookimpl
 from kvbm_core.tier import Backend
 from kvbm_lmdb._config import LmdbConfig
-from kvbm_lmdb._directory import check
+from kvbm_lmdb._directory import check, share_bytes
 from kvbm_lmdb._tier import LmdbTier
 
 __all__ = ["LmdbConfig", "LmdbTier", "kvbm_backends"]
@@ -22,4 +22,4 @@ __all__ = ["LmdbConfig", "LmdbTier", "kvbm_backends"]
 @hookimpl
 def kvbm_backends() -> Sequence[Backend]:
     """Offer the backend ``lmdb``."""
-    return [Backend("lmdb", LmdbConfig, LmdbTier, check)]
+    return [Backend("lmdb", LmdbConfig, LmdbTier, check, share_bytes=share_bytes)]

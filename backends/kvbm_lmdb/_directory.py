@@ -14,13 +14,8 @@ The index exists because py-lmdb reads every value it passes, even when asked fo
 from __future__ import annotations
 
 import bisect
-import fcntl
 import logging
-import os
-import shutil
 import struct
-import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -28,10 +23,21 @@ from typing import Any, Final
 import lmdb
 
 from kvbm_core.block import KEY_BYTES, NAMESPACE_BYTES
-from kvbm_core.errors import TierOpenError
+from kvbm_core.localdir import FILE_MODE, HeldFolder, LocalDirectory, unusable
 from kvbm_lmdb._config import LmdbConfig
 
-__all__ = ["Directory", "Entry", "Sizing", "Store", "check", "drop_other_ranks", "open_store", "plan_sizing"]
+__all__ = [
+    "Entry",
+    "Sizing",
+    "Store",
+    "check",
+    "directory_of",
+    "drop",
+    "least_share_bytes",
+    "open_store",
+    "plan_sizing",
+    "share_bytes",
+]
 
 _log = logging.getLogger("kvbm_lmdb")
 
@@ -59,11 +65,6 @@ _TREE_PAGES_PER_BLOCK: Final = 0.08
 _FIXED_PAGES: Final = 24
 _OTHER_FILES_BYTES: Final = 64 << 10
 """The directory itself, its parent, the two lock files."""
-_LOCK_WAIT_S: Final = 2.0
-"""An engine that is being restarted lets go within this time."""
-_FILE_MODE: Final = 0o600
-_DIRECTORY_MODE: Final = 0o700
-"""A KV cache holds people's prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +137,19 @@ def plan_sizing(share_bytes: int, block_bytes: int) -> Sizing | None:
 
 def least_share_bytes(block_bytes: int) -> int:
     """Say how many bytes a rank needs to hold one block."""
-    map_bytes = _needed_pages(1, pages_of(block_bytes), 1) * PAGE_BYTES
+    return _share_bytes(_needed_pages(1, pages_of(block_bytes), 1))
+
+
+def share_bytes(blocks: int, block_bytes: int) -> int:
+    """Say how many bytes a rank needs to hold so many blocks."""
+    # More than one block in a transaction needs more room, and `plan_sizing` allows at most so many.
+    batch_blocks = max(1, min(_BATCH_BLOCKS, _BATCH_BYTES // block_bytes))
+    return _share_bytes(_needed_pages(blocks, pages_of(block_bytes), batch_blocks))
+
+
+def _share_bytes(pages: int) -> int:
     # The inverse of `_map_bytes`, rounded up generously.
-    return (map_bytes + _OTHER_FILES_BYTES + 2 * PAGE_BYTES) * 1024 // 1023 + PAGE_BYTES
+    return (pages * PAGE_BYTES + _OTHER_FILES_BYTES + 2 * PAGE_BYTES) * 1024 // 1023 + PAGE_BYTES
 
 
 def _map_bytes(share_bytes: int) -> int:
@@ -154,66 +165,9 @@ def _needed_pages(blocks: int, block_pages: int, batch_blocks: int) -> int:
     return int(blocks * block_pages * _FRAGMENTATION) + tree + lag
 
 
-class Directory:
-    """A rank's directory, held by this engine alone from construction to `release`."""
-
-    def __init__(self, config: LmdbConfig, rank: int) -> None:
-        self.path = _root(config) / f"rank{rank}"
-        try:
-            _make_directories(self.path)
-            self._lock = os.open(self.path / "engine.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _FILE_MODE)
-        except OSError as error:
-            raise _unusable(self.path, error) from error
-        try:
-            self._acquire()
-        except BaseException:
-            os.close(self._lock)
-            raise
-
-    def release(self) -> None:
-        """Let another engine have the directory."""
-        os.close(self._lock)
-
-    def free_bytes(self) -> int:
-        """Say how much the file system still takes."""
-        return _free_bytes(self.path)
-
-    def drop(self) -> None:
-        """Delete everything stored here. Only while no environment is open."""
-        for name in ("data.mdb", "lock.mdb"):
-            (self.path / name).unlink(missing_ok=True)
-
-    def _acquire(self) -> None:
-        give_up_s = time.monotonic() + _LOCK_WAIT_S
-        while True:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > give_up_s:
-                    raise _in_use(self.path) from error
-            except OSError as error:
-                raise _unusable(self.path, error) from error
-            time.sleep(0.05)
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
-
-
-def drop_other_ranks(config: LmdbConfig, rank: int, world_size: int) -> None:
-    """Delete what an engine of more ranks left: nobody uses it, and the capacity is for all together.
-
-    Each rank deletes as much as its own share grows by.
-
-    Raises:
-        TierOpenError: If another engine uses it.
-    """
-    for folder in _root(config).glob("rank*"):
-        name = folder.name.removeprefix("rank")
-        if name.isdigit() and int(name) >= world_size and int(name) % world_size == rank:
-            _log.warning("%s: an engine of more ranks left it; dropping it", folder)
-            left = Directory(config, int(name))
-            shutil.rmtree(folder, ignore_errors=True)
-            left.release()
+def directory_of(config: LmdbConfig) -> LocalDirectory:
+    """Give the directory that a configuration names."""
+    return LocalDirectory(config.path, "lmdb")
 
 
 def check(config: LmdbConfig) -> None:
@@ -223,34 +177,22 @@ def check(config: LmdbConfig) -> None:
         TierOpenError: If the path is no directory, cannot be written, is in use by another engine,
             or lies on a file system with too little room.
     """
-    root = _root(config)
-    rank0 = root / "rank0"
-    existing = next(folder for folder in (rank0, *rank0.parents) if os.path.lexists(folder))
-    try:
-        # Permission bits do not tell everything (read-only mounts, /proc): try it, and clean up.
-        os.rmdir(tempfile.mkdtemp(prefix=".kvbm-check-", dir=existing))
-    except OSError as error:
-        raise _unusable(existing, error) from error
-    _check_unlocked(rank0)
-    used_bytes = sum(_du_bytes(folder) for folder in root.glob("rank*"))
-    free_bytes = _free_bytes(existing)
-    if config.capacity - used_bytes > free_bytes:
-        raise TierOpenError(
-            f"capacity: {int(config.capacity)} bytes, of which {used_bytes} are stored in {root} already, "
-            f"but its file system has only {free_bytes} bytes free; write at most {used_bytes + free_bytes} "
-            "or choose another path",
-            operation="check",
-            tier="lmdb",
-        )
+    directory_of(config).check(config.capacity, "stored")
 
 
-def open_store(directory: Directory, sizing: Sizing, readers: int) -> Store:
+def drop(folder: Path) -> None:
+    """Delete everything stored in a rank's folder. Only while no environment is open."""
+    for name in ("data.mdb", "lock.mdb"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def open_store(folder: HeldFolder, sizing: Sizing, readers: int) -> Store:
     """Open the environment; drop one that is damaged or larger than it may be, and start empty.
 
     Raises:
         TierOpenError: If even an empty one cannot be opened.
     """
-    data = directory.path / "data.mdb"
+    data = folder.path / "data.mdb"
     if data.exists() and data.stat().st_size > sizing.map_bytes:
         _log.warning(
             "%s is %d bytes and may now be %d: the capacity was lowered. LMDB cannot shrink a file: "
@@ -259,18 +201,18 @@ def open_store(directory: Directory, sizing: Sizing, readers: int) -> Store:
             data.stat().st_size,
             sizing.map_bytes,
         )
-        directory.drop()
+        drop(folder.path)
     try:
         return _open(data, sizing, readers)
     except DAMAGE as error:
         _log.warning("%s is damaged (%s): dropping it and starting empty.", data, error)
     except (lmdb.Error, OSError) as error:
-        raise _unusable(directory.path, error) from error
-    directory.drop()
+        raise unusable(folder.path, error, "lmdb") from error
+    drop(folder.path)
     try:
         return _open(data, sizing, readers)
     except (lmdb.Error, OSError) as error:
-        raise _unusable(directory.path, error) from error
+        raise unusable(folder.path, error, "lmdb") from error
 
 
 def _open(data: Path, sizing: Sizing, readers: int) -> Store:
@@ -280,7 +222,7 @@ def _open(data: Path, sizing: Sizing, readers: int) -> Store:
         str(data.parent),
         map_size=sizing.map_bytes,
         sync=False,
-        mode=_FILE_MODE,
+        mode=FILE_MODE,
         max_dbs=2,
         max_readers=readers + 8,
     )
@@ -308,58 +250,3 @@ def _entries(env: Any, index: Any) -> list[Entry]:
                 found.append(Entry(full_key, sequence, nbytes))
     found.sort(key=lambda entry: entry.sequence)
     return found
-
-
-def _root(config: LmdbConfig) -> Path:
-    return Path(config.path).expanduser().absolute()
-
-
-def _make_directories(path: Path) -> None:
-    # Path.mkdir(parents=True) makes the parents with the default mode.
-    for folder in reversed((path, *path.parents)):
-        if not folder.exists():
-            folder.mkdir(mode=_DIRECTORY_MODE, exist_ok=True)
-
-
-def _check_unlocked(rank_path: Path) -> None:
-    try:
-        lock = os.open(rank_path / "engine.lock", os.O_RDONLY | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except OSError as error:
-        raise _unusable(rank_path, error) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise _in_use(rank_path) from error
-    finally:
-        os.close(lock)
-
-
-def _in_use(path: Path) -> TierOpenError:
-    try:
-        owner = (path / "engine.lock").read_text().strip() or "unknown"
-    except OSError:
-        owner = "unknown"
-    return TierOpenError(
-        f"path: {path} is in use by another engine (pid {owner}); give each engine its own 'path'",
-        operation="open",
-        tier="lmdb",
-    )
-
-
-def _unusable(path: Path, error: Exception) -> TierOpenError:
-    return TierOpenError(
-        f"path: {path} cannot be used by uid {os.getuid()} ({error}); write a directory on a local disk "
-        "that this user may write",
-        operation="open",
-        tier="lmdb",
-    )
-
-
-def _du_bytes(folder: Path) -> int:
-    return sum(file.stat().st_blocks * 512 for file in folder.iterdir()) if folder.is_dir() else 0
-
-
-def _free_bytes(path: Path) -> int:
-    return shutil.disk_usage(path).free

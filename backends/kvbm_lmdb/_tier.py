@@ -27,9 +27,9 @@ from kvbm_lmdb._config import LmdbConfig
 from kvbm_lmdb._directory import (
     DAMAGE,
     ERASE_BLOCKS,
-    Directory,
     Sizing,
-    drop_other_ranks,
+    directory_of,
+    drop,
     least_share_bytes,
     open_store,
     plan_sizing,
@@ -56,14 +56,15 @@ class LmdbTier(Tier):
         self._sizing = sizing
         self._sync_interval_s = config.sync_interval_s
         self._readers = config.readers
-        self._directory = Directory(config, context.rank)
+        directory = directory_of(config)
+        self._folder = directory.hold(context.rank)
         try:
-            drop_other_ranks(config, context.rank, context.world_size)
-            self._store = open_store(self._directory, sizing, config.readers)
-            self._writer = Writer(self._store, sizing, self._directory, context.namespace)
+            directory.drop_other_ranks(context.rank, context.world_size, _log)
+            self._store = open_store(self._folder, sizing, config.readers)
+            self._writer = Writer(self._store, sizing, self._folder.path, context.namespace)
             self._inventory = self._take_stock()
         except BaseException:
-            self._directory.release()
+            self._folder.release()
             raise
         self._capabilities = Capabilities(
             capacity_blocks=sizing.capacity_blocks, queue_depth=_QUEUE_DEPTH, durable=True
@@ -83,9 +84,9 @@ class LmdbTier(Tier):
 
     def __repr__(self) -> str:
         if self._closing:
-            return f"<LmdbTier {self._directory.path} closed>"
+            return f"<LmdbTier {self._folder.path} closed>"
         return (
-            f"<LmdbTier {self._directory.path} {len(self._present)}/{self._sizing.capacity_blocks} blocks, "
+            f"<LmdbTier {self._folder.path} {len(self._present)}/{self._sizing.capacity_blocks} blocks, "
             f"{self._unpolled} in flight>"
         )
 
@@ -157,10 +158,10 @@ class LmdbTier(Tier):
             thread.join(_CLOSE_WAIT_S)
         if any(thread.is_alive() for thread in self._threads):
             # Closing the environment under a thread that reads it would kill the process.
-            _log.error("%s: the disk does not answer; leaving the environment open", self._directory.path)
+            _log.error("%s: the disk does not answer; leaving the environment open", self._folder.path)
             return
         self._store.env.close()
-        self._directory.release()
+        self._folder.release()
 
     def _take_stock(self) -> tuple[BlockKey, ...]:
         """Sort what was found into what is served and what is only kept; make both fit."""
@@ -174,18 +175,16 @@ class LmdbTier(Tier):
         try:
             self._writer.trim(len(own))
         except lmdb.Error as error:
-            _log.warning(
-                "%s: cannot be trimmed to its capacity (%s): dropping it", self._directory.path, error
-            )
+            _log.warning("%s: cannot be trimmed to its capacity (%s): dropping it", self._folder.path, error)
             self._start_empty()
             return ()
         return tuple(entry.full_key[len(namespace) :] for entry in own)
 
     def _start_empty(self) -> None:
         self._store.env.close()
-        self._directory.drop()
-        self._store = open_store(self._directory, self._sizing, self._readers)
-        self._writer = Writer(self._store, self._sizing, self._directory, self._context.namespace)
+        drop(self._folder.path)
+        self._store = open_store(self._folder, self._sizing, self._readers)
+        self._writer = Writer(self._store, self._sizing, self._folder.path, self._context.namespace)
 
     def _start(self) -> list[threading.Thread]:
         jobs = [("writer", self._write_until_closed)]
@@ -267,7 +266,7 @@ class LmdbTier(Tier):
         try:
             reasons = self._writer.write(erase, stores, own_blocks)
         except Exception as error:  # noqa: BLE001 - a thread's top: it becomes completions
-            _log.error("writing to %s failed: %s: %s", self._directory.path, type(error).__name__, error)
+            _log.error("writing to %s failed: %s: %s", self._folder.path, type(error).__name__, error)
             reasons = [Reason.ERROR] * len(stores)
             self._erase_later(erase)
         self._settle(late, [Reason.DEADLINE] * len(late))
@@ -298,7 +297,7 @@ class LmdbTier(Tier):
         try:
             self._writer.sync()
         except lmdb.Error as error:
-            _log.error("flushing %s failed, a power cut may lose blocks: %s", self._directory.path, error)
+            _log.error("flushing %s failed, a power cut may lose blocks: %s", self._folder.path, error)
 
     # --- the readers' threads ---
 
@@ -307,7 +306,7 @@ class LmdbTier(Tier):
             try:
                 completions = self._read(transfers)
             except Exception as error:  # noqa: BLE001 - a thread's top: it becomes completions
-                _log.error("reading %s failed: %s: %s", self._directory.path, type(error).__name__, error)
+                _log.error("reading %s failed: %s: %s", self._folder.path, type(error).__name__, error)
                 completions = [Completion(t.ticket, Outcome.FAILED, Reason.ERROR) for t in transfers]
             self._complete(completions)
 
@@ -333,7 +332,7 @@ class LmdbTier(Tier):
         try:
             value = txn.get(self._context.namespace + transfer.key)
         except DAMAGE as error:
-            _log.error("block %s in %s is damaged: %s", transfer.key.hex()[:16], self._directory.path, error)
+            _log.error("block %s in %s is damaged: %s", transfer.key.hex()[:16], self._folder.path, error)
             return Completion(transfer.ticket, Outcome.FAILED, Reason.CORRUPT)
         if value is None:
             with self._lock:

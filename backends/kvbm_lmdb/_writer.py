@@ -8,17 +8,18 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Final
 
 import lmdb
 
+from kvbm_core.localdir import free_bytes
 from kvbm_core.tier import Reason, Transfer
 from kvbm_lmdb._directory import (
     DAMAGE,
     ERASE_BLOCKS,
     INDEX_ROW,
     PAGE_BYTES,
-    Directory,
     Entry,
     Sizing,
     Store,
@@ -47,10 +48,10 @@ class Writer:
     capacity leaves, and gives the oldest of them up first.
     """
 
-    def __init__(self, store: Store, sizing: Sizing, directory: Directory, namespace: bytes) -> None:
+    def __init__(self, store: Store, sizing: Sizing, folder: Path, namespace: bytes) -> None:
         self._store = store
         self._sizing = sizing
-        self._directory = directory
+        self._folder = folder
         self._namespace = namespace
         self._others: OrderedDict[bytes, int] = OrderedDict()
         self._other_pages = 0
@@ -199,7 +200,7 @@ class Writer:
     def _disk_is_short(self, stores: Sequence[Transfer], own_blocks: int) -> bool:
         """Say whether stores would take the last of the disk, which erasing needs as well."""
         needed_bytes = len(stores) * self._sizing.block_pages * PAGE_BYTES
-        if self._directory.free_bytes() >= needed_bytes + _DISK_RESERVE_BYTES:
+        if free_bytes(self._folder) >= needed_bytes + _DISK_RESERVE_BYTES:
             return False
         # Unless the file has free pages of its own.
         file_pages = self._store.env.info()["last_pgno"] + 1
@@ -212,10 +213,10 @@ class Writer:
         full = (
             isinstance(error, lmdb.MapFullError)
             or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
-            or self._directory.free_bytes() < 2 * needed_bytes
+            or free_bytes(self._folder) < 2 * needed_bytes
         )
         if full and not isinstance(error, DAMAGE):
             _log.debug("no room for %d stores: %s", len(stores), error)
             return Reason.FULL
-        _log.error("%d stores into %s failed: %s", len(stores), self._directory.path, error)
+        _log.error("%d stores into %s failed: %s", len(stores), self._folder, error)
         return Reason.ERROR

@@ -11,13 +11,13 @@ from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
 from kvbm_core import TierCounts
-from kvbm_vllm._kvbm_env import explain
 from kvbm_vllm._logging import share_log
 from kvbm_vllm._scheduler import SchedulerHalf
 from kvbm_vllm._settings import read_settings
 from kvbm_vllm._stats import KvbmPromMetrics, KvbmStats
 from kvbm_vllm._values import Handshake, Outcomes, StepPlan
 from kvbm_vllm._worker import WorkerHalf
+from kvbm_vllm.kvbm import explain
 
 __all__ = ["KvbmConnector"]
 

@@ -8,8 +8,8 @@ from typing import Any
 from kvbm_core import ConfigError, StackConfig, check_stack, load_config
 from kvbm_device import check_copy
 from kvbm_metrics import read_port
-from kvbm_vllm._kvbm_env import check_environment, makes_stack, read_tiers
 from kvbm_vllm._models import block_tokens, check_engine, replicas
+from kvbm_vllm.kvbm import check_environment, makes_stack, read_tiers
 
 __all__ = ["block_tokens", "check_settings", "read_settings", "replicas"]
 

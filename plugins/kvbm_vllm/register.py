@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import logging
 import multiprocessing
-import sys
-from importlib import metadata
-from types import ModuleType
 from typing import Any, Final
 
-__all__ = ["register"]
+from kvbm_vllm.kvbm import NAMES, answer_module_paths, leads_here
 
-_NAMES: Final = ("KvbmConnector", "DynamoConnector")
-"""The second is what NVIDIA's KVBM calls its connector."""
-_THEIR_PATHS: Final = {
-    "kvbm.vllm_integration.connector": "kvbm",
-    "dynamo.llm.vllm_integration.connector": "ai-dynamo",
-}
-"""Where the guides for KVBM, the present and an older one, tell vLLM to find it, and the distribution
-that has it."""
+__all__ = ["register"]
 
 _MULTI: Final = "MultiConnector"
 """vLLM's connector that has others: its settings list theirs."""
@@ -45,10 +34,10 @@ def register() -> None:
 
     if "KvbmConnector" in KVConnectorFactory._registry:
         return
-    for name in _NAMES:
+    for name in NAMES:
         if name not in KVConnectorFactory._registry:
             KVConnectorFactory.register_connector(name, "kvbm_vllm", name)
-    _stand_in()
+    answer_module_paths()
     check_vllm = VllmConfig.__post_init__
 
     def check_both(self: Any) -> None:
@@ -61,35 +50,10 @@ def register() -> None:
     VllmConfig.__post_init__ = check_both
 
 
-def _stand_in() -> None:
-    """Answer to the module paths of NVIDIA's guides, where the package itself is not installed."""
-    for path, distribution in _THEIR_PATHS.items():
-        if path not in sys.modules and not _installed(distribution):
-            # An import of a module that is known asks for none of its parents.
-            sys.modules[path] = _StandIn(path)
-
-
-def _installed(distribution: str) -> bool:
-    try:
-        metadata.distribution(distribution)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-class _StandIn(ModuleType):
-    """A module that has our connector, imported when it is asked for: that takes a while."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name in _NAMES:
-            return getattr(importlib.import_module("kvbm_vllm"), name)
-        raise AttributeError(name)
-
-
 def _known_path(transfer: Any) -> bool:
     """Say whether a connector is looked for where ours are."""
     path = transfer.kv_connector_module_path
-    return not path or path == "kvbm_vllm" or isinstance(sys.modules.get(path), _StandIn)
+    return not path or path == "kvbm_vllm" or leads_here(path)
 
 
 def _children(transfer: Any) -> list[Any]:
@@ -102,7 +66,7 @@ def _children(transfer: Any) -> list[Any]:
 
 def _ours(transfer: Any) -> list[Any]:
     """Give the configurations of our connectors: this one, or those in a MultiConnector, however deep."""
-    if _known_path(transfer) and transfer.kv_connector in _NAMES:
+    if _known_path(transfer) and transfer.kv_connector in NAMES:
         return [transfer]
     return [each for child in _children(transfer) for each in _ours(child)]
 

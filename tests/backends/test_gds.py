@@ -23,15 +23,16 @@ import pytest
 from test_cpu import BLOCK, NAMESPACE, content, key, load, lookup, region, run, store
 from test_lmdb import du_bytes, small_disk
 
-from kvbm_core import Stack, chain_keys, root_key
+from kvbm_core import Stack, chain_keys, localdir, root_key
 from kvbm_core.config import ByteSize
 from kvbm_core.errors import ConfigError, QueueFullError, TierError, TierOpenError
 from kvbm_core.layers import FOOTER_BYTES, CheckedTier
 from kvbm_core.testing import MemoryDevice
 from kvbm_core.tier import Op, Outcome, Reason, TierContext, Transfer
-from kvbm_gds import GdsConfig, GdsTier, _engines, _io, _probe, _slab, _tier
+from kvbm_gds import GdsConfig, GdsTier, _engines, _io, _layout, _machine, _probe, _slab, _tier, kvbm_backends
+from kvbm_gds._check import check
+from kvbm_gds._layout import plan_sizing, share_bytes
 from kvbm_gds._probe import Finding
-from kvbm_gds._slab import check, least_share_bytes, plan_sizing
 
 KIB, MIB = 1 << 10, 1 << 20
 OTHER = b"o" * 16
@@ -58,7 +59,7 @@ def engine(request, monkeypatch):
 
 @pytest.fixture
 def open_with(tmp_path, monkeypatch):
-    monkeypatch.setattr(_slab, "_LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr(localdir, "_LOCK_WAIT_S", 0.1)
     with contextlib.ExitStack() as stack:
 
         def open_(
@@ -230,7 +231,7 @@ def test_a_changed_capacity_keeps_what_still_fits(tmp_path, open_tier, caplog):
 
 
 def test_a_slab_of_several_files(tmp_path, open_tier, monkeypatch, caplog):
-    monkeypatch.setattr(_slab, "_FILE_BYTES", MIB)
+    monkeypatch.setattr(_layout, "_FILE_BYTES", MIB)
     tier = open_tier()
     most = tier.capabilities.capacity_blocks
     fill(tier, range(most))
@@ -324,7 +325,7 @@ def test_a_capacity_below_one_block_says_how_much_it_takes(open_plain, world_siz
 
 @pytest.mark.parametrize("nbytes", [1, 4096, 65_632, 3 * MIB])
 def test_the_sizing_adds_up(nbytes):
-    least = least_share_bytes(nbytes)
+    least = share_bytes(1, nbytes)
     assert plan_sizing(least - 1, nbytes) is None
     for share in (least, 3 * least, 40 * MIB + 17, 9 << 30, 40 << 30):
         sizing = plan_sizing(share, nbytes)
@@ -335,6 +336,24 @@ def test_the_sizing_adds_up(nbytes):
         assert files + 4096 + 80 * sizing.slots + sizing.probe_bytes <= share
         number, offset = sizing.place(sizing.slots - 1)
         assert (number, offset + sizing.slot_bytes) == (sizing.files - 1, sizing.file_bytes(sizing.files - 1))
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 37, 500])
+@pytest.mark.parametrize("nbytes", [1, 4096, 28_672 - 32, 65_632])
+def test_a_tier_holds_as_many_blocks_as_its_share_was_asked_for(open_plain, blocks, nbytes):
+    [backend] = kvbm_backends()
+    share = backend.share_bytes(blocks, nbytes)
+    tier = open_plain(2 * share, nbytes=nbytes, world_size=2)
+    assert tier.capabilities.capacity_blocks == blocks
+
+
+@pytest.mark.parametrize("blocks", [1, 10, 1_000, 100_000, 10_000_000])
+@pytest.mark.parametrize("nbytes", [1, 100_000, 2 * MIB, 64 * MIB])
+def test_no_share_is_smaller_than_the_one_that_is_said(blocks, nbytes):
+    share = share_bytes(blocks, nbytes)
+    assert plan_sizing(share, nbytes).slots == blocks
+    less = plan_sizing(share - 1, nbytes)
+    assert less is None or less.slots < blocks
 
 
 class Scales:
@@ -768,7 +787,7 @@ _probe.child()
 @pytest.fixture
 def probe_child(monkeypatch):
     pytest.importorskip("nixl_cu13", reason="NIXL IS NOT TESTED: it is not installed")
-    monkeypatch.setattr(_engines, "gds_is_thinkable", lambda: "not here")
+    monkeypatch.setattr(_engines, "why_gds_is_unavailable", lambda: "not here")
 
     def put(program):
         monkeypatch.setattr(_probe, "_CHILD", (sys.executable, "-c", program))
@@ -851,7 +870,7 @@ def test_the_true_probe_proves_both_engines_and_leaves_nothing(tmp_path, open_wi
     monkeypatch.setattr(
         _engines, "run_probe", lambda *args: seen.extend(_probe.run_probe(*args)) or list(seen)
     )
-    monkeypatch.setattr(_engines, "gds_is_thinkable", lambda: "not here")
+    monkeypatch.setattr(_engines, "why_gds_is_unavailable", lambda: "not here")
     tier = open_with(engine="auto")
     assert [(finding.engine, finding.problem) for finding in seen] == [(name, "") for name in _probe.HOST]
     assert all(finding.score > 0 for finding in seen)
@@ -892,7 +911,7 @@ def test_what_a_killed_engine_left_of_its_probe_is_removed(tmp_path, open_plain)
 
 def test_gds_without_a_gpu_is_refused_with_the_reason(tmp_path, open_with):
     pytest.importorskip("nixl_cu13", reason="NIXL IS NOT TESTED: it is not installed")
-    if not _probe.gds_is_thinkable():
+    if not _machine.why_gds_is_unavailable():
         pytest.skip("there is an accelerator here")
     said = r"engine: 'gds' cannot work here: there is no .*; write auto"
     before = files_open()

@@ -20,8 +20,8 @@ from test_cpu import BLOCK, NAMESPACE, content, key, load, lookup, region, run, 
 from kvbm_core.config import ByteSize
 from kvbm_core.errors import ConfigError, TierOpenError
 from kvbm_core.tier import Op, Outcome, Reason, TierContext, Transfer
-from kvbm_lmdb import LmdbConfig, LmdbTier
-from kvbm_lmdb._directory import check
+from kvbm_lmdb import LmdbConfig, LmdbTier, kvbm_backends
+from kvbm_lmdb._directory import check, plan_sizing
 
 MIB = 1 << 20
 
@@ -399,3 +399,13 @@ def test_the_lock_of_a_dead_engine_does_not_bind(tmp_path, open_tier):
 def test_a_setting_out_of_range_is_refused_with_what_to_write(setting, said):
     with pytest.raises(ConfigError, match=said):
         LmdbConfig(**{"path": "/x", "capacity": ByteSize(1), **setting})
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 37, 500, 10_000])
+@pytest.mark.parametrize("nbytes", [1, 4096, 65_632, 3 * MIB])
+def test_a_tier_holds_as_many_blocks_as_its_share_was_asked_for(open_tier, blocks, nbytes):
+    [backend] = kvbm_backends()
+    share = backend.share_bytes(blocks, nbytes)
+    assert plan_sizing(share, nbytes).capacity_blocks >= blocks
+    if blocks < 500:
+        assert open_tier(share, nbytes=nbytes).capabilities.capacity_blocks >= blocks

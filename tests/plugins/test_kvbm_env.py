@@ -1,5 +1,6 @@
 """KVBM's environment variables: each does what the table says, and the documentation shows the table."""
 
+import importlib
 import os
 import re
 import sys
@@ -9,7 +10,16 @@ import pytest
 
 pytest.importorskip("vllm")
 from kvbm_core import ConfigError, StackConfig, check_stack, load_config
-from kvbm_vllm._kvbm_env import VARIABLES, Use, check_environment, explain, makes_stack, read_tiers
+from kvbm_vllm.kvbm import (
+    VARIABLES,
+    Use,
+    answer_module_paths,
+    check_environment,
+    explain,
+    leads_here,
+    makes_stack,
+    read_tiers,
+)
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "how-to" / "from-kvbm.md"
 BLOCK_BYTES = 1 << 20
@@ -121,22 +131,24 @@ def test_every_variable_that_makes_the_stack_has_a_row():
     assert stack == {*STACKS, "DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS"}
 
 
+@pytest.mark.parametrize("blocks", [1, 37, 1000])
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("medium", ["CPU", "DISK"])
-def test_a_number_of_blocks_is_what_the_tier_says_it_holds(medium, world_size, tmp_path):
+def test_a_number_of_blocks_is_what_the_tier_says_it_holds(medium, world_size, blocks, tmp_path):
     from kvbm_core import TierContext
     from kvbm_core.config import convert
     from kvbm_core.layers import FOOTER_BYTES
     from kvbm_core.registry import Registry
 
-    environ = {f"DYN_KVBM_{medium}_CACHE_OVERRIDE_NUM_BLOCKS": "37", "DYN_KVBM_DISK_CACHE_DIR": str(tmp_path)}
+    name = f"DYN_KVBM_{medium}_CACHE_OVERRIDE_NUM_BLOCKS"
+    environ = {name: str(blocks), "DYN_KVBM_DISK_CACHE_DIR": str(tmp_path)}
     [entry] = load_config({"tiers": tiers(environ, world_size, 3 * 32768)}).tiers
     backend = Registry().backend(entry.backend)
     settings = convert(entry.settings, backend.config_type, "tiers[0]")
     context = TierContext(bytes(16), 3 * 32768 // world_size + FOOTER_BYTES, world_size=world_size)
     tier = backend.open(settings, context)
     try:
-        assert 37 <= tier.capabilities.capacity_blocks <= (37 if medium == "CPU" else 39)
+        assert tier.capabilities.capacity_blocks == blocks
     finally:
         tier.close()
 
@@ -246,19 +258,71 @@ def test_tiers_in_both_places_are_refused_and_both_are_named(llama, monkeypatch,
         configure(llama, {"DYN_KVBM_CPU_CACHE_GB": "1"}, monkeypatch, kv_connector_extra_config=extra)
 
 
-def test_where_nvidias_package_is_installed_its_path_leads_to_it(tmp_path, monkeypatch):
-    from kvbm_vllm.register import _stand_in
-
-    theirs, older = PATHS[2:]
-    info = tmp_path / "kvbm-1.6.1.dist-info"
+def install(folder, monkeypatch, name, version):
+    """Make a distribution known, as pip would."""
+    info = folder / f"{name}-{version}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvbm\nVersion: 1.6.1\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(str(folder))
+
+
+@pytest.fixture
+def fresh():
+    """Modules as in a process that has imported nothing of NVIDIA's yet, and again so after the test."""
+    kept = {name: module for name, module in sys.modules.items() if name.split(".")[0] in ("kvbm", "dynamo")}
+    for name in kept:
+        del sys.modules[name]
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] in ("kvbm", "dynamo")]:
+        del sys.modules[name]
+    sys.modules.update(kept)
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("path", PATHS[2:])
+def test_a_path_of_the_guides_is_a_module_only_once_it_is_imported(path):
+    from kvbm_vllm import KvbmConnector
+
+    answer_module_paths()
+    assert path not in sys.modules
+    assert path.split(".")[0] not in sys.modules
+    module = importlib.import_module(path)
+    assert module.DynamoConnector is module.KvbmConnector is KvbmConnector
+    assert leads_here(path)
+    with pytest.raises(AttributeError):
+        _ = module.PdConnector
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module(f"{path}.other")
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("kvbm.other")
+
+
+@pytest.mark.usefixtures("fresh")
+def test_where_nvidias_package_is_installed_its_path_leads_to_it(tmp_path, monkeypatch):
+    theirs, older = PATHS[2:]
+    install(tmp_path, monkeypatch, "kvbm", "1.6.1")
+    answer_module_paths()
+    assert not leads_here(theirs)
+    assert leads_here(older)
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module(theirs)
+    folder = tmp_path / "kvbm" / "vllm_integration"
+    folder.mkdir(parents=True)
+    (folder / "connector.py").write_text("class DynamoConnector: ...\n")
+    importlib.invalidate_caches()
+    assert importlib.import_module(theirs).DynamoConnector.__module__ == theirs
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_module_of_that_name_without_a_distribution_wins_too(tmp_path, monkeypatch):
+    theirs = PATHS[2]
+    folder = tmp_path / "kvbm" / "vllm_integration"
+    folder.mkdir(parents=True)
+    (folder / "connector.py").write_text("class DynamoConnector: ...\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    for path in (theirs, older):
-        monkeypatch.delitem(sys.modules, path, raising=False)
-    _stand_in()
-    assert theirs not in sys.modules
-    assert older in sys.modules
+    answer_module_paths()
+    assert not leads_here(theirs)
+    assert importlib.import_module(theirs).DynamoConnector.__module__ == theirs
 
 
 @pytest.mark.engine

@@ -1,0 +1,40 @@
+"""What this machine has: files past the page cache, and GPUDirect Storage."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+from kvbm_core.localdir import FILE_MODE
+
+__all__ = ["has_nvidia_fs", "open_direct", "why_gds_is_unavailable"]
+
+
+def open_direct(path: Path) -> tuple[int, bool]:
+    """Open a file past the page cache where the file system can.
+
+    Returns:
+        The file descriptor, and whether it is past the page cache.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+    try:
+        return os.open(path, flags | os.O_DIRECT, FILE_MODE), True
+    except OSError:
+        return os.open(path, flags, FILE_MODE), False
+
+
+def why_gds_is_unavailable() -> str:
+    """Say why GPUDirect Storage cannot work here, without touching it; empty if it might."""
+    if not list(Path("/dev").glob("nvidia[0-9]*")):
+        return "there is no NVIDIA device"
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "there is no CUDA driver (libcuda.so.1)"
+    return ""
+
+
+def has_nvidia_fs() -> bool:
+    """Say whether the kernel can move data between the disk and the GPU without host memory."""
+    return Path("/proc/driver/nvidia-fs").exists()
