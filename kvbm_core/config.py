@@ -49,7 +49,7 @@ class TierEntry(msgspec.Struct, frozen=True, kw_only=True):
     """What logs, counters and errors call this tier; by default the backend's name."""
     checked: bool | None
     """Add a footer with namespace, key and checksum to each block and verify it on every load.
-    None: for every tier but one that lends its memory (nothing outside the process can change it
+    None: for every tier but the host pool (nothing outside the process can change it
     there, and a checksum costs a fifth of a memory copy)."""
     settings: Mapping[str, Any]
 
@@ -85,7 +85,7 @@ class StackConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Blocks on their way into tiers below the first at once; more wait in a queue of the same
     length, and what does not fit there is dropped. At least 1."""
     staging: ByteSize = ByteSize(256 << 20)
-    """Host memory for blocks on their way, used only when no tier lends its own."""
+    """Host memory for blocks on their way, used only without a host pool."""
     device_copy: str = "auto"
     """How blocks cross the link of an accelerator: ``staged`` (kernel and DMA), ``dma``, ``kernel``, or
     ``auto`` for what a measurement at start finds fastest."""

@@ -21,7 +21,7 @@ class Store(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Number of the operation; the transfer engine reports once for each of `tiers`."""
     keys: list[BlockKey]
     blocks: list[int]
-    """Device blocks to gather, one a key. Empty: the blocks are in the tier that lends its memory."""
+    """Device blocks to gather, one a key. Empty: the blocks are in the host pool."""
     tiers: list[int]
     """Positions in the stack, 0 the fastest."""
 
@@ -34,7 +34,7 @@ class Load(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Whose prefix it is; its loads are complete together."""
     tier: int
     fill: int
-    """The tier that keeps what is read: the one that lends its memory; -1 for none."""
+    """The tier that keeps the blocks that are read: the host pool; -1 for none."""
     keys: list[BlockKey]
     blocks: list[int]
     in_step: bool = False

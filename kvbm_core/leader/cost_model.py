@@ -57,7 +57,7 @@ class CostModel:
     Args:
         tiers: How many tiers there are.
         block_tokens: Tokens a block; 0 if nobody says how fast the engine computes. Then all is loaded.
-        trusted: A tier that needs no try: the one that lends its memory. -1 for none.
+        trusted: A tier that needs no try: the host pool. -1 for none.
     """
 
     def __init__(self, tiers: int, block_tokens: int = 0, trusted: int = -1) -> None:

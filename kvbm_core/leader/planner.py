@@ -30,7 +30,7 @@ class Planner:
 
     Args:
         ranks: What each worker says of its tiers, fastest first.
-        max_store_blocks: Blocks on their way into a tier that does not lend its memory, at once.
+        max_store_blocks: Blocks on their way into a tier below the host pool, at once.
         policy: Makes the eviction order of one tier.
         block_tokens: Tokens a block, where only what loads faster than the engine computes shall be loaded;
             the engine tells `cost_model` how fast it computes. 0: what a tier has is loaded.
@@ -182,7 +182,7 @@ class Planner:
             blocks: The device blocks to fill, one a key.
             tiers: As `match` found them, one a key. Blocks that have left their tier since then fail: the
                 engine was told that they come, and hears from the load that they do not.
-            in_step: The engine uses the blocks in this step; only from the tier that lends its memory, and
+            in_step: The engine uses the blocks in this step; only from the host pool, and
                 of a match of this step.
         """
         gone: set[BlockKey] = set()

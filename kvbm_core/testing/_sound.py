@@ -127,7 +127,7 @@ class FolderTier(Tier):
 
 
 class LendingTier(MemoryTier, Addressable):
-    """A memory tier that lends its memory; sound."""
+    """A memory tier that can be a host pool; sound."""
 
     def __init__(self, config: MemoryConfig, context: TierContext) -> None:
         super().__init__(config, context)
