@@ -15,6 +15,15 @@ settings.load_profile("kvbm")
 _PATIENCE_S = 10
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave out long tests unless -m names them."""
+    if "soak" in config.option.markexpr:
+        return
+    if long := [item for item in items if item.get_closest_marker("soak")]:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if not item.get_closest_marker("soak")]
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     """Where KVBM_REQUIRE_SERVERS is set, as in CI, a test that found no server has failed."""
