@@ -8,6 +8,10 @@ import pytest
 from hypothesis import settings
 from servers import etcd_server, s3_server  # noqa: F401 - fixtures for all tests
 
+# Read when torch is first imported. Engines' models are small: threads that wait for each other at every step
+# take longer than one, and many times as long where another process has one of the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # No deadline: on a busy machine a step takes as long as it takes. A failure prints what replays it.
 settings.register_profile("kvbm", deadline=None, derandomize=False, print_blob=True)
 settings.load_profile("kvbm")
