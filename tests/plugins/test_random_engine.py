@@ -1,7 +1,7 @@
 """However vLLM schedules, a request reads the KV of its own tokens, computed with the weights of now.
 
-`KVBM_RANDOM_SLOTS` says how many slots are compared, `make soak` compares `SOAK_SLOTS`; the seed of a failure
-is in the test's output.
+`KVBM_RANDOM_SLOTS` says how many slots are compared, `make soak` compares ten times as many; the
+seed of a failure is in the test's output.
 """
 
 import itertools
@@ -19,8 +19,8 @@ from kvbm_vllm import _requests, _scheduler
 
 pytestmark = pytest.mark.vllm
 
-SLOTS = int(float(os.environ.get("KVBM_RANDOM_SLOTS", "3e5")))
-SOAK_SLOTS = max(SLOTS, 2_000_000)
+SLOTS = int(float(os.environ.get("KVBM_RANDOM_SLOTS", "2e6")))
+SOAK_SLOTS = 10 * SLOTS
 FIRST_SEED = int(os.environ.get("KVBM_RANDOM_SEED", "0"))
 PARTS = 4
 
@@ -107,10 +107,17 @@ def kv_that_outlives_a_reset(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "fault", [keys_of_before, blocks_of_loads_alone, steps_that_cannot_fail, kv_that_outlives_a_reset]
+    ("fault", "first"),
+    [
+        # The seed that found it when this was written, so that no others need to be tried.
+        (keys_of_before, 1),
+        (blocks_of_loads_alone, 11),
+        (steps_that_cannot_fail, 47),
+        (kv_that_outlives_a_reset, 0),
+    ],
 )
-def test_without_any_of_the_rules_some_seed_reads_wrong_kv(drive, monkeypatch, fault):
+def test_without_any_of_the_rules_some_seed_reads_wrong_kv(drive, monkeypatch, fault, first):
     fault(monkeypatch)
     with pytest.raises(AssertionError, match="reads wrong KV") as found:
-        sum((drive(seed) for seed in range(200)), random_engine.Counter())
+        sum((drive(seed) for seed in [first, *range(200)]), random_engine.Counter())
     print(fault.__name__, found.value)
