@@ -151,7 +151,7 @@ def test_half_of_the_tests_may_have_none_of_a_name(halves, statuses, status):
 def test_tests_without_an_engine_run_together_and_with_one_alone(halves):
     _, [together, alone] = halves((0, 0), "-n", "3", "tests/plugins", "-k", "name")
     assert together == (
-        "-m", "not (engine or gpu)", "-n", "3", "--dist", "worksteal", "tests/plugins", "-k", "name",
+        "-m", "not (engine or gpu)", "-n", "3", "--dist", "loadfile", "tests/plugins", "-k", "name",
     )  # fmt: skip
     assert alone == ("-m", "engine or gpu", "tests/plugins", "-k", "name")
 

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     options, others = parser.parse_known_args(arguments)
     if not {"-s", "--capture=no", "--pdb", "--trace"}.isdisjoint(others):
         options.workers = "0"  # A worker has no terminal.
-    together = ["-n", options.workers, "--dist", "worksteal"]
+    together = ["-n", options.workers, "--dist", "loadfile"]
     halves = [
         (f"not ({ALONE})", [*together, *others]),
         (ALONE, others),
