@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo services test lint bench compat clean fetch-services setup-demo setup-dev
+.PHONY: help demo services test soak lint bench compat clean fetch-services setup-demo setup-dev
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=python3.12]"
@@ -29,7 +29,10 @@ services: setup-dev ## start etcd and Prometheus on this machine, until Ctrl-C
 	@$(BIN)/python tools/services.py run
 
 test: setup-dev fetch-services ## set up, then run all tests (ARGS="-k name")
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python tools/run_tests.py $(ARGS)
+
+soak: setup-dev fetch-services ## run the long tests that `make test` leaves out (ARGS="-k name")
+	@$(BIN)/python tools/run_tests.py -m soak $(ARGS)
 
 lint: setup-dev ## check style, types and who may import whom
 	@$(BIN)/ruff check .

@@ -8,11 +8,24 @@ import pytest
 from hypothesis import settings
 from servers import etcd_server, s3_server  # noqa: F401 - fixtures for all tests
 
+# Read when torch is first imported. Engines' models are small: threads that wait for each other at every step
+# take longer than one, and many times as long where another process has one of the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # No deadline: on a busy machine a step takes as long as it takes. A failure prints what replays it.
 settings.register_profile("kvbm", deadline=None, derandomize=False, print_blob=True)
 settings.load_profile("kvbm")
 
 _PATIENCE_S = 10
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out long tests unless -m names them."""
+    if "soak" in config.option.markexpr:
+        return
+    if long := [item for item in items if item.get_closest_marker("soak")]:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if not item.get_closest_marker("soak")]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -8,8 +8,8 @@
             server.kill()                           # SIGKILL
             server.restart()                        # on the same data and the same ports
 
-`s3_server` is a fixture for a whole session; a test that finds no `weed` is skipped with a reason
-that starts "SERVER MISSING", which CI counts as a failure.
+`s3_server` is a fixture for a whole session, of each worker where several run; a test that finds no `weed`
+is skipped with a reason that starts "SERVER MISSING", which CI counts as a failure.
 
     with EtcdServer() as etcd:                      # a real etcd; EtcdServer(certificates) has TLS
         etcd.kill(), etcd.restart()                 # on the same data and the same ports
@@ -56,10 +56,15 @@ class ServerMissingError(Exception):
 
 
 def _free_port() -> int:
-    """Find a port that is free together with the one its RPC uses."""
+    """Find a port that is free together with the one its RPC uses, and that no other worker looks at.
+
+    It is free again until the server has started.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     while True:
         with socket.socket() as first, socket.socket() as second:
-            port = 20000 + secrets.randbelow(12000)
+            port = 20000 + secrets.randbelow(12000 // workers) * workers + worker
             with contextlib.suppress(OSError):
                 first.bind(("127.0.0.1", port))
                 second.bind(("127.0.0.1", port + _GRPC_OFFSET))

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-commands, cpu_build, setup, wheels = map(
-    importlib.import_module, ("commands", "cpu_build", "setup", "wheels")
+commands, cpu_build, run_tests, setup, wheels = map(
+    importlib.import_module, ("commands", "cpu_build", "run_tests", "setup", "wheels")
 )
 
 [(VERSION, LENDER)] = cpu_build.LENDERS.items()
@@ -126,3 +126,42 @@ def test_the_engine_that_is_installed(arguments, requirement, monkeypatch):
 def test_a_command_that_fails_says_what_it_wrote():
     with pytest.raises(commands.CommandError, match=r"(?s)status 3: .*the reason"):
         commands.run([sys.executable, "-c", "print('the reason'); raise SystemExit(3)"])
+
+
+@pytest.fixture
+def halves(monkeypatch):
+    """Run no test: what pytest is to return in each half goes in, and what it was asked comes out."""
+
+    def run(statuses, *arguments):
+        asked, left = [], list(statuses)
+        monkeypatch.setattr(run_tests, "pytest", lambda *words: (asked.append(words), left.pop(0))[1])
+        return run_tests.main(arguments), asked
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("statuses", "status"),
+    [((0, 0), 0), ((5, 0), 0), ((0, 5), 0), ((5, 5), 5), ((1, 0), 1), ((0, 1), 1), ((1, 5), 1), ((2,), 2)],
+)
+def test_half_of_the_tests_may_have_none_of_a_name(halves, statuses, status):
+    assert halves(statuses, "-k", "name")[0] == status
+
+
+def test_tests_without_an_engine_run_together_and_with_one_alone(halves):
+    _, [together, alone] = halves((0, 0), "-n", "3", "tests/plugins", "-k", "name")
+    assert together == (
+        "-m", "not (engine or gpu)", "-n", "3", "--dist", "loadfile", "tests/plugins", "-k", "name",
+    )  # fmt: skip
+    assert alone == ("-m", "engine or gpu", "tests/plugins", "-k", "name")
+
+
+def test_marks_that_are_asked_for_are_asked_of_both_halves(halves):
+    _, [together, alone] = halves((0, 0), "-m", "engine or x")
+    assert together[1] == "(engine or x) and (not (engine or gpu))"
+    assert alone[1] == "(engine or x) and (engine or gpu)"
+
+
+def test_a_test_that_wants_the_terminal_has_it(halves):
+    _, [together, _] = halves((0, 0), "-s")
+    assert together[2:4] == ("-n", "0")

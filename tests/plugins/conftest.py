@@ -56,7 +56,7 @@ def kvbm_backends():
 def pytest_collection_modifyitems(items):
     """The engine's own warnings are not ours to mend."""
     for item in items:
-        if item.get_closest_marker("engine"):
+        if item.get_closest_marker("engine") or item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.filterwarnings("default"))
 
 

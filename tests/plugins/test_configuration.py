@@ -9,7 +9,7 @@ from models import write_config
 from kvbm_core import Stack
 from kvbm_core.testing import MemoryDevice
 
-pytestmark = pytest.mark.engine
+pytestmark = pytest.mark.vllm
 
 CPU = {"backend": "cpu", "capacity": "64MiB"}
 

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import lmdb
 import pytest
-from engines import connector, drain, generate, loaded, make_prompts, make_random_llama
+from engines import connector, drain, generate, keys_of, loaded, make_prompts, make_random_llama
 
 pytestmark = pytest.mark.engine
 
-KILLS = 20
+KILLS = 5
+SOAK_KILLS = 20
 
 
 def stack(path, capacity="256MiB"):
@@ -27,7 +28,8 @@ def stack(path, capacity="256MiB"):
 
 
 @pytest.mark.timeout(900)
-def test_kill_at_twenty_random_moments(llama, start, tmp_path):
+@pytest.mark.parametrize("kills", [KILLS, pytest.param(SOAK_KILLS, marks=pytest.mark.soak)])
+def test_kill_at_random_moments(llama, start, tmp_path, kills):
     """`crash_child.py` keeps vLLM imported and forks an engine for each life; each is killed under load."""
     prompts = [p for p in make_prompts(40, seed=21, longest=700) if len(p) > 64][:16]
     llm = start(llama, None)
@@ -46,12 +48,12 @@ def test_kill_at_twenty_random_moments(llama, start, tmp_path):
     rng = random.Random(22)
     restored = 0
     try:
-        for life in range(KILLS + 1):
+        for life in range(kills + 1):
             child.stdin.write("go\n")
             child.stdin.flush()
             report = json.loads(_line(child, tmp_path))
             assert report["lost"] == 0, f"life {life}: committed blocks are gone"
-            if life == KILLS:
+            if life == kills:
                 break
             time.sleep(rng.uniform(0.05, 2.0))
             os.kill(report["pid"], signal.SIGKILL)
@@ -108,21 +110,27 @@ def swap(blocks):
     return dict(zip(blocks, [*list(blocks.values())[1:], next(iter(blocks.values()))], strict=True))
 
 
-@pytest.mark.parametrize("damage", [flip, cut, swap])
-def test_a_damaged_value_is_a_miss_and_is_counted(llama, start, tmp_path, damage):
-    prompt = make_prompts(1, seed=24, longest=330)[-1]
+def test_a_damaged_value_is_a_miss_and_is_counted(llama, start, tmp_path):
+    """Each prompt's blocks are damaged in a way of their own."""
+    prompts = {
+        damage: make_prompts(1, seed=24 + at, longest=330)[-1] for at, damage in enumerate((flip, cut, swap))
+    }
     llm = start(llama, stack(tmp_path))
-    answer = generate(llm, [prompt])[0]
+    answers = {damage: generate(llm, [prompt])[0] for damage, prompt in prompts.items()}
     drain(llm)
     llm.llm_engine.engine_core.shutdown()
-    blocks = values(tmp_path)
-    assert len(blocks) >= 10
-    change(tmp_path, damage(blocks))
+    stored = values(tmp_path)
+    for damage, prompt in prompts.items():
+        keys = keys_of(prompt, 10)
+        blocks = {key: value for key, value in stored.items() if key[-32:] in keys}
+        assert len(blocks) == 10
+        change(tmp_path, damage(blocks))
     llm = start(llama, stack(tmp_path))
-    assert generate(llm, [prompt])[0] == answer
-    counts = connector(llm).counts["lmdb"]
-    assert counts.loaded == 0
-    assert counts.failed["load", "corrupt"] == 10
+    for number, (damage, prompt) in enumerate(prompts.items(), start=1):
+        assert generate(llm, [prompt])[0] == answers[damage]
+        counts = connector(llm).counts["lmdb"]
+        assert counts.loaded == 0
+        assert counts.failed["load", "corrupt"] == 10 * number
 
 
 def test_another_model_under_the_same_path_shares_nothing(start, tmp_path):

@@ -11,6 +11,7 @@ from engines import (
     forget,
     generate,
     loaded,
+    make_engine,
     make_prompts,
     own_answers,
     restore,
@@ -50,7 +51,15 @@ def make_stack(tmp_path, request):
     return lambda names: [tier(name) for name in names.split("+")]
 
 
-@pytest.mark.parametrize("names", ["cpu+gds", "cpu+remote", "gds", "remote"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        "cpu+remote",
+        "gds",
+        pytest.param("cpu+gds", marks=pytest.mark.soak),
+        pytest.param("remote", marks=pytest.mark.soak),
+    ],
+)
 def test_restored_after_a_restart_with_the_same_answers(start, make_stack, names):
     model, tokens = story_tokens()
     starts, lengths = [0, 0, 0, 50, 99], [65, 200, 416, 100, 555]
@@ -122,12 +131,21 @@ def test_an_s3_server_that_fails_in_every_way_costs_hits_and_comes_back(s3, star
         print(f"\nlongest answer of {len(prompts)} prompts: {text}")
 
 
+@pytest.fixture(scope="module")
+def plain(llama):
+    """A prompt, and what an engine without tiers answers."""
+    prompt = make_prompts(1, seed=42, longest=700)[-1]
+    llm = make_engine(llama, None)
+    [answer] = generate(llm, [prompt])
+    llm.llm_engine.engine_core.shutdown()
+    return prompt, answer
+
+
 @pytest.mark.parametrize("wrong", ["credentials", "bucket", "server"])
 def test_an_engine_starts_and_answers_without_its_store(
-    s3, start, llama, tmp_path, monkeypatch, wrong, caplog
+    s3, start, llama, plain, tmp_path, monkeypatch, wrong, caplog
 ):
-    prompt = make_prompts(1, seed=42, longest=700)[-1]
-    [answer] = generate(start(llama, None), [prompt])
+    prompt, answer = plain
     endpoint, bucket = s3.endpoint, s3.bucket
     if wrong == "credentials":
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")

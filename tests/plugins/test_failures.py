@@ -1,7 +1,7 @@
 """Whatever a tier does, a request completes with the right answer and the engine lives."""
 
 import pytest
-from engines import connector, drain, forget, generate, loaded, make_prompts
+from engines import connector, drain, forget, generate, keys_of, loaded, make_prompts
 
 from kvbm_core import Op
 
@@ -77,15 +77,8 @@ def test_only_the_part_before_a_failed_block_is_used(faulty, llama, start):
 
 
 def test_an_inventory_that_lies_costs_a_load(faulty, llama, start):
-    from kvbm_vllm._keys import RequestKeys
-    from kvbm_vllm._weights import AdapterDigests
-
     prompt = make_prompts(1, seed=14, longest=320)[-1]
-
-    class Request:
-        all_token_ids, lora_request, cache_salt, mm_features = prompt, None, None, None
-
-    faulty.claims = RequestKeys(Request, 32, AdapterDigests()).slice(0, 9)
+    faulty.claims = keys_of(prompt, 9)
     answer = generate(start(llama, None), [prompt])[0]
     llm = start(llama, [{"backend": "faulty", "capacity": "64MiB"}])
     assert generate(llm, [prompt])[0] == answer

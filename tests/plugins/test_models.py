@@ -13,7 +13,7 @@ from kvbm_core import ConfigError
 from kvbm_vllm import _models
 from kvbm_vllm._models import block_tokens, check_engine
 
-pytestmark = pytest.mark.engine
+pytestmark = pytest.mark.vllm
 
 
 def refusal(*args, **kwargs):
@@ -212,6 +212,7 @@ def restored(start, folder, tmp_path, **options):
     return llm
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(("kind", "seed"), [("gemma3", 0), ("llama4", 2)])
 def test_models_with_windows_and_chunks_are_restored(start, tmp_path, caplog, kind, seed):
     logging.getLogger("kvbm_vllm").propagate = True
@@ -223,18 +224,21 @@ def test_models_with_windows_and_chunks_are_restored(start, tmp_path, caplog, ki
     assert all(part in line for part in share), line
 
 
+@pytest.mark.engine
 def test_sinks_beside_windows_are_restored_where_vllm_computes_them_rightly(start, tmp_path, monkeypatch):
     """`cold` is with vLLM's hybrid KV cache manager, which computes rightly in any case."""
     monkeypatch.setenv("VLLM_CPU_ATTN_SPLIT_KV", "0")
     restored(start, write_model(tmp_path / "gpt_oss", "gpt_oss"), tmp_path)
 
 
+@pytest.mark.engine
 def test_sinks_are_found_in_the_layers_when_the_name_says_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(_models, "_SINKS", ("Nothing",))
     with pytest.raises(Exception, match="VLLM_CPU_ATTN_SPLIT_KV"):
         make_engine(write_model(tmp_path, "gpt_oss"), [CPU], max_model_len=1024)
 
 
+@pytest.mark.engine
 def test_prefix_caching_that_the_user_switched_off_is_no_reason_to_load_nothing(llama, start, tmp_path):
     prompt = make_prompts(1, seed=42, longest=640)[-1]
     llm = start(llama, [CPU], enable_prefix_caching=False)
@@ -249,6 +253,7 @@ def embed(llm, prompt, task=None):
     return output.outputs.data.tolist()
 
 
+@pytest.mark.engine
 def test_an_embedding_of_the_last_token_is_restored(llama, start, tmp_path):
     import shutil
 
@@ -264,6 +269,7 @@ def test_an_embedding_of_the_last_token_is_restored(llama, start, tmp_path):
     assert loaded(llm) == {"cpu": 9}
 
 
+@pytest.mark.engine
 def test_every_tokens_embedding_is_computed(llama, start, tmp_path):
     import shutil
 

@@ -256,7 +256,7 @@ def latent(tmp_path_factory):
     return folder
 
 
-@pytest.mark.engine
+@pytest.mark.vllm
 def test_mla_is_refused_where_vllm_cannot_go_on_after_a_prefix(latent):
     """Before the model is loaded. On a CPU loads gave other tokens, with every byte as it was stored."""
     from test_configuration import configure

@@ -1,0 +1,73 @@
+"""Runs the tests: all that start no engine on every core, then those that start one, one after the other.
+
+    python tools/run_tests.py                       all
+    python tools/run_tests.py -k name --durations=9 what pytest takes
+    python tools/run_tests.py -m soak               long ones, which are left out else
+
+An engine takes all cores by itself, and a GPU is there once. Every worker has servers of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+ALONE = "engine or gpu"
+MOST_WORKERS = 8
+"""Each may have an etcd, an S3 server and a Prometheus of its own."""
+
+NOTHING_TO_RUN = 5
+"""Pytest's exit status where no test was selected."""
+FAILED = 1
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run both halves and return the exit status."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-m", dest="chosen", default="")
+    parser.add_argument("-n", "--numprocesses", dest="workers", default=str(workers()))
+    options, others = parser.parse_known_args(arguments)
+    if not {"-s", "--capture=no", "--pdb", "--trace"}.isdisjoint(others):
+        options.workers = "0"  # A worker has no terminal.
+    together = ["-n", options.workers, "--dist", "loadfile"]
+    halves = [
+        (f"not ({ALONE})", [*together, *others]),
+        (ALONE, others),
+    ]
+    statuses = []
+    for half, rest in halves:
+        expression = f"({options.chosen}) and ({half})" if options.chosen else half
+        statuses.append(pytest("-m", expression, *rest))
+        if statuses[-1] not in (0, FAILED, NOTHING_TO_RUN):
+            break  # Stopped by hand or by -x, or the command line is wrong.
+    return outcome(statuses)
+
+
+def workers() -> int:
+    """Give the number of processes that the tests without an engine are spread over."""
+    return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+
+
+def outcome(statuses: Sequence[int]) -> int:
+    """Return the first failure's status; nothing to run in one half is no failure."""
+    failures = [status for status in statuses if status not in (0, NOTHING_TO_RUN)]
+    return next(iter(failures), min(statuses))
+
+
+def pytest(*arguments: str) -> int:
+    """Run pytest in this environment and return its exit status."""
+    start_s = time.monotonic()
+    status = subprocess.run([sys.executable, "-m", "pytest", *arguments], check=False).returncode
+    print(f"== {time.monotonic() - start_s:.0f} s: pytest -m {arguments[1]!r}", flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
