@@ -127,12 +127,14 @@ class TierIndex:
             self._move(key, BlockEvent.RELEASED)
             del self._leaving[key]
             return True
-        if key not in self._pins:  # Asked first, as in `stored`.
+        left = self._pins.get(key, 0) - 1
+        if left > 0:
+            self._pins[key] = left
+            return False
+        if left < 0:
             self._move(key, BlockEvent.RELEASED)
-        self._pins[key] -= 1
-        if not self._pins[key]:
-            del self._pins[key]
-            self._idle.add(key)
+        del self._pins[key]
+        self._idle.add(key)
         return False
 
     def reserve(
