@@ -114,7 +114,7 @@ class Mover:
             with self._lock:
                 for tier, keys in plan.drops:
                     self._traffic.get(tier, self._slots).drop(keys)
-            self._take_stores(stores, claimed, settled=plan.settled)
+            self._take_stores(stores, claimed, settled=plan.blocks_final)
         elif not in_step:
             return
         if plan.unordered:

@@ -20,7 +20,7 @@ from kvbm_core._matches import Match, Matcher, Prefix
 from kvbm_core._policy import EvictionPolicy, Lru
 from kvbm_core._tier_state import Pending, TierState, same_stack
 from kvbm_core.block import BlockKey, BlockState
-from kvbm_core.plan import Load, Lookup, Plan, Report, Store, TierStatus
+from kvbm_core.plan import Load, Lookup, Plan, Report, Store, TierStatus, WriteOrder
 from kvbm_core.tier import Reason
 
 __all__ = ["Planner"]
@@ -239,8 +239,8 @@ class Planner:
                 targets[key].append(position)
         self._group(targets, dict(zip(keys, blocks, strict=True)))
 
-    def take(self, now_s: float) -> Plan:
-        """Take everything planned since the last call."""
+    def take(self, now_s: float, order: WriteOrder | None = None) -> Plan:
+        """Take everything planned since the last call, with what the engine writes."""
         if self.lender >= 0:
             for position in range(len(self._tiers)):
                 self._pay(position, now_s)
@@ -248,7 +248,11 @@ class Planner:
         stores, self._stores = self._stores, []
         loads, self._loads = self._loads, []
         lookups, self._lookups = self._lookups, []
-        return Plan(list(drops.items()), stores, loads, lookups)
+        order = order or WriteOrder()
+        return Plan(
+            list(drops.items()), stores, loads, lookups,
+            order.overwrites, order.unordered, order.blocks_final,
+        )  # fmt: skip
 
     def report(self, reports: Iterable[Report], now_s: float) -> list[tuple[Load, dict[int, Reason]]]:
         """Take in what the ranks report. What is not expected is of a planner before, and ignored.

@@ -77,7 +77,7 @@ def test_only_the_part_before_a_failed_block_is_used(faulty, llama, start):
 
 
 def test_an_inventory_that_lies_costs_a_load(faulty, llama, start):
-    from kvbm_vllm._keys import RequestKeys
+    from kvbm_vllm._keys import request_keys
     from kvbm_vllm._weights import AdapterDigests
 
     prompt = make_prompts(1, seed=14, longest=320)[-1]
@@ -85,7 +85,7 @@ def test_an_inventory_that_lies_costs_a_load(faulty, llama, start):
     class Request:
         all_token_ids, lora_request, cache_salt, mm_features = prompt, None, None, None
 
-    faulty.claims = RequestKeys(Request, 32, AdapterDigests()).slice(0, 9)
+    faulty.claims = request_keys(Request, 32, AdapterDigests()).slice(0, 9)
     answer = generate(start(llama, None), [prompt])[0]
     llm = start(llama, [{"backend": "faulty", "capacity": "64MiB"}])
     assert generate(llm, [prompt])[0] == answer
@@ -135,4 +135,4 @@ def test_reset_forgets_every_tier(llama, start, tmp_path):
     drain(llm)
     assert generate(llm, [prompt])[0] == answer
     assert loaded(llm) == {"cpu": 0, "lmdb": 0}
-    assert connector(llm)._leader._planner.occupancy == {"cpu": 20, "lmdb": 20}
+    assert connector(llm)._leader.session.planner.occupancy == {"cpu": 20, "lmdb": 20}
