@@ -186,7 +186,7 @@ class Ledger:
         for name in schedule.preempted:
             if state := self._requests.get(name):
                 state.begin_anew(state.blocks)
-        running, size = self.others.running, self.block_tokens
+        running, parked, size = self.others.running, self.parked, self.block_tokens
         running.clear()
         self.steps.advance()
         writes: list[tuple[RequestState, int]] = []
@@ -195,7 +195,8 @@ class Ledger:
             # Of a whole list the first hold what was computed before, or loaded.
             new_blocks += blocks[computed // size :] if replaces else blocks
             running.add(name)
-            self.parked.remove(name)
+            if parked:
+                parked.remove(name)
             if state := self._requests.get(name):
                 if replaces:
                     state.begin_anew([])

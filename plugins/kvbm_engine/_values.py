@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -10,7 +10,7 @@ from kvbm_core import Plan, Report
 
 __all__ = ["Outcome", "Schedule", "Scheduled", "Step"]
 
-Scheduled: TypeAlias = tuple[str, int, int, list[int], bool]
+Scheduled: TypeAlias = tuple[str, int, int, Sequence[int], bool]
 """One request of a step: its name, the tokens computed before and with the step, the blocks given to it, and
 True if these are all its blocks, False if they come after those it has. A plain tuple: there are many."""
 

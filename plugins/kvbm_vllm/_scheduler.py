@@ -199,7 +199,7 @@ def _schedule(output: Any) -> Schedule:
     cached = output.scheduled_cached_reqs
     resumed = cached.resumed_req_ids
     requests += [
-        (name, computed, counts[name], groups[0] if groups else [], name in resumed)
+        (name, computed, counts[name], groups[0] if groups else (), name in resumed)
         for name, computed, groups in zip(
             cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True
         )
