@@ -11,7 +11,7 @@ import msgspec
 from kvbm_core.block import BlockKey
 from kvbm_core.tier import Capabilities, Reason
 
-__all__ = ["Load", "Lookup", "Plan", "Report", "Store", "TierStatus"]
+__all__ = ["Load", "Lookup", "Plan", "Report", "Store", "TierStatus", "WriteOrder"]
 
 
 class Store(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -49,6 +49,14 @@ class Lookup(msgspec.Struct, frozen=True, array_like=True, gc=False):
     keys: list[BlockKey]
 
 
+class WriteOrder(msgspec.Struct, frozen=True):
+    """What the engine writes, and in which order: what a plan says of it, see there."""
+
+    overwrites: list[int] = []
+    unordered: list[int] = []
+    blocks_final: bool = False
+
+
 class Plan(msgspec.Struct, frozen=True, array_like=True):
     """What to do next. Drops come before stores, stores before loads."""
 
@@ -62,9 +70,9 @@ class Plan(msgspec.Struct, frozen=True, array_like=True):
     unordered: list[int] = []
     """Those of `overwrites` that may be written outside the engine's order of work: another connector loads
     into them as soon as the step begins. Nothing reads them any more when the plan has been submitted."""
-    settled: bool = False
-    """Whether the blocks of all stores were computed before the last plan that wrote over any: then they are
-    read beside what the engine has begun since, not after it."""
+    blocks_final: bool = False
+    """True if the blocks of all stores were computed before the latest plan that overwrites any. They are
+    then read beside what the engine has begun since, not after it."""
 
     def __bool__(self) -> bool:
         return bool(self.drops or self.stores or self.loads or self.lookups or self.overwrites)

@@ -18,7 +18,7 @@ from kvbm_core.leader.in_flight import InFlight
 from kvbm_core.leader.matches import Match, Matcher, Prefix
 from kvbm_core.leader.tier_state import Tiers
 from kvbm_core.leader.write_back import WriteBack
-from kvbm_core.plan import Load, Lookup, Plan, Report, Store, TierStatus
+from kvbm_core.plan import Load, Lookup, Plan, Report, Store, TierStatus, WriteOrder
 from kvbm_core.policy import EvictionPolicy, Lru
 from kvbm_core.tier import Reason
 
@@ -226,8 +226,8 @@ class Planner:
                 targets[key].append(position)
         self._group(targets, dict(zip(keys, blocks, strict=True)))
 
-    def take(self, now_s: float) -> Plan:
-        """Take everything planned since the last call."""
+    def take(self, now_s: float, order: WriteOrder | None = None) -> Plan:
+        """Take everything planned since the last call, with what the engine writes."""
         if self.host_pool >= 0:
             for position in range(len(self._tiers)):
                 if keys := self._write_back.due(position, now_s):
@@ -235,7 +235,11 @@ class Planner:
         stores, self._stores = self._stores, []
         loads, self._loads = self._loads, []
         lookups, self._lookups = self._lookups, []
-        return Plan(self._tiers.take_drops(), stores, loads, lookups)
+        order = order or WriteOrder()
+        return Plan(
+            self._tiers.take_drops(), stores, loads, lookups,
+            order.overwrites, order.unordered, order.blocks_final,
+        )  # fmt: skip
 
     def report(self, reports: Iterable[Report], now_s: float) -> list[tuple[Load, dict[int, Reason]]]:
         """Take in what the ranks report. What is not expected is of a planner before, and ignored.

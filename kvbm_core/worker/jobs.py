@@ -3,7 +3,7 @@
 Job      one operation of a plan
 Move     one block of a job on its way to or from one tier
 Copy     the blocks of a job that the device copies in one call
-Ledger   all jobs, and the reports that nobody has taken yet
+Jobs   all jobs, and the reports that nobody has taken yet
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kvbm_core.plan import Load, Lookup, Report, Store
 from kvbm_core.tier import Op, Reason, Transfer
 from kvbm_core.worker.host_buffers import BatchLease, Lease
 
-__all__ = ["Copy", "Failed", "Job", "Ledger", "Move"]
+__all__ = ["Copy", "Failed", "Job", "Jobs", "Move"]
 
 _FIRST_BYTES: Final = 64 << 20
 """Of a load from the host pool: under way a millisecond on the link while the next are looked up."""
@@ -128,8 +128,8 @@ class Copy:
     """`Failed` until the device has started it."""
 
 
-class Ledger:
-    """All jobs under way, and the reports that nobody has taken yet.
+class Jobs:
+    """The jobs under way, and the reports that nobody has taken yet.
 
     Args:
         store_deadline_s: Seconds a store may take.
@@ -147,7 +147,7 @@ class Ledger:
         """True after a bug: every job has ended, and each new one fails."""
 
     def __repr__(self) -> str:
-        return f"<Ledger {len(self._jobs)} jobs>"
+        return f"<Jobs {len(self._jobs)} jobs>"
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -158,7 +158,7 @@ class Ledger:
         return bool(self._reports)
 
     def begin(self, op: Store | Load | Lookup, tiers: Sequence[int]) -> Job:
-        """Open a job. It fails at once where the ledger is broken."""
+        """Open a job. It fails at once after a bug."""
         now_s = time.monotonic()
         job = Job(op, now_s, now_s + self._limits_s[type(op)], dict.fromkeys(tiers, len(op.keys)))
         with self.lock:

@@ -17,7 +17,7 @@ from kvbm_core.plan import Load, Lookup
 from kvbm_core.tier import Reason
 from kvbm_core.worker.copier import Copier
 from kvbm_core.worker.host_buffers import HostBuffers
-from kvbm_core.worker.jobs import Copy, Failed, Job, Ledger, Move
+from kvbm_core.worker.jobs import Copy, Failed, Job, Jobs, Move
 from kvbm_core.worker.tier_queue import TierQueue
 
 __all__ = ["Loads"]
@@ -30,7 +30,7 @@ class Loads:
     """Carries loads and lookups out.
 
     Args:
-        ledger: Where ends are noted.
+        jobs: Where ends are noted.
         copier: The device's copies.
         device: The engine's blocks.
         buffers: Where regions come from.
@@ -40,14 +40,14 @@ class Loads:
 
     def __init__(
         self,
-        ledger: Ledger,
+        jobs: Jobs,
         copier: Copier,
         device: Device,
         buffers: HostBuffers,
         queues: Mapping[int, TierQueue],
         host_pool: int,
     ) -> None:
-        self._ledger = ledger
+        self._jobs = jobs
         self._copier = copier
         self._device = device
         self._buffers = buffers
@@ -72,7 +72,7 @@ class Loads:
     def start_parts(self) -> None:
         """Start loads from the host pool, as far as the device has not enough to copy. Outside the lock."""
         ahead, block_bytes = self._copier.loading_blocks, self._device.traits.block_bytes
-        while self._parts and not self._ledger.is_broken and ahead * block_bytes < _AHEAD_BYTES:
+        while self._parts and not self._jobs.is_broken and ahead * block_bytes < _AHEAD_BYTES:
             job, part = self._parts.popleft()
             ahead += len(part)
             self._start_part(job, part)
@@ -99,7 +99,7 @@ class Loads:
         """Take in a scatter that has ended. Under the lock."""
         if copy.batch:
             reason = Reason.NONE if done else Reason.ERROR
-            self._ledger.end(copy.job, copy.places, self._host_pool, reason)
+            self._jobs.end(copy.job, copy.places, self._host_pool, reason)
             self._buffers.end_batch(copy.batch)
             return
         for move in copy.moves:
@@ -111,16 +111,16 @@ class Loads:
                 self._buffers.publish(move.key)
             if isinstance(op, Load) and op.fill >= 0:
                 kept = Reason.NONE if move.fills else Reason.FULL
-                self._ledger.end(move.job, [move.at], op.fill, kept)
-            self._ledger.end(move.job, [move.at], move.tier, Reason.NONE)
+                self._jobs.end(move.job, [move.at], op.fill, kept)
+            self._jobs.end(move.job, [move.at], move.tier, Reason.NONE)
             queue.let_go(move)
 
     def _start_part(self, job: Job, part: range) -> Copy:
         """Start a part of a load from the host pool, as far as it has the blocks."""
-        with self._ledger.lock:
+        with self._jobs.lock:
             batch = self._buffers.lease_batch(job.op.keys[part.start : part.stop])
             places = [part.start + at for at in batch.regions]
             if len(places) < len(part):
                 missing = sorted(set(part).difference(places))
-                self._ledger.end(job, missing, self._host_pool, Reason.MISSING)
+                self._jobs.end(job, missing, self._host_pool, Reason.MISSING)
         return self._copier.start(Copy(job, places, batch=batch), list(batch.regions.values()))

@@ -13,17 +13,17 @@ from kvbm_core.plan import Store
 from kvbm_core.tier import Reason
 from kvbm_core.worker.copier import Copier
 from kvbm_core.worker.host_buffers import HostBuffers, Lease
-from kvbm_core.worker.jobs import Copy, Job, Ledger, Move
+from kvbm_core.worker.jobs import Copy, Job, Jobs, Move
 from kvbm_core.worker.tier_queue import TierQueue
 
 __all__ = ["Stores"]
 
 
 class Stores:
-    """Carries stores out. Every method is called under the ledger's lock.
+    """Carries stores out. Every method is called under the lock of the jobs.
 
     Args:
-        ledger: Where ends are noted.
+        jobs: Where ends are noted.
         copier: The device's copies.
         buffers: Where regions come from.
         queues: By position in the stack, of every tier but the host pool.
@@ -32,13 +32,13 @@ class Stores:
 
     def __init__(
         self,
-        ledger: Ledger,
+        jobs: Jobs,
         copier: Copier,
         buffers: HostBuffers,
         queues: Mapping[int, TierQueue],
         host_pool: int,
     ) -> None:
-        self._ledger = ledger
+        self._jobs = jobs
         self._copier = copier
         self._buffers = buffers
         self._queues = queues
@@ -54,14 +54,14 @@ class Stores:
         if self._host_pool in op.tiers:
             batch = self._buffers.lease_batch(op.keys, fill=True)
             rest = [at for at in rest if at not in batch.regions]
-            self._ledger.end(job, rest, self._host_pool, Reason.FULL)
+            self._jobs.end(job, rest, self._host_pool, Reason.FULL)
             self._copier.start(Copy(job, list(batch.regions), batch=batch), list(batch.regions.values()))
         others = self._others(op)
         # What does not go into the host pool's memory.
         leases = {at: lease for at in rest if others and (lease := self._buffers.stage())}
         without = [at for at in rest if at not in leases]
         for tier in others:
-            self._ledger.end(job, without, tier, Reason.FULL)
+            self._jobs.end(job, without, tier, Reason.FULL)
         self._copier.start(
             Copy(job, list(leases), leases=leases), [lease.region for lease in leases.values()]
         )
@@ -73,13 +73,13 @@ class Stores:
         there = [at for position, at in enumerate(copy.places) if position not in lost]
         # Given up: there was not enough staging on the device when the engine wanted the block back.
         for tier in op.tiers if copy.batch else self._others(op):
-            self._ledger.end(copy.job, gone, tier, Reason.FULL if done else Reason.ERROR)
+            self._jobs.end(copy.job, gone, tier, Reason.FULL if done else Reason.ERROR)
         if copy.batch:
             for at in gone:
                 self._buffers.abandon(copy.batch, op.keys[at])
             for at in there:
                 self._buffers.publish(op.keys[at])
-            self._ledger.end(copy.job, there, self._host_pool, Reason.NONE)
+            self._jobs.end(copy.job, there, self._host_pool, Reason.NONE)
             self._forward_from_host_pool(copy.job, op, there)
             self._buffers.end_batch(copy.batch)
         else:
@@ -97,7 +97,7 @@ class Stores:
         leases = {at: lease for at in places if others and (lease := self._buffers.borrow(op.keys[at]))}
         missing = [at for at in places if at not in leases]
         for tier in others:
-            self._ledger.end(job, missing, tier, Reason.MISSING)
+            self._jobs.end(job, missing, tier, Reason.MISSING)
         self._forward(job, op, leases)
 
     def _forward(self, job: Job, op: Store, leases: Mapping[int, Lease]) -> None:

@@ -13,7 +13,7 @@ from kvbm_core.layers import DeadlineTier
 from kvbm_core.plan import Load, Store
 from kvbm_core.tier import Completion, Outcome, Reason, Transfer
 from kvbm_core.worker.host_buffers import HostBuffers
-from kvbm_core.worker.jobs import Ledger, Move
+from kvbm_core.worker.jobs import Jobs, Move
 
 __all__ = ["TierQueue"]
 
@@ -24,7 +24,7 @@ class TierQueue:
     Args:
         tier: A tier behind its layers.
         tickets: Numbers for transfers.
-        ledger: Where ends are noted.
+        jobs: Where ends are noted.
         buffers: Where regions come from.
         stage: Gives a move a region of the device's memory, False if none is free. None where the tier reads
             into host memory.
@@ -34,13 +34,13 @@ class TierQueue:
         self,
         tier: DeadlineTier,
         tickets: Iterator[int],
-        ledger: Ledger,
+        jobs: Jobs,
         buffers: HostBuffers,
         stage: Callable[[Move], bool] | None,
     ) -> None:
         self.tier = tier
         self._tickets = tickets
-        self._ledger = ledger
+        self._jobs = jobs
         self._buffers = buffers
         self._stage = stage
         self.loads: deque[Move] = deque()
@@ -79,7 +79,7 @@ class TierQueue:
                 landed.append(move)
             elif completion.outcome is Outcome.DONE:
                 self.doomed.discard(move.key)
-                self._ledger.end(move.job, [move.at], move.tier, Reason.NONE)
+                self._jobs.end(move.job, [move.at], move.tier, Reason.NONE)
                 self.let_go(move)
             else:
                 self._collect_failed(completion, move)
@@ -93,7 +93,7 @@ class TierQueue:
 
     def fail(self, move: Move, reason: Reason) -> None:
         """End a move whose region, if it has one, is ours again."""
-        self._ledger.end_move(move, reason)
+        self._jobs.end_move(move, reason)
         self.let_go(move, filled=False)
         self._forget_doomed(move.key)
 
@@ -147,7 +147,7 @@ class TierQueue:
             self.doomed.add(move.key)
         if held:
             self.late[completion.ticket] = move
-            self._ledger.end_move(move, completion.reason)
+            self._jobs.end_move(move, completion.reason)
         else:
             self.fail(move, completion.reason)
 

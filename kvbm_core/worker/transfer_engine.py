@@ -25,7 +25,7 @@ from kvbm_core.plan import Load, Plan, Report, Store
 from kvbm_core.tier import Tier, host_pool_of
 from kvbm_core.worker.copier import Copier
 from kvbm_core.worker.host_buffers import HostBuffers
-from kvbm_core.worker.jobs import Job, Ledger, Move
+from kvbm_core.worker.jobs import Job, Jobs, Move
 from kvbm_core.worker.loads import Loads
 from kvbm_core.worker.staging import Staging
 from kvbm_core.worker.stores import Stores
@@ -45,39 +45,37 @@ class TransferEngine:
             `DeadlineTier`.
         device: The engine's blocks.
         staging: For blocks that pass through no host pool. None if the host pool is the only tier.
-        ledger: Knows the deadlines.
+        jobs: Knows the deadlines.
     """
 
-    def __init__(
-        self, tiers: Sequence[Tier], device: Device, staging: Staging | None, ledger: Ledger
-    ) -> None:
+    def __init__(self, tiers: Sequence[Tier], device: Device, staging: Staging | None, jobs: Jobs) -> None:
         self._tiers = list(tiers)
         self._device = device
-        self._ledger = ledger
+        self._jobs = jobs
         host_pool = host_pool_of([tier.capabilities for tier in tiers])
         self._buffers = HostBuffers(None if host_pool < 0 else tiers[host_pool], staging)
         self._copier = Copier(device)
         tickets = itertools.count(1)
         self._queues = {
-            at: TierQueue(tier, tickets, ledger, self._buffers, self._stager(tier))
+            at: TierQueue(tier, tickets, jobs, self._buffers, self._stager(tier))
             for at, tier in enumerate(tiers)
             if isinstance(tier, DeadlineTier)
         }
-        self._stores = Stores(ledger, self._copier, self._buffers, self._queues, host_pool)
-        self._loads = Loads(ledger, self._copier, device, self._buffers, self._queues, host_pool)
+        self._stores = Stores(jobs, self._copier, self._buffers, self._queues, host_pool)
+        self._loads = Loads(jobs, self._copier, device, self._buffers, self._queues, host_pool)
         self._arrived: deque[Job] = deque()
         self._overwritten: Fence = None
         """Where the last plan that wrote over blocks came in the engine's order of work."""
 
     def __repr__(self) -> str:
         ways = ", ".join(f"{i}: {queue!r}" for i, queue in self._queues.items())
-        return f"<TransferEngine {len(self._ledger)} jobs; {ways}; {self._buffers!r}>"
+        return f"<TransferEngine {len(self._jobs)} jobs; {ways}; {self._buffers!r}>"
 
     @property
     def active(self) -> bool:
         """True if `poll` has work to look after."""
-        busy = bool(self._ledger) or any(queue.open for queue in self._queues.values())
-        return busy and not self._ledger.is_broken
+        busy = bool(self._jobs) or any(queue.open for queue in self._queues.values())
+        return busy and not self._jobs.is_broken
 
     @property
     def pause_s(self) -> float | None:
@@ -87,7 +85,7 @@ class TransferEngine:
     @property
     def has_reports(self) -> bool:
         """True if `take_reports` has something to give."""
-        return self._ledger.has_reports
+        return self._jobs.has_reports
 
     def submit(self, plan: Plan) -> None:
         """Start a plan: drops, then stores, then loads. In the engine's thread.
@@ -96,17 +94,17 @@ class TransferEngine:
         the blocks of its stores. Raises what `Loads.start_in_step` raises.
         """
         # All are noted before anything is done: whatever fails from here on, `fail_all` ends them.
-        begin = self._ledger.begin
+        begin = self._jobs.begin
         stores = [begin(op, op.tiers) for op in plan.stores]
         loads = [begin(op, [op.tier] if op.fill < 0 else [op.tier, op.fill]) for op in plan.loads]
         lookups = [begin(op, [op.tier]) for op in plan.lookups]
         in_step = [job for job in loads if isinstance(job.op, Load) and job.op.in_step]
         claimed = {block for op in plan.loads for block in op.blocks}.union(plan.overwrites)
-        if not self._ledger.is_broken:
-            with self._ledger.lock:
+        if not self._jobs.is_broken:
+            with self._jobs.lock:
                 for tier, keys in plan.drops:
                     self._queues.get(tier, self._buffers).drop(keys)
-            self._take_stores(stores, claimed, settled=plan.settled)
+            self._take_stores(stores, claimed, blocks_final=plan.blocks_final)
         elif not in_step:
             return
         if plan.unordered:
@@ -120,13 +118,13 @@ class TransferEngine:
 
     def poll(self) -> None:
         """Bring everything forward as far as it goes without waiting."""
-        if self._ledger.is_broken:
+        if self._jobs.is_broken:
             return
         self._begin_arrived()
         self._end_copies()
         self._loads.start_parts()
         landed: dict[Job, list[Move]] = {}
-        with self._ledger.lock:
+        with self._jobs.lock:
             for queue in self._queues.values():
                 for move in queue.collect():
                     landed.setdefault(move.job, []).append(move)
@@ -137,13 +135,13 @@ class TransferEngine:
 
     def take_reports(self) -> list[Report]:
         """Take the reports that have come since the last call."""
-        return self._ledger.take_reports()
+        return self._jobs.take_reports()
 
     def fail_all(self) -> None:
         """Give up for good, after a bug: end every job and refuse all that comes."""
-        self._ledger.is_broken = True
+        self._jobs.is_broken = True
         self._copier.settle()  # What is said to have failed must not be written any more.
-        self._ledger.fail_all()
+        self._jobs.fail_all()
 
     def close(self) -> None:
         """Wait for the copies under way, then close the tiers, then the device's memory."""
@@ -166,13 +164,13 @@ class TransferEngine:
 
         return stage
 
-    def _take_stores(self, stores: Sequence[Job], claimed: set[int], *, settled: bool) -> None:
+    def _take_stores(self, stores: Sequence[Job], claimed: set[int], *, blocks_final: bool) -> None:
         """Start stores now if the device or the engine cannot wait, else leave them to `poll`."""
         async_gather = self._device.traits.async_gather
-        fence = ((settled and self._overwritten) or self._device.claim(())) if stores else None
+        fence = ((blocks_final and self._overwritten) or self._device.claim(())) if stores else None
         for job in stores:
             job.fence = fence
-        with self._ledger.lock:
+        with self._jobs.lock:
             self._arrived.extend(stores)
             for job in list(self._arrived):
                 if not isinstance(job.op, Store) or (async_gather and claimed.isdisjoint(job.op.blocks)):
@@ -182,20 +180,20 @@ class TransferEngine:
 
     def _begin_arrived(self) -> None:
         while True:
-            with self._ledger.lock:
+            with self._jobs.lock:
                 if not self._arrived:
                     return
                 job = self._arrived.popleft()
                 (self._stores if isinstance(job.op, Store) else self._loads).begin(job)
 
     def _end_copies(self) -> None:
-        with self._ledger.lock:
+        with self._jobs.lock:
             copies = self._copier.under_way()
         # Asking starts copies, and the engine's thread must not wait for that.
         ended = self._copier.ended(copies)
-        with self._ledger.lock:
+        with self._jobs.lock:
             # After a bug the engine's blocks are not claimed any more: these bytes may be of others.
-            if self._ledger.is_broken:
+            if self._jobs.is_broken:
                 return
             for copy, done in ended:
                 self._copier.remove(copy)

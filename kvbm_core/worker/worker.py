@@ -16,7 +16,7 @@ from kvbm_core.layers import FOOTER_BYTES, CheckedTier, DeadlineTier, ReplicaTie
 from kvbm_core.plan import Plan, Report, TierStatus
 from kvbm_core.registry import Registry
 from kvbm_core.tier import Backend, Capabilities, Tier, TierConfig, TierContext, host_pool_of
-from kvbm_core.worker.jobs import Ledger
+from kvbm_core.worker.jobs import Jobs
 from kvbm_core.worker.staging import Staging
 from kvbm_core.worker.transfer_engine import TransferEngine
 
@@ -92,12 +92,12 @@ class Worker:
         )  # fmt: skip
         self._names = [entry.name for entry in config.tiers]
         self._tiers = _open_tiers(config, context, replicas, registry or Registry(), device)
-        ledger = Ledger(
+        jobs = Jobs(
             store_deadline_s=config.store_deadline_s, load_deadline_s=config.load_deadline_s,
             lookup_deadline_s=config.lookup_deadline_s,
         )  # fmt: skip
         staging = _staging(config, self._tiers, context)
-        self._engine = TransferEngine(self._tiers, device, staging, ledger)
+        self._engine = TransferEngine(self._tiers, device, staging, jobs)
         self._status: list[TierStatus] | None = None
         self._closing = False
         self._polling = threading.Lock()

@@ -84,9 +84,8 @@ class KvbmConnector(KVConnectorBase_V1):
 
     def build_connector_meta(self, scheduler_output: Any) -> StepPlan:
         """Plan this step."""
-        plan = self._scheduler().step(scheduler_output)
-        plan.asks = self._scheduler().asks()
-        return plan
+        step = self._scheduler().step(scheduler_output)
+        return StepPlan(step, asks=self._scheduler().asks())
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Note that what is left shall be stored. vLLM may free the blocks at once."""

@@ -8,8 +8,8 @@ from typing import Final
 __all__ = ["share_log"]
 
 _OURS: Final = (
-    "kvbm_core", "kvbm_cpu", "kvbm_device", "kvbm_etcd", "kvbm_gds", "kvbm_lmdb", "kvbm_metrics",
-    "kvbm_remote", "kvbm_vllm",
+    "kvbm_core", "kvbm_cpu", "kvbm_device", "kvbm_engine", "kvbm_etcd", "kvbm_gds", "kvbm_lmdb",
+    "kvbm_metrics", "kvbm_remote", "kvbm_vllm",
 )  # fmt: skip
 
 

@@ -9,16 +9,16 @@ tiers anew says so unasked.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from kvbm_core import ConfigError, Planner, StackConfig
-from kvbm_metrics import Tally
+from kvbm_core import ConfigError, Plan, Planner, Report, StackConfig, TierCounts
+from kvbm_engine import EngineRequest, Ledger, Schedule, Session, Step
+from kvbm_metrics import Readings, Tally
 from kvbm_vllm._ranks import check_ranks
 from kvbm_vllm._values import Handshake
 
-__all__ = ["Beginning", "RollCall"]
+__all__ = ["NoTiers", "RollCall", "begin_session"]
 
 logger = logging.getLogger("kvbm_vllm")
 
@@ -47,16 +47,16 @@ class RollCall:
 
     @property
     def complete(self) -> bool:
-        """Whether every rank was there at least once."""
+        """True if every rank was there at least once."""
         return bool(self._present)
 
     @property
     def waits(self) -> bool:
-        """Whether steps are needed, because an answer is to be expected."""
+        """True if steps are needed, because an answer is to be expected."""
         return not self._present and self._asked < _MAX_ASKS
 
     def ask(self) -> bool:
-        """Say whether a step must ask the workers."""
+        """Return True if a step must ask the workers."""
         self._asked += not self._present
         return not self._present
 
@@ -78,7 +78,7 @@ class RollCall:
         """Take in what all ranks say.
 
         Returns:
-            Whether they have opened their tiers since they said so last. If not, this says nothing new.
+            True if they have opened their tiers since they said so last. If not, this says nothing new.
 
         Raises:
             ConfigError: If a rank is missing or differs, or only some have opened their tiers anew.
@@ -100,32 +100,93 @@ class RollCall:
         return self._present.get(handshake.rank) == handshake.incarnation
 
 
-@dataclass(slots=True)
-class Beginning:
-    """What the leader begins with."""
+class NoTiers:
+    """Stands where a session will be, or was: finds nothing and plans nothing, and follows the engine.
 
-    planner: Planner
-    tally: Tally
-    joins: bool
-    """Whether a step can wait for the load of its blocks, on every rank."""
+    Args:
+        ledger: What is known of the engine: a session may begin in the middle.
+    """
 
-    @classmethod
-    def of(
-        cls, handshakes: Sequence[Handshake], config: StackConfig, block_tokens: int, ops: Iterator[int]
-    ) -> Beginning:
-        """Begin with what all ranks say of their tiers."""
-        ranks = sorted(handshakes, key=lambda handshake: handshake.rank)
-        status = [handshake.status for handshake in ranks]
-        planner = Planner(
-            status,
-            max_store_blocks=config.max_store_blocks,
-            block_tokens=block_tokens if config.only_faster else 0,
-            ops=ops,
-        )
-        constants: dict[str, int] = {}
-        for handshake in ranks:  # Of several ranks the slowest counts.
-            for key, value in handshake.constants.items():
-                constants[key] = min(value, constants.get(key, value))
-        block_bytes = sum(handshake.block_bytes for handshake in ranks)
-        tally = Tally(planner, status, block_tokens, block_bytes, constants)
-        return cls(planner, tally, all(handshake.joins for handshake in ranks))
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+
+    def __repr__(self) -> str:
+        return f"<NoTiers {len(self.ledger)} requests>"
+
+    @property
+    def counts(self) -> dict[str, TierCounts]:
+        """Nothing."""
+        return {}
+
+    def match(
+        self, request: EngineRequest, computed_tokens: int, now_s: float, *, reads_cache: bool
+    ) -> tuple[int | None, bool]:
+        """Find nothing, see `Session.match`."""
+        return (None if self.ledger.look_at(request, computed_tokens) else 0), False
+
+    def allocated(self, request: EngineRequest, blocks: list[int], load_tokens: int, now_s: float) -> None:
+        """Note which blocks a request has got."""
+        self.ledger.admit(request, blocks)
+
+    def step(self, schedule: Schedule, now_s: float) -> Step:
+        """Plan nothing. What is due to be stored is dropped."""
+        self.ledger.take_confirmed()
+        writes = self.ledger.follow(schedule)
+        for _ in self.ledger.take_due(now_s, writes.written):
+            pass
+        return self.ledger.begin(Plan(), writes, schedule.tokens, now_s)
+
+    def finished(self, name: str, now_s: float) -> None:
+        """Forget a request."""
+        self.ledger.finish(name, now_s)
+
+    def outcomes(self, reports: Sequence[Report], step: int, copied: Mapping[str, int], now_s: float) -> None:
+        """Note that a step has ended."""
+        self.ledger.end(step, now_s)
+
+    def busy(self, now_s: float) -> bool:
+        """Return False: nothing is under way."""
+        return False
+
+    def reset(self) -> bool:
+        """Return True: there is nothing to be forgotten in any tier."""
+        self.ledger.reset()
+        return True
+
+    def take_readings(self, now_s: float) -> Readings:
+        """Give nothing."""
+        return {}
+
+
+def begin_session(
+    handshakes: Sequence[Handshake],
+    config: StackConfig,
+    ledger: Ledger,
+    max_load_blocks: int,
+    ops: Iterator[int],
+) -> Session:
+    """Begin with what all ranks say of their tiers.
+
+    Args:
+        handshakes: One of each rank.
+        config: The stack.
+        ledger: What is known of the engine.
+        max_load_blocks: Device blocks of requests that load, at once.
+        ops: Numbers for operations, which go on where another session ended.
+    """
+    ranks = sorted(handshakes, key=lambda handshake: handshake.rank)
+    status = [handshake.status for handshake in ranks]
+    planner = Planner(
+        status,
+        max_store_blocks=config.max_store_blocks,
+        block_tokens=ledger.block_tokens if config.only_faster else 0,
+        ops=ops,
+    )
+    constants: dict[str, int] = {}
+    for handshake in ranks:  # Of several ranks the slowest counts.
+        for key, value in handshake.constants.items():
+            constants[key] = min(value, constants.get(key, value))
+    block_bytes = sum(handshake.block_bytes for handshake in ranks)
+    tally = Tally(planner, status, ledger.block_tokens, block_bytes, constants)
+    joins = all(handshake.joins for handshake in ranks)
+    return Session(ledger, planner, tally, max_load_blocks, joins=joins)

@@ -10,7 +10,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from kvbm_core import Plan, Report, TierStatus
+from kvbm_core import Report, TierStatus
+from kvbm_engine import Step
 from kvbm_metrics import merge
 
 __all__ = ["Handshake", "Outcomes", "StepPlan"]
@@ -27,7 +28,7 @@ class Handshake(KVConnectorHandshakeMetadata):
     facts: dict[str, str]
     """What must be alike on every rank, see `kvbm_vllm._ranks`."""
     joins: bool = False
-    """Whether the device can have a step wait for the load of its blocks."""
+    """True if the device can have a step wait for the load of its blocks."""
     constants: dict[str, int] = field(default_factory=dict)
     """Readings of this rank that do not change, see `kvbm_metrics`."""
     incarnation: str = ""
@@ -38,16 +39,7 @@ class Handshake(KVConnectorHandshakeMetadata):
 class StepPlan(KVConnectorMetadata):
     """What the leader tells every worker in each step."""
 
-    plan: Plan = field(default_factory=Plan)
-    number: int = 0
-    """Of this step."""
-    computes: bool = False
-    """Whether vLLM computes something in this step."""
-    idle: bool = False
-    """Nothing is computed, and no result is due of an earlier step: it only polls. vLLM starts steps that
-    compute nothing before it takes the result of one that does, and a request waits for that."""
-    heard: int = 0
-    """The last step with outcomes that the leader has taken in. vLLM may have two steps under way."""
+    step: Step = field(default_factory=Step)
     asks: bool = False
     """The leader knows nothing of the workers yet, and asks each for its handshake."""
 

@@ -8,7 +8,6 @@ import ctypes
 import random
 import time
 
-import msgspec
 import pytest
 import torch
 from simulated_gpu import SimulatedGpu
@@ -18,7 +17,7 @@ from kvbm_core import Planner, Reason, Worker, chain_keys, load_config, root_key
 from kvbm_core.block import make_namespace
 from kvbm_core.device import DeviceTraits
 from kvbm_core.errors import KvbmError
-from kvbm_core.plan import Load, Plan, Store
+from kvbm_core.plan import Load, Plan, Store, WriteOrder
 from kvbm_core.worker import copier, jobs
 from kvbm_core.worker.copier import Copier
 from kvbm_device import StagedDevice
@@ -160,7 +159,7 @@ def test_what_is_settled_is_read_beside_what_the_engine_has_begun_since(settled)
         computed = {"passed": False}
         made.gpu.wait(made.gpu.engine, computed)
         made.writes([6, 7], KEYS[8:10])
-        made.worker.submit(Plan(stores=[Store(1, KEYS[:4], [0, 1, 2, 3], [0])], settled=settled))
+        made.worker.submit(Plan(stores=[Store(1, KEYS[:4], [0, 1, 2, 3], [0])], blocks_final=settled))
         for _ in range(200):
             made.poll()
         assert [report.failures for report in made.worker.reports()] == [{}] * settled
@@ -172,7 +171,7 @@ def test_what_is_settled_is_read_beside_what_the_engine_has_begun_since(settled)
 def test_nothing_was_begun_before_the_first_plan_that_writes():
     with engine(8) as made:
         made.writes(range(8), KEYS[:8])
-        made.worker.submit(Plan(stores=[Store(1, KEYS[:4], [0, 1, 2, 3], [0])], settled=True))
+        made.worker.submit(Plan(stores=[Store(1, KEYS[:4], [0, 1, 2, 3], [0])], blocks_final=True))
         assert [report.failures for report in made.end()] == [{}]
         tier = made.worker._tiers[0]
         assert all(bytes(tier.view(key).view()[:BYTES]) == content(key) for key in KEYS[:4])
@@ -483,7 +482,7 @@ def test_an_engine_over_its_tiers_never_loads_what_is_not_its_keys(seed):  # noq
                 blocks, free = free[: len(keys)], free[len(keys) :]
                 computed.append((keys, blocks, number))
                 given += blocks
-            plan = msgspec.structs.replace(planner.take(NOW), overwrites=given, settled=settled)
+            plan = planner.take(NOW, WriteOrder(overwrites=given, blocks_final=settled))
             made.worker.submit(plan)
             written = number if given or plan.loads else written
             for keys, blocks, at in computed:

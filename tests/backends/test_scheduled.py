@@ -14,10 +14,11 @@ import pytest
 pytest.importorskip("vllm")
 import test_deferred
 
-from kvbm_core import Planner, chain_keys, load_config, root_key
-from kvbm_metrics import Tally
+from kvbm_core import chain_keys, load_config, root_key
+from kvbm_device import CopyCounts
+from kvbm_engine import Copies, Progress, Rank
 from kvbm_vllm import _scheduler
-from kvbm_vllm._worker import WorkerHalf
+from kvbm_vllm._values import Handshake, Outcomes
 
 TOKENS = 4
 SLOT_BYTES = test_deferred.BYTES // TOKENS
@@ -65,20 +66,17 @@ class Vllm:
         )  # fmt: skip
         self.clock_s = 0.0
         told = (
-            load_config({"tiers": [{"backend": "cpu", "capacity": "1MiB"}]}),
+            load_config({"tiers": [{"backend": "cpu", "capacity": "1MiB"}], "only_faster": False}),
             SimpleNamespace(model_config=None, parallel_config=SimpleNamespace(rank=0, world_size=1)),
             SimpleNamespace(
                 num_blocks=16, kv_cache_groups=[SimpleNamespace(kv_cache_spec=FullAttentionSpec())]
             ),
         )
         self.scheduler = _scheduler.SchedulerHalf(*told)
-        status = [self.engine.worker.status()]
-        self.scheduler._planner = Planner(status, block_tokens=0)
-        self.scheduler._tally = Tally(self.scheduler._planner, status, TOKENS, test_deferred.BYTES)
-        self.scheduler._joins = chance.random() < 0.7
-        self.worker = WorkerHalf(*told)
-        self.worker._worker, self.worker._block_bytes = self.engine.worker, test_deferred.BYTES
-        self.worker._LOAD_WAIT_S = self.worker._STORE_WAIT_S = 0
+        joins = chance.random() < 0.7
+        self.scheduler.start([Handshake(0, self.engine.worker.status(), test_deferred.BYTES, {}, joins)])
+        copies = Copies(CopyCounts(), test_deferred.BYTES)
+        self.rank = Rank(self.engine.worker, copies, Progress(), load_wait_s=0, store_wait_s=0)
         self.free = deque(range(16))
         self.waiting, self.running, self.aborted = [], [], {}
         self.under_way, self.most_under_way = deque(), chance.choice((1, 2))
@@ -208,9 +206,9 @@ class Vllm:
         )
         self.preempted = set()
         told = self.scheduler.step(output)
-        self.settled += bool(told.plan.stores and told.plan.settled)
+        self.settled += bool(told.plan.stores and told.plan.blocks_final)
         self.loads += len(told.plan.loads)
-        self.worker.begin(told)
+        self.rank.begin(told)
         sampled = []
         for request in [*(request for request, _ in cached), *new]:
             count = counts[request.request_id]
@@ -220,8 +218,13 @@ class Vllm:
             samples = request.computed >= request.num_tokens + request.sampling
             request.sampling += samples
             sampled += [request] * samples
-        ended, failed = self.worker.collect(), self.worker.take_failed_blocks()
-        self.under_way.append((sampled, ended, failed, self.worker.take_outcomes()))
+        self.rank.collect()
+        progress = self.rank.progress
+        ended, failed, outcome = (
+            progress.take_finished(), progress.take_failed_blocks(), progress.take_outcome()
+        )  # fmt: skip
+        outcomes = outcome and Outcomes(outcome.reports, outcome.step)
+        self.under_way.append((sampled, ended, failed, outcomes))
 
     def compute(self, request, start, count):
         """Have the engine read the KV of the tokens before, and write that of the next."""

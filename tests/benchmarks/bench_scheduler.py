@@ -25,12 +25,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from kvbm_core import Capabilities, Planner, Report, TierStatus, load_config
-from kvbm_metrics import Tally
+from kvbm_vllm._keys import request_keys
 from kvbm_vllm._scheduler import SchedulerHalf
-from kvbm_vllm._values import Outcomes
+from kvbm_vllm._values import Handshake, Outcomes
+from kvbm_vllm._weights import AdapterDigests
 
 BLOCK_TOKENS = 16
 TIER_BLOCKS = 1 << 18
+ENGINE_BLOCKS = 1 << 14
 
 
 class FullAttentionSpec:
@@ -57,20 +59,19 @@ class Request:
 def make_half(inventory: list[bytes]) -> SchedulerHalf:
     """Make the scheduler's half over two tiers that hold these blocks."""
     half = SchedulerHalf(
-        load_config({"tiers": [{"backend": "cpu", "capacity": "1MiB"}]}),
+        load_config({"tiers": [{"backend": "cpu", "capacity": "1MiB"}], "only_faster": False}),
         SimpleNamespace(
             model_config=None, parallel_config=SimpleNamespace(world_size=1), use_v2_model_runner=False
         ),
         SimpleNamespace(
-            num_blocks=1 << 14, kv_cache_groups=[SimpleNamespace(kv_cache_spec=FullAttentionSpec())]
+            num_blocks=ENGINE_BLOCKS, kv_cache_groups=[SimpleNamespace(kv_cache_spec=FullAttentionSpec())]
         ),
     )  # fmt: skip
     status = [
         TierStatus("host", Capabilities(capacity_blocks=TIER_BLOCKS, addressable=True), inventory),
         TierStatus("disk", Capabilities(capacity_blocks=TIER_BLOCKS), inventory),
     ]
-    half._planner = Planner([status])
-    half._tally = Tally(half._planner, [status], BLOCK_TOKENS, 4096)
+    half.start([Handshake(0, status, 4096, {})])
     return half
 
 
@@ -80,21 +81,20 @@ class Engine:
     def __init__(self, running: int, waiting: int, tokens: int, *, full: bool) -> None:
         self.book = list(range(tokens + 4096))
         blocks = tokens // BLOCK_TOKENS
-        probe = make_half([])
-        found = probe._state(self.request("probe", tokens)).keys.slice(0, blocks)
+        found = request_keys(self.request("probe", tokens), BLOCK_TOKENS, AdapterDigests()).slice(0, blocks)
         others = [hashlib.sha256(b"%d" % at).digest() for at in range(TIER_BLOCKS - blocks if full else 0)]
         self.half = half = make_half([*others, *reversed(found)])
         self.running = [self.request(f"running {at}", tokens, salt=str(at)) for at in range(running)]
         for at, request in enumerate(self.running):
             request.num_tokens = request.num_computed_tokens = tokens + at % BLOCK_TOKENS
             request.num_tokens += 1
-            state = half._state(request)
+            state = half.ledger.state(request)
             state.keys.slice(0, blocks)
             state.blocks = list(range(blocks + 1))
             state.computed_tokens = request.num_computed_tokens
             state.offered_blocks = state.noted_blocks = blocks
         # A request that loads holds all blocks that may be parked.
-        half._parked.add("loads", half._max_load_blocks)
+        half.ledger.parked.add("loads", ENGINE_BLOCKS)
         self.waiting = [self.request(f"waiting {at}", tokens) for at in range(waiting)]
         for request in self.waiting:
             assert half.match(request, 0) == (None, False)

@@ -114,13 +114,13 @@ def run(arguments: argparse.Namespace, folder: str) -> int:
         return connector.counts["cpu"].loaded
 
     in_step: list[int] = []
-    stream_wait = type(_connector()._mover._worker._engine._device).stream_wait
+    stream_wait = type(_connector()._mover.rank.worker._engine._device).stream_wait
 
     def noted(device, work):
         in_step.append(1)
         return stream_wait(device, work)
 
-    type(_connector()._mover._worker._engine._device).stream_wait = noted
+    type(_connector()._mover.rank.worker._engine._device).stream_wait = noted
     computed = ask(prompts)
     from_gpu = ask(prompts)
     settle()
@@ -141,7 +141,7 @@ def run(arguments: argparse.Namespace, folder: str) -> int:
     settle()
     assert llm.reset_prefix_cache()
     worker = llm.llm_engine.model_executor.driver_worker
-    mover = _connector()._mover._worker._engine
+    mover = _connector()._mover.rank.worker._engine
     real, fails, fences = mover._device.scatter, random.Random(3), {}
 
     def scatter(regions, blocks, fence=None):
@@ -151,11 +151,11 @@ def run(arguments: argparse.Namespace, folder: str) -> int:
         return real(regions, blocks, fence)
 
     # A load that fails in the step that computes with it ends the engine, so these come in a step before.
-    connector._leader._joins = False
+    connector._leader.session.matching.joins = False
     mover._device.scatter = scatter
     failing = ask(prompts)
     mover._device.scatter = real
-    connector._leader._joins = True
+    connector._leader.session.matching.joins = True
     triples = list(zip(failing, computed, restored, strict=True))
     right = sum(f[:2] in (c[:2], r[:2]) for f, c, r in triples)
     tokens = sum(f[0] in (c[0], r[0]) for f, c, r in triples)

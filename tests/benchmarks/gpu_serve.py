@@ -96,9 +96,9 @@ class Engine:
         transfer = connector(name, folder)
         options = {"kv_transfer_config": transfer, **more} if transfer else more
         if name == "async":
-            from kvbm_vllm._scheduler import SchedulerHalf
+            from kvbm_engine._matching import Matching
 
-            SchedulerHalf._does_nothing_else = lambda half: False
+            Matching.does_nothing_else = lambda matching: False
         self.llm = LLM(
             model=str(model), skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16",
             max_model_len=max(4096, *arguments.lengths) + 64, enforce_eager=not arguments.graphs,

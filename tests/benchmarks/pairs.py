@@ -1,12 +1,12 @@
 """Compares a benchmark of two checkouts in alternating runs, and gives an interval for each row's ratio.
 
-    git worktree add /tmp/before COMMIT
-    python tests/benchmarks/pairs.py /tmp/before . bench_planner.py [--pairs 20] [-- ARGUMENTS]
+    git worktree add ../before COMMIT
+    python tests/benchmarks/pairs.py ../before . bench_planner.py [--pairs 20] [-- ARGUMENTS]
 
 Three runs a round, in turning order: before, before again, after. A ratio is taken within a round, so that a
-machine that slows down slows all three. The interval is that of the mean logarithm of the ratios (Student's t,
-95 %); the row of before against before shows the part of it that is noise. A row of a benchmark is a line with a
-name and a number behind it.
+machine that slows down slows all three. The interval is that of the mean logarithm of the ratios (Student's
+t, 95 %); the row of before against before shows the part of it that is noise. A row of a benchmark is a line
+with a name and a number behind it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def rows_of(tree: Path, benchmark: str, arguments: list[str]) -> dict[str, float
     paths = [tree, tree / "backends", tree / "plugins", tree / "tests" / "backends"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(path.resolve()) for path in paths)}
     command = [sys.executable, str(tree / "tests" / "benchmarks" / benchmark), *arguments]
-    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=tree).stdout
+    said = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True, cwd=tree
+    ).stdout
     found = (_ROW.match(line) for line in said.splitlines())
     return {match[1]: float(match[2]) for match in found if match and float(match[2]) > 0}
 

@@ -18,7 +18,7 @@ def live(job, life, pipe):
         pipe.flush()
 
     llm = make_engine(job["model"], job["tiers"])
-    planner = connector(llm)._leader._planner
+    planner = connector(llm)._leader.session.planner
     at = next(i for i, tier in enumerate(planner._tiers) if tier.name == "lmdb")
     with open(job["acknowledged"], "a+") as log:
         log.seek(0)

@@ -106,13 +106,13 @@ def loaded(llm: Any) -> dict[str, int]:
 
 def keys_of(prompt: list[int], blocks: int) -> list[bytes]:
     """Keys of a prompt's first blocks."""
-    from kvbm_vllm._keys import RequestKeys
+    from kvbm_vllm._keys import request_keys
     from kvbm_vllm._weights import AdapterDigests
 
     class Request:
         all_token_ids, lora_request, cache_salt, mm_features = prompt, None, None, None
 
-    return RequestKeys(Request, BLOCK_TOKENS, AdapterDigests()).slice(0, blocks)
+    return request_keys(Request, BLOCK_TOKENS, AdapterDigests()).slice(0, blocks)
 
 
 def make_prompts(count: int, seed: int, longest: int = 4000) -> list[list[int]]:

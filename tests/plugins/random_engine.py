@@ -219,9 +219,10 @@ class Engine:
         self.worker.register_kv_caches({"layer": self.memory})
         self.ours = find_ours(self.scheduler.connector)
         self.half = find_ours(self.worker)._mover
-        self.half._LOAD_WAIT_S = self.half._STORE_WAIT_S = 0
-        self.engine = self.half._worker._engine
-        self.half._worker._thread.start = lambda: None  # It runs when the test says so.
+        rank = self.half.rank
+        rank.load_wait_s = rank.store_wait_s = 0
+        self.engine = rank.worker._engine
+        rank.worker._thread.start = lambda: None  # It runs when the test says so.
         metadata = self.worker.get_handshake_metadata()
         if metadata is not None:
             self.scheduler.connector.set_xfer_handshake_metadata_pp_aware({(0, 0): metadata})

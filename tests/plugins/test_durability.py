@@ -173,7 +173,7 @@ def test_ten_times_the_capacity_stays_inside_it(llama, start, tmp_path):
     llm = start(llama, [{"backend": "cpu", "capacity": "8MiB"},
                         {"backend": "lmdb", "capacity": capacity, "path": str(tmp_path / "kv")}])  # fmt: skip
     rng = random.Random(27)
-    planner = connector(llm)._leader._planner
+    planner = connector(llm)._leader.session.planner
     limit = {tier.name: tier.index.capacity_blocks for tier in planner._tiers}
     written = 0
     while written < 10 * capacity:

@@ -128,4 +128,4 @@ def test_reset_forgets_every_tier(llama, start, tmp_path):
     drain(llm)
     assert generate(llm, [prompt])[0] == answer
     assert loaded(llm) == {"cpu": 0, "lmdb": 0}
-    assert connector(llm)._leader._planner.occupancy == {"cpu": 20, "lmdb": 20}
+    assert connector(llm)._leader.session.planner.occupancy == {"cpu": 20, "lmdb": 20}

@@ -1,6 +1,7 @@
 """The workers' handshake comes once, twice, late or in parts; and so do other calls of vLLM's."""
 
 import copy
+import time
 import urllib.request
 from types import SimpleNamespace
 
@@ -10,12 +11,22 @@ pytest.importorskip("vllm")
 from engines import connector, drain, forget, generate, loaded, make_prompts
 from prometheus import free_port
 
-from kvbm_core import Capabilities, CoordinatorError, KvbmError, Planner, Report, TierStatus, load_config
+from kvbm_core import (
+    Capabilities,
+    CoordinatorError,
+    DeviceTraits,
+    KvbmError,
+    Planner,
+    Report,
+    TierStatus,
+    load_config,
+)
 from kvbm_core.plan import Load, Lookup, Plan, Store
+from kvbm_engine import Step
 from kvbm_vllm._scheduler import SchedulerHalf
 from kvbm_vllm._startup import RollCall
 from kvbm_vllm._values import Handshake, Outcomes, StepPlan
-from kvbm_vllm._worker import WorkerHalf
+from kvbm_vllm._worker import Opened, WorkerHalf
 
 CPU = {"backend": "cpu", "capacity": "64MiB"}
 KEYS = [bytes([number]) * 32 for number in range(1, 9)]
@@ -113,29 +124,29 @@ def test_the_same_handshake_again_is_the_same_engine(monkeypatch):
     monkeypatch.setattr("kvbm_vllm._scheduler.join_as_leader", lambda *_: joined.append(1))
     made = leader()
     made.start([said()])
-    planner, tally = made._planner, made._tally
+    session = made.session
     made.start([said()])
     made.outcomes(Outcomes([], handshakes=[said()]))
-    assert (made._planner, made._tally, len(joined)) == (planner, tally, 1)
+    assert (made.session, len(joined)) == (session, 1)
 
 
 def test_workers_that_opened_their_tiers_anew_are_planned_for_anew():
     made = leader()
     made.start([said(found=KEYS[:2])])
-    made._planner.load("r", KEYS[:2], [1, 2], [0, 0])
-    [late] = made._planner.take(0.0).loads
-    state = made._state(request())
+    made.session.planner.load("r", KEYS[:2], [1, 2], [0, 0])
+    [late] = made.session.planner.take(0.0).loads
+    state = made.ledger.state(request())
     state.blocks = [5, 6, 7]
     made.outcomes(Outcomes([], handshakes=[said(incarnation="b", found=KEYS[2:4])]))
-    assert made._planner.occupancy == {"cpu": 2}
+    assert made.session.planner.occupancy == {"cpu": 2}
     assert not state.may_store  # What it has computed may have gone.
-    made._planner.load("r", KEYS[2:4], [1, 2], [0, 0])
-    [load] = made._planner.take(0.0).loads
+    made.session.planner.load("r", KEYS[2:4], [1, 2], [0, 0])
+    [load] = made.session.planner.take(0.0).loads
     assert load.op > late.op
     made.outcomes(Outcomes([Report(late.op, 0)], step=7))
-    assert made._planner.loading_blocks == 2
+    assert made.session.planner.loading_blocks == 2
     made.outcomes(Outcomes([Report(load.op, 0)], step=8))
-    assert made._planner.loading_blocks == 0
+    assert made.session.planner.loading_blocks == 0
 
 
 def test_only_some_ranks_anew_ends_storing_and_loading_and_not_the_engine(caplog):
@@ -197,10 +208,10 @@ def test_calls_before_the_handshake_after_the_end_and_twice_do_nothing():
     assert not made.step(empty_step()).plan
 
 
-def test_what_another_connector_did_not_load_in_a_step_is_not_stored():
+def test_what_another_connector_did_not_load_in_a_step_is_not_stored(monkeypatch):
     made = leader()
     made.start([said()])
-    running, ended, loading = (made._state(request(name)) for name in ("a", "b", "c"))
+    running, ended, loading = (made.ledger.state(request(name)) for name in ("a", "b", "c"))
     for state, blocks in ((running, [1, 2, 3]), (ended, [4, 5, 6]), (loading, [2, 8, 9])):
         state.blocks = blocks
     running.computed_tokens = ended.computed_tokens = 9
@@ -209,14 +220,22 @@ def test_what_another_connector_did_not_load_in_a_step_is_not_stored():
     # What is not scheduled yet is computed from where vLLM goes back to.
     assert (running.may_store, ended.may_store, loading.may_store) == (False, False, True)
     made.lost(set())
-    pass_time(made)
+    # The time has passed for which the last blocks of finished requests wait.
+    later = SimpleNamespace(monotonic=lambda: time.monotonic() + 1)
+    monkeypatch.setattr("kvbm_vllm._scheduler.time", later)
     assert made.step(empty_step()).plan.stores == []
 
 
-def pass_time(made):
-    """Let the time pass for which the last blocks of finished requests wait."""
-    for sequence in made._ended:
-        sequence.ended_s -= 1
+def test_blocks_that_load_when_the_workers_come_anew_are_parked_no_longer():
+    """Of one that was aborted nobody would ever hear: it would hold up all others."""
+    made = leader()
+    made.start([said()])
+    made.ledger.parked.add("aborted", 3, loading_blocks=2)
+    made.ledger.parked.forget("aborted")
+    made.ledger.parked.add("waits", 4, loading_blocks=2)
+    assert made.ledger.parked.blocks == 7
+    made.start([said(incarnation="b")])
+    assert made.ledger.parked.blocks == 4
 
 
 def test_a_roll_call_knows_who_is_new():
@@ -267,9 +286,15 @@ class Still:
 
 
 def worker():
+    """A worker's half with tiers open, of which the leader was told."""
     made = WorkerHalf(load_config({"tiers": [CPU]}), engine(), CACHE)
-    made._worker = Still()
+    made.attach(opened())
+    made.handshake()
     return made
+
+
+def opened():
+    return Opened(Still(), SimpleNamespace(traits=DeviceTraits(4096, 4)), {})
 
 
 def loads(*ops):
@@ -282,12 +307,13 @@ def test_a_worker_that_is_asked_answers_and_one_that_is_new_says_so_unasked():
     assert made.take_outcomes() is None
     made.begin(StepPlan(asks=True))
     assert len(made.take_outcomes().handshakes) == 1
-    made._incarnation, made._unsaid = "b", True
+    before = made.handshake().incarnation
+    made.attach(opened())
     made.begin(StepPlan())
-    assert made.take_outcomes().handshakes[0].incarnation == "b"
+    assert made.take_outcomes().handshakes[0].incarnation != before
     made.begin(StepPlan())
     assert made.take_outcomes() is None
-    made._unsaid = True
+    made.attach(opened())
     made.handshake()  # vLLM brings it.
     made.begin(StepPlan())
     assert made.take_outcomes() is None
@@ -306,8 +332,8 @@ def test_a_worker_without_tiers_yet_does_nothing():
 
 def test_at_the_end_every_load_under_way_fails_and_nobody_waits():
     made = worker()
-    still = made._worker
-    made.begin(StepPlan(loads(1, 2), 1))
+    still = made.rank.worker
+    made.begin(StepPlan(Step(loads(1, 2), 1)))
     still.at_close = [Report(1, 0)]
     made.close()
     made.close()
@@ -315,12 +341,13 @@ def test_at_the_end_every_load_under_way_fails_and_nobody_waits():
     assert made.collect() == {"r1", "r2"}
     assert made.take_failed_blocks() == {20, 21}
     # And what is planned after it.
-    made.begin(StepPlan(loads(3), 2))
+    made.begin(StepPlan(Step(loads(3), 2)))
     assert (made.collect(), made.take_failed_blocks()) == ({"r3"}, {30, 31})
-    made.begin(StepPlan(Plan(stores=[Store(4, KEYS[:1], [1], [0])], lookups=[Lookup(5, 0, KEYS[:1])]), 3))
+    plan = Plan(stores=[Store(4, KEYS[:1], [1], [0])], lookups=[Lookup(5, 0, KEYS[:1])])
+    made.begin(StepPlan(Step(plan, 3)))
     assert made.collect() == set()
     with pytest.raises(KvbmError, match="closed"):
-        made.begin(StepPlan(Plan(loads=[Load(6, "r6", 0, -1, KEYS[:1], [1], in_step=True)]), 4))
+        made.begin(StepPlan(Step(Plan(loads=[Load(6, "r6", 0, -1, KEYS[:1], [1], in_step=True)]), 4)))
 
 
 # Real engines.
@@ -386,7 +413,7 @@ def begin_to_load(llm, prompt):
     llm.llm_engine.add_request("waits", {"prompt_token_ids": prompt}, params)
     for _ in range(10):
         llm.llm_engine.step()
-        if connector(llm)._leader._planner.loading_blocks:
+        if connector(llm)._leader.session.planner.loading_blocks:
             return
     raise AssertionError("it does not load")
 
@@ -422,11 +449,11 @@ def test_a_second_handshake_of_a_running_engine_changes_nothing(
     prompts = long_prompts(seed=31)
     answers = [generate(llm, [prompt])[0] for prompt in prompts]
     serve(llm, prompts, answers)
-    planner = connector(llm)._leader._planner
+    planner = connector(llm)._leader.session.planner
     shake(llm)
     the_worker().register_kv_caches(llm.kvbm_tensors)
     shake(llm)
-    assert connector(llm)._leader._planner is planner
+    assert connector(llm)._leader.session.planner is planner
     serve(llm, prompts, answers)
     # With a load under way.
     hesitant.on = True
@@ -448,7 +475,7 @@ def test_a_worker_that_opens_its_tiers_anew_is_an_engine_anew(llama, watched, tm
     prompts = long_prompts(seed=33)
     answers = [generate(llm, [prompt])[0] for prompt in prompts]
     serve(llm, prompts, answers)
-    planner = connector(llm)._leader._planner
+    planner = connector(llm)._leader.session.planner
     # Its tiers are closed while a request loads.
     hesitant.on = True
     begin_to_load(llm, prompts[0])
@@ -458,7 +485,7 @@ def test_a_worker_that_opens_its_tiers_anew_is_an_engine_anew(llama, watched, tm
         shake(llm)
     hesitant.on = False
     assert end_of(llm) == answers[0]
-    assert connector(llm)._leader._planner is not planner
+    assert connector(llm)._leader.session.planner is not planner
     # From LMDB: the memory tier is empty.
     serve(llm, prompts[1:], answers[1:])
     assert connector(llm).counts["lmdb"].loaded > 0

@@ -28,31 +28,33 @@ class Pages:
     """Digests of device pages: by key when stored, compared when loaded."""
 
     def __init__(self, monkeypatch):
-        from kvbm_vllm._worker import WorkerHalf
+        from kvbm_engine import Progress, Rank
 
         self.stored, self.compared, self.different = {}, 0, 0
-        begin, end = WorkerHalf.begin, WorkerHalf._end
+        begin, end = Rank.begin, Progress.end
 
-        def watch_begin(half, step):
-            if step is not half._begun:
-                for store in step.plan.stores:
-                    self.stored.update(zip(store.keys, self._read(half, store.blocks), strict=False))
-            begin(half, step)
+        ranks = {}
 
-        def watch_end(half, load, report):
-            for key, digest in zip(load.keys, self._read(half, load.blocks), strict=True):
+        def watch_begin(rank, step):
+            ranks[rank.progress] = rank
+            for store in step.plan.stores:
+                self.stored.update(zip(store.keys, self._read(rank, store.blocks), strict=False))
+            begin(rank, step)
+
+        def watch_end(progress, load, failures):
+            for key, digest in zip(load.keys, self._read(ranks[progress], load.blocks), strict=True):
                 self.compared += 1
                 self.different += digest != self.stored[key]
-            end(half, load, report)
+            end(progress, load, failures)
 
-        monkeypatch.setattr(WorkerHalf, "begin", watch_begin)
-        monkeypatch.setattr(WorkerHalf, "_end", watch_end)
+        monkeypatch.setattr(Rank, "begin", watch_begin)
+        monkeypatch.setattr(Progress, "end", watch_end)
 
     @staticmethod
-    def _read(half, blocks):
+    def _read(rank, blocks):
         import ctypes
 
-        device = half._worker._engine._device
+        device = rank.worker._engine._device
         memory = (ctypes.c_ubyte * device.traits.block_bytes)()
         region = Region(ctypes.addressof(memory), device.traits.block_bytes, owner=memory)
         digests = []

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("vllm")
-from kvbm_vllm._keys import RequestKeys, cacheable
+from kvbm_vllm._keys import cacheable, request_keys
 from kvbm_vllm._weights import AdapterDigests, digest_files, find_files, weights_digest
 
 
@@ -19,7 +19,7 @@ def request(tokens, lora=None, salt=None, features=()):
 
 
 def keys(*args, **kwargs):
-    return RequestKeys(request(*args, **kwargs), 4, AdapterDigests()).slice(0, 2)
+    return request_keys(request(*args, **kwargs), 4, AdapterDigests()).slice(0, 2)
 
 
 def image(name, offset, length=3):
@@ -35,10 +35,10 @@ TOKENS = [5, 6, 7, 8, 9, 10, 11, 12]
 
 def test_keys_are_the_same_in_every_process():
     program = (
-        "from types import SimpleNamespace as N; from kvbm_vllm._keys import RequestKeys; "
+        "from types import SimpleNamespace as N; from kvbm_vllm._keys import request_keys; "
         "from kvbm_vllm._weights import AdapterDigests; "
         f"r = N(all_token_ids={TOKENS}, lora_request=None, cache_salt='s', mm_features=()); "
-        "print(RequestKeys(r, 4, AdapterDigests()).slice(0, 2)[1].hex())"
+        "print(request_keys(r, 4, AdapterDigests()).slice(0, 2)[1].hex())"
     )
     seen = {
         subprocess.run(
@@ -52,7 +52,7 @@ def test_keys_are_the_same_in_every_process():
 
 def test_keys_made_as_tokens_come_equal_keys_made_at_once():
     tokens = TOKENS[:5]
-    growing = RequestKeys(request(tokens), 4, AdapterDigests())
+    growing = request_keys(request(tokens), 4, AdapterDigests())
     first = growing.slice(0, 1)
     tokens += TOKENS[5:]
     assert growing.slice(0, 2) == [*first, keys(TOKENS)[1]] == keys(TOKENS)

@@ -15,7 +15,10 @@ import random_engine
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import init_none_hash
 
-from kvbm_vllm import _requests, _scheduler
+from kvbm_engine import Ledger, Session
+from kvbm_engine._requests import RequestState
+from kvbm_engine._steps import StepsUnderWay
+from kvbm_vllm import _scheduler
 
 pytestmark = pytest.mark.vllm
 
@@ -62,26 +65,33 @@ def test_whoever_reads_a_slot_finds_the_kv_of_its_tokens_and_weights(drive, part
 
 def keys_of_before(monkeypatch):
     """A reset that clears what it knows, and lets requests that are known go on under their keys."""
-    forget = _requests.RequestState.forget
-    monkeypatch.setattr(_requests.RequestState, "forget", lambda self, keys: forget(self, self.keys))
+    forget = RequestState.forget
+    monkeypatch.setattr(RequestState, "forget", lambda self, keys: forget(self, self.keys))
 
 
 def blocks_of_loads_alone(monkeypatch):
     """Blocks count as overwritten where we load into them, or the step computes into them."""
-    allocated = _scheduler.SchedulerHalf.allocated
+    allocated, follow = Session.allocated, Ledger.follow
+    forgotten = set()
 
-    def forgets(self, request, blocks, num_external_tokens):
-        before = list(self._new_blocks)
-        allocated(self, request, blocks, num_external_tokens)
-        if not num_external_tokens:
-            self._new_blocks = before
+    def notes(self, request, blocks, load_tokens, now_s):
+        (forgotten.difference_update if load_tokens else forgotten.update)(blocks)
+        allocated(self, request, blocks, load_tokens, now_s)
 
-    monkeypatch.setattr(_scheduler.SchedulerHalf, "allocated", forgets)
+    def forgets(self, schedule):
+        writes = follow(self, schedule)
+        named = {*writes.new_blocks}
+        writes.written = {block: None for block in writes.written if block in named or block not in forgotten}
+        forgotten.clear()
+        return writes
+
+    monkeypatch.setattr(Session, "allocated", notes)
+    monkeypatch.setattr(Ledger, "follow", forgets)
 
 
 def steps_that_cannot_fail(monkeypatch):
     """What a step was to compute counts as computed when the next is planned."""
-    begin = _requests.StepsUnderWay.begin
+    begin = StepsUnderWay.begin
 
     def confirms(self, writes, tokens, now_s):
         begin(self, writes, tokens, now_s)
@@ -89,21 +99,21 @@ def steps_that_cannot_fail(monkeypatch):
             if life == state.life:
                 self._confirm(state, total)
 
-    monkeypatch.setattr(_requests.StepsUnderWay, "begin", confirms)
-    monkeypatch.setattr(_requests.StepsUnderWay, "_lose", lambda self, step: None)
-    monkeypatch.setattr(_requests.StepsUnderWay, "end", lambda self, number, now_s: (0, 0.0))
+    monkeypatch.setattr(StepsUnderWay, "begin", confirms)
+    monkeypatch.setattr(StepsUnderWay, "_lose", lambda self, step: None)
+    monkeypatch.setattr(StepsUnderWay, "end", lambda self, number, now_s: (0, 0.0))
 
 
 def kv_that_outlives_a_reset(monkeypatch):
     """A request that has KV from before a reset is stored on under its new keys."""
-    forget = _requests.RequestState.forget
+    forget = RequestState.forget
 
     def forgets(self, keys):
         blocks, self.blocks = self.blocks, []
         forget(self, keys)
         self.blocks = blocks
 
-    monkeypatch.setattr(_requests.RequestState, "forget", forgets)
+    monkeypatch.setattr(RequestState, "forget", forgets)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,14 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("vllm")
-from kvbm_core import Capabilities, ConfigError, Planner, Reason, Report, TierStatus, load_config
-from kvbm_metrics import Tally, rate_reading
-from kvbm_vllm import _requests, _scheduler
-from kvbm_vllm._scheduler import SchedulerHalf
+from kvbm_core import Capabilities, ConfigError, Reason, Report, TierStatus, load_config
+from kvbm_engine._requests import RequestState
+from kvbm_metrics import rate_reading
+from kvbm_vllm import _scheduler
+from kvbm_vllm._keys import request_keys
+from kvbm_vllm._scheduler import SchedulerHalf, has_one_queue
 from kvbm_vllm._values import Handshake, Outcomes
+from kvbm_vllm._weights import AdapterDigests
 
 TOKENS = 4
 
@@ -19,40 +22,67 @@ class FullAttentionSpec:
     block_size = TOKENS
 
 
-def half(*, runner_v2=False, zeroes=False):
-    made = SchedulerHalf(
-        load_config({"tiers": [{"backend": "cpu", "capacity": "1MiB"}]}),
+CLOCK = SimpleNamespace(ahead_s=0.0)
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """Let tests say how much time passes, see `pass_time`."""
+    monkeypatch.setattr(CLOCK, "ahead_s", 0.0)
+    told = SimpleNamespace(monotonic=lambda: time.monotonic() + CLOCK.ahead_s)
+    monkeypatch.setattr(_scheduler, "time", told)
+
+
+def pass_time():
+    """Let the time pass for which the last blocks of finished requests wait."""
+    CLOCK.ahead_s += 1
+
+
+def bare(*, runner_v2=False, zeroes=False, world_size=1, most_loads=32):
+    """A leader that has not heard of its workers."""
+    return SchedulerHalf(
+        load_config(
+            {"tiers": [{"backend": "cpu", "capacity": "1MiB"}], "max_load_fraction": most_loads / 64}
+        ),
         SimpleNamespace(
-            model_config=None, parallel_config=SimpleNamespace(world_size=1), use_v2_model_runner=runner_v2
+            model_config=None, parallel_config=SimpleNamespace(world_size=world_size),
+            use_v2_model_runner=runner_v2,
         ),
         SimpleNamespace(
             num_blocks=64, kv_cache_groups=[SimpleNamespace(kv_cache_spec=FullAttentionSpec())],
             needs_kv_cache_zeroing=zeroes,
         ),
     )  # fmt: skip
-    begin_with(made, TierStatus("cpu", Capabilities(capacity_blocks=64, addressable=True), []))
+
+
+CPU = Capabilities(capacity_blocks=64, addressable=True)
+
+
+def half(*tiers, joins=False, most_loads=32):
+    """A leader over these tiers, or an empty one in host memory."""
+    made = bare(most_loads=most_loads)
+    made.start([Handshake(0, [*tiers] or [TierStatus("cpu", CPU, [])], 4096, {}, joins)])
     return made
-
-
-def begin_with(made, *tiers):
-    made._planner = Planner([tiers], block_tokens=TOKENS)
-    made._tally = Tally(made._planner, [tiers], TOKENS, 4096)
 
 
 PROMPT = [*range(10)]
 """Two blocks, and tokens to be computed."""
 
 
-def idle(*tiers):
+def keys_of(tokens):
+    """The keys of all complete blocks."""
+    asked = request("found", tokens)
+    return request_keys(asked, TOKENS, AdapterDigests()).slice(0, len(tokens) // TOKENS)
+
+
+def idle(*tiers, joins=True, most_loads=32):
     """An engine that does nothing, whose device joins, over tiers that hold so many blocks of the prompt."""
-    made = half()
-    keys = made._state(request("found", PROMPT)).keys.slice(0, 2)
-    begin_with(made, *(
+    keys = keys_of(PROMPT)
+    made = (
         TierStatus(name, Capabilities(capacity_blocks=64, addressable=name == "cpu"), keys[:count])
         for name, count in tiers or [("cpu", 2)]
-    ))  # fmt: skip
-    made._joins = True
-    return made
+    )
+    return half(*made, joins=joins, most_loads=most_loads)
 
 
 def request(name, tokens, **other):
@@ -96,12 +126,6 @@ def begin(made, name, tokens, computed, blocks):
     return asked, step(made, {name: len(tokens) - computed}, new=[(name, computed, blocks)])
 
 
-def pass_time(made):
-    """Let the time pass for which the last blocks of finished requests wait."""
-    for sequence in made._ended:
-        sequence.ended_s -= 1
-
-
 def end(made, plan):
     made.outcomes(Outcomes([Report(op.op, tier) for op in plan.stores for tier in op.tiers]))
 
@@ -113,9 +137,9 @@ def test_blocks_that_vllm_clears_before_they_are_read_are_refused(runner_v2, zer
     """vLLM's second model runner clears them before it lets a connector start the step's plan."""
     if runner_v2 and zeroes:
         with pytest.raises(ConfigError, match=r"VLLM_USE_V2_MODEL_RUNNER.*Set it to 0"):
-            half(runner_v2=True, zeroes=True)
+            bare(runner_v2=True, zeroes=True)
     else:
-        half(runner_v2=runner_v2, zeroes=zeroes)
+        bare(runner_v2=runner_v2, zeroes=zeroes)
 
 
 def test_a_new_requests_blocks_are_overwritten_but_for_those_with_its_cached_prefix():
@@ -170,7 +194,7 @@ def test_a_loaded_prefix_is_overwritten_by_the_load_alone():
     asked, _ = begin(made, "a", tokens, 0, [5, 6, 7])
     made.finished(asked)
     made.outcomes(Outcomes([], 1))
-    pass_time(made)
+    pass_time()
     end(made, step(made))
     again = request("b", tokens)
     assert made.match(again, 0) == (2 * TOKENS, True)
@@ -196,14 +220,11 @@ def test_a_request_whose_blocks_are_not_stored_overwrites_all_the_same():
 
 def test_a_request_that_must_wait_for_room_is_judged_once():
     """vLLM asks in every step until it has blocks for it: a try is not used up by asking."""
-    made = half()
     tokens = [*range(100 * TOKENS + 1)]
     capabilities = Capabilities(capacity_blocks=200, durable=True)
-    keys = made._state(request("b", tokens)).keys.slice(0, 100)
-    begin_with(made, TierStatus("disk", capabilities, keys))
-    made._planner.cost_model.computed(1600, 4.0, 1.0)  # 10 ms a block
-    made._planner.cost_model.loaded(0, 100, 4.0, 1.0)  # 40 ms a block
-    made._planner.cost_model._tried_s[0] = float("-inf")
+    made = half(TierStatus("disk", capabilities, keys_of(tokens)))
+    made.session.planner.cost_model.computed(1600, 4.0, 1.0)  # 10 ms a block
+    made.session.planner.cost_model.loaded(0, 100, 4.0, 1.0)  # 40 ms a block
     asked = request("b", tokens)
     tried = made.match(asked, 0)
     assert tried == (1 * TOKENS, True)
@@ -238,26 +259,26 @@ def other_is_computed(made):
 
 
 def nobody_joins(made):
-    made._joins = False
+    made.session.matching.joins = False
 
 
 def another_was_scheduled_last(made):
     other_is_computed(made)
     made.outcomes(Outcomes([], 1))
-    assert not made._steps
+    assert not made.ledger.steps
 
 
 def an_outcome_is_due(made):
     other_is_computed(made)
-    made.finished(made._requests["other"].request)
-    assert not made._running
+    made.finished(request("other", []))
+    assert not made.ledger.others.running
 
 
 def another_load_is_under_way(made):
     nobody_joins(made)
     assert load(made, "other", [1, 2, 3])
     step(made)
-    made._joins = True
+    made.session.matching.joins = True
 
 
 def another_was_given_blocks(made):
@@ -303,13 +324,13 @@ def test_a_load_whose_step_has_ended_holds_nobody_back_though_its_report_has_not
     made = idle()
     assert not load(made, "a", [5, 6, 7])
     plan = step(made, {"a": 2}, new=[("a", 2 * TOKENS, [5, 6, 7])])
-    made.finished(made._requests["a"].request)
+    made.finished(request("a", []))
     made.outcomes(Outcomes([], 1))
     assert not load(made, "b", [1, 2, 3])
-    pass_time(made)
+    pass_time()
     plan.loads.extend(step(made).loads)
     made.outcomes(Outcomes([Report(op.op, 0) for op in plan.loads]))
-    assert made._planner.loading_blocks == 0
+    assert made.session.planner.loading_blocks == 0
     assert not made.busy()
 
 
@@ -326,25 +347,22 @@ def test_a_request_that_finds_no_room_may_be_loaded_otherwise_later():
     assert made.match(asked, 0) == (2 * TOKENS, False)  # vLLM has no blocks for it.
     other_is_computed(made)
     assert made.match(asked, 0) == (2 * TOKENS, True)
-    made.finished(made._requests["other"].request)
+    made.finished(request("other", []))
     made.outcomes(Outcomes([], 1))
     assert made.match(asked, 0) == (2 * TOKENS, False)
 
 
 @pytest.mark.parametrize("joins", [(True, True), (True, False), (False, True)])
 def test_a_load_is_part_of_a_step_where_every_ranks_device_joins(joins):
-    made = idle()
-    keys = made._state(request("found", PROMPT)).keys.slice(0, 2)
-    status = [TierStatus("cpu", Capabilities(capacity_blocks=64, addressable=True), keys)]
-    made._vllm_config.parallel_config.world_size = 2
+    made = bare(world_size=2)
+    status = [TierStatus("cpu", CPU, keys_of(PROMPT))]
     made.start([Handshake(rank, status, 4096, {}, each) for rank, each in enumerate(joins)])
     assert load(made, "a", [5, 6, 7]) is not all(joins)
 
 
 def test_of_what_ranks_have_measured_the_slowest_is_told():
-    made = half()
-    status = [TierStatus("cpu", Capabilities(capacity_blocks=64, addressable=True), [])]
-    made._vllm_config.parallel_config.world_size = 2
+    made = bare(world_size=2)
+    status = [TierStatus("cpu", CPU, [])]
     measured = [{rate_reading("staged", "host_to_device", chosen=True): speed} for speed in (50, 40)]
     made.start([Handshake(rank, status, 4096, {}, False, each) for rank, each in enumerate(measured)])
     assert measured[1].items() <= made.take_stats().data.items()
@@ -352,12 +370,11 @@ def test_of_what_ranks_have_measured_the_slowest_is_told():
 
 @pytest.mark.parametrize("joins", [True, False])
 def test_a_step_that_waits_for_a_load_says_nothing_of_how_fast_the_engine_computes(joins):
-    made = idle()
-    made._joins = joins
+    made = idle(joins=joins)
     load(made, "a", [5, 6, 7])
     plan = step(made, {"a": 1000}, new=[("a", 2 * TOKENS, [5, 6, 7])])
     made.outcomes(Outcomes([Report(op.op, 0) for op in plan.loads], 1))
-    assert (made._planner.cost_model._computing.seconds is None) is joins
+    assert (made.session.planner.cost_model._computing.seconds is None) is joins
 
 
 def test_what_a_step_computed_is_stored_after_its_outcome():
@@ -389,7 +406,7 @@ def test_what_no_outcome_has_confirmed_is_given_up_with_its_blocks(gone):
     made.allocated(other, [7, 6, 5], 0)
     plans = [step(made, {"b": 10}, **told)]
     made.outcomes(Outcomes([], 1))
-    pass_time(made)
+    pass_time()
     plans.append(step(made))
     assert [op.blocks for plan in plans for op in plan.stores] == []
 
@@ -403,7 +420,7 @@ def test_what_a_step_that_failed_was_to_write_is_never_stored(after):
         made.finished(failed)
     begin(made, "b", [*range(50, 60)], 0, [1, 2, 3])
     made.outcomes(Outcomes([], 2))
-    pass_time(made)
+    pass_time()
     plans = [step(made, {"a": 2}, cached=[("a", 10, None)])]
     made.outcomes(Outcomes([], 3))
     plans.append(step(made))
@@ -447,7 +464,7 @@ def finish(made, name, tokens, blocks):
     """Compute a request, and have vLLM finish it and free its blocks."""
     asked, _ = begin(made, name, tokens, 0, blocks)
     made.finished(asked)
-    made.outcomes(Outcomes([], made._steps.number))
+    made.outcomes(Outcomes([], made.ledger.steps.number))
 
 
 def test_what_a_finished_request_has_left_waits_for_the_next_ones_step_to_be_under_way():
@@ -456,19 +473,18 @@ def test_what_a_finished_request_has_left_waits_for_the_next_ones_step_to_be_und
     assert not step(made).stores
     asked, plan = begin(made, "b", [*range(50, 60)], 0, [1, 2, 3])
     assert not plan.stores
-    pass_time(made)
+    pass_time()
     assert [op.blocks for op in step(made).stores] == [[5, 6]]
     made.finished(asked)
     made.outcomes(Outcomes([], 3))
-    pass_time(made)
+    pass_time()
     assert [op.blocks for op in step(made).stores] == [[1, 2]]
     assert not step(made).stores
 
 
 @pytest.mark.parametrize("blocks", [[6, 10, 11], [10, 6, 11], [10, 11, 6]])
 def test_what_a_finished_request_has_left_is_stored_with_the_load_that_takes_its_blocks(blocks):
-    made = idle()
-    made._joins = False
+    made = idle(joins=False)
     finish(made, "a", [*range(50, 60)], [5, 6, 7])
     assert load(made, "b", blocks)
     plan = step(made)
@@ -506,11 +522,11 @@ def test_what_a_finished_request_computed_is_stored_before_a_running_one_gets_it
 
 def test_a_step_says_of_which_outcomes_the_leader_has_heard():
     made = half()
-    assert step_plan(made).heard == 0
+    assert step_plan(made).acked_step == 0
     begin(made, "a", [*range(10)], 0, [5, 6, 7])
     made.outcomes(Outcomes([], 2))
-    assert step_plan(made).heard == 2
-    assert step_plan(made).heard == 2
+    assert step_plan(made).acked_step == 2
+    assert step_plan(made).acked_step == 2
 
 
 def test_what_is_left_to_store_of_a_finished_request_keeps_the_engine_stepping():
@@ -521,7 +537,7 @@ def test_what_is_left_to_store_of_a_finished_request_keeps_the_engine_stepping()
     assert made.busy()
     assert not step(made).stores
     assert made.busy()
-    pass_time(made)
+    pass_time()
     end(made, step(made))
     assert not made.busy()
 
@@ -532,7 +548,7 @@ def test_a_lost_outcome_does_not_keep_the_engine_stepping_for_ever():
     made.finished(asked)
     stores = []
     for _ in range(70):
-        pass_time(made)
+        pass_time()
         stores += step(made).stores
     assert not stores
     assert not made.busy()
@@ -544,7 +560,7 @@ def test_a_request_that_is_not_cached_is_not_delayed_by_a_load():
     made.match(other, 0)
     made.allocated(other, [1, 2, 3], 0)
     step(made, {"other": 10}, new=[("other", 0, [1, 2, 3])])
-    made.outcomes(Outcomes([], made._steps.number))
+    made.outcomes(Outcomes([], made.ledger.steps.number))
     assert load(made, "a", [5, 6, 7])  # In a later step: this one is the other's, too.
 
 
@@ -560,14 +576,13 @@ def a_load(made):
 @pytest.mark.parametrize("writes", [a_step_that_writes, a_load])
 def test_what_ended_before_the_last_step_that_writes_is_stored_beside_it(writes):
     """And not after it: by then the accelerator would be through with the step."""
-    made = idle()
-    made._joins = False
+    made = idle(joins=False)
     finish(made, "a", [*range(70, 80)], [5, 6, 7])
     writes(made)
-    pass_time(made)
+    pass_time()
     plan = step(made)
     assert [op.blocks for op in plan.stores] == [[5, 6]]
-    assert plan.settled
+    assert plan.blocks_final
 
 
 def nothing(made):
@@ -580,7 +595,7 @@ def a_step_that_writes_into_blocks_given_before(made):
 
 def a_step_that_is_stored_with_it(made):
     a_step_that_writes(made)
-    for number in range(made._steps.number):
+    for number in range(made.ledger.steps.number):
         made.outcomes(Outcomes([], number + 1))
 
 
@@ -592,28 +607,27 @@ def test_what_nothing_was_written_since_is_stored_after_all_that_runs(since):
     begin(made, "other", [*range(30, 40)], 0, [8, 9, 10])
     finish(made, "a", [*range(70, 80)], [5, 6, 7])
     since(made)
-    pass_time(made)
+    pass_time()
     plan = step(made)
     assert [5, 6] in [op.blocks for op in plan.stores]
-    assert not plan.settled
+    assert not plan.blocks_final
 
 
 @pytest.mark.parametrize("end", ["scheduled", "finished"])
 def test_what_has_loaded_and_does_not_run_counts_as_what_loads(end):
     """It cannot be preempted either: with all blocks parked nobody could go on."""
-    made = idle()
-    made._joins, made._max_load_blocks = False, 4
+    made = idle(joins=False, most_loads=4)
     assert load(made, "a", [5, 6, 7])
     plan = step(made)
     other = request("b", PROMPT)
     assert made.match(other, 0) == (None, False)
     made.outcomes(Outcomes([Report(op.op, 0) for op in plan.loads]))
-    assert made._planner.loading_blocks == 0
+    assert made.session.planner.loading_blocks == 0
     assert made.match(other, 0) == (None, False)
     if end == "scheduled":
         step(made, {"a": 2}, new=[("a", 2 * TOKENS, [5, 6, 7])])
     else:
-        made.finished(made._requests["a"].request)
+        made.finished(request("a", []))
     assert made.match(other, 0) == (2 * TOKENS, True)
 
 
@@ -627,8 +641,8 @@ def remote(*keys):
 
 def counted(made, monkeypatch):
     """Count how often tiers are looked through for a prefix."""
-    times, match = [], made._planner.match
-    monkeypatch.setattr(made._planner, "match", lambda *args: times.append(1) or match(*args))
+    times, match = [], made.session.planner.match
+    monkeypatch.setattr(made.session.planner, "match", lambda *args: times.append(1) or match(*args))
     return times
 
 
@@ -640,8 +654,7 @@ def test_a_request_that_finds_no_room_is_looked_for_once(monkeypatch):
 
 
 def test_a_request_that_waits_for_others_to_run_is_looked_for_once(monkeypatch):
-    made = idle()
-    made._joins, made._max_load_blocks = False, 3
+    made = idle(joins=False, most_loads=3)
     assert load(made, "a", [5, 6, 7])
     times, asked = counted(made, monkeypatch), request("b", PROMPT)
     assert [made.match(asked, 0) for _ in range(9)] == [(None, False)] * 9
@@ -652,18 +665,16 @@ def test_a_request_that_waits_for_others_to_run_is_looked_for_once(monkeypatch):
 
 
 def test_a_request_need_not_wait_for_room_when_nothing_is_left_to_load():
-    made = idle()
-    made._joins, made._max_load_blocks = False, 3
+    made = idle(joins=False, most_loads=3)
     assert load(made, "a", [5, 6, 7])
     asked = request("b", PROMPT)
     assert made.match(asked, 0) == (None, False)
-    made._planner.reset()
+    made.session.planner.reset()
     assert made.match(asked, 0) == (0, False)
 
 
 def test_a_request_that_waits_for_an_answer_is_looked_for_when_it_has_come(monkeypatch):
-    made = half()
-    begin_with(made, remote())
+    made = half(remote())
     asked = request("a", PROMPT)
     times = counted(made, monkeypatch)
     assert [made.match(asked, 0) for _ in range(9)] == [(None, False)] * 9
@@ -676,11 +687,8 @@ def test_a_request_that_waits_for_an_answer_is_looked_for_when_it_has_come(monke
 
 
 def test_what_a_remote_tier_had_not_is_asked_for_again_when_that_is_due(monkeypatch):
-    made = half()
-    begin_with(made, remote())
-    asked, clock = request("a", PROMPT), SimpleNamespace(monotonic=lambda: now_s)
-    monkeypatch.setattr(_scheduler, "time", clock)
-    now_s = 100.0
+    made = half(remote())
+    asked = request("a", PROMPT)
     assert made.match(asked, 0) == (None, False)
     [op] = step(made).lookups
     missing = {at: Reason.MISSING for at in range(len(op.keys))}
@@ -688,19 +696,14 @@ def test_what_a_remote_tier_had_not_is_asked_for_again_when_that_is_due(monkeypa
     times = counted(made, monkeypatch)
     assert [made.match(asked, 0) for _ in range(9)] == [(0, False)] * 9
     assert len(times) == 1
-    now_s = 106.0
+    CLOCK.ahead_s += 6
     assert made.match(asked, 0) == (None, False)
 
 
 @pytest.mark.parametrize("change", ["evicted", "stored", "failing"])
 def test_a_finding_is_remembered_until_another_one_would_be_made(change):
-    made = idle(("cpu", 1)) if change == "stored" else idle()
-    made._joins = False
-    keys, planner, asked = (
-        made._state(request("a", PROMPT)).keys.slice(0, 2),
-        made._planner,
-        request("a", PROMPT),
-    )
+    made = idle(("cpu", 1 if change == "stored" else 2), joins=False)
+    keys, planner, asked = keys_of(PROMPT), made.session.planner, request("a", PROMPT)
     assert made.match(asked, 0) == ((TOKENS if change == "stored" else 2 * TOKENS), True)
     if change == "evicted":
         planner._tiers.drop(0, keys[1])
@@ -713,11 +716,11 @@ def test_a_finding_is_remembered_until_another_one_would_be_made(change):
     assert made.match(asked, 0)[0] == {"evicted": TOKENS, "stored": 2 * TOKENS, "failing": 0}[change]
 
 
-def test_a_step_ends_for_a_thousand_requests_at_once_in_one_look_at_what_has_ended():
+def test_a_step_ends_for_a_thousand_requests_at_once_in_one_look_at_what_has_ended(monkeypatch):
     made = half()
     asked = [begin(made, str(at), [at, *range(9)], 0, [5])[0] for at in range(3)]
     looks = []
-    made._is_to_offer = lambda state: looks.append(state) or True
+    monkeypatch.setattr(RequestState, "is_to_offer", lambda state, tokens: looks.append(state) or True)
     for each in asked:
         made.finished(each)
     assert len(looks) == 3
@@ -758,10 +761,9 @@ def test_what_vllms_own_cache_has_is_not_overwritten_when_it_is_given_again():
 
 
 def test_a_request_that_waits_loads_nothing_of_before_a_reset():
-    made = half()
-    begin_with(made, remote())
+    made = half(remote())
     asked = request("a", PROMPT)
-    before = made._state(asked).keys.slice(0, 2)
+    before = made.ledger.state(asked).keys.slice(0, 2)
     assert made.match(asked, 0) == (None, False)
     [op] = step(made).lookups
     assert made.reset()
@@ -769,13 +771,13 @@ def test_a_request_that_waits_loads_nothing_of_before_a_reset():
     assert made.match(asked, 0) == (None, False)
     [op] = step(made).lookups
     assert not set(before).intersection(op.keys)
-    assert made._planner.occupancy == {"remote": 0}
+    assert made.session.planner.occupancy == {"remote": 0}
 
 
 def test_a_request_that_ran_at_a_reset_is_stored_again_when_it_began_anew():
     made = half()
     asked, _ = begin(made, "a", PROMPT, 0, [5, 6, 7])
-    before = made._state(asked).keys.slice(0, 2)
+    before = made.ledger.state(asked).keys.slice(0, 2)
     assert made.reset()
     made.outcomes(Outcomes([], 1))
     assert not step(made, preempted=["a"]).stores
@@ -789,13 +791,12 @@ def test_a_request_that_ran_at_a_reset_is_stored_again_when_it_began_anew():
 
 
 def test_a_reset_is_refused_while_something_of_before_is_loaded_and_does_not_run_yet():
-    made = idle()
-    made._joins = False
+    made = idle(joins=False)
     load(made, "a", [5, 6, 7])
     plan = step(made)
     assert not made.reset()
     made.outcomes(Outcomes([Report(op.op, op.tier) for op in plan.loads], 1))
-    assert made._planner.loading_blocks == 0
+    assert made.session.planner.loading_blocks == 0
     assert not made.reset()
     step(made, {"a": 2}, new=[("a", 2 * TOKENS, [5, 6, 7])])
     assert made.reset()
@@ -804,16 +805,15 @@ def test_a_reset_is_refused_while_something_of_before_is_loaded_and_does_not_run
 @pytest.mark.parametrize("between", ["reset", "evicted", "nothing"])
 def test_what_vllm_was_promised_and_is_gone_when_it_gives_the_blocks_is_computed(between):
     """vLLM 0.33 may give the blocks for a load in a later step than the one it asked in."""
-    made = idle()
-    made._joins = False
+    made = idle(joins=False)
     asked = request("a", PROMPT)
     assert made.match(asked, 0) == (2 * TOKENS, True)
-    keys = made._state(asked).keys.slice(0, 2)
+    keys = made.ledger.state(asked).keys.slice(0, 2)
     step(made)
     if between == "reset":
         assert made.reset()
     elif between == "evicted":
-        made._planner._tiers.drop(0, keys[1])
+        made.session.planner._tiers.drop(0, keys[1])
     made.allocated(asked, [5, 6, 7], 2 * TOKENS)
     plan = step(made)
     gone = {"reset": [5, 6], "evicted": [6], "nothing": []}[between]
@@ -822,15 +822,14 @@ def test_what_vllm_was_promised_and_is_gone_when_it_gives_the_blocks_is_computed
     for op in plan.loads:
         failures = {at: Reason.MISSING for at, block in enumerate(op.blocks) if block in gone}
         reports.append(Report(op.op, op.tier, failures))
-    made.outcomes(Outcomes(reports, made._steps.number))
-    assert made._planner.loading_blocks == 0
-    assert not made._planner._in_flight
-    assert repr(made._planner._tiers[0].index).endswith("0 pinned, 0 filling, 0 leaving>")
+    made.outcomes(Outcomes(reports, made.ledger.steps.number))
+    assert made.session.planner.loading_blocks == 0
+    assert not made.session.planner._in_flight
+    assert repr(made.session.planner._tiers[0].index).endswith("0 pinned, 0 filling, 0 leaving>")
 
 
 def test_a_request_of_which_nothing_is_found_does_not_wait_for_room():
-    made = idle()
-    made._joins, made._max_load_blocks = False, 1
+    made = idle(joins=False, most_loads=1)
     assert load(made, "a", [5, 6, 7])
     assert made.match(request("b", [*range(50, 60)]), 0) == (0, False)
 
@@ -840,9 +839,8 @@ def test_before_031_a_request_that_finds_no_room_beside_parked_ones_does_not_sto
     monkeypatch, found
 ):
     """vLLM looked at nobody behind it, and who had loaded could stand there for ever."""
-    monkeypatch.setattr(_requests, "_ONE_QUEUE", True)
-    made = idle()
-    made._joins = False
+    monkeypatch.setattr(_scheduler, "vllm", SimpleNamespace(__version__="0.30.1"))
+    made = idle(joins=False)
     assert load(made, "a", [5, 6, 7])
     plan = step(made)
     large = request("large", [*PROMPT[: found * TOKENS], *range(100, 100 + 62 * TOKENS)])
@@ -853,16 +851,34 @@ def test_before_031_a_request_that_finds_no_room_beside_parked_ones_does_not_sto
     step(made, {"a": 2}, new=[("a", 2 * TOKENS, [5, 6, 7])])
     assert made.match(large, 0) == ((2 * TOKENS, True) if found else (0, False))
     assert made.match(small, 0) == (2 * TOKENS, True)
-    monkeypatch.setattr(_requests, "_ONE_QUEUE", False)
+    monkeypatch.setattr(_scheduler, "vllm", SimpleNamespace(__version__="0.31.0"))
+    made = idle(joins=False)
     assert load(made, "b", [1, 2, 3])
     assert made.match(large, 0)[0] is not None
 
 
+def test_two_queues_came_with_vllm_031():
+    assert [has_one_queue(each) for each in ("0.26.0", "0.30.2", "0.31.0", "0.33.1rc1", "1.0")] == [
+        True, True, False, False, False,
+    ]  # fmt: skip
+
+
+def test_blocks_of_a_request_that_was_aborted_while_it_loads_are_parked_until_that_has_ended():
+    made = idle(joins=False, most_loads=4)
+    assert load(made, "a", [5, 6, 7])
+    plan = step(made)
+    made.finished(request("a", []))
+    assert made.match(request("b", PROMPT), 0) == (None, False)
+    assert not made.reset()
+    made.outcomes(Outcomes([Report(op.op, 0) for op in plan.loads], 1))
+    assert not made.ledger.parked
+    assert made.reset()
+
+
 def test_a_block_in_a_tier_that_is_left_alone_does_not_make_a_finding_untrue(monkeypatch):
-    made = idle(("cpu", 1), ("disk", 2))
-    made._joins = False
+    made = idle(("cpu", 1), ("disk", 2), joins=False)
     for _ in range(3):
-        made._planner._tiers[1].breaker.note(Reason.ERROR, time.monotonic())
+        made.session.planner._tiers[1].breaker.note(Reason.ERROR, time.monotonic())
     times, asked = counted(made, monkeypatch), request("a", PROMPT)
     assert [made.match(asked, 0) for _ in range(5)] == [(TOKENS, True)] * 5
     assert len(times) == 1

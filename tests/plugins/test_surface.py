@@ -18,6 +18,7 @@ surface = importlib.import_module("surface")
 examine, judge = surface.examine, surface.judge
 
 PLUGIN = ROOT / "plugins" / "kvbm_vllm"
+ENGINE = ROOT / "plugins" / "kvbm_engine"
 BASE = "vllm/distributed/kv_transfer/kv_connector/v1/base.py"
 
 
@@ -32,9 +33,11 @@ def changed(tmp_path):
 
     def change(file, old, new):
         copy = shutil.copytree(PLUGIN, tmp_path / "kvbm_vllm", dirs_exist_ok=True)
-        text = (copy / file).read_text()
+        shutil.copytree(ENGINE, tmp_path / "kvbm_engine", dirs_exist_ok=True)
+        path = copy / file
+        text = path.read_text()
         assert text.count(old) >= 1, f"{file} has no {old!r}"
-        (copy / file).write_text(text.replace(old, new, 1))
+        path.write_text(text.replace(old, new, 1))
         return [line for line in judge({"here": examine(copy, installed())}) if line not in alone()]
 
     return change
@@ -67,7 +70,7 @@ def test_what_is_compared():
         "KVConnectorOutput.kv_connector_worker_meta", "KVConnectorStats.data", "KVTransferConfig.engine_id",
         "LoRARequest.lora_path", "LoadConfig.load_format", "ModelConfig.get_num_kv_heads",
         "NewRequestData.block_ids", "ParallelConfig.decode_context_parallel_size", "ParallelConfig.rank",
-        "PlaceholderRange.offset", "Request.all_token_ids", "Request.num_tokens",
+        "PlaceholderRange.offset", "Request.all_token_ids", "Request.mm_features", "Request.num_tokens",
         "SchedulerConfig.enable_chunked_prefill", "SchedulerOutput.preempted_req_ids",
         "SpeculativeConfig.draft_model_config", "VllmConfig.__post_init__", "vllm.__version__",
     }  # fmt: skip
@@ -135,6 +138,10 @@ def test_what_is_compared():
         pytest.param(
             "_worker.py", "parallel.data_parallel_size", "parallel.data_parallel_ranks",
             "no ParallelConfig.data_parallel_ranks, read at _worker.py:", id="attribute",
+        ),
+        pytest.param(
+            "../kvbm_engine/_requests.py", "def num_tokens(", "def number_of_tokens(",
+            "no Request.number_of_tokens, read at _requests.py:", id="protocol",
         ),
         pytest.param(
             "_keys.py", "mm_position.offset", "mm_position.start",

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("vllm")
-from kvbm_core import Reason, Report, load_config
+from kvbm_core import DeviceTraits, Reason, Report, load_config
 from kvbm_core.plan import Load, Plan, Store
+from kvbm_engine import Step
 from kvbm_vllm._values import StepPlan
-from kvbm_vllm._worker import WorkerHalf
+from kvbm_vllm._worker import Opened, WorkerHalf
 
 KEY = bytes(32)
 
@@ -34,6 +35,9 @@ class Still:
         ended, self.ended = self.ended, []
         return ended
 
+    def status(self):
+        return []
+
 
 def half():
     made = WorkerHalf(
@@ -41,7 +45,8 @@ def half():
         SimpleNamespace(model_config=None, parallel_config=SimpleNamespace(rank=0, world_size=1)),
         SimpleNamespace(num_blocks=64, kv_cache_groups=[SimpleNamespace(kv_cache_spec=FullAttentionSpec())]),
     )
-    made._worker = Still()
+    made.attach(Opened(Still(), SimpleNamespace(traits=DeviceTraits(4096, 4)), {}))
+    made.handshake()  # vLLM brings it.
     return made
 
 
@@ -51,11 +56,11 @@ def step(made, number, *reports, plan=None, **said):
     Returns:
         The requests whose loads have ended, what the leader is told, and whether the step waited.
     """
-    made._worker.ended, made._worker.waits = list(reports), []
-    told = StepPlan(plan or Plan(), number, **said)
+    made.rank.worker.ended, made.rank.worker.waits = list(reports), []
+    told = StepPlan(Step(plan or Plan(), number, **said))
     made.begin(told)
     made.begin(told)  # vLLM calls twice.
-    return made.collect(), made.take_outcomes(), bool(made._worker.waits)
+    return made.collect(), made.take_outcomes(), bool(made.rank.worker.waits)
 
 
 def load(op, request, blocks, *, in_step=False):
@@ -66,7 +71,7 @@ def test_vllm_is_told_once_that_a_load_has_ended_and_never_of_one_that_its_step_
     made = half()
     plan = Plan(loads=[load(1, "a", [1, 2], in_step=True), load(2, "b", [3]), load(3, "b", [4])])
     assert step(made, 1, plan=plan, computes=True)[0] == set()
-    assert made._worker.plans == [plan]
+    assert made.rank.worker.plans == [plan]
     ended, told, _ = step(made, 2, Report(1, 0), Report(2, 0))
     assert (ended, [report.op for report in told.reports]) == (set(), [1, 2])
     assert step(made, 3, Report(3, 0))[0] == {"b"}
@@ -88,10 +93,10 @@ def test_a_step_waits_for_progress_if_it_has_nothing_else_to_do():
     assert step(made, 2) == (set(), None, False)
     assert not step(made, 3, computes=True)[2]
     step(made, 4, idle=True)
-    while_nobody_loads = made._worker.waits
+    while_nobody_loads = made.rank.worker.waits
     step(made, 5, plan=Plan(loads=[load(1, "a", [1, 2])]), idle=True)
     # The next request is not seen while it waits.
-    assert 0 < while_nobody_loads[0] < made._worker.waits[0] < 0.1
+    assert 0 < while_nobody_loads[0] < made.rank.worker.waits[0] < 0.1
 
 
 def test_a_step_does_not_wait_while_the_leader_has_yet_to_hear_what_came_last():
@@ -99,18 +104,18 @@ def test_a_step_does_not_wait_while_the_leader_has_yet_to_hear_what_came_last():
     _, told, waited = step(made, 7, Report(1, 0), idle=True)
     assert (told.step, told.reports, waited) == (7, [Report(1, 0)], True)
     # vLLM starts a step before it takes the outcomes of the last.
-    assert not step(made, 8, idle=True, heard=6)[2]
-    assert not step(made, 9, Report(2, 0), idle=True, heard=6)[2]
-    assert not step(made, 10, idle=True, heard=7)[2]
-    assert step(made, 11, idle=True, heard=9)[2]
-    assert step(made, 12, idle=True, heard=9)[2]
+    assert not step(made, 8, idle=True, acked_step=6)[2]
+    assert not step(made, 9, Report(2, 0), idle=True, acked_step=6)[2]
+    assert not step(made, 10, idle=True, acked_step=7)[2]
+    assert step(made, 11, idle=True, acked_step=9)[2]
+    assert step(made, 12, idle=True, acked_step=9)[2]
 
 
 def test_outcomes_without_a_report_are_nothing_to_be_heard():
     made = half()
     _, told, _ = step(made, 5, computes=True)
     assert (told.step, told.reports) == (5, [])
-    assert step(made, 6, idle=True, heard=4)[2]
+    assert step(made, 6, idle=True, acked_step=4)[2]
 
 
 def test_a_plan_is_started_once_and_an_empty_one_not_at_all():
@@ -118,7 +123,7 @@ def test_a_plan_is_started_once_and_an_empty_one_not_at_all():
     plan = Plan(stores=[Store(1, [KEY], [3], [0])])
     step(made, 1, plan=plan)
     step(made, 2)
-    assert made._worker.plans == [plan]
+    assert made.rank.worker.plans == [plan]
 
 
 def test_a_worker_that_cannot_load_what_a_step_needs_ends_the_step(monkeypatch):
@@ -127,6 +132,6 @@ def test_a_worker_that_cannot_load_what_a_step_needs_ends_the_step(monkeypatch):
     def submit(plan):
         raise RuntimeError("not there")
 
-    monkeypatch.setattr(made._worker, "submit", submit)
+    monkeypatch.setattr(made.rank.worker, "submit", submit)
     with pytest.raises(RuntimeError, match="not there"):
         step(made, 1, plan=Plan(loads=[load(1, "a", [1], in_step=True)]), computes=True)

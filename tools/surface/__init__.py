@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from surface._classes import Class, Sources
+from surface._classes import Class, Object, Sources
 from surface._methods import compare_classes, unheard
 from surface._reads import Read, Reader
 
-__all__ = ["NEVER_CALLED", "SOMETIMES", "Surface", "examine", "judge"]
+__all__ = ["NEVER_CALLED", "PROTOCOLS", "SOMETIMES", "Surface", "examine", "judge"]
 
 NEVER_CALLED: Final[Mapping[str, str]] = {
     "KvbmConnector.counts": "for those who hold the connector itself: tests, and programs around an engine",
@@ -36,6 +36,11 @@ SOMETIMES: Final[Mapping[str, str]] = {
     "VllmConfig.is_mm_encoder_only": "since 0.29",
 }
 """``Class.attribute`` that not every version has, and since which; read by `getattr` with a default."""
+
+PROTOCOLS: Final[Mapping[str, str]] = {
+    "kvbm_engine._requests.EngineRequest": "vllm.v1.request.Request",
+}
+"""Protocols beside our package that the engine's objects fulfil: members are read of the engine's class."""
 
 _KINDS: Final = "vllm.v1.kv_cache_interface"
 _KIND: Final = re.compile(r"[A-Z]\w+Specs?")
@@ -79,6 +84,7 @@ def examine(package: Path, engine: Path) -> Surface:
         reader.run()
         problems |= reader.problems
         reads |= reader.reads
+    reads.update(_read_through_protocols(sources))
     alone = unheard(sources, classes)
     overrides = _methods(sources, classes) - alone
     kinds = _named_kinds(sources, modules)
@@ -124,6 +130,17 @@ def _lost(surfaces: Mapping[str, Surface]) -> list[str]:
         for version, have in places.items()
         for place, name in sorted(everywhere - have)
     ]
+
+
+def _read_through_protocols(sources: Sources) -> Iterator[Read]:
+    for ours, theirs in PROTOCOLS.items():
+        protocol, engines = (sources.find(*name.rsplit(".", 1)) for name in (ours, theirs))
+        if not (isinstance(protocol, Object) and isinstance(engines, Object)):
+            continue
+        place = f"{protocol.of.module.rpartition('.')[2]}.py:{protocol.of.node.lineno}"
+        for name in sources.members(protocol.of):
+            found = sources.member(engines.of, name) is not None
+            yield Read(engines.of.name, name, place, has_default=False, found=found)
 
 
 def _named_kinds(sources: Sources, modules: Sequence[str]) -> set[str]:

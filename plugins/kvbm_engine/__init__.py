@@ -1,0 +1,33 @@
+"""What a connector needs of any engine: the leader's session and one rank's, in neutral terms.
+
+    Session   in the leader: plans what is loaded and stored, over a `kvbm_core.Planner`
+    Ledger    what the leader knows of requests, steps and blocks, with tiers or without
+    Rank      in a worker: carries plans out, over a `kvbm_core.Worker`
+    Progress  what a rank has yet to say, with tiers or without
+
+An engine's connector translates its own values into these, and its own envelopes around them.
+"""
+
+from kvbm_engine._keys import BlockKeys
+from kvbm_engine._ledger import Ledger
+from kvbm_engine._parked import Parked
+from kvbm_engine._rank import Copies, CopyCounter, Progress, Rank
+from kvbm_engine._requests import EngineRequest
+from kvbm_engine._session import Session
+from kvbm_engine._values import Outcome, Schedule, Scheduled, Step
+
+__all__ = [
+    "BlockKeys",
+    "Copies",
+    "CopyCounter",
+    "EngineRequest",
+    "Ledger",
+    "Outcome",
+    "Parked",
+    "Progress",
+    "Rank",
+    "Schedule",
+    "Scheduled",
+    "Session",
+    "Step",
+]

@@ -1,0 +1,142 @@
+"""The leader's session with an engine whose ranks have opened their tiers: decides what is loaded and stored.
+
+match ──► allocated ─┐
+                     ├─► step: one plan ──► outcomes (of every rank)
+finished ────────────┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from kvbm_core import Planner, Report, TierCounts
+from kvbm_core.plan import WriteOrder
+from kvbm_engine._ledger import Ledger, Writes
+from kvbm_engine._matching import Matching
+from kvbm_engine._requests import EngineRequest
+from kvbm_engine._storing import Storing
+from kvbm_engine._values import Schedule, Step
+from kvbm_metrics import Readings, Tally
+
+__all__ = ["Session"]
+
+
+class Session:
+    """Plans for one engine. No clock: every call that needs the time is given it, in seconds.
+
+    Args:
+        ledger: What is known of the engine. It may be older than the session.
+        planner: Knows where blocks are.
+        tally: Counts for metrics.
+        max_load_blocks: Device blocks of requests that load, at once.
+        joins: True if a step can wait for the load of its blocks, on every rank.
+    """
+
+    def __init__(
+        self, ledger: Ledger, planner: Planner, tally: Tally, max_load_blocks: int, *, joins: bool
+    ) -> None:
+        self.planner = planner
+        self.ledger = ledger
+        self.matching = Matching(ledger, planner, tally, max_load_blocks, joins=joins)
+        self._storing = Storing(ledger, planner)
+        self._tally = tally
+
+    def __repr__(self) -> str:
+        return f"<Session {len(self.ledger)} requests; {self.planner!r}>"
+
+    @property
+    def counts(self) -> dict[str, TierCounts]:
+        """What has happened so far, by the tier's name."""
+        return self.planner.counts
+
+    def match(
+        self, request: EngineRequest, computed_tokens: int, now_s: float, *, reads_cache: bool
+    ) -> tuple[int | None, bool]:
+        """Say how many tokens after `computed_tokens` can be loaded; None: ask again.
+
+        And True if the engine shall compute the rest in a later step, when it is told that they are there.
+        Asked again in each step, it takes the same time for a prompt of any length.
+
+        Args:
+            request: That the engine looks at.
+            computed_tokens: Leading tokens that the engine's own cache has.
+            now_s: The time.
+            reads_cache: False if the request must be computed whatever is found.
+        """
+        return self.matching.match(request, computed_tokens, now_s, reads_cache=reads_cache)
+
+    def allocated(self, request: EngineRequest, blocks: list[int], load_tokens: int, now_s: float) -> None:
+        """Plan the load that was matched, into the blocks the engine has given to the request."""
+        admission = self.ledger.admit(request, blocks)
+        if (state := admission.state) is None:
+            return
+        self.matching.count(state.finding)
+        # The engine may have preempted it since the last step: what was computed for it is in the old blocks,
+        # which are not overwritten before this step's plan is carried out.
+        self._storing.offer(state, now_s)
+        state.begin_anew(list(blocks))
+        state.may_store |= admission.begins
+        if load_tokens:
+            self.matching.load(state, admission.had_blocks, load_tokens // self.ledger.block_tokens, now_s)
+        state.finding.match = state.finding.judged = None
+
+    def step(self, schedule: Schedule, now_s: float) -> Step:
+        """Plan one step, given what the engine has scheduled for it."""
+        self._storing.offer_confirmed(now_s)
+        writes = self.ledger.follow(schedule)
+        self._storing.offer_due(now_s, writes.written)
+        plan = self.planner.take(now_s, self._order(writes))
+        self._tally.planned(plan)
+        self._storing.planned(plan)
+        return self.ledger.begin(plan, writes, schedule.tokens, now_s)
+
+    def finished(self, name: str, now_s: float) -> None:
+        """Forget a request. What it has computed last is stored a little later."""
+        self._tally.finished(name)
+        self.ledger.finish(name, now_s)
+
+    def outcomes(self, reports: Sequence[Report], step: int, copied: Mapping[str, int], now_s: float) -> None:
+        """Take in what the ranks report of a step.
+
+        Args:
+            reports: Of all ranks.
+            step: Its number.
+            copied: Readings of the devices since the last time.
+            now_s: The time.
+        """
+        self.planner.cost_model.computed(*self.ledger.end(step, now_s), now_s)
+        self._tally.reported(reports, copied)
+        for load, failures in self.planner.report(reports, now_s):
+            self._tally.loaded(load, failures)
+            if not load.in_step:
+                self.ledger.parked.loaded(load.request, len(load.keys))
+            if failures and (state := self.ledger.find(load.request)):
+                state.may_load = False
+
+    def busy(self, now_s: float) -> bool:
+        """Return True if steps are needed although no request runs."""
+        return self.ledger.has_ended or self.planner.busy(now_s)
+
+    def reset(self) -> bool:
+        """Forget every block in every tier; what runs now is not stored.
+
+        Returns:
+            False if a request loads right now, or has loaded and does not run yet, what was to be forgotten.
+        """
+        self.ledger.reset()
+        self.planner.reset()
+        return not self.ledger.parked
+
+    def take_readings(self, now_s: float) -> Readings:
+        """Give what was counted since the last call."""
+        return self._tally.take(now_s)
+
+    def _order(self, writes: Writes) -> WriteOrder:
+        """Say what the engine writes from this step on, and in which order."""
+        # The loads name their own; but what is given to a step that computes is written after its load.
+        loaded = self.matching.take_load_blocks().difference(writes.new_blocks)
+        overwrites = [block for block in writes.written if block not in loaded]
+        # What neither this step computes into nor we load into is another connector's.
+        computed = {*writes.new_blocks}
+        unordered = [block for block in overwrites if block not in computed]
+        return WriteOrder(overwrites, unordered, self._storing.blocks_final)

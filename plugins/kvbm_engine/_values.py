@@ -1,0 +1,51 @@
+"""What an engine tells of a step, what the leader answers, and what a rank reports: neutral values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from kvbm_core import Plan, Report
+
+__all__ = ["Outcome", "Schedule", "Scheduled", "Step"]
+
+Scheduled: TypeAlias = tuple[str, int, int, Sequence[int], bool]
+"""One request of a step: its name, the tokens computed before and with the step, the blocks given to it, and
+True if these are all its blocks, False if they come after those it has. A plain tuple: there are many."""
+
+
+@dataclass(slots=True)
+class Schedule:
+    """What an engine has scheduled for one step."""
+
+    requests: list[Scheduled]
+    tokens: int
+    """Computed by the step, of all requests. 0: it computes nothing."""
+    preempted: Iterable[str] = ()
+    """Requests that have lost their blocks."""
+
+
+@dataclass(slots=True)
+class Step:
+    """What the leader tells every rank of one step."""
+
+    plan: Plan = field(default_factory=Plan)
+    number: int = 0
+    """Of this step."""
+    computes: bool = False
+    """True if the engine computes something in this step."""
+    idle: bool = False
+    """True if nothing is computed, and no result is due of an earlier step: it only polls. An engine may
+    start steps that compute nothing before it takes the result of one that does; a request waits for that."""
+    acked_step: int = 0
+    """The last step with outcomes that the leader has taken in. An engine may have two steps under way."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a rank tells the leader of one step."""
+
+    reports: list[Report]
+    step: int
+    """Number of the step that they come with."""
