@@ -12,9 +12,8 @@ from kvbm_engine._keys import BlockKeys
 from kvbm_engine._ledger import Ledger
 from kvbm_engine._parked import Parked
 from kvbm_engine._rank import Copies, CopyCounter, Progress, Rank
-from kvbm_engine._requests import EngineRequest
 from kvbm_engine._session import Session
-from kvbm_engine._values import Outcome, Schedule, Scheduled, Step
+from kvbm_engine._values import EngineRequest, Outcome, Schedule, Scheduled, Step
 
 __all__ = [
     "BlockKeys",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvbm_core import BlockKey, chain_keys
-from kvbm_engine._requests import EngineRequest
+from kvbm_engine._values import EngineRequest
 
 __all__ = ["BlockKeys"]
 

@@ -9,9 +9,9 @@ from typing import Final
 from kvbm_core import Plan
 from kvbm_engine._keys import BlockKeys
 from kvbm_engine._parked import Parked
-from kvbm_engine._requests import EngineRequest, RequestState
+from kvbm_engine._requests import RequestState
 from kvbm_engine._steps import StepsUnderWay
-from kvbm_engine._values import Schedule, Step
+from kvbm_engine._values import EngineRequest, Schedule, Step
 
 __all__ = ["Admission", "Ledger", "Others", "Writes"]
 

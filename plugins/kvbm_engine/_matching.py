@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from kvbm_core import Match, Planner
 from kvbm_engine._ledger import Ledger
-from kvbm_engine._requests import EngineRequest, Finding, RequestState
+from kvbm_engine._requests import Finding, RequestState
+from kvbm_engine._values import EngineRequest
 from kvbm_metrics import Tally
 
 __all__ = ["Matching"]

@@ -2,36 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
 
 from kvbm_core import Match
+from kvbm_engine._keys import BlockKeys
+from kvbm_engine._values import EngineRequest
 
-if TYPE_CHECKING:
-    from kvbm_engine._keys import BlockKeys
-
-__all__ = ["EngineRequest", "Finding", "RequestState"]
-
-
-class EngineRequest(Protocol):
-    """What is read of an engine's request, at any time of its life."""
-
-    @property
-    def request_id(self) -> str:
-        """Its name, unique among those that live."""
-
-    @property
-    def all_token_ids(self) -> Sequence[int]:
-        """Its tokens, of the prompt and of the answer so far."""
-
-    @property
-    def num_tokens(self) -> int:
-        """How many tokens it has."""
-
-    @property
-    def num_computed_tokens(self) -> int:
-        """Of how many the KV is computed, or will be once the steps under way have ended."""
+__all__ = ["Finding", "RequestState"]
 
 
 @dataclass(slots=True, eq=False)

@@ -13,9 +13,8 @@ from kvbm_core import Planner, Report, TierCounts
 from kvbm_core.plan import WriteOrder
 from kvbm_engine._ledger import Ledger, Writes
 from kvbm_engine._matching import Matching
-from kvbm_engine._requests import EngineRequest
 from kvbm_engine._storing import Storing
-from kvbm_engine._values import Schedule, Step
+from kvbm_engine._values import EngineRequest, Schedule, Step
 from kvbm_metrics import Readings, Tally
 
 __all__ = ["Session"]

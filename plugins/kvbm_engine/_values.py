@@ -4,11 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from kvbm_core import Plan, Report
 
-__all__ = ["Outcome", "Schedule", "Scheduled", "Step"]
+__all__ = ["EngineRequest", "Outcome", "Schedule", "Scheduled", "Step"]
+
+
+class EngineRequest(Protocol):
+    """What is read of an engine's request, at any time of its life."""
+
+    @property
+    def request_id(self) -> str:
+        """Its name, unique among those that live."""
+
+    @property
+    def all_token_ids(self) -> Sequence[int]:
+        """Its tokens, of the prompt and of the answer so far."""
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens it has."""
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Of how many the KV is computed, or will be once the steps under way have ended."""
+
 
 Scheduled: TypeAlias = tuple[str, int, int, Sequence[int], bool]
 """One request of a step: its name, the tokens computed before and with the step, the blocks given to it, and
