@@ -140,8 +140,8 @@ def test_what_is_compared():
             "no ParallelConfig.data_parallel_ranks, read at _worker.py:", id="attribute",
         ),
         pytest.param(
-            "../kvbm_engine/_requests.py", "def num_tokens(", "def number_of_tokens(",
-            "no Request.number_of_tokens, read at _requests.py:", id="protocol",
+            "../kvbm_engine/_values.py", "def num_tokens(", "def number_of_tokens(",
+            "no Request.number_of_tokens, read at _values.py:", id="protocol",
         ),
         pytest.param(
             "_keys.py", "mm_position.offset", "mm_position.start",

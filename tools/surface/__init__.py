@@ -38,7 +38,7 @@ SOMETIMES: Final[Mapping[str, str]] = {
 """``Class.attribute`` that not every version has, and since which; read by `getattr` with a default."""
 
 PROTOCOLS: Final[Mapping[str, str]] = {
-    "kvbm_engine._requests.EngineRequest": "vllm.v1.request.Request",
+    "kvbm_engine._values.EngineRequest": "vllm.v1.request.Request",
 }
 """Protocols beside our package that the engine's objects fulfil: members are read of the engine's class."""
 
