@@ -1,7 +1,7 @@
 """Compares a benchmark of two checkouts in alternating runs, and gives an interval for each row's ratio.
 
     git worktree add ../before COMMIT
-    python tests/benchmarks/pairs.py ../before . bench_planner.py [--pairs 20] [-- ARGUMENTS]
+    python tests/benchmarks/pairs.py [--pairs 20] ../before . bench_planner.py [-- ARGUMENTS]
 
 Three runs a round, in turning order: before, before again, after. A ratio is taken within a round, so that a
 machine that slows down slows all three. The interval is that of the mean logarithm of the ratios (Student's
