@@ -40,6 +40,11 @@ class Load(msgspec.Struct, frozen=True, array_like=True, gc=False):
     in_step: bool = False
     """The engine uses the blocks in the very step that the load is planned for, and its device waits."""
 
+    @property
+    def tiers(self) -> list[int]:
+        """The tiers it ends in: the one it reads, and the one that keeps the blocks."""
+        return [self.tier] if self.fill < 0 else [self.tier, self.fill]
+
 
 class Lookup(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Blocks that a tier shall be asked for."""
@@ -47,6 +52,11 @@ class Lookup(msgspec.Struct, frozen=True, array_like=True, gc=False):
     op: int
     tier: int
     keys: list[BlockKey]
+
+    @property
+    def tiers(self) -> list[int]:
+        """The tier that is asked, as other operations name theirs."""
+        return [self.tier]
 
 
 class WriteOrder(msgspec.Struct, frozen=True):

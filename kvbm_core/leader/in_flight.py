@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -75,9 +75,9 @@ class InFlight:
         """Draw the number of the next operation."""
         return next(self._numbers)
 
-    def expect(self, op: Store | Load | Lookup, tiers: Sequence[int], *, pinned: bool = True) -> None:
+    def expect(self, op: Store | Load | Lookup, *, pinned: bool = True) -> None:
         """Wait for every rank's report of an operation in each of its tiers."""
-        self._pending[op.op] = Pending(op, dict.fromkeys(tiers, self._world_size), pinned=pinned)
+        self._pending[op.op] = Pending(op, dict.fromkeys(op.tiers, self._world_size), pinned=pinned)
 
     def take_in(self, reports: Iterable[Report]) -> Iterator[LegEnded]:
         """Take in reports, and give each tier's end of an operation as soon as all ranks have reported it.

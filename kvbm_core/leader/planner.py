@@ -162,7 +162,7 @@ class Planner:
                 asking.add(number)
                 op = Lookup(number, position, tier.probe.ask(number, span))
                 self._lookups.append(op)
-                self._in_flight.expect(op, [position])
+                self._in_flight.expect(op)
         return frozenset(asking)
 
     def load(
@@ -198,7 +198,7 @@ class Planner:
             number = self._in_flight.number()
             op = Load(number, request, tier, fill, list(keys[part]), list(blocks[part]), in_step)
             self._loads.append(op)
-            self._in_flight.expect(op, [tier] if fill < 0 else [tier, fill], pinned=held)
+            self._in_flight.expect(op, pinned=held)
         self.loading_blocks += 0 if in_step else len(keys)
 
     def store(
@@ -292,4 +292,4 @@ class Planner:
         self._stores.append(op)
         for tier in tiers:
             self._tiers[tier].storing += len(keys)
-        self._in_flight.expect(op, tiers)
+        self._in_flight.expect(op)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
-from kvbm_core.block import BlockKey
-from kvbm_core.tier import Capabilities, Completion, Op, Outcome, Reason, Tier, Transfer
+from kvbm_core.layers import ForwardTier
+from kvbm_core.tier import Completion, Op, Outcome, Reason, Tier, Transfer
 
 __all__ = ["FaultyTier"]
 
 
-class FaultyTier(Tier):
+class FaultyTier(ForwardTier):
     """Wraps a tier; `fault` decides, for each transfer, what goes wrong.
 
     ========== ==================================================================
@@ -46,7 +46,7 @@ class FaultyTier(Tier):
         late_s: float = 1.0,
         reorder: bool = False,
     ) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._fault = fault
         self._random = random.Random(seed)
         self._late_s = late_s
@@ -56,15 +56,6 @@ class FaultyTier(Tier):
 
     def __repr__(self) -> str:
         return f"<Faulty {self._inner!r}>"
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """See `Tier.capabilities`."""
-        return self._inner.capabilities
-
-    def inventory(self) -> Iterable[BlockKey]:
-        """See `Tier.inventory`."""
-        return self._inner.inventory()
 
     def submit(self, transfers: Sequence[Transfer]) -> None:
         """See `Tier.submit`; misbehaves."""
@@ -104,14 +95,6 @@ class FaultyTier(Tier):
             self._held += [(0, completion) for completion in out[kept:]]
             out = out[:kept]
         return out
-
-    def discard(self, keys: Sequence[BlockKey]) -> None:
-        """See `Tier.discard`."""
-        self._inner.discard(keys)
-
-    def close(self) -> None:
-        """See `Tier.close`."""
-        self._inner.close()
 
     def _damage(self, fault: str | None, transfer: Transfer, before: bytes) -> None:
         assert transfer.region is not None

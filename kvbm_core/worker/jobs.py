@@ -157,13 +157,13 @@ class Jobs:
         """True if `take_reports` has something to give."""
         return bool(self._reports)
 
-    def begin(self, op: Store | Load | Lookup, tiers: Sequence[int]) -> Job:
+    def begin(self, op: Store | Load | Lookup) -> Job:
         """Open a job. It fails at once after a bug."""
         now_s = time.monotonic()
-        job = Job(op, now_s, now_s + self._limits_s[type(op)], dict.fromkeys(tiers, len(op.keys)))
+        job = Job(op, now_s, now_s + self._limits_s[type(op)], dict.fromkeys(op.tiers, len(op.keys)))
         with self.lock:
             if self.is_broken:
-                self._reports += [job.failed(tier) for tier in tiers]
+                self._reports += [job.failed(tier) for tier in op.tiers]
             else:
                 self._jobs.add(job)
         return job

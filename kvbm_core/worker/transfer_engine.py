@@ -94,10 +94,9 @@ class TransferEngine:
         the blocks of its stores. Raises what `Loads.start_in_step` raises.
         """
         # All are noted before anything is done: whatever fails from here on, `fail_all` ends them.
-        begin = self._jobs.begin
-        stores = [begin(op, op.tiers) for op in plan.stores]
-        loads = [begin(op, [op.tier] if op.fill < 0 else [op.tier, op.fill]) for op in plan.loads]
-        lookups = [begin(op, [op.tier]) for op in plan.lookups]
+        stores, loads, lookups = (
+            [self._jobs.begin(op) for op in ops] for ops in (plan.stores, plan.loads, plan.lookups)
+        )
         in_step = [job for job in loads if isinstance(job.op, Load) and job.op.in_step]
         claimed = {block for op in plan.loads for block in op.blocks}.union(plan.overwrites)
         if not self._jobs.is_broken:

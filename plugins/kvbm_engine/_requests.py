@@ -22,7 +22,7 @@ class Finding:
     worth_blocks: int = 0
     """Leading blocks of it that shall be loaded."""
     from_host_pool: bool = False
-    """True if all of these are in the memory that a tier lends."""
+    """True if all of these are in the host pool."""
     matched_step: int = 0
     """The step in whose planning it was matched last."""
     is_held: bool = False
