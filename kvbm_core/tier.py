@@ -135,6 +135,9 @@ class Completion:
     outcome: Outcome
     reason: Reason = Reason.NONE
     """NONE when DONE, MISSING when MISSING."""
+    detail: str = ""
+    """Why it FAILED, for people: the medium's own error and, if known, the remedy, in one short line
+    without secrets. It reaches the log, its first 200 characters, when the tier is left alone."""
 
 
 @dataclass(frozen=True, slots=True)
