@@ -169,7 +169,7 @@ def main() -> int:
         bench.worker.close()
         print(f"{name}, {arguments.blocks} blocks of {views * page_bytes >> 10} KiB")
         for what in rounds[0]:
-            print(f"  {what:22} {min(each[what] for each in rounds) * 1e3:6.1f} ms")
+            print(f"  {what:22} {min(each[what] for each in rounds) * 1e3:7.3f} ms")
     return 0
 
 

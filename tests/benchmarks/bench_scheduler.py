@@ -1,6 +1,6 @@
 """What the connector costs vLLM's scheduler in a step: it runs in the same thread, before the step can begin.
 
-    python tests/benchmarks/bench_scheduler.py [--brief]
+    python tests/benchmarks/bench_scheduler.py [--brief] [--cell TOKENS RUNNING WAITING]
 
 A step here: vLLM asks for every waiting request, tells what it has scheduled (each running request computes
 one token; in every sixteenth step a request completes a block, which is stored), and brings the outcome of
@@ -19,7 +19,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -151,18 +151,18 @@ def cells(*, brief: bool) -> Iterator[tuple[int, int, int]]:
                 yield tokens, running, waiting
 
 
-def print_steps(*, brief: bool) -> None:
+def print_steps(table: Iterable[tuple[int, int, int]], steps: int) -> None:
     print(f"\n{'':27}{'tiers empty':>16}{'tiers full':>22}")
     print(f"{'tokens':>9}{'running':>9}{'waiting':>9}" + f"{'ms':>8}{'longest':>10}{'us/ask':>9}" * 2)
     alone: dict[tuple[int, int, bool], float] = {}
-    for tokens, running, waiting in cells(brief=brief):
+    for tokens, running, waiting in table:
         row = f"{tokens:>9,}{running:>9}{waiting:>9,}"
         for full in (False, True):
-            median, longest = Engine(running, waiting, tokens, full=full).measure(10 if brief else 50)
+            median, longest = Engine(running, waiting, tokens, full=full).measure(steps)
             if not waiting:
                 alone[tokens, running, full] = median
-            asks = (median - alone[tokens, running, full]) / waiting * 1e3 if waiting else 0.0
-            row += f"{median:>8.2f}{longest:>10.2f}" + (f"{asks:>9.2f}" if waiting else f"{'-':>9}")
+            asks = (median - alone.get((tokens, running, full), 0.0)) / waiting * 1e3 if waiting else 0.0
+            row += f"{median:>8.3f}{longest:>10.2f}" + (f"{asks:>9.2f}" if waiting else f"{'-':>9}")
         print(row, flush=True)
 
 
@@ -241,10 +241,17 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--brief", action="store_true", help="few and small: does it run at all?")
-    brief = parser.parse_args().brief
+    parser.add_argument(
+        "--cell", nargs=3, type=int, action="append", metavar=("TOKENS", "RUNNING", "WAITING"),
+        help="this row alone; may be repeated",
+    )  # fmt: skip
+    options = parser.parse_args()
+    brief = options.brief
     print(f"command: python {' '.join(sys.argv)}")
     print(f"python {platform.python_version()}, {platform.machine()}; no I/O, no model")
-    print_steps(brief=brief)
+    print_steps(options.cell or cells(brief=brief), steps=10 if brief else 50)
+    if options.cell:
+        return 0
     print_growth(20_000 if brief else 1_000_000)
     print_collections()
     return 0
