@@ -10,7 +10,8 @@ import logging
 
 from kvbm_core.block import BlockState
 from kvbm_core.leader.cost_model import CostModel
-from kvbm_core.leader.in_flight import LegEnded, Pending
+from kvbm_core.leader.in_flight import InFlight, LegEnded, Pending
+from kvbm_core.leader.shortage import Shortages
 from kvbm_core.leader.tier_state import Tiers
 from kvbm_core.plan import Load, Lookup, Store
 from kvbm_core.tier import Reason
@@ -25,14 +26,18 @@ class Endings:
 
     Args:
         tiers: The leader's tiers.
+        in_flight: The leader's operations under way.
         cost_model: Learns how long loads took.
-        over_several_ranks: True if one rank may have a block that another has not.
+        shortages: Learns which media are full.
     """
 
-    def __init__(self, tiers: Tiers, cost_model: CostModel, *, over_several_ranks: bool) -> None:
+    def __init__(
+        self, tiers: Tiers, in_flight: InFlight, cost_model: CostModel, shortages: Shortages
+    ) -> None:
         self._tiers = tiers
+        self._in_flight = in_flight
         self._cost_model = cost_model
-        self._over_several_ranks = over_several_ranks
+        self._shortages = shortages
 
     def end(self, leg: LegEnded, now_s: float) -> None:
         """Take in the end of an operation in one tier, and with its last tier the end of all."""
@@ -55,6 +60,8 @@ class Endings:
         absent = Reason.MISSING if kind == "lookup" else None  # An answer, not a failure.
         tier.counts.failed.update((kind, why.value) for why in failures.values() if why is not absent)
         worst = next(iter(failures.values()), Reason.NONE) if len(failures) == len(op.keys) else Reason.NONE
+        if position in pending.full and self._shortages.note(leg, self._in_flight.latest, now_s):
+            worst = Reason.ERROR if worst is Reason.FULL else worst
         # A copy that the host pool did not get, because the load failed, is not the host pool's fault.
         if asked and tier.breaker.note(worst, now_s):
             logger.warning(
@@ -91,7 +98,7 @@ class Endings:
         for at in reversed(range(len(op.keys))):
             if at in failures:
                 tier.index.not_stored(op.keys[at])
-                if self._over_several_ranks:  # Other ranks may have it.
+                if self._in_flight.over_several_ranks:  # Other ranks may have it.
                     self._tiers.discard(position, [op.keys[at]])
             else:
                 tier.index.stored(op.keys[at])

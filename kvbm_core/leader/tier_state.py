@@ -32,6 +32,10 @@ class TierState:
     """As rank 0 has them; every rank's traits are alike."""
     index: TierIndex
     is_host_pool: bool
+    capacity_blocks: int | None
+    """As configured; the index may hold fewer, see `Shortages`."""
+    block_bytes: int
+    """That a block takes on one rank; 0: not known."""
     probe: PrefixProbe | None
     """For a tier that cannot list its blocks."""
     breaker: Breaker = field(default_factory=Breaker)
@@ -133,8 +137,11 @@ class Tiers:
             index.found(key)
         probe = PrefixProbe() if capabilities.remote_lookup else None
         self._states.append(
-            TierState(statuses[0].name, capabilities, index, position == self.host_pool, probe)
-        )
+            TierState(
+                statuses[0].name, capabilities, index, position == self.host_pool,
+                index.capacity_blocks, statuses[0].block_bytes, probe,
+            )
+        )  # fmt: skip
         self.discard(position, set().union(*(status.inventory for status in statuses)).difference(keep))
 
 

@@ -140,6 +140,7 @@ class TierQueue:
         return move.lease is not None
 
     def _collect_failed(self, completion: Completion, move: Move) -> None:
+        move.job.note(move.tier, completion)
         held = self.tier.holds(completion.ticket)
         # It may be there after all, and nobody would know. In a shared tier it may be another engine's.
         unknown = isinstance(move.job.op, Store) and not self.tier.capabilities.shared
