@@ -7,12 +7,14 @@ dropped from the tier.
 from __future__ import annotations
 
 import logging
+import time
 
 from kvbm_core.block import BlockState
 from kvbm_core.leader.cost_model import CostModel
 from kvbm_core.leader.in_flight import InFlight, LegEnded, Pending
 from kvbm_core.leader.shortage import Shortages
-from kvbm_core.leader.tier_state import Tiers
+from kvbm_core.leader.tier_state import Tiers, TierState
+from kvbm_core.log_limit import LogLimit
 from kvbm_core.plan import Load, Lookup, Store
 from kvbm_core.tier import Reason
 
@@ -38,6 +40,7 @@ class Endings:
         self._in_flight = in_flight
         self._cost_model = cost_model
         self._shortages = shortages
+        self._lines = LogLimit(logger)
 
     def end(self, leg: LegEnded, now_s: float) -> None:
         """Take in the end of an operation in one tier, and with its last tier the end of all."""
@@ -63,12 +66,30 @@ class Endings:
         if position in pending.full and self._shortages.note(leg, self._in_flight.latest, now_s):
             worst = Reason.ERROR if worst is Reason.FULL else worst
         # A copy that the host pool did not get, because the load failed, is not the host pool's fault.
-        if asked and tier.breaker.note(worst, now_s):
-            logger.warning(
-                "tier %s fails (%s) and is left alone for a while: %r", tier.name, worst.value, tier.breaker
-            )
+        if asked:
+            self._judge(tier, kind, worst, pending.details.get(position, ""), now_s)
         if leg.is_last and isinstance(op, Store) and not op.blocks:
             self._tiers.unpin(self._tiers.host_pool, op.keys)
+
+    def _judge(self, tier: TierState, kind: str, worst: Reason, detail: str, now_s: float) -> None:
+        """Have the breaker learn of an end, and say when the tier is left alone and when it works again."""
+        breaker = tier.breaker
+        since_s, was_open = breaker.since_s, tier.is_left_alone
+        if breaker.note(worst, now_s):
+            tier.is_left_alone = True
+            says = f" It says: {detail}." if detail else ""
+            self._lines.warning(
+                (tier.name, kind, worst),
+                "tier %s fails (%s: %s) and is left alone. It has failed since %s and is tried again "
+                "at %s.%s",
+                tier.name, kind, worst.value, _clock_words(breaker.since_s or now_s, now_s),
+                _clock_words(breaker.until_s, now_s), says,
+            )  # fmt: skip
+        elif was_open and since_s is not None and breaker.since_s is None:
+            tier.is_left_alone = False
+            logger.warning(
+                "tier %s works again; it had failed since %s", tier.name, _clock_words(since_s, now_s)
+            )
 
     def _end_lookup(self, pending: Pending, op: Lookup, now_s: float) -> None:
         tier = self._tiers[op.tier]
@@ -104,3 +125,8 @@ class Endings:
                 tier.index.stored(op.keys[at])
                 if pending.doomed:
                     self._tiers.drop(position, op.keys[at])
+
+
+def _clock_words(at_s: float, now_s: float) -> str:
+    """Write a moment of the planner's clock as the wall clock shows it, for people."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + at_s - now_s))

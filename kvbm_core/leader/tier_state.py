@@ -40,6 +40,8 @@ class TierState:
     """For a tier that cannot list its blocks."""
     breaker: Breaker = field(default_factory=Breaker)
     counts: TierCounts = field(default_factory=TierCounts)
+    is_left_alone: bool = False
+    """True from the line that says so until it has worked again."""
     storing: int = 0
     """Blocks on their way in."""
     write_back: OrderedDict[BlockKey, Container[BlockKey]] = field(default_factory=OrderedDict)

@@ -86,8 +86,10 @@ class TierQueue:
     def collect(self) -> list[Move]:
         """Take the tier's completions, and return the loads whose regions hold their blocks."""
         landed = []
-        completions = self.tier.poll()
-        if completions or not self.open:
+        completions, released = self.tier.poll(), self.tier.released()
+        # A deadline is no answer of the tier's.
+        answers = any(completion.reason is not Reason.DEADLINE for completion in completions)
+        if answers or released or not (self.open or self.late):
             self._moved_s = time.monotonic()
         for completion in completions:
             move = self.open.pop(completion.ticket)
@@ -99,7 +101,7 @@ class TierQueue:
                 self.let_go(move)
             else:
                 self._collect_failed(completion, move)
-        for ticket in self.tier.released():
+        for ticket in released:
             # May come for a transfer that had failed in time; then nothing is left to do.
             late = self.late.pop(ticket, None)
             if late:
@@ -122,7 +124,7 @@ class TierQueue:
 
     def _shed(self, share: int) -> None:
         """Give up stores that wait for a tier that ends nothing: they hold regions that other tiers need."""
-        if not self.late and time.monotonic() - self._moved_s < _STALL_S:
+        if time.monotonic() - self._moved_s < _STALL_S:
             return
         reason = Reason.DEADLINE if self.late else Reason.BUSY
         # The newest: the end of a prefix is worth the least.
