@@ -22,7 +22,7 @@ import yaml
 
 from kvbm_core.errors import ConfigError
 
-__all__ = ["ByteSize", "StackConfig", "TierEntry", "convert", "load_config", "parse_size"]
+__all__ = ["ByteSize", "StackConfig", "TierEntry", "convert", "load_config", "parse_size", "show_size"]
 
 _UNITS: Final[Mapping[str, int]] = {
     "": 1, "B": 1,
@@ -115,6 +115,12 @@ def parse_size(value: object, key: str = "size") -> ByteSize:
             f"{key}: {_shape(value)} is not a size; write a number and a unit ({units}), like 8GiB"
         )
     return ByteSize(math.floor(float(match[1]) * _UNITS[match[2]]))
+
+
+def show_size(nbytes: float) -> str:
+    """Write a number of bytes as people read it: ``12.3 GiB``."""
+    unit = next((u for u in ("TiB", "GiB", "MiB", "KiB") if nbytes >= _UNITS[u]), "bytes")
+    return f"{nbytes / _UNITS.get(unit, 1):.4g} {unit}"
 
 
 def convert(value: Mapping[str, Any], to: type[T], where: str) -> T:

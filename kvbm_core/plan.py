@@ -97,6 +97,10 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
     """Position in the operation's keys to why it did not work; all others did."""
     seconds: float = 0.0
     """From the plan's arrival to the end."""
+    full: bool = False
+    """True if the tier itself had no room for a block: not staging, and not the device."""
+    detail: str = ""
+    """The tier's own words for a failure, see `Completion.detail`; those of the first that had any."""
 
 
 class TierStatus(msgspec.Struct, frozen=True):
@@ -105,3 +109,5 @@ class TierStatus(msgspec.Struct, frozen=True):
     name: str
     capabilities: Capabilities
     inventory: list[BlockKey]
+    block_bytes: int = 0
+    """That a block takes in it on this rank, for messages. 0: not known."""

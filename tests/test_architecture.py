@@ -35,8 +35,8 @@ MAY_SWALLOW = {
 
 WINGS = {
     "kvbm_core/*.py": 1120,
-    "kvbm_core/leader/*.py": 850,
-    "kvbm_core/worker/*.py": 920,
+    "kvbm_core/leader/*.py": 1000,
+    "kvbm_core/worker/*.py": 980,
     "kvbm_core/layers/*.py": 240,
     "backends/kvbm_cpu/*.py": 300,
     "backends/kvbm_lmdb/*.py": 630,

@@ -127,7 +127,9 @@ class DeadlineTier(ForwardTier):
         if self._thread.is_alive():
             logger.warning("tier %s did not close within 10 s; it is left behind", self._name)
 
-    def _expire(self, now_s: float, reason: Reason = Reason.DEADLINE, among: set[int] | None = None) -> None:
+    def _expire(
+        self, now_s: float, reason: Reason = Reason.DEADLINE, among: set[int] | None = None, detail: str = ""
+    ) -> None:
         """Fail what is overdue (among some tickets); its regions stay the tier's."""
         with self._lock:
             expired = [
@@ -138,7 +140,7 @@ class DeadlineTier(ForwardTier):
             for ticket in expired:
                 del self._open[ticket]
                 self._late.add(ticket)
-        self._outbox.extend(Completion(ticket, Outcome.FAILED, reason) for ticket in expired)
+        self._outbox.extend(Completion(ticket, Outcome.FAILED, reason, detail) for ticket in expired)
 
     def _run(self) -> None:
         """Be the one thread that calls the inner tier."""
@@ -159,25 +161,29 @@ class DeadlineTier(ForwardTier):
             result = getattr(self._inner, method)(*(() if batch is None else (batch,)))
         except QueueFullError:
             self._refuse(batch or (), Reason.BUSY)
-        except TierError:
-            self._refuse(batch or (), Reason.ERROR)
-        except Exception:  # a thread's top: it becomes completions.
+        except TierError as error:
+            self._refuse(batch or (), Reason.ERROR, str(error))
+        except Exception as error:  # a thread's top: it becomes completions.
             self._raises += 1
             logger.log(
                 logging.ERROR if self._raises in (1, self._MAX_RAISES) else logging.DEBUG,
                 "tier %s raised in %s (%d of %d times before it is left alone)",
                 self._name, method, self._raises, self._MAX_RAISES, exc_info=True,
             )  # fmt: skip
-            self._expire(math.inf, Reason.ERROR, {t.ticket for t in batch or () if isinstance(t, Transfer)})
+            asked = {t.ticket for t in batch or () if isinstance(t, Transfer)}
+            # The type alone: the text of a foreign error may quote a password.
+            self._expire(math.inf, Reason.ERROR, asked, f"{type(error).__name__} in {method}")
             self._wake_outer()
         else:
             return result  # type: ignore[no-any-return]
         return None
 
-    def _refuse(self, batch: Sequence[Transfer] | Sequence[BlockKey], reason: Reason) -> None:
+    def _refuse(
+        self, batch: Sequence[Transfer] | Sequence[BlockKey], reason: Reason, detail: str = ""
+    ) -> None:
         """Fail a batch of which the tier says that nothing was started."""
         transfers = [t for t in batch if isinstance(t, Transfer)]
-        self._finish([Completion(t.ticket, Outcome.FAILED, reason) for t in transfers])
+        self._finish([Completion(t.ticket, Outcome.FAILED, reason, detail) for t in transfers])
 
     def _finish(self, completions: Sequence[Completion]) -> None:
         """Pass on what was awaited, note what was late, ignore what was never asked."""

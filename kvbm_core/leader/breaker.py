@@ -29,6 +29,8 @@ class Breaker:
         self._faults = 0
         self._pause_s = self.first_pause_s
         self._until_s = 0.0
+        self._since_s: float | None = None
+        """When the first of the faults came for which it was opened; None: the tier works."""
 
     def __repr__(self) -> str:
         return f"<Breaker {self._faults} faults, open until {self._until_s:.1f} s>"
@@ -37,14 +39,25 @@ class Breaker:
         """Say whether the tier may be used at `now_s`."""
         return now_s >= self._until_s
 
+    @property
+    def until_s(self) -> float:
+        """When the tier is tried again."""
+        return self._until_s
+
+    @property
+    def since_s(self) -> float | None:
+        """Since when the tier has failed; None: it has not, or has worked since."""
+        return self._since_s
+
     def note(self, reason: Reason, now_s: float) -> bool:
         """Take in how an operation ended (NONE for well). True if this opened the breaker."""
         if reason in _SILENT:
             return False
         if reason not in _FAULTS:
-            self._faults, self._pause_s = 0, self.first_pause_s
+            self._faults, self._pause_s, self._since_s = 0, self.first_pause_s, None
             return False
         self._faults += 1
+        self._since_s = now_s if self._since_s is None else self._since_s
         # What ends while it is open was begun before: no trial.
         if self._faults < self.threshold or not self.closed(now_s):
             return False

@@ -34,3 +34,5 @@ class TierLevels(NamedTuple):
     """Being stored, or waiting for that."""
     usable: bool
     """False while it is left alone after failures."""
+    capacity_blocks: int | None
+    """That it holds now: fewer than configured while its medium has no room for more. None: no limit."""

@@ -7,11 +7,14 @@ dropped from the tier.
 from __future__ import annotations
 
 import logging
+import time
 
 from kvbm_core.block import BlockState
 from kvbm_core.leader.cost_model import CostModel
-from kvbm_core.leader.in_flight import LegEnded, Pending
-from kvbm_core.leader.tier_state import Tiers
+from kvbm_core.leader.in_flight import InFlight, LegEnded, Pending
+from kvbm_core.leader.shortage import Shortages
+from kvbm_core.leader.tier_state import Tiers, TierState
+from kvbm_core.log_limit import LogLimit
 from kvbm_core.plan import Load, Lookup, Store
 from kvbm_core.tier import Reason
 
@@ -25,14 +28,19 @@ class Endings:
 
     Args:
         tiers: The leader's tiers.
+        in_flight: The leader's operations under way.
         cost_model: Learns how long loads took.
-        over_several_ranks: True if one rank may have a block that another has not.
+        shortages: Learns which media are full.
     """
 
-    def __init__(self, tiers: Tiers, cost_model: CostModel, *, over_several_ranks: bool) -> None:
+    def __init__(
+        self, tiers: Tiers, in_flight: InFlight, cost_model: CostModel, shortages: Shortages
+    ) -> None:
         self._tiers = tiers
+        self._in_flight = in_flight
         self._cost_model = cost_model
-        self._over_several_ranks = over_several_ranks
+        self._shortages = shortages
+        self._lines = LogLimit(logger)
 
     def end(self, leg: LegEnded, now_s: float) -> None:
         """Take in the end of an operation in one tier, and with its last tier the end of all."""
@@ -55,13 +63,33 @@ class Endings:
         absent = Reason.MISSING if kind == "lookup" else None  # An answer, not a failure.
         tier.counts.failed.update((kind, why.value) for why in failures.values() if why is not absent)
         worst = next(iter(failures.values()), Reason.NONE) if len(failures) == len(op.keys) else Reason.NONE
+        if position in pending.full and self._shortages.note(leg, self._in_flight.latest, now_s):
+            worst = Reason.ERROR if worst is Reason.FULL else worst
         # A copy that the host pool did not get, because the load failed, is not the host pool's fault.
-        if asked and tier.breaker.note(worst, now_s):
-            logger.warning(
-                "tier %s fails (%s) and is left alone for a while: %r", tier.name, worst.value, tier.breaker
-            )
+        if asked:
+            self._judge(tier, kind, worst, pending.details.get(position, ""), now_s)
         if leg.is_last and isinstance(op, Store) and not op.blocks:
             self._tiers.unpin(self._tiers.host_pool, op.keys)
+
+    def _judge(self, tier: TierState, kind: str, worst: Reason, detail: str, now_s: float) -> None:
+        """Have the breaker learn of an end, and say when the tier is left alone and when it works again."""
+        breaker = tier.breaker
+        since_s, was_open = breaker.since_s, tier.is_left_alone
+        if breaker.note(worst, now_s):
+            tier.is_left_alone = True
+            says = f" It says: {detail}." if detail else ""
+            self._lines.warning(
+                (tier.name, kind, worst),
+                "tier %s fails (%s: %s) and is left alone. It has failed since %s and is tried again "
+                "at %s.%s",
+                tier.name, kind, worst.value, _clock_words(breaker.since_s or now_s, now_s),
+                _clock_words(breaker.until_s, now_s), says,
+            )  # fmt: skip
+        elif was_open and since_s is not None and breaker.since_s is None:
+            tier.is_left_alone = False
+            logger.warning(
+                "tier %s works again; it had failed since %s", tier.name, _clock_words(since_s, now_s)
+            )
 
     def _end_lookup(self, pending: Pending, op: Lookup, now_s: float) -> None:
         tier = self._tiers[op.tier]
@@ -91,9 +119,14 @@ class Endings:
         for at in reversed(range(len(op.keys))):
             if at in failures:
                 tier.index.not_stored(op.keys[at])
-                if self._over_several_ranks:  # Other ranks may have it.
+                if self._in_flight.over_several_ranks:  # Other ranks may have it.
                     self._tiers.discard(position, [op.keys[at]])
             else:
                 tier.index.stored(op.keys[at])
                 if pending.doomed:
                     self._tiers.drop(position, op.keys[at])
+
+
+def _clock_words(at_s: float, now_s: float) -> str:
+    """Write a moment of the planner's clock as the wall clock shows it, for people."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + at_s - now_s))

@@ -26,6 +26,10 @@ class Pending:
     """Tier to ranks that have yet to report."""
     failures: dict[int, dict[int, Reason]] = field(default_factory=dict)
     """Tier to position to reason, over all ranks."""
+    full: set[int] = field(default_factory=set)
+    """Tiers that had no room themselves, on some rank."""
+    details: dict[int, str] = field(default_factory=dict)
+    """Tier to its own words for a failure."""
     took_s: float = 0.0
     """On the slowest rank so far."""
     doomed: bool = False
@@ -55,6 +59,8 @@ class InFlight:
         self._world_size = world_size
         self._numbers = numbers or itertools.count(1)
         self._pending: dict[int, Pending] = {}
+        self.latest = 0
+        """The number drawn last."""
 
     def __repr__(self) -> str:
         return f"<InFlight {len(self._pending)} operations>"
@@ -73,7 +79,8 @@ class InFlight:
 
     def number(self) -> int:
         """Draw the number of the next operation."""
-        return next(self._numbers)
+        self.latest = next(self._numbers)
+        return self.latest
 
     def expect(self, op: Store | Load | Lookup, *, pinned: bool = True) -> None:
         """Wait for every rank's report of an operation in each of its tiers."""
@@ -91,6 +98,10 @@ class InFlight:
             known = pending.failures.setdefault(report.tier, {})
             for at, why in report.failures.items():
                 known[at] = max(why, known.get(at, why), key=_SEVERITY.index)
+            if report.full:
+                pending.full.add(report.tier)
+            if report.detail:
+                pending.details.setdefault(report.tier, report.detail)
             pending.waiting[report.tier] -= 1
             pending.took_s = max(pending.took_s, report.seconds)
             if pending.waiting[report.tier]:

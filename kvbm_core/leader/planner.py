@@ -16,6 +16,7 @@ from kvbm_core.leader.counts import TierCounts, TierLevels
 from kvbm_core.leader.endings import Endings
 from kvbm_core.leader.in_flight import InFlight
 from kvbm_core.leader.matches import Match, Matcher, Prefix
+from kvbm_core.leader.shortage import Shortages
 from kvbm_core.leader.tier_state import Tiers
 from kvbm_core.leader.write_back import WriteBack
 from kvbm_core.plan import Load, Lookup, Plan, Report, Store, TierStatus, WriteOrder
@@ -54,9 +55,8 @@ class Planner:
         self._matcher = Matcher(self._tiers, self._in_flight)
         self._write_back = WriteBack(self._tiers, max_store_blocks)
         self.cost_model = CostModel(len(self._tiers), block_tokens, self._tiers.host_pool)
-        self._endings = Endings(
-            self._tiers, self.cost_model, over_several_ranks=self._in_flight.over_several_ranks
-        )
+        self._shortages = Shortages(self._tiers, len(ranks))
+        self._endings = Endings(self._tiers, self._in_flight, self.cost_model, self._shortages)
         self._stores: list[Store] = []
         self._loads: list[Load] = []
         self._lookups: list[Lookup] = []
@@ -85,7 +85,12 @@ class Planner:
     def levels(self, now_s: float) -> dict[str, TierLevels]:
         """Where each tier stands, by its name."""
         return {
-            t.name: TierLevels(len(t.index), t.storing + len(t.write_back), t.breaker.closed(now_s))
+            t.name: TierLevels(
+                len(t.index),
+                t.storing + len(t.write_back),
+                t.breaker.closed(now_s),
+                t.index.capacity_blocks,
+            )
             for t in self._tiers
         }
 
@@ -228,6 +233,7 @@ class Planner:
 
     def take(self, now_s: float, order: WriteOrder | None = None) -> Plan:
         """Take everything planned since the last call, with what the engine writes."""
+        self._shortages.grow(now_s)
         if self.host_pool >= 0:
             for position in range(len(self._tiers)):
                 if keys := self._write_back.due(position, now_s):

@@ -32,10 +32,16 @@ class TierState:
     """As rank 0 has them; every rank's traits are alike."""
     index: TierIndex
     is_host_pool: bool
+    capacity_blocks: int | None
+    """As configured; the index may hold fewer, see `Shortages`."""
+    block_bytes: int
+    """That a block takes on one rank; 0: not known."""
     probe: PrefixProbe | None
     """For a tier that cannot list its blocks."""
     breaker: Breaker = field(default_factory=Breaker)
     counts: TierCounts = field(default_factory=TierCounts)
+    is_left_alone: bool = False
+    """True from the line that says so until it has worked again."""
     storing: int = 0
     """Blocks on their way in."""
     write_back: OrderedDict[BlockKey, Container[BlockKey]] = field(default_factory=OrderedDict)
@@ -133,8 +139,11 @@ class Tiers:
             index.found(key)
         probe = PrefixProbe() if capabilities.remote_lookup else None
         self._states.append(
-            TierState(statuses[0].name, capabilities, index, position == self.host_pool, probe)
-        )
+            TierState(
+                statuses[0].name, capabilities, index, position == self.host_pool,
+                index.capacity_blocks, statuses[0].block_bytes, probe,
+            )
+        )  # fmt: skip
         self.discard(position, set().union(*(status.inventory for status in statuses)).difference(keep))
 
 

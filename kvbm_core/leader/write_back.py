@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Container, Iterable
+from typing import Final
 
 from kvbm_core.block import BlockKey, BlockState
 from kvbm_core.leader.tier_state import Tiers, TierState
 
 __all__ = ["WriteBack"]
+
+_SHARES: Final = 4
+_SMALL_SHARE: Final = 8
+"""Of a host pool of a few blocks, so that a prompt's blocks go together."""
 
 
 class WriteBack:
@@ -16,12 +21,15 @@ class WriteBack:
 
     Args:
         tiers: The leader's tiers.
-        max_store_blocks: Blocks on their way into a tier below the host pool, at once; as many more wait.
+        max_store_blocks: Blocks on their way into a tier below the host pool, at once; as many more wait. A
+            quarter of the host pool at most: they lie in its memory, and a tier may hang.
     """
 
     def __init__(self, tiers: Tiers, max_store_blocks: int) -> None:
         self._tiers = tiers
-        self._max_store_blocks = max_store_blocks
+        self._max_waiting = self._max_storing = max_store_blocks
+        if tiers.host_pool >= 0 and (slots := tiers[tiers.host_pool].capacity_blocks) is not None:
+            self._max_storing = min(max_store_blocks, max(_SMALL_SHARE, slots // _SHARES))
 
     def __repr__(self) -> str:
         return f"<WriteBack {sum(len(tier.write_back) for tier in self._tiers)} blocks>"
@@ -39,7 +47,7 @@ class WriteBack:
         are too many at once. Without a host pool the surplus is dropped.
         """
         usable = tier.breaker.closed(now_s)
-        room = max(0, self._max_store_blocks - tier.storing) if usable else 0
+        room = max(0, self._max_storing - tier.storing) if usable else 0
         if self._tiers.host_pool < 0 or tier.is_host_pool:
             tier.counts.dropped["backlog" if usable else "unusable"] += len(keys[room:])
             return keys[:room]
@@ -54,7 +62,7 @@ class WriteBack:
         if not tier.write_back or not tier.breaker.closed(now_s):
             return []
         due: list[tuple[BlockKey, Container[BlockKey]]] = []
-        while tier.write_back and tier.storing + len(due) < self._max_store_blocks:
+        while tier.write_back and tier.storing + len(due) < self._max_storing:
             key, prefix = next(iter(tier.write_back.items()))
             state = host_pool.index.state(key)
             if state is BlockState.FILLING:
@@ -75,7 +83,7 @@ class WriteBack:
     def _enqueue(self, tier: TierState, keys: Iterable[BlockKey], prefix: Container[BlockKey]) -> None:
         for key in keys:
             # Full: the end of a prefix is dropped, because its end without its head is worth nothing.
-            if len(tier.write_back) < self._max_store_blocks:
+            if len(tier.write_back) < self._max_waiting:
                 tier.write_back[key] = prefix
             elif key not in tier.write_back:
                 tier.counts.dropped["backlog"] += 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from kvbm_core.block import BlockKey
 from kvbm_core.device import Stageable
@@ -17,6 +17,8 @@ from kvbm_core.tier import Region
 from kvbm_core.worker.staging import Staging
 
 __all__ = ["BatchLease", "HostBuffers", "Lease"]
+
+_SHARES: Final = 4
 
 
 @dataclass(slots=True, eq=False)
@@ -57,6 +59,15 @@ class HostBuffers:
 
     def __repr__(self) -> str:
         return f"<HostBuffers {len(self._lent)} leases, {len(self._batches)} batches, {self._staging!r}>"
+
+    @property
+    def tier_share(self) -> int | None:
+        """Regions that one of several tiers may hold: it may hang, and the others need some. None: all."""
+        if self._host_pool is not None:
+            count = self._host_pool.capabilities.capacity_blocks
+        else:
+            count = self._staging.count if self._staging else None
+        return None if count is None else max(1, count // _SHARES)
 
     def reserve(self, key: BlockKey) -> Lease | None:
         """Use memory of the host pool that is about to be filled. None if it has none, or has the block."""

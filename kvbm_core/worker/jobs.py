@@ -17,7 +17,7 @@ from typing import Final
 from kvbm_core.block import BlockKey
 from kvbm_core.device import Fence, Work
 from kvbm_core.plan import Load, Lookup, Report, Store
-from kvbm_core.tier import Op, Reason, Transfer
+from kvbm_core.tier import Completion, Op, Reason, Transfer
 from kvbm_core.worker.host_buffers import BatchLease, Lease
 
 __all__ = ["Copy", "Failed", "Job", "Jobs", "Move"]
@@ -31,6 +31,8 @@ _TIMES_FIRST: Final = 4
 _LOAD_PAUSE_S: Final = 0.001
 """Not shorter: each look takes the interpreter from the engine, in the middle of its computation."""
 _STORE_PAUSE_S: Final = 0.002
+_DETAIL_CHARACTERS: Final = 200
+"""Of a tier's own words: they travel with a report, and end in one line of the log."""
 _OPS: Final = {Store: Op.STORE, Load: Op.LOAD, Lookup: Op.LOOKUP}
 
 
@@ -47,6 +49,10 @@ class Job:
     """Its place in the engine's order of work."""
     failures: dict[int, dict[int, Reason]] = field(default_factory=dict)
     """Tier to position to reason."""
+    full: set[int] = field(default_factory=set)
+    """Tiers that had no room themselves."""
+    details: dict[int, str] = field(default_factory=dict)
+    """Tier to its own words for a failure."""
 
     @property
     def pause_s(self) -> float:
@@ -72,7 +78,17 @@ class Job:
         if self.left[tier]:
             return None
         del self.left[tier]
-        return Report(self.op.op, tier, self.failures.get(tier, {}), time.monotonic() - self.began_s)
+        took_s = time.monotonic() - self.began_s
+        failures, detail = self.failures.get(tier, {}), self.details.get(tier, "")
+        return Report(self.op.op, tier, failures, took_s, tier in self.full, detail)
+
+    def note(self, tier: int, completion: Completion) -> None:
+        """Note what a tier says of a failure beside its reason."""
+        if completion.reason is Reason.FULL:
+            self.full.add(tier)
+        if completion.detail and tier not in self.details:
+            words = " ".join(completion.detail.split())
+            self.details[tier] = "".join(filter(str.isprintable, words))[:_DETAIL_CHARACTERS]
 
 
 @dataclass(slots=True, eq=False)

@@ -110,6 +110,8 @@ class Loads:
             if move.fills:
                 self._buffers.publish(move.key)
             if isinstance(op, Load) and op.fill >= 0:
+                if not move.fills:
+                    move.job.full.add(op.fill)
                 kept = Reason.NONE if move.fills else Reason.FULL
                 self._jobs.end(move.job, [move.at], op.fill, kept)
             self._jobs.end(move.job, [move.at], move.tier, Reason.NONE)

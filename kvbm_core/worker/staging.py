@@ -28,22 +28,23 @@ class Staging:
         self, nbytes: int, region_bytes: int, pin: Callable[[int, int], Callable[[], None]] | None = None
     ) -> None:
         slot_bytes = -(-region_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._count = max(1, nbytes // slot_bytes)
-        self._memory = mmap.mmap(-1, self._count * slot_bytes)
+        self.count = max(1, nbytes // slot_bytes)
+        """Slots."""
+        self._memory = mmap.mmap(-1, self.count * slot_bytes)
         base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._unpin: Callable[[], None] | None = None
         try:
-            self._unpin = pin(base, self._count * slot_bytes) if pin else None
+            self._unpin = pin(base, self.count * slot_bytes) if pin else None
         except KvbmError as error:
             logger.warning("staging goes on with pageable memory; raise the limit, ulimit -l: %s", error)
         # Last in, first out: a slot just used is warm in the processor's cache.
         self._free = [
             Region(base + i * slot_bytes, region_bytes, owner=self._memory)
-            for i in reversed(range(self._count))
+            for i in reversed(range(self.count))
         ]
 
     def __repr__(self) -> str:
-        return f"<Staging {self._count - len(self._free)}/{self._count} in use>"
+        return f"<Staging {self.count - len(self._free)}/{self.count} in use>"
 
     def take(self) -> Region | None:
         """Give a region, or None if all are in use."""

@@ -54,6 +54,8 @@ class Stores:
         if self._host_pool in op.tiers:
             batch = self._buffers.lease_batch(op.keys, fill=True)
             rest = [at for at in rest if at not in batch.regions]
+            if rest:  # Its memory is in use for longer than the leader knows.
+                job.full.add(self._host_pool)
             self._jobs.end(job, rest, self._host_pool, Reason.FULL)
             self._copier.start(Copy(job, list(batch.regions), batch=batch), list(batch.regions.values()))
         others = self._others(op)

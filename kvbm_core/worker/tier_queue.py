@@ -6,6 +6,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import Final
 
 from kvbm_core.block import BlockKey
 from kvbm_core.errors import QueueFullError, TierError
@@ -16,6 +17,9 @@ from kvbm_core.worker.host_buffers import HostBuffers
 from kvbm_core.worker.jobs import Jobs, Move
 
 __all__ = ["TierQueue"]
+
+_STALL_S: Final = 1.0
+"""A tier that ends nothing for so long is taken for one that hangs."""
 
 
 class TierQueue:
@@ -28,6 +32,7 @@ class TierQueue:
         buffers: Where regions come from.
         stage: Gives a move a region of the device's memory, False if none is free. None where the tier reads
             into host memory.
+        share: Regions that its moves may hold: the others are for other tiers. None where there is no other.
     """
 
     def __init__(
@@ -37,12 +42,18 @@ class TierQueue:
         jobs: Jobs,
         buffers: HostBuffers,
         stage: Callable[[Move], bool] | None,
+        share: int | None = None,
     ) -> None:
         self.tier = tier
         self._tickets = tickets
         self._jobs = jobs
         self._buffers = buffers
         self._stage = stage
+        depth = tier.capabilities.queue_depth
+        self._share = share
+        self._depth = depth if share is None else min(depth, share)
+        self._moved_s = 0.0
+        """When the tier ended something last, or had nothing to do."""
         self.loads: deque[Move] = deque()
         """Not yet submitted: the tier's queue is full, or no region is free."""
         self.stores: deque[Move] = deque()
@@ -64,16 +75,23 @@ class TierQueue:
 
     def feed(self) -> None:
         """Submit the moves that wait, as far as the tier's queue and the regions go; loads first."""
-        depth = self.tier.capabilities.queue_depth
-        room = depth - len(self.open) - len(self.late)
+        room = self._depth - len(self.open) - len(self.late)
         room -= self._feed_from(self.loads, room)
-        stores = sum(isinstance(move.job.op, Store) for move in self.open.values())
-        self._feed_from(self.stores, min(room, max(1, depth // 2) - stores))
+        in_tier = itertools.chain(self.open.values(), self.late.values())
+        stores = sum(isinstance(move.job.op, Store) for move in in_tier)
+        self._feed_from(self.stores, min(room, max(1, self._depth // 2) - stores))
+        if self._share is not None and len(self.open) + len(self.late) + len(self.stores) > self._share:
+            self._shed(self._share)
 
     def collect(self) -> list[Move]:
         """Take the tier's completions, and return the loads whose regions hold their blocks."""
         landed = []
-        for completion in self.tier.poll():
+        completions, released = self.tier.poll(), self.tier.released()
+        # A deadline is no answer of the tier's.
+        answers = any(completion.reason is not Reason.DEADLINE for completion in completions)
+        if answers or released or not (self.open or self.late):
+            self._moved_s = time.monotonic()
+        for completion in completions:
             move = self.open.pop(completion.ticket)
             if completion.outcome is Outcome.DONE and isinstance(move.job.op, Load):
                 landed.append(move)
@@ -83,7 +101,7 @@ class TierQueue:
                 self.let_go(move)
             else:
                 self._collect_failed(completion, move)
-        for ticket in self.tier.released():
+        for ticket in released:
             # May come for a transfer that had failed in time; then nothing is left to do.
             late = self.late.pop(ticket, None)
             if late:
@@ -103,6 +121,15 @@ class TierQueue:
             if move.fills and not filled:
                 self._buffers.abandon(move.lease, move.key)
             self._buffers.release(move.lease)
+
+    def _shed(self, share: int) -> None:
+        """Give up stores that wait for a tier that ends nothing: they hold regions that other tiers need."""
+        if time.monotonic() - self._moved_s < _STALL_S:
+            return
+        reason = Reason.DEADLINE if self.late else Reason.BUSY
+        # The newest: the end of a prefix is worth the least.
+        while self.stores and len(self.open) + len(self.late) + len(self.stores) > share:
+            self.fail(self.stores.pop(), reason)
 
     def _feed_from(self, waiting: deque[Move], room: int) -> int:
         """Submit up to `room` moves and return how many."""
@@ -140,6 +167,7 @@ class TierQueue:
         return move.lease is not None
 
     def _collect_failed(self, completion: Completion, move: Move) -> None:
+        move.job.note(move.tier, completion)
         held = self.tier.holds(completion.ticket)
         # It may be there after all, and nobody would know. In a shared tier it may be another engine's.
         unknown = isinstance(move.job.op, Store) and not self.tier.capabilities.shared

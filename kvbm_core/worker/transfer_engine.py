@@ -56,8 +56,9 @@ class TransferEngine:
         self._buffers = HostBuffers(None if host_pool < 0 else tiers[host_pool], staging)
         self._copier = Copier(device)
         tickets = itertools.count(1)
+        share = self._buffers.tier_share if len(tiers) > 1 else None
         self._queues = {
-            at: TierQueue(tier, tickets, jobs, self._buffers, self._stager(tier))
+            at: TierQueue(tier, tickets, jobs, self._buffers, self._stager(tier), share)
             for at, tier in enumerate(tiers)
             if isinstance(tier, DeadlineTier)
         }

@@ -90,6 +90,7 @@ class Worker:
             namespace, device.traits.block_bytes + FOOTER_BYTES, rank, world_size, self._event.set,
             device.pin if isinstance(device, Pinnable) else None, device.traits.cpus,
         )  # fmt: skip
+        self._block_bytes = context.block_bytes
         self._names = [entry.name for entry in config.tiers]
         self._tiers = _open_tiers(config, context, replicas, registry or Registry(), device)
         jobs = Jobs(
@@ -110,7 +111,7 @@ class Worker:
         """Say what each tier can do and holds, fastest first. As found at open, also when asked later."""
         if self._status is None:
             self._status = [
-                TierStatus(name, tier.capabilities, list(tier.inventory()))
+                TierStatus(name, tier.capabilities, list(tier.inventory()), self._block_bytes)
                 for name, tier in zip(self._names, self._tiers, strict=True)
             ]
         return self._status

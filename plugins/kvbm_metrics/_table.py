@@ -68,6 +68,10 @@ METRICS: Final[Mapping[str, Metric]] = {
         ),
         Metric("tier_used_bytes", _GAUGE, "Bytes of the blocks in the tier, over all ranks.", ("tier",)),
         Metric("tier_capacity_bytes", _GAUGE, "Bytes of blocks that the tier holds at most.", ("tier",)),
+        Metric(
+            "tier_capacity_now_bytes", _GAUGE,
+            "Bytes of blocks that it holds now: fewer while its medium has no room for more.", ("tier",),
+        ),
         Metric("tier_usable", _GAUGE, "1; 0 while the tier is left alone after failures.", ("tier",)),
         Metric("queued_blocks", _GAUGE, "Blocks on their way or waiting for it.", ("operation", "tier")),
         Metric(

@@ -181,6 +181,8 @@ class Tally:
             capacity = self._capacities[tier]
             if capacity is not None:
                 yield f"tier_capacity_bytes|{tier}", capacity * self._block_bytes
+                now = capacity if levels.capacity_blocks is None else levels.capacity_blocks
+                yield f"tier_capacity_now_bytes|{tier}", now * self._block_bytes
 
     def _zeros(self) -> Iterator[str]:
         """Name the series that will be there: what appears with its first event has no rate."""

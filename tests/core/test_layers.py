@@ -161,7 +161,8 @@ def test_a_tier_that_raises_fails_the_batch_keeps_the_regions_and_is_left_alone_
     deadline.fault = "raise"
     for ticket in range(8):
         deadline.submit(ticket)
-        assert deadline.wait(1) == [Completion(ticket, Outcome.FAILED, Reason.ERROR)]
+        says = "RuntimeError in submit"
+        assert deadline.wait(1) == [Completion(ticket, Outcome.FAILED, Reason.ERROR, says)]
         assert deadline.tier.holds(ticket)
     with pytest.raises(TierError, match="raised too often"):
         deadline.submit(9)

@@ -219,7 +219,7 @@ def test_a_request_that_was_given_up_saves_nothing():
 
 def test_drops_say_why():
     planner, tally = make(tiers=(("disk", 9, False),))
-    planner._write_back._max_store_blocks = 2
+    planner._write_back._max_storing = 2
     stored(planner, tally, 5, failures={0: dict.fromkeys(range(2), Reason.ERROR)})
     for _ in range(2):
         stored(planner, tally, 2, failures={0: dict.fromkeys(range(2), Reason.ERROR)})
