@@ -34,7 +34,7 @@ MAY_SWALLOW = {
 
 
 WINGS = {
-    "kvbm_core/*.py": 1120,
+    "kvbm_core/*.py": 1350,
     "kvbm_core/leader/*.py": 850,
     "kvbm_core/worker/*.py": 920,
     "kvbm_core/layers/*.py": 240,
