@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -84,9 +84,9 @@ class HeldFolder:
             unlock(self.lock_fd)
         self.lock_fd = self.folder_fd = -1
 
-    def drop(self, names: re.Pattern[str]) -> list[str]:
-        """Delete the files of these names, and give the names of those that were there."""
-        found = sorted(name for name in os.listdir(self.folder_fd) if names.fullmatch(name))
+    def drop(self, is_meant: Callable[[str], object]) -> list[str]:
+        """Delete the files whose names are meant, and give the names of those that were there."""
+        found = sorted(name for name in os.listdir(self.folder_fd) if is_meant(name))
         for name in found:
             # What is no file has not been made by a backend.
             with contextlib.suppress(IsADirectoryError, PermissionError, FileNotFoundError):
@@ -96,7 +96,7 @@ class HeldFolder:
     def drop_others(self) -> None:
         """Delete what another backend left: it would take this one's share of the capacity for ever."""
         for other, names in _FILES.items():
-            if self._tier in _FILES and other != self._tier and (found := self.drop(names)):
+            if self._tier in _FILES and other != self._tier and (found := self.drop(names.fullmatch)):
                 _log.warning(
                     "%s: backend %s was here before %s; dropping its files (%s)",
                     self.path, other, self._tier, ", ".join(found),
@@ -152,8 +152,9 @@ class LocalDirectory:
             if other >= world_size and other % world_size == rank:
                 log.warning("%s: an engine of more ranks left it; dropping it", folder)
                 left = HeldFolder(folder, self._tier)
-                for names in (*_FILES.values(), re.compile(re.escape(_LOCK))):
-                    left.drop(names)
+                for names in _FILES.values():
+                    left.drop(names.fullmatch)
+                left.drop(_LOCK.__eq__)
                 left.release()
                 with contextlib.suppress(OSError):
                     folder.rmdir()
