@@ -39,7 +39,7 @@ WINGS = {
     "kvbm_core/leader/*.py": 850,
     "kvbm_core/worker/*.py": 920,
     "kvbm_core/layers/*.py": 240,
-    "backends/kvbm_cpu/*.py": 300,
+    "backends/kvbm_cpu/*.py": 330,
     "backends/kvbm_lmdb/*.py": 630,
     "backends/kvbm_gds/*.py": 1330,
     "backends/kvbm_remote/*.py": 1330,
