@@ -30,8 +30,8 @@ def require_memory(nbytes: int, whose: str, operation: str) -> None:
     if nbytes > available_bytes:
         raise TierOpenError(
             f"capacity: {whose} {size_text(nbytes, up=True)}, but only {size_text(available_bytes)} of "
-            f"memory are available ({limit}); write a smaller capacity (it is for all ranks together) or give the "
-            "machine or container more memory",
+            f"memory are available ({limit}); write a smaller capacity (it is for all ranks together) or "
+            "give the machine or container more memory",
             operation=operation, tier="cpu",
         )  # fmt: skip
 
