@@ -22,7 +22,7 @@ import yaml
 
 from kvbm_core.errors import ConfigError
 
-__all__ = ["ByteSize", "StackConfig", "TierEntry", "convert", "load_config", "parse_size", "show_size"]
+__all__ = ["ByteSize", "StackConfig", "TierEntry", "convert", "load_config", "parse_size", "size_text"]
 
 _UNITS: Final[Mapping[str, int]] = {
     "": 1, "B": 1,
@@ -117,10 +117,19 @@ def parse_size(value: object, key: str = "size") -> ByteSize:
     return ByteSize(math.floor(float(match[1]) * _UNITS[match[2]]))
 
 
-def show_size(nbytes: float) -> str:
-    """Write a number of bytes as people read it: ``12.3 GiB``."""
-    unit = next((u for u in ("TiB", "GiB", "MiB", "KiB") if nbytes >= _UNITS[u]), "bytes")
-    return f"{nbytes / _UNITS.get(unit, 1):.4g} {unit}"
+def size_text(nbytes: int, *, up: bool = False) -> str:
+    """Write a number of bytes for people, so that `parse_size` reads it: ``12.34GiB``.
+
+    Args:
+        nbytes: At least 0.
+        up: Round up, for what is needed; otherwise down, for what there is.
+    """
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        step = _UNITS[unit]
+        if nbytes >= step:
+            hundredths = -(-100 * int(nbytes) // step) if up else 100 * int(nbytes) // step
+            return f"{hundredths / 100:.2f}".rstrip("0").rstrip(".") + unit
+    return f"{int(nbytes)}B"
 
 
 def convert(value: Mapping[str, Any], to: type[T], where: str) -> T:

@@ -1,54 +1,67 @@
 """A tier's directory on a local disk: one folder for each rank, and a lock that keeps other engines out.
 
-    <path>/rank0/          0700
+    <path>/rank0/          0700, of this user or root, and no link
         engine.lock        0600; flock held by the engine that uses the folder; holds its pid
 
 A configuration names a `LocalDirectory`. A `HeldFolder` is one rank's folder in it while an engine has it.
-A backend keeps its files beside the lock.
+A backend keeps its files beside the lock, and opens them with `HeldFolder.open`.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import logging
 import os
-import shutil
+import re
 import tempfile
-import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
+from kvbm_core.config import size_text
 from kvbm_core.errors import TierOpenError
+from kvbm_core.folderlock import is_locked, lock, unlock, who_holds
+from kvbm_core.remedies import remedy
+from kvbm_core.trust import DIRECTORY_MODE, FILE_MODE, open_file, open_folder, refuse_strange_links
 
 __all__ = ["DIRECTORY_MODE", "FILE_MODE", "HeldFolder", "LocalDirectory", "free_bytes", "unusable"]
 
-FILE_MODE: Final = 0o600
-DIRECTORY_MODE: Final = 0o700
-"""A KV cache holds people's prompts."""
 _LOCK: Final = "engine.lock"
 _LOCK_WAIT_S: Final = 2.0
 """An engine that is being restarted lets go within this time."""
+_RANK: Final = re.compile(r"rank(0|[1-9][0-9]{0,8})", re.ASCII)
+_FILES: Final[Mapping[str, re.Pattern[str]]] = {
+    "gds": re.compile(r"index|probe|slab\.[0-9]{3,}", re.ASCII),
+    "lmdb": re.compile(r"(data|lock)\.mdb|data\.mdb\.damaged", re.ASCII),
+}
+"""By backend, the files it makes in a rank's folder: what may be deleted, and nothing else."""
+_log = logging.getLogger("kvbm_core")
 
 
 class HeldFolder:
     """A rank's folder, held by this engine alone from construction to `release`. Made if it is not there.
+
+    A process that is forked from this one does not hold it.
 
     Args:
         path: The folder.
         tier: The backend's name, for messages.
 
     Raises:
-        TierOpenError: If the folder cannot be used, or another engine uses it.
+        TierOpenError: If the folder cannot be used or trusted, or another engine uses it.
     """
 
     def __init__(self, path: Path, tier: str) -> None:
         self.path = path
-        self.lock_fd = -1
-        """Of the lock file; stays valid when somebody deletes the folder. -1 once released."""
+        self._tier = tier
+        self.lock_fd = self.folder_fd = -1
+        """Of the lock file and of the folder; valid when somebody moves or deletes them. -1 once released."""
         try:
-            _make_directories(path)
-            self.lock_fd = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
-            self._acquire(tier)
+            _make_directories(path, tier)
+            self.folder_fd = open_folder(path, tier)
+            self.lock_fd = self.open(_LOCK, os.O_RDWR | os.O_CREAT)
+            if not lock(self.lock_fd, _LOCK_WAIT_S):
+                raise _in_use(path, self.lock_fd, tier)  # noqa: TRY301 - after it all is let go, too
         except OSError as error:
             self.release()
             raise unusable(path, error, tier) from error
@@ -59,24 +72,35 @@ class HeldFolder:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.path}, {'released' if self.lock_fd < 0 else 'held'}>"
 
+    def open(self, name: str, flags: int) -> int:
+        """Open a file of this folder, or make it, see `kvbm_core.trust.open_file`."""
+        return open_file(self.path, self.folder_fd, name, flags, self._tier)
+
     def release(self) -> None:
         """Let another engine have the folder. May be called twice."""
+        if self.folder_fd >= 0:
+            os.close(self.folder_fd)
         if self.lock_fd >= 0:
-            os.close(self.lock_fd)
-        self.lock_fd = -1
+            unlock(self.lock_fd)
+        self.lock_fd = self.folder_fd = -1
 
-    def _acquire(self, tier: str) -> None:
-        give_up_s = time.monotonic() + _LOCK_WAIT_S
-        while True:
-            try:
-                fcntl.flock(self.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > give_up_s:
-                    raise _in_use(self.path, tier) from error
-            time.sleep(0.05)
-        os.ftruncate(self.lock_fd, 0)
-        os.pwrite(self.lock_fd, f"{os.getpid()}\n".encode(), 0)
+    def drop(self, is_meant: Callable[[str], object]) -> list[str]:
+        """Delete the files whose names are meant, and give the names of those that were there."""
+        found = sorted(name for name in os.listdir(self.folder_fd) if is_meant(name))
+        for name in found:
+            # What is no file has not been made by a backend.
+            with contextlib.suppress(IsADirectoryError, PermissionError, FileNotFoundError):
+                os.unlink(name, dir_fd=self.folder_fd)
+        return found
+
+    def drop_others(self) -> None:
+        """Delete what another backend left: it would take this one's share of the capacity for ever."""
+        for other, names in _FILES.items():
+            if self._tier in _FILES and other != self._tier and (found := self.drop(names.fullmatch)):
+                _log.warning(
+                    "%s: backend %s was here before %s; dropping its files (%s)",
+                    self.path, other, self._tier, ", ".join(found),
+                )  # fmt: skip
 
 
 class LocalDirectory:
@@ -85,10 +109,13 @@ class LocalDirectory:
     Args:
         path: As configured; may start with ``~``.
         tier: The backend's name, for messages.
+
+    Raises:
+        TierOpenError: If the path has a variable, or a ``~`` of which nobody knows what it stands for.
     """
 
     def __init__(self, path: str, tier: str) -> None:
-        self.root = Path(path).expanduser().absolute()
+        self.root = _whole(path, tier)
         self._tier = tier
 
     def __repr__(self) -> str:
@@ -99,28 +126,38 @@ class LocalDirectory:
         return self.root / f"rank{rank}"
 
     def hold(self, rank: int) -> HeldFolder:
-        """Take a rank's folder for this engine.
+        """Take a rank's folder for this engine; files that another backend left in it are deleted.
 
         Raises:
-            TierOpenError: If the folder cannot be used, or another engine uses it.
+            TierOpenError: If the folder cannot be used or trusted, or another engine uses it.
         """
-        return HeldFolder(self.rank_path(rank), self._tier)
+        held = HeldFolder(self.rank_path(rank), self._tier)
+        try:
+            held.drop_others()
+        except OSError as error:
+            held.release()
+            raise unusable(held.path, error, self._tier) from error
+        return held
 
     def drop_other_ranks(self, rank: int, world_size: int, log: logging.Logger) -> None:
         """Delete what an engine of more ranks left: nobody uses it, and the capacity is for all together.
 
-        Each rank deletes as much as its own share grows by, so the room is there before it is taken.
+        Each rank deletes as much as its own share grows by, so the room is there before it is taken. Files
+        that no backend makes stay, and their folder with them.
 
         Raises:
             TierOpenError: If another engine uses it.
         """
-        for folder in self.root.glob("rank*"):
-            name = folder.name.removeprefix("rank")
-            if name.isdigit() and int(name) >= world_size and int(name) % world_size == rank:
+        for other, folder in self._ranks():
+            if other >= world_size and other % world_size == rank:
                 log.warning("%s: an engine of more ranks left it; dropping it", folder)
-                left = self.hold(int(name))
-                shutil.rmtree(folder, ignore_errors=True)
+                left = HeldFolder(folder, self._tier)
+                for names in _FILES.values():
+                    left.drop(names.fullmatch)
+                left.drop(_LOCK.__eq__)
                 left.release()
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
     def check(self, capacity_bytes: int, verb: str) -> None:
         """Find what would keep an engine from opening its folders. Changes nothing.
@@ -130,40 +167,50 @@ class LocalDirectory:
             verb: Says in the message what the bytes are that are there already: ``stored`` or ``taken``.
 
         Raises:
-            TierOpenError: If the path is no directory, cannot be written, is in use by another engine,
-                or lies on a file system with too little room.
+            TierOpenError: If the path is no directory, cannot be written or trusted, is in use by another
+                engine, or lies on a file system with too little room.
         """
         rank0 = self.rank_path(0)
-        existing = next(folder for folder in (rank0, *rank0.parents) if os.path.lexists(folder))
+        refuse_strange_links(rank0, self._tier)
+        existing = rank0
         try:
+            existing = _existing(rank0)
             # Permission bits do not tell everything (read-only mounts, /proc): try it, and clean up.
             os.rmdir(tempfile.mkdtemp(prefix=".kvbm-check-", dir=existing))
+            if existing == rank0:
+                self._check_folder(rank0)
         except OSError as error:
             raise unusable(existing, error, self._tier) from error
-        self._check_unlocked(rank0)
-        used_bytes = sum(_du_bytes(folder) for folder in self.root.glob("rank*"))
+        used_bytes = sum(_du_bytes(folder) for _, folder in self._ranks())
         room_bytes = free_bytes(existing)
         if capacity_bytes - used_bytes > room_bytes:
             raise TierOpenError(
-                f"capacity: {int(capacity_bytes)} bytes, of which {used_bytes} are {verb} in {self.root} "
-                f"already, but its file system has only {room_bytes} bytes free; write at most "
-                f"{used_bytes + room_bytes} or choose another path",
+                f"capacity: {size_text(capacity_bytes)}, of which {size_text(used_bytes)} are {verb} in "
+                f"{self.root} already, but its file system has only {size_text(room_bytes)} free; write at "
+                f"most {size_text(used_bytes + room_bytes)} or choose another path",
                 operation="check", tier=self._tier,
             )  # fmt: skip
 
-    def _check_unlocked(self, folder: Path) -> None:
+    def _ranks(self) -> list[tuple[int, Path]]:
+        """Give numbers and folders of the ranks that are there. Links are nobody's."""
+        if not self.root.is_dir():
+            return []
+        matches = [match for each in os.listdir(self.root) if (match := _RANK.fullmatch(each))]
+        found = [(int(match[1]), self.root / match[0]) for match in matches]
+        return [(rank, path) for rank, path in found if path.is_dir() and not path.is_symlink()]
+
+    def _check_folder(self, path: Path) -> None:
+        folder_fd, lock_fd = open_folder(path, self._tier, tighten=False), -1
         try:
-            lock = os.open(folder / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
-        except (FileNotFoundError, NotADirectoryError):
+            lock_fd = open_file(path, folder_fd, _LOCK, os.O_RDONLY, self._tier)
+            if is_locked(lock_fd):
+                raise _in_use(path, lock_fd, self._tier)
+        except FileNotFoundError:
             return
-        except OSError as error:
-            raise unusable(folder, error, self._tier) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise _in_use(folder, self._tier) from error
         finally:
-            os.close(lock)
+            for fd in (folder_fd, lock_fd):
+                if fd >= 0:
+                    os.close(fd)
 
 
 def free_bytes(place: Path | int) -> int:
@@ -172,35 +219,71 @@ def free_bytes(place: Path | int) -> int:
     Args:
         place: A path, or the descriptor of an open file, which serves when the path is gone.
     """
-    return shutil.disk_usage(place).free
+    status = os.statvfs(place)
+    return status.f_bavail * status.f_frsize
 
 
 def unusable(path: Path, error: Exception, tier: str) -> TierOpenError:
-    """Make the error that says that a directory cannot be used."""
+    """Make the error that says that a directory cannot be used, why, and what to do."""
     return TierOpenError(
-        f"path: {path} cannot be used by uid {os.getuid()} ({error}); write a directory on a local disk "
-        "that this user may write",
+        f"path: {path} cannot be used by uid {os.geteuid()} ({error}); {remedy(error, path)}",
         operation="open", tier=tier,
     )  # fmt: skip
 
 
-def _in_use(path: Path, tier: str) -> TierOpenError:
+def _whole(path: str, tier: str) -> Path:
+    if "$" in path or "\0" in path:
+        raise TierOpenError(
+            f"path: {path!r} has a {'variable' if '$' in path else 'zero byte'}, and none is replaced here; "
+            "write the whole path, like /nvme/kvbm, or ~/kvbm for one in your home",
+            operation="check", tier=tier,
+        )  # fmt: skip
     try:
-        owner = (path / _LOCK).read_text().strip() or "unknown"
-    except OSError:
-        owner = "unknown"
-    return TierOpenError(
-        f"path: {path} is in use by another engine (pid {owner}); give each engine its own 'path'",
-        operation="open", tier=tier,
-    )  # fmt: skip
+        return Path(path).expanduser().absolute()
+    except (RuntimeError, OSError) as error:
+        # No HOME and no entry in the list of users; or no directory to start from.
+        raise TierOpenError(
+            f"path: {path!r} cannot be completed for uid {os.geteuid()} ({error}); write the whole path, "
+            "like /nvme/kvbm, or set HOME",
+            operation="check", tier=tier,
+        ) from error  # fmt: skip
 
 
-def _make_directories(path: Path) -> None:
+def _in_use(path: Path, lock_fd: int, tier: str) -> TierOpenError:
+    owner, left = who_holds(lock_fd)
+    said = f"path: {path} is in use by another engine (pid {owner}); give each engine its own 'path'"
+    if left:
+        names, pids = ", ".join(f"pid {pid} ({name})" for pid, name in left), " ".join(pid for pid, _ in left)
+        said = (
+            f"path: {path} is locked: its engine (pid {owner}) is dead, but what it left holds the lock: "
+            f"{names}; run `kill {pids}`"
+        )
+    return TierOpenError(said, operation="open", tier=tier)
+
+
+def _existing(path: Path) -> Path:
+    """Give the nearest folder that is there. A dangling link is."""
+    for folder in (path, *path.parents):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            folder.lstat()
+            return folder
+    return path
+
+
+def _make_directories(path: Path, tier: str) -> None:
     # Path.mkdir(parents=True) makes the parents with the default mode.
+    refuse_strange_links(path, tier)
     for folder in reversed((path, *path.parents)):
-        if not folder.exists():
-            folder.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+        if not folder.is_dir():
+            # Raises for a file and for a dangling link; another rank may have made it just now.
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(mode=DIRECTORY_MODE)
+            os.stat(folder)
 
 
 def _du_bytes(folder: Path) -> int:
-    return sum(file.stat().st_blocks * 512 for file in folder.iterdir()) if folder.is_dir() else 0
+    used_bytes = 0
+    for file in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            used_bytes += file.lstat().st_blocks * 512
+    return used_bytes

@@ -23,6 +23,7 @@ MAY_SWALLOW = {
     "kvbm_core/layers/deadline.py": "the top of a tier's thread: it becomes completions",
     "kvbm_core/worker/copier.py": "a device's error is foreign: it becomes outcomes",
     "kvbm_core/worker/worker.py": "the top of the transfer engine's thread, and the edge to the engine",
+    "backends/kvbm_gds/_io.py": "the tops of the threads that move bytes: it becomes outcomes",
     "backends/kvbm_lmdb/_tier.py": "the tops of the writer's and the readers' threads",
     "backends/kvbm_remote/_tier.py": "the edge to foreign client libraries: it becomes a completion",
     "backends/kvbm_remote/_gc.py": "the program's top: a client's error may quote a password",
@@ -34,13 +35,13 @@ MAY_SWALLOW = {
 
 
 WINGS = {
-    "kvbm_core/*.py": 1120,
+    "kvbm_core/*.py": 1350,
     "kvbm_core/leader/*.py": 1000,
     "kvbm_core/worker/*.py": 980,
     "kvbm_core/layers/*.py": 240,
-    "backends/kvbm_cpu/*.py": 300,
+    "backends/kvbm_cpu/*.py": 330,
     "backends/kvbm_lmdb/*.py": 630,
-    "backends/kvbm_gds/*.py": 1120,
+    "backends/kvbm_gds/*.py": 1330,
     "backends/kvbm_remote/*.py": 1330,
     "backends/kvbm_device/*.py": 1430,
     "plugins/kvbm_engine/*.py": 720,

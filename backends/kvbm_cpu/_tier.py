@@ -18,7 +18,6 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from kvbm_core.block import BlockKey
@@ -36,6 +35,7 @@ from kvbm_core.tier import (
     Transfer,
 )
 from kvbm_cpu._config import CpuConfig
+from kvbm_cpu._memory import require_memory
 
 __all__ = ["CpuTier"]
 
@@ -220,66 +220,7 @@ def _check_room(config: CpuConfig, context: TierContext, slot_bytes: int, slots:
             operation="open",
             tier="cpu",
         )
-    available_bytes = available_memory()
-    if slots * slot_bytes > available_bytes:
-        raise TierOpenError(
-            f"capacity: this rank's share is {slots * slot_bytes} bytes "
-            f"({slots * slot_bytes / 2**30:.1f} GiB), but only {available_bytes} bytes "
-            f"({available_bytes / 2**30:.1f} GiB) of memory are available; write a smaller capacity "
-            "(it is for all ranks together) or give the machine or container more memory",
-            operation="open",
-            tier="cpu",
-        )
-
-
-def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Say how many bytes can be taken before the kernel starts to kill.
-
-    Args:
-        proc: Where MemAvailable and this process's cgroup are read.
-        cgroups: Where cgroup v2 is mounted.
-
-    Returns:
-        The least of MemAvailable and what each enclosing cgroup's ``memory.max`` leaves.
-    """
-    limits = [_meminfo_bytes(proc / "meminfo", "MemAvailable:")]
-    group = cgroups / _own_cgroup(proc)
-    for folder in (group, *group.parents):
-        if not folder.is_relative_to(cgroups):
-            break
-        limits += _cgroup_room(folder)
-    return min(limits)
-
-
-def _meminfo_bytes(path: Path, name: str) -> int:
-    for line in path.read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    # A kernel without MemAvailable (before 3.14) gives no ground to refuse.
-    return 1 << 62
-
-
-def _own_cgroup(proc: Path) -> str:
-    try:
-        lines = (proc / "self" / "cgroup").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line[3:].lstrip("/") for line in lines if line.startswith("0::")), "")
-
-
-def _cgroup_room(folder: Path) -> list[int]:
-    try:
-        limit = (folder / "memory.max").read_text().strip()
-        used_bytes = int((folder / "memory.current").read_text())
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except OSError:
-        # No such file: cgroup v1, no memory controller here, or the root group.
-        return []
-    if limit == "max":
-        return []
-    # Page cache counts as used, but is given back before anything is killed.
-    cache_bytes = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
-    return [max(0, int(limit) - used_bytes + cache_bytes)]
+    require_memory(slots * slot_bytes, "this rank's share is", "open")
 
 
 def _take(nbytes: int, config: CpuConfig, context: TierContext) -> mmap.mmap:

@@ -19,12 +19,31 @@ _log = logging.getLogger("kvbm_gds")
 
 
 class Engines:
-    """What moves bytes to and from host memory, and to and from device memory."""
+    """What moves bytes to and from host memory, and to and from device memory.
 
-    def __init__(self, host: IoEngine, device: IoEngine | None, detail: str) -> None:
-        self.host = host
-        self.device = device
+    Args:
+        host: Name of the engine for host memory.
+        device: Of that for device memory; empty for none.
+        detail: Says both to people.
+        notify: Called, from any thread, when `take` has something to give.
+
+    Raises:
+        TierOpenError: If one does not start.
+    """
+
+    def __init__(self, host: str, device: str, detail: str, notify: Callable[[], None]) -> None:
         self.detail = detail
+        self._opened_as = (host, device, detail, notify)
+        self.host = open_engine(host, notify)
+        try:
+            self.device = open_engine(device, notify) if device else None
+        except BaseException:
+            self.host.close(1)
+            raise
+
+    def again(self) -> Engines:
+        """Open the same engines anew."""
+        return Engines(*self._opened_as)
 
     def add_files(self, fds: Sequence[int], sizing: Sizing) -> None:
         """Make the slab's files known."""
@@ -68,12 +87,7 @@ def open_engines(config: GdsConfig, slab: Slab, sizing: Sizing, notify: Callable
     detail = _describe(host, device)
     problems = "".join(f"; {f.engine} is out: {f.problem}" for f in findings if f.problem)
     _log.log(logging.WARNING if problems else logging.INFO, "%s: %s%s", slab.path, detail, problems)
-    engine = open_engine(host.engine if host else "threads", notify)
-    try:
-        return Engines(engine, open_engine(device.engine, notify) if device else None, detail)
-    except BaseException:
-        engine.close(1)
-        raise
+    return Engines(host.engine if host else "threads", device.engine if device else "", detail, notify)
 
 
 def _probe(config: GdsConfig, slab: Slab, sizing: Sizing) -> list[Finding]:

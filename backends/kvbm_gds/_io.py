@@ -58,6 +58,8 @@ class Io:
     on_device: bool = False
     error: str = ""
     """Set by the engine; empty if every byte was moved."""
+    code: int = 0
+    """The error's number, where the engine knows it."""
 
     def __post_init__(self) -> None:
         assert self.offset % PAGE_BYTES == 0, "O_DIRECT"
@@ -123,8 +125,9 @@ class ThreadIo(IoEngine):
         while (io := self._inbox.get()) is not None:
             try:
                 move_bytes(io)
-            except OSError as error:
-                io.error = error.strerror or str(error)
+            except Exception as error:  # noqa: BLE001 - the thread's top: it becomes the block's outcome
+                io.error = getattr(error, "strerror", None) or str(error) or type(error).__name__
+                io.code = getattr(error, "errno", None) or 0
             self._ended.append(io)
             self._notify()
 
@@ -180,7 +183,8 @@ class NixlIo(IoEngine):
     """One of NIXL's plug-ins.
 
     Behaviour:
-        - Each block has an outcome of its own: blocks of a handle that failed are tried once more, alone.
+        - Each block has an outcome of its own: blocks of a handle that failed are tried once more, alone:
+          those in host memory by threads, which say what the kernel says.
         - A handle that NIXL still works on is never released: that is undefined, and the kernel
           would go on writing to the region.
     """
@@ -209,6 +213,8 @@ class NixlIo(IoEngine):
         self._registered: set[tuple[int, int]] = set()
         self._notify = notify
         self._ended: deque[Io] = deque()
+        self._threads: ThreadIo | None = None
+        """For what NIXL has failed at. Started with the first."""
         self._flying: dict[Any, Sequence[Io]] = {}
         self._closing = False
         self._condition = threading.Condition()
@@ -237,7 +243,8 @@ class NixlIo(IoEngine):
 
     def take(self) -> list[Io]:
         """See `IoEngine.take`."""
-        return [self._ended.popleft() for _ in range(len(self._ended))]
+        ended = [self._ended.popleft() for _ in range(len(self._ended))]
+        return ended + self._threads.take() if self._threads else ended
 
     def close(self, wait_s: float) -> bool:
         """See `IoEngine.close`."""
@@ -246,6 +253,8 @@ class NixlIo(IoEngine):
             self._condition.notify()
         self._thread.join(wait_s)
         if self._thread.is_alive() or self._flying:
+            return False
+        if self._threads and not self._threads.close(wait_s):
             return False
         # With it the kernel's queues go, and what it was told of the files, before these are closed.
         self._agent = None
@@ -263,7 +272,12 @@ class NixlIo(IoEngine):
         return self._end(handle, ios, state)
 
     def _split(self, ios: Sequence[Io], error: str) -> list[tuple[Any, Sequence[Io]]]:
-        """Try each alone: NIXL says of a handle that it failed, not which block of it."""
+        """Try each alone: NIXL says of a handle that it failed, not which block of it, nor why."""
+        if not ios[0].on_device:
+            with self._condition:
+                self._threads = self._threads or ThreadIo(self._notify)
+            self._threads.post(ios)
+            return []
         if len(ios) > 1:
             return [flight for io in ios for flight in self._start([io])]
         ios[0].error = error
@@ -302,12 +316,11 @@ class NixlIo(IoEngine):
             for handle, ios in flying:
                 try:
                     state = self._agent.check_xfer_state(handle)
-                except self._errors as error:
-                    again = self._split(ios, str(error) or type(error).__name__)
-                else:
                     if state == "PROC":
                         continue
                     again = self._end(handle, ios, state)
+                except Exception as error:  # noqa: BLE001 - the thread's top: it becomes the blocks' outcome
+                    again = self._split(ios, str(error) or type(error).__name__)
                 with self._condition:
                     del self._flying[handle]
                     self._flying.update(again)

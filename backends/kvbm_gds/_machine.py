@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from pathlib import Path
-
-from kvbm_core.localdir import FILE_MODE
 
 __all__ = ["has_nvidia_fs", "open_direct", "why_gds_is_unavailable"]
 
 
-def open_direct(path: Path) -> tuple[int, bool]:
+def open_direct(open_file: Callable[[int], int]) -> tuple[int, bool]:
     """Open a file past the page cache where the file system can.
+
+    Args:
+        open_file: Opens it with the flags that it is given.
 
     Returns:
         The file descriptor, and whether it is past the page cache.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
     try:
-        return os.open(path, flags | os.O_DIRECT, FILE_MODE), True
+        return open_file(flags | os.O_DIRECT), True
     except OSError:
-        return os.open(path, flags, FILE_MODE), False
+        return open_file(flags), False
 
 
 def why_gds_is_unavailable() -> str:

@@ -10,6 +10,7 @@ killed, and counts as hanging.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvbm_core.errors import TierError
+from kvbm_core.localdir import FILE_MODE
 from kvbm_gds._io import Io, open_engine
 from kvbm_gds._machine import open_direct
 
@@ -92,13 +94,16 @@ def run_probe(
         while left:
             command = [*_CHILD, str(file), str(piece_bytes), str(pieces), *left]
             try:
+                # Whatever is there under this name was not made by this probe.
+                file.unlink(missing_ok=True)
                 news = _ask(command, left, deadline_s)
             except OSError as error:
                 news = [Finding(engine, f"it could not be tried: {error}") for engine in left]
             findings += news
             left = left[len(news) :]
     finally:
-        file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            file.unlink()
     return findings
 
 
@@ -198,7 +203,7 @@ def child() -> None:
 
 
 def _try(engine: str, file: Path, piece_bytes: int, pieces: int) -> dict[str, Any]:
-    fd, _ = open_direct(file)
+    fd, _ = open_direct(lambda flags: os.open(file, flags | os.O_NOFOLLOW, FILE_MODE))
     os.posix_fallocate(fd, 0, piece_bytes * pieces)
     ended = threading.Event()
     moving = open_engine(engine, ended.set)

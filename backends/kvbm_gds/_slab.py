@@ -7,16 +7,21 @@ file that is cut short kills the process that touches it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import logging
 import os
+import re
 from pathlib import Path
+from typing import Final
 
 import xxhash
 
 from kvbm_core.block import BlockKey, Namespace
+from kvbm_core.config import size_text
 from kvbm_core.errors import TierOpenError
-from kvbm_core.localdir import FILE_MODE, LocalDirectory, free_bytes, unusable
+from kvbm_core.localdir import LocalDirectory, free_bytes, unusable
 from kvbm_core.tier import PAGE_BYTES
 from kvbm_gds._config import GdsConfig
 from kvbm_gds._layout import (
@@ -34,6 +39,9 @@ from kvbm_gds._machine import open_direct
 __all__ = ["Slab", "directory_of"]
 
 _log = logging.getLogger("kvbm_gds")
+
+_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
+_SLAB: Final = re.compile(r"slab\.([0-9]{3,})", re.ASCII)
 
 
 def directory_of(config: GdsConfig) -> LocalDirectory:
@@ -62,7 +70,7 @@ class Slab:
         self._sizing = sizing
         try:
             # An engine that was killed while it probed left it behind.
-            (self.path / "probe").unlink(missing_ok=True)
+            self._folder.drop("probe".__eq__)
             entries = self._read_index()
             self._open_files()
             held = [os.fstat(fd).st_size // sizing.slot_bytes * sizing.slot_bytes for fd in self._fds]
@@ -101,23 +109,41 @@ class Slab:
         self._write_entry(slot, bytes(ENTRY_BYTES))
 
     def damage(self, slots: set[int]) -> str:
-        """Say what somebody else did to the files that hold these slots; empty if nothing."""
+        """Say what became of the files that hold these slots; empty if they are as they should be."""
         numbers = {self._sizing.place(slot)[0] for slot in slots}
-        for number in numbers:
-            status = os.fstat(self._fds[number])
+        files = [(f"slab.{each:03d}", self._fds[each], self._sizing.file_bytes(each)) for each in numbers]
+        for name, fd, nbytes in [*files, ("the index", self._index, self._sizing.index_bytes)]:
+            try:
+                status = os.fstat(fd)
+            except OSError as error:
+                return f"{name} cannot be reached ({error.strerror})"
             if status.st_nlink == 0:
-                return f"slab.{number:03d} was deleted"
-            if status.st_size < self._sizing.file_bytes(number):
-                return f"slab.{number:03d} was cut short"
-        status = os.fstat(self._index)
-        if status.st_nlink == 0:
-            return "the index was deleted"
-        return "the index was cut short" if status.st_size < self._sizing.index_bytes else ""
+                return f"{name} was deleted by somebody else"
+            if status.st_size < nbytes:
+                return f"{name} was cut short by somebody else"
+        return ""
 
-    def disk_is_full(self) -> bool:
-        """Say whether the file system has no room for a block: engines do not tell this from other errors."""
-        # Not by its path: somebody may have deleted the directory.
-        return free_bytes(self._folder.lock_fd) < self._sizing.slot_bytes
+    def is_elsewhere(self) -> bool:
+        """Say whether the path leads to another folder now: a disk that was away may have come back."""
+        try:
+            return not os.path.samestat(self.path.stat(), os.fstat(self._folder.folder_fd))
+        except OSError:
+            return False
+
+    def is_full(self, code: int) -> bool:
+        """Say whether it was for want of room that a block was not written.
+
+        Args:
+            code: The error's number; 0 if it is not known. Not all file systems that are full say so by
+                their free bytes: a quota may be used up, or the disk below may have less than it seems.
+        """
+        if code:
+            return code in _NO_ROOM
+        try:
+            # Not by its path: somebody may have deleted the directory.
+            return free_bytes(self._folder.lock_fd) < self._sizing.slot_bytes
+        except OSError:
+            return False
 
     def close(self, *, files: bool = True) -> None:
         """Let another engine have the directory.
@@ -137,18 +163,15 @@ class Slab:
     def _read_index(self) -> list[Entry]:
         """Open the index; start anew where it is of another shape."""
         path, sizing = self.path / "index", self._sizing
-        self._index = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+        self._index = self._folder.open("index", os.O_RDWR | os.O_CREAT)
         content = _read_all(self._index)
         header = HEADER.pack(MAGIC, FORMAT_VERSION, ENTRY_BYTES, sizing.slot_bytes, sizing.slots_per_file)
         if content[: len(header)] != header:
-            files = list(self.path.glob("slab.*"))
-            if content or files:
+            if self._folder.drop(_SLAB.fullmatch) or content:
                 _log.warning(
                     "%s was made for other blocks, or is damaged or gone: dropping what the directory holds, "
                     "starting empty", path,
                 )  # fmt: skip
-            for file in files:
-                file.unlink()
             os.ftruncate(self._index, 0)
             _write_all(self._index, header, 0)
             content = header
@@ -175,12 +198,12 @@ class Slab:
 
     def _open_files(self) -> None:
         for number in range(self._sizing.files):
-            fd, direct = open_direct(self.path / f"slab.{number:03d}")
+            name = f"slab.{number:03d}"
+            fd, direct = open_direct(functools.partial(self._folder.open, name))
             self._fds.append(fd)
             self.direct = self.direct and direct
-        for file in self.path.glob("slab.*"):
-            if not file.suffix[1:].isdigit() or int(file.suffix[1:]) >= self._sizing.files:
-                file.unlink()
+        kept = {f"slab.{number:03d}" for number in range(self._sizing.files)}
+        self._folder.drop(lambda name: _SLAB.fullmatch(name) and name not in kept)
 
     def _lies_in(self, entry: Entry, held: list[int]) -> bool:
         number, offset = self._sizing.place(entry.slot)
@@ -199,15 +222,15 @@ class Slab:
     def _give_back(self, held: list[int]) -> None:
         """Keep of the files only what they held before: the room is somebody else's."""
         for number, fd in enumerate(self._fds):
-            if held[number]:
+            with contextlib.suppress(OSError):
                 os.ftruncate(fd, min(held[number], self._sizing.file_bytes(number)))
-            else:
-                (self.path / f"slab.{number:03d}").unlink(missing_ok=True)
+            if not held[number]:
+                self._folder.drop(f"slab.{number:03d}".__eq__)
         if not any(held):
-            (self.path / "index").unlink(missing_ok=True)
+            self._folder.drop("index".__eq__)
 
     def _why_not(self, error: OSError) -> TierOpenError:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = error.errno in (*_NO_ROOM, errno.EFBIG)
         return _no_room(self.path, self._capacity, error) if full else unusable(self.path, error, "gds")
 
     def _write_entry(self, slot: int, raw: bytes) -> None:
@@ -231,7 +254,7 @@ def _write_all(fd: int, content: bytes, offset: int) -> None:
 
 def _no_room(path: Path, capacity: int, error: OSError) -> TierOpenError:
     return TierOpenError(
-        f"capacity: {int(capacity)} bytes could not be taken in {path} ({os.strerror(error.errno or 0)}; "
-        f"{free_bytes(path)} bytes are free); write a smaller capacity or choose another path",
+        f"capacity: {size_text(capacity)} could not be taken in {path} ({os.strerror(error.errno or 0)}; "
+        f"{size_text(free_bytes(path))} are free); write a smaller capacity or choose another path",
         operation="open", tier="gds",
     )  # fmt: skip

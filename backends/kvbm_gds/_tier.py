@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Final
 
 from kvbm_core.block import BlockKey
+from kvbm_core.config import size_text
 from kvbm_core.errors import QueueFullError, TierError, TierOpenError
+from kvbm_core.log_limit import LogLimit
 from kvbm_core.tier import (
     PAGE_BYTES,
     Capabilities,
@@ -30,7 +31,9 @@ from kvbm_gds._config import GdsConfig
 from kvbm_gds._engines import Engines, open_engines
 from kvbm_gds._io import Io
 from kvbm_gds._layout import Entry, Sizing, plan_sizing, share_bytes
+from kvbm_gds._reopening import Reopening
 from kvbm_gds._slab import Slab, directory_of
+from kvbm_gds._slots import Slots
 
 __all__ = ["GdsTier"]
 
@@ -38,16 +41,19 @@ _log = logging.getLogger("kvbm_gds")
 
 _CLOSE_WAIT_S: Final = 10.0
 """How long `close` waits for the disk."""
-_REPORT_EVERY_S: Final = 60.0
-"""A disk that fails or is full fails every block: one line, and then how many they were."""
+_REOPEN_EVERY_S: Final = 5.0
+"""From when the files were taken away to the first try to open them anew, and from try to try."""
 
 
 class GdsTier(Tier):
     """Blocks in slots of one size; never more on the disk than the capacity, and never fragmented."""
 
     def __init__(self, config: GdsConfig, context: TierContext) -> None:
+        self._config = config
         self._context = context
         self._sizing = _sizing(config, context)
+        self._lines = LogLimit(_log)
+        """A disk that fails or is full fails every block."""
         self._slab = Slab(config, context.rank)
         try:
             directory_of(config).drop_other_ranks(context.rank, context.world_size, _log)
@@ -56,26 +62,18 @@ class GdsTier(Tier):
         except BaseException:
             self._slab.close()
             raise
-        self._ready: dict[BlockKey, int] = {}
-        self._others: OrderedDict[int, None] = OrderedDict()
-        """Slots of other namespaces, oldest first: kept until their room is needed."""
-        self._inventory = self._take_stock(entries)
-        taken = {*self._ready.values(), *self._others}
-        # Taken from the end: neighbouring blocks get neighbouring slots.
-        self._free = [slot for slot in reversed(range(self._sizing.slots)) if slot not in taken]
-        self._writing: dict[BlockKey, int] = {}
-        self._reading: dict[int, int] = {}
-        """Slot to transfers that read it."""
-        self._doomed: set[int] = set()
-        """Slots that are free as soon as nobody reads them."""
+        self._slots = Slots(self._slab, self._sizing.slots, context, self._index_failed)
+        self._inventory = self._slots.take_stock(entries)
+        self._writing: set[BlockKey] = set()
         self._sequence = max((entry.sequence for entry in entries), default=0)
         self._flying: dict[int, tuple[Transfer, int, int]] = {}
         """Ticket to transfer, slot and sequence."""
         self._done: list[Completion] = []
-        self._failures = Counter[str]()
-        """Of each kind, since the last line in the log."""
-        self._next_report_s: dict[str, float] = {}
-        self._closed = self._out = False
+        self._closed = False
+        self._out = ""
+        """Why the files cannot be used; empty if they can."""
+        self._reopening: Reopening | None = None
+        self._next_reopen_s = 0.0
         self._capabilities = Capabilities(
             capacity_blocks=self._sizing.slots,
             queue_depth=config.queue_depth,
@@ -86,7 +84,7 @@ class GdsTier(Tier):
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "out" if self._out else f"{len(self._flying)} in flight"
-        return f"<GdsTier {self._slab.path} {len(self._ready)}/{self._sizing.slots} blocks, {state}>"
+        return f"<GdsTier {self._slab.path} {len(self._slots.ready)}/{self._sizing.slots} blocks, {state}>"
 
     @property
     def capabilities(self) -> Capabilities:
@@ -107,6 +105,9 @@ class GdsTier(Tier):
                 f"{len(transfers)} transfers do not fit beside {taken} in flight; the queue takes {depth}",
                 operation="submit", tier="gds",
             )  # fmt: skip
+        self._heal()
+        if not self._out:
+            self._slots.mend()
         done = len(self._done)
         ios = [io for transfer in transfers if (io := self._accept(transfer)) is not None]
         ios = self._keep_sound(ios)
@@ -119,6 +120,7 @@ class GdsTier(Tier):
         """See `Tier.poll`."""
         if not self._closed:
             self._finish(self._engines.take())
+            self._heal()
         done, self._done = self._done, []
         return done
 
@@ -127,27 +129,30 @@ class GdsTier(Tier):
         if self._closed:
             return
         for key in keys:
-            slot = self._ready.pop(key, None)
-            if slot is None or not self._clear(slot):
-                continue
-            if self._reading.get(slot):
-                self._doomed.add(slot)
+            if self._out:
+                # When the files are opened anew, what is not asked for any more gives way to others.
+                self._slots.ready.pop(key, None)
             else:
-                self._free.append(slot)
+                self._slots.forget(key)
 
     def close(self) -> None:
         """See `Tier.close`. Waits some seconds for the disk; what is not over then fails."""
         if self._closed:
             return
+        if self._reopening is not None:
+            self._reopening.close(_CLOSE_WAIT_S)
         ended = self._engines.close(_CLOSE_WAIT_S)
         self._finish(self._engines.take())
+        if not self._out:
+            self._slots.mend(at_once=True)
         self._closed = True
         for transfer, _, _ in self._flying.values():
-            self._complete(transfer, Outcome.FAILED, Reason.ERROR)
+            self._complete(transfer, Outcome.FAILED, Reason.ERROR, "the tier was closed")
         self._flying.clear()
         if not ended:
             _log.error("%s: transfers go on after %g s; files stay open", self._slab.path, _CLOSE_WAIT_S)
         self._slab.close(files=ended)
+        self._lines.close()
 
     def _open_files(self) -> list[Entry]:
         try:
@@ -159,17 +164,6 @@ class GdsTier(Tier):
             raise
         return entries
 
-    def _take_stock(self, entries: Iterable[Entry]) -> list[BlockKey]:
-        found = []
-        for entry in entries:
-            ours = entry.namespace == self._context.namespace and entry.nbytes == self._context.block_bytes
-            if ours and entry.key not in self._ready:
-                self._ready[entry.key] = entry.slot
-                found.append(entry.key)
-            else:
-                self._others[entry.slot] = None
-        return found
-
     def _accept(self, transfer: Transfer) -> Io | None:
         """Answer what needs no disk; give the I/O of what does."""
         answer = self._answer(transfer)
@@ -177,14 +171,13 @@ class GdsTier(Tier):
             self._complete(transfer, *answer)
             return None
         if transfer.op is Op.STORE:
-            free = self._take_slot()
-            if free is None:
-                self._complete(transfer, Outcome.FAILED, Reason.ERROR)
+            slot = self._slots.take()
+            if slot is None:
+                self._complete(transfer, Outcome.FAILED, Reason.ERROR, "the index cannot be written")
                 return None
-            slot = self._writing[transfer.key] = free
+            self._writing.add(transfer.key)
         else:
-            slot = self._ready[transfer.key]
-            self._reading[slot] = self._reading.get(slot, 0) + 1
+            slot = self._slots.read(transfer.key)
         # Counted here, so that blocks of a batch stay in their order, however they end.
         self._sequence += 1
         self._flying[transfer.ticket] = (transfer, slot, self._sequence)
@@ -196,35 +189,20 @@ class GdsTier(Tier):
             region.on_device,
         )  # fmt: skip
 
-    def _answer(self, transfer: Transfer) -> tuple[Outcome, Reason] | None:
+    def _answer(self, transfer: Transfer) -> tuple[Outcome, Reason, str] | None:
         """Say how a transfer ends that needs no disk."""
-        ready = transfer.key in self._ready
+        ready = transfer.key in self._slots.ready
         if transfer.op is not Op.STORE and not ready:
-            return Outcome.MISSING, Reason.MISSING
+            return Outcome.MISSING, Reason.MISSING, ""
         if ready and transfer.op is not Op.LOAD:
-            return Outcome.DONE, Reason.NONE
+            return Outcome.DONE, Reason.NONE, ""
         if self._out:
-            return Outcome.FAILED, Reason.ERROR
+            return Outcome.FAILED, Reason.ERROR, self._out
         if transfer.op is Op.STORE and transfer.key in self._writing:
-            return Outcome.FAILED, Reason.BUSY
-        if transfer.op is Op.STORE and not self._free and not self._others:
-            return Outcome.FAILED, Reason.FULL
+            return Outcome.FAILED, Reason.BUSY, "it is being written"
+        if transfer.op is Op.STORE and self._slots.full:
+            return Outcome.FAILED, Reason.FULL, f"all of {self._sizing.slots} slots are taken"
         return None
-
-    def _take_slot(self) -> int | None:
-        if self._free:
-            return self._free.pop()
-        slot, _ = self._others.popitem(last=False)
-        return slot if self._clear(slot) else None
-
-    def _clear(self, slot: int) -> bool:
-        """Say on the disk that a slot holds nothing; if that fails the slot must not be written again."""
-        try:
-            self._slab.clear(slot)
-        except OSError as error:
-            self._go_out(f"the index cannot be written ({error.strerror})")
-            return False
-        return True
 
     def _finish(self, ios: Sequence[Io]) -> None:
         """Take in what the engine has ended."""
@@ -236,73 +214,98 @@ class GdsTier(Tier):
                 self._end(io)
 
     def _keep_sound(self, ios: list[Io]) -> list[Io]:
-        """Go on with I/Os unless somebody took the files away: then end them, and the tier is out."""
+        """Go on with I/Os unless somebody took the files away: then end them, and open the files anew."""
         if not self._out and ios:
             what = self._slab.damage({self._flying[io.token.ticket][1] for io in ios})
             if what:
-                self._go_out(f"{what} by somebody else; keep other programs out of this directory")
+                self._go_out(what)
         if not self._out:
             return ios
         for io in ios:
-            io.error = io.error or "the files were taken away"
+            io.error = io.error or self._out
             self._end(io)
         return []
 
     def _go_out(self, why: str) -> None:
-        if not self._out:
-            self._out = True
-            _log.error("tier gds is out until the engine is restarted: in %s %s", self._slab.path, why)
+        self._out = why
+        self._next_reopen_s = time.monotonic() + _REOPEN_EVERY_S
+        self._lines.error(
+            "out",
+            "tier gds is out for a while: in %s %s; keep other programs out of this directory. Its files are "
+            "opened anew every %g s, until that works",
+            self._slab.path, why, _REOPEN_EVERY_S,
+        )  # fmt: skip
+
+    def _heal(self) -> None:
+        """Open the files anew if they were taken away: in a thread, and when nothing uses the old ones."""
+        if not self._out or self._flying:
+            return
+        if self._reopening is None:
+            if time.monotonic() >= self._next_reopen_s:
+                old = (self._engines, self._slab)
+                self._reopening = Reopening(self._config, self._context, self._sizing, old)
+        elif self._reopening.ended:
+            reopening, self._reopening = self._reopening, None
+            if reopening.opened is None:
+                self._next_reopen_s = time.monotonic() + _REOPEN_EVERY_S
+                self._lines.error("reopen", "tier gds stays out: %s", reopening.error)
+                return
+            self._slab, self._engines, entries = reopening.opened
+            wanted = self._slots.ready
+            self._slots = Slots(self._slab, self._sizing.slots, self._context, self._index_failed)
+            self._slots.take_stock(entries, wanted)
+            self._out = ""
+            left = len(self._slots.ready)
+            _log.warning("tier gds works again: %s has %d of %d blocks", self._slab.path, left, len(wanted))
 
     def _end(self, io: Io) -> None:
         transfer, slot, sequence = self._flying.pop(io.token.ticket)
         if transfer.op is Op.STORE:
-            del self._writing[transfer.key]
-            self._end_store(transfer, slot, sequence, io.error)
+            self._writing.remove(transfer.key)
+            self._end_store(transfer, slot, sequence, io)
             return
-        self._reading[slot] -= 1
-        if not self._reading[slot]:
-            del self._reading[slot]
-            if slot in self._doomed:
-                self._doomed.remove(slot)
-                self._free.append(slot)
+        self._slots.end_read(slot)
         if io.error:
-            self._report("load", io.error)
-            self._complete(transfer, Outcome.FAILED, Reason.ERROR)
+            self._fail(transfer, Reason.ERROR, io.error)
         else:
             self._complete(transfer, Outcome.DONE)
 
-    def _end_store(self, transfer: Transfer, slot: int, sequence: int, error: str) -> None:
+    def _end_store(self, transfer: Transfer, slot: int, sequence: int, io: Io) -> None:
+        error, code = io.error, io.code
         if not error:
             try:
-                self._slab.fill(
-                    slot, self._context.namespace, transfer.key, sequence, self._context.block_bytes
-                )
+                self._slots.fill(transfer.key, slot, sequence)
             except OSError as problem:
-                error = str(problem)
-        if error:
-            self._free.append(slot)
-            full = not self._out and self._slab.disk_is_full()
-            self._complete(transfer, Outcome.FAILED, Reason.FULL if full else Reason.ERROR)
-            self._report("store", error)
+                error, code = f"the index cannot be written ({problem.strerror})", problem.errno or 0
+        if not error:
+            self._complete(transfer, Outcome.DONE)
             return
-        self._ready[transfer.key] = slot
-        self._complete(transfer, Outcome.DONE)
+        self._slots.give_up(slot)
+        full = not self._out and self._slab.is_full(code)
+        self._fail(transfer, Reason.FULL if full else Reason.ERROR, error)
 
-    def _report(self, kind: str, error: str) -> None:
+    def _fail(self, transfer: Transfer, reason: Reason, error: str) -> None:
+        self._complete(transfer, Outcome.FAILED, reason, error)
         if self._out:
             return
-        self._failures[kind] += 1
-        now_s = time.monotonic()
-        if now_s < self._next_report_s.get(kind, 0.0):
-            return
-        self._next_report_s[kind] = now_s + _REPORT_EVERY_S
-        _log.error(
-            "a %s in %s failed: %s (%d since the last such line)",
-            kind, self._slab.path, error, self._failures.pop(kind),
+        if reason is Reason.FULL:
+            error += "; other files have taken the room that it needs: free some, or write a smaller capacity"
+        self._lines.error(
+            (transfer.op, reason), "a %s in %s failed: %s", transfer.op.value, self._slab.path, error
+        )
+        if reason is Reason.ERROR and self._slab.is_elsewhere():
+            self._go_out("the directory was replaced by another")
+
+    def _index_failed(self, error: OSError) -> None:
+        self._lines.error(
+            "index", "the index of %s cannot be written: %s; it is tried again by itself",
+            self._slab.path, error.strerror,
         )  # fmt: skip
 
-    def _complete(self, transfer: Transfer, outcome: Outcome, reason: Reason = Reason.NONE) -> None:
-        self._done.append(Completion(transfer.ticket, outcome, reason))
+    def _complete(
+        self, transfer: Transfer, outcome: Outcome, reason: Reason = Reason.NONE, detail: str = ""
+    ) -> None:
+        self._done.append(Completion(transfer.ticket, outcome, reason, detail))
 
 
 def _sizing(config: GdsConfig, context: TierContext) -> Sizing:
@@ -310,8 +313,8 @@ def _sizing(config: GdsConfig, context: TierContext) -> Sizing:
     if sizing is None:
         least = share_bytes(1, context.block_bytes) * context.world_size
         raise TierOpenError(
-            f"capacity: {int(config.capacity)} bytes over {context.world_size} ranks hold no block of "
-            f"{context.block_bytes} bytes; write at least {least}",
+            f"capacity: {size_text(config.capacity)} over {context.world_size} ranks hold no block of "
+            f"{size_text(context.block_bytes, up=True)}; write at least {size_text(least, up=True)}",
             operation="open", tier="gds",
         )  # fmt: skip
     assert sizing.slot_bytes % PAGE_BYTES == 0

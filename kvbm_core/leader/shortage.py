@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import Final
 
-from kvbm_core.config import show_size
+from kvbm_core.config import size_text
 from kvbm_core.leader.in_flight import LegEnded
 from kvbm_core.leader.tier_state import Tiers, TierState
 from kvbm_core.log_limit import LogLimit
@@ -129,4 +129,4 @@ class Shortages:
 
     def _show(self, tier: TierState, blocks: int) -> str:
         nbytes = blocks * tier.block_bytes * self._world_size
-        return show_size(nbytes) if nbytes else f"{blocks:,} blocks"
+        return size_text(int(nbytes)) if nbytes else f"{blocks:,} blocks"

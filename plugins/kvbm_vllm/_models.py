@@ -196,7 +196,7 @@ def _require_right_windows(sinks: bool) -> None:
     from vllm import envs
     from vllm.platforms import current_platform
 
-    if tuple(int(part) for part in vllm.__version__.split(".")[:2] if part.isdigit()) in _ONE_WINDOW:
+    if tuple(int(part) for part in vllm.__version__.split(".")[:2] if part.isdecimal()) in _ONE_WINDOW:
         raise ConfigError(
             f"vLLM {vllm.__version__} computes all layers of this model with the sliding window of some when "
             "its hybrid KV cache manager is off, as it must be with KvbmConnector. Install vLLM 0.28 or "

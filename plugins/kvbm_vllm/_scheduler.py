@@ -33,7 +33,7 @@ _TWO_QUEUES_SINCE: Final = (0, 31)
 
 def has_one_queue(version: str) -> bool:
     """Return True if vLLM keeps requests that hold blocks in one queue with those that wait for some."""
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < _TWO_QUEUES_SINCE
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdecimal()) < _TWO_QUEUES_SINCE
 
 
 class SchedulerHalf:
