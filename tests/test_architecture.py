@@ -40,7 +40,7 @@ WINGS = {
     "kvbm_core/worker/*.py": 920,
     "kvbm_core/layers/*.py": 240,
     "backends/kvbm_cpu/*.py": 300,
-    "backends/kvbm_lmdb/*.py": 1230,
+    "backends/kvbm_lmdb/*.py": 1300,
     "backends/kvbm_gds/*.py": 1120,
     "backends/kvbm_remote/*.py": 1330,
     "backends/kvbm_device/*.py": 1430,
