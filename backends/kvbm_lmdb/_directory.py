@@ -1,49 +1,39 @@
-"""The directory of one rank: who may use it, how much fits, what was found in it.
+"""The directory of one rank: what is in it, and how much fits.
 
     <path>/rank0/          0700
         engine.lock        flock held by the engine that uses the directory; holds its pid
         data.mdb           two databases, written in the same transactions:
                              blocks  namespace (16) + key (32) → the block's bytes
-                             index   namespace (16) + key (32) → sequence (8) + length (8), little endian
-        lock.mdb           LMDB's table of readers
+                             index   namespace (16) + key (32) → sequence (8) + length (8) + offset (8)
+        data.mdb.damaged   what could not be used any more; data.mdb.damaged.txt says why
 
-The index exists because py-lmdb reads every value it passes, even when asked for keys alone: listing
-200 GiB by walking `blocks` would read 200 GiB.
+Numbers are little endian. The index exists because py-lmdb reads every value it passes, even when asked
+for keys alone: listing 200 GiB by walking `blocks` would read 200 GiB. The offset is where the block's
+bytes begin in the file. They lie in pages of their own, next to each other, which LMDB never moves.
 """
 
 from __future__ import annotations
 
 import bisect
-import logging
-import struct
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
+from mmap import PAGESIZE
+from typing import Final
 
-import lmdb
-
-from kvbm_core.block import KEY_BYTES, NAMESPACE_BYTES
-from kvbm_core.localdir import FILE_MODE, HeldFolder, LocalDirectory, unusable
+from kvbm_core.localdir import LocalDirectory
 from kvbm_lmdb._config import LmdbConfig
 
 __all__ = [
-    "Entry",
+    "ERASE_BLOCKS",
+    "PAGE_BYTES",
     "Sizing",
-    "Store",
     "check",
     "directory_of",
-    "drop",
     "least_share_bytes",
-    "open_store",
+    "pages_of",
     "plan_sizing",
     "share_bytes",
+    "slot_bytes",
 ]
-
-_log = logging.getLogger("kvbm_lmdb")
-
-INDEX_ROW: Final = struct.Struct("<QQ")
-DAMAGE: Final = (lmdb.CorruptedError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.PageNotFoundError)
-"""What LMDB raises when the file is not, or no longer, a sound environment."""
 
 PAGE_BYTES: Final = 4096
 _PAGE_HEADER_BYTES: Final = 16
@@ -56,15 +46,14 @@ _BATCH_BLOCKS: Final = 64
 ERASE_BLOCKS: Final = 256
 """Blocks erased in one transaction; bounds the list of free pages that the transaction writes."""
 _LAG_TRANSACTIONS: Final = 6
-"""Pages freed by a transaction are used again by the third after it (measured), and a transaction's
-readers hold them for as long as they read: three more."""
+"""Pages freed by a transaction are used again by the third after it (measured); and as many to spare."""
 _FRAGMENTATION: Final = 1.03
 """Small pages (of trees and lists) break runs of free pages that a value would have fitted in."""
 _TREE_PAGES_PER_BLOCK: Final = 0.08
-"""Both trees, leaves half full: 66 + 74 bytes a block in pages of 4080, twice."""
+"""Both trees, leaves half full: 66 + 82 bytes a block in pages of 4080, twice."""
 _FIXED_PAGES: Final = 24
 _OTHER_FILES_BYTES: Final = 64 << 10
-"""The directory itself, its parent, the two lock files."""
+"""The directory itself, its parent, the lock file, the text beside a damaged file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,35 +73,25 @@ class Sizing:
         """Pages that blocks of all namespaces may take together."""
         return self.capacity_blocks * self.block_pages
 
+    @property
+    def growth_pages(self) -> int:
+        """Pages by which one transaction may lengthen the file, at most."""
+        touched = 2 * (ERASE_BLOCKS + self.batch_blocks) + _FIXED_PAGES
+        return 2 * (self.batch_blocks * self.block_pages + touched)
+
     def needed_pages(self, blocks: int, batch_blocks: int) -> int:
         """Say how many pages hold so many blocks that come and go `batch_blocks` at a time."""
         return _needed_pages(blocks, self.block_pages, batch_blocks)
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A block found at open."""
-
-    full_key: bytes
-    """Namespace and key."""
-    sequence: int
-    """Stored later: higher."""
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Store:
-    """An open environment, its two databases and what was found in them, oldest first."""
-
-    env: Any
-    blocks: Any
-    index: Any
-    entries: list[Entry]
-
-
 def pages_of(nbytes: int) -> int:
     """Say how many pages a value of `nbytes` takes."""
     return -(-(nbytes + _PAGE_HEADER_BYTES) // PAGE_BYTES)
+
+
+def slot_bytes(block_bytes: int) -> int:
+    """Say how many bytes of the window one block takes: whole pages."""
+    return -(-block_bytes // PAGESIZE) * PAGESIZE
 
 
 def plan_sizing(share_bytes: int, block_bytes: int) -> Sizing | None:
@@ -178,75 +157,3 @@ def check(config: LmdbConfig) -> None:
             or lies on a file system with too little room.
     """
     directory_of(config).check(config.capacity, "stored")
-
-
-def drop(folder: Path) -> None:
-    """Delete everything stored in a rank's folder. Only while no environment is open."""
-    for name in ("data.mdb", "lock.mdb"):
-        (folder / name).unlink(missing_ok=True)
-
-
-def open_store(folder: HeldFolder, sizing: Sizing, readers: int) -> Store:
-    """Open the environment; drop one that is damaged or larger than it may be, and start empty.
-
-    Raises:
-        TierOpenError: If even an empty one cannot be opened.
-    """
-    data = folder.path / "data.mdb"
-    if data.exists() and data.stat().st_size > sizing.map_bytes:
-        _log.warning(
-            "%s is %d bytes and may now be %d: the capacity was lowered. LMDB cannot shrink a file: "
-            "dropping it and starting empty.",
-            data,
-            data.stat().st_size,
-            sizing.map_bytes,
-        )
-        drop(folder.path)
-    try:
-        return _open(data, sizing, readers)
-    except DAMAGE as error:
-        _log.warning("%s is damaged (%s): dropping it and starting empty.", data, error)
-    except (lmdb.Error, OSError) as error:
-        raise unusable(folder.path, error, "lmdb") from error
-    drop(folder.path)
-    try:
-        return _open(data, sizing, readers)
-    except (lmdb.Error, OSError) as error:
-        raise unusable(folder.path, error, "lmdb") from error
-
-
-def _open(data: Path, sizing: Sizing, readers: int) -> Store:
-    # Not writemap: slower for large values, and damaged by a power cut more often. Not
-    # readahead=False: cold reads would fault page by page, at a tenth of the speed.
-    env = lmdb.open(
-        str(data.parent),
-        map_size=sizing.map_bytes,
-        sync=False,
-        mode=FILE_MODE,
-        max_dbs=2,
-        max_readers=readers + 8,
-    )
-    try:
-        _require_whole(env, data)
-        blocks, index = env.open_db(b"blocks"), env.open_db(b"index")
-        return Store(env, blocks, index, _entries(env, index))
-    except BaseException:
-        env.close()
-        raise
-
-
-def _require_whole(env: Any, data: Path) -> None:
-    # Reading a page beyond the end of the file would kill the process (SIGBUS).
-    if (env.info()["last_pgno"] + 1) * PAGE_BYTES > data.stat().st_size:
-        raise lmdb.CorruptedError("the file was cut short")
-
-
-def _entries(env: Any, index: Any) -> list[Entry]:
-    found = []
-    with env.begin(db=index) as txn:
-        for full_key, row in txn.cursor():
-            if len(full_key) == NAMESPACE_BYTES + KEY_BYTES and len(row) == INDEX_ROW.size:
-                sequence, nbytes = INDEX_ROW.unpack(row)
-                found.append(Entry(full_key, sequence, nbytes))
-    found.sort(key=lambda entry: entry.sequence)
-    return found

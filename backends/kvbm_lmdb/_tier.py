@@ -1,40 +1,43 @@
-"""Blocks in LMDB: bounded, over restarts, one engine per directory.
+"""Blocks in LMDB: bounded, over restarts, one engine per directory, in a process that may die.
 
-    caller ── STORE, discard ──► writer ── one transaction for several ──► data.mdb ── sync, on a timer
-    caller ── LOAD ──► readers ── one copy, from the mapped page into the region
-    caller ── LOOKUP ──► answered at once from the set of keys
+    caller ── STORE, discard ──► writer ── window, channel ──► keeper ── transaction ──► data.mdb
+    caller ── LOAD ──► readers ── one read of the file at the block's offset, into the region
+    caller ── LOOKUP ──► answered at once from the keys that are present
 
-The keys that are present are known in memory; the environment is read for bytes only.
+LMDB lives in the keeper alone (see `_keeper`). The keys that are present, and where their blocks lie in the
+file, are known here: a load asks nobody. A block's pages are used again only when it was erased, and the
+core erases none that is being loaded.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from itertools import islice
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
-import lmdb
-import numpy as np
+import lmdb  # noqa: F401 - only the keeper calls it; here its absence is found before a model is loaded
 
 from kvbm_core.block import BlockKey
 from kvbm_core.errors import QueueFullError, TierError, TierOpenError
+from kvbm_core.localdir import HeldFolder
+from kvbm_core.log_limit import LogLimit
 from kvbm_core.tier import Capabilities, Completion, Op, Outcome, Reason, Tier, TierContext, Transfer
 from kvbm_lmdb._config import LmdbConfig
+from kvbm_lmdb._data_file import DataFile
 from kvbm_lmdb._directory import (
-    DAMAGE,
-    ERASE_BLOCKS,
     Sizing,
     directory_of,
-    drop,
     least_share_bytes,
-    open_store,
     plan_sizing,
 )
-from kvbm_lmdb._writer import Writer
+from kvbm_lmdb._link import Link, Window
+from kvbm_lmdb._messages import Settings
+from kvbm_lmdb._writing import Writing
 
 __all__ = ["LmdbTier"]
 
@@ -42,45 +45,46 @@ _log = logging.getLogger("kvbm_lmdb")
 
 _QUEUE_DEPTH: Final = 256
 _READ_BATCH_BYTES: Final = 4 << 20
-"""A reader takes this much at a time: it costs one wake-up, and holds freed pages back no longer."""
+"""A reader takes this much at a time: it costs one wake-up."""
 _CLOSE_WAIT_S: Final = 5.0
 """What is queued at close is finished for so long; the rest fails."""
 
 
-class LmdbTier(Tier):
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """A load, and where its block lies."""
+
+    transfer: Transfer
+    offset: int
+    data: DataFile
+
+
+class LmdbTier(Writing, Tier):
     """Blocks in one LMDB environment per rank."""
 
     def __init__(self, config: LmdbConfig, context: TierContext) -> None:
         sizing = _sizing(config, context)
-        self._context = context
-        self._sizing = sizing
-        self._sync_interval_s = config.sync_interval_s
-        self._readers = config.readers
-        directory = directory_of(config)
-        self._folder = directory.hold(context.rank)
+        directory, limit = directory_of(config), LogLimit(_log)
+        folder = directory.hold(context.rank)
         try:
             directory.drop_other_ranks(context.rank, context.world_size, _log)
-            self._store = open_store(self._folder, sizing, config.readers)
-            self._writer = Writer(self._store, sizing, self._folder.path, context.namespace)
-            self._inventory = self._take_stock()
+            window = Window(sizing.batch_blocks, context.block_bytes)
+            link, found = _open(folder, window, sizing, context, limit)
         except BaseException:
-            self._folder.release()
+            folder.release()
             raise
+        super().__init__(link, found, window, limit, context, sizing)
+        self._folder = folder
+        self._sync_interval_s = config.sync_interval_s
+        self._inventory = tuple(found)
         self._capabilities = Capabilities(
             capacity_blocks=sizing.capacity_blocks, queue_depth=_QUEUE_DEPTH, durable=True
         )
-        self._present: set[BlockKey] = set(self._inventory)
-        self._storing: dict[BlockKey, list[int]] = {}
-        self._erasing: dict[BlockKey, None] = {}
-        self._stores: deque[Transfer] = deque()
-        self._loads: deque[Transfer] = deque()
-        self._done: deque[Completion] = deque()
+        self._loads: deque[_Load] = deque()
         self._unpolled = 0
-        self._closing = False
-        self._lock = threading.Lock()
-        self._to_write = threading.Condition(self._lock)
+        self._pid = os.getpid()
         self._to_read = threading.Condition(self._lock)
-        self._threads = self._start()
+        self._threads = self._start(config.readers)
 
     def __repr__(self) -> str:
         if self._closing:
@@ -134,8 +138,7 @@ class LmdbTier(Tier):
         """See `Tier.discard`. The keys are gone at once, their bytes with the next transaction."""
         with self._lock:
             for key in keys:
-                if key in self._present:
-                    self._present.remove(key)
+                if self._present.pop(key, None) is not None:
                     # Bounded: by the keys that were present.
                     self._erasing[key] = None
             if self._erasing:
@@ -143,52 +146,35 @@ class LmdbTier(Tier):
 
     def close(self) -> None:
         """See `Tier.close`. Finishes what is queued for up to 5 s, then fails the rest."""
-        if self._closing:
+        # The threads and the keeper are not a forked child's.
+        if self._closing or os.getpid() != self._pid:
             return
         with self._lock:
             self._closing = True
             self._to_write.notify_all()
             self._to_read.notify_all()
-        give_up_s = time.monotonic() + _CLOSE_WAIT_S
-        for thread in self._threads:
-            thread.join(max(0.0, give_up_s - time.monotonic()))
+        self._join(_CLOSE_WAIT_S)
         self._fail_queued()
-        for thread in self._threads:
-            # With empty queues a thread ends after the batch it is at.
-            thread.join(_CLOSE_WAIT_S)
-        if any(thread.is_alive() for thread in self._threads):
-            # Closing the environment under a thread that reads it would kill the process.
-            _log.error("%s: the disk does not answer; leaving the environment open", self._folder.path)
-            return
-        self._store.env.close()
+        # With empty queues a thread ends after the batch it is at.
+        if not self._join(_CLOSE_WAIT_S):
+            self._link.kill()
+            self._join(_CLOSE_WAIT_S)
+        if not self._link.close():
+            _log.error("%s: the disk does not answer; a process that waits for it is left", self._folder.path)
+        if self._join(0.0):
+            self._window.close()
+        self._limit.close()
         self._folder.release()
 
-    def _take_stock(self) -> tuple[BlockKey, ...]:
-        """Sort what was found into what is served and what is only kept; make both fit."""
-        namespace, nbytes = self._context.namespace, self._context.block_bytes
-        entries = self._store.entries
-        own = [e for e in entries if e.nbytes == nbytes and e.full_key.startswith(namespace)]
-        own = own[-self._sizing.capacity_blocks :]
-        served = {entry.full_key for entry in own}
-        self._writer.adopt(entry for entry in entries if entry.full_key not in served)
-        entries.clear()
-        try:
-            self._writer.trim(len(own))
-        except lmdb.Error as error:
-            _log.warning("%s: cannot be trimmed to its capacity (%s): dropping it", self._folder.path, error)
-            self._start_empty()
-            return ()
-        return tuple(entry.full_key[len(namespace) :] for entry in own)
+    def _join(self, wait_s: float) -> bool:
+        give_up_s = time.monotonic() + wait_s
+        for thread in self._threads:
+            thread.join(max(0.0, give_up_s - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
-    def _start_empty(self) -> None:
-        self._store.env.close()
-        drop(self._folder.path)
-        self._store = open_store(self._folder, self._sizing, self._readers)
-        self._writer = Writer(self._store, self._sizing, self._folder.path, self._context.namespace)
-
-    def _start(self) -> list[threading.Thread]:
+    def _start(self, readers: int) -> list[threading.Thread]:
         jobs = [("writer", self._write_until_closed)]
-        jobs += [(f"reader{number}", self._read_until_closed) for number in range(self._readers)]
+        jobs += [(f"reader{number}", self._read_until_closed) for number in range(readers)]
         threads = [threading.Thread(target=job, name=f"kvbm-lmdb-{name}", daemon=True) for name, job in jobs]
         for thread in threads:
             thread.start()
@@ -199,11 +185,12 @@ class LmdbTier(Tier):
         ticket, key = transfer.ticket, transfer.key
         if transfer.op is Op.STORE:
             return self._accept_store(transfer)
-        if key not in self._present:
+        offset = self._present.get(key)
+        if offset is None:
             return Completion(ticket, Outcome.MISSING, Reason.MISSING)
         if transfer.op is Op.LOOKUP:
             return Completion(ticket, Outcome.DONE)
-        self._loads.append(transfer)
+        self._loads.append(_Load(transfer, offset, self._data))
         return None
 
     def _accept_store(self, transfer: Transfer) -> Completion | None:
@@ -214,103 +201,22 @@ class LmdbTier(Tier):
             # The same key is on its way: it ends as that one ends.
             self._storing[key].append(ticket)
             return None
+        if self._down:
+            return Completion(ticket, Outcome.FAILED, Reason.ERROR, self._down)
         if len(self._present) + len(self._storing) >= self._sizing.capacity_blocks:
             return Completion(ticket, Outcome.FAILED, Reason.FULL)
         self._storing[key] = [ticket]
         self._stores.append(transfer)
         return None
 
-    def _complete(self, completions: Sequence[Completion]) -> None:
-        if completions:
-            self._done.extend(completions)
-            self._context.wake()
-
-    # --- the writer's thread ---
-
-    def _write_until_closed(self) -> None:
-        next_sync_s = 0.0
-        while True:
-            with self._lock:
-                self._wait_for_writes(next_sync_s)
-                if self._closing and not self._stores and not self._erasing:
-                    break
-                erase, stores = self._take_writes()
-                own_blocks = len(self._present) + len(stores)
-            self._write(erase, stores, own_blocks)
-            if self._writer.dirty and time.monotonic() >= next_sync_s:
-                self._sync()
-                next_sync_s = time.monotonic() + self._sync_interval_s
-        if self._writer.dirty:
-            self._sync()
-
-    def _wait_for_writes(self, next_sync_s: float) -> None:
-        while not (self._stores or self._erasing or self._closing):
-            wait_s = max(0.0, next_sync_s - time.monotonic()) if self._writer.dirty else None
-            if not self._to_write.wait(wait_s):
-                return
-
-    def _take_writes(self) -> tuple[list[BlockKey], list[Transfer]]:
-        erase = list(islice(self._erasing, ERASE_BLOCKS))
-        for key in erase:
-            del self._erasing[key]
-        if self._erasing:
-            # The room that stores count on is not all free yet.
-            return erase, []
-        count = min(len(self._stores), self._sizing.batch_blocks)
-        return erase, [self._stores.popleft() for _ in range(count)]
-
-    def _write(self, erase: list[BlockKey], stores: list[Transfer], own_blocks: int) -> None:
-        now_s = time.monotonic()
-        late = [transfer for transfer in stores if transfer.deadline_s < now_s]
-        stores = [transfer for transfer in stores if transfer.deadline_s >= now_s]
-        try:
-            reasons = self._writer.write(erase, stores, own_blocks)
-        except Exception as error:  # noqa: BLE001 - a thread's top: it becomes completions
-            _log.error("writing to %s failed: %s: %s", self._folder.path, type(error).__name__, error)
-            reasons = [Reason.ERROR] * len(stores)
-            self._erase_later(erase)
-        self._settle(late, [Reason.DEADLINE] * len(late))
-        self._settle(stores, reasons)
-
-    def _erase_later(self, erase: list[BlockKey]) -> None:
-        with self._lock:
-            # Not at close: the thread would never end. What is left is served again after a restart.
-            if not self._closing:
-                self._erasing.update(dict.fromkeys(key for key in erase if key not in self._present))
-        # Nothing wakes a disk that fails; do not spin meanwhile.
-        time.sleep(0.05)
-
-    def _settle(self, stores: Sequence[Transfer], reasons: Sequence[Reason]) -> None:
-        completions: list[Completion] = []
-        with self._lock:
-            for transfer, reason in zip(stores, reasons, strict=True):
-                stored = reason is Reason.NONE
-                if stored:
-                    self._present.add(transfer.key)
-                    self._erasing.pop(transfer.key, None)
-                outcome = Outcome.DONE if stored else Outcome.FAILED
-                tickets = self._storing.pop(transfer.key)
-                completions += [Completion(ticket, outcome, reason) for ticket in tickets]
-        self._complete(completions)
-
-    def _sync(self) -> None:
-        try:
-            self._writer.sync()
-        except lmdb.Error as error:
-            _log.error("flushing %s failed, a power cut may lose blocks: %s", self._folder.path, error)
-
     # --- the readers' threads ---
 
     def _read_until_closed(self) -> None:
-        while transfers := self._take_loads():
-            try:
-                completions = self._read(transfers)
-            except Exception as error:  # noqa: BLE001 - a thread's top: it becomes completions
-                _log.error("reading %s failed: %s: %s", self._folder.path, type(error).__name__, error)
-                completions = [Completion(t.ticket, Outcome.FAILED, Reason.ERROR) for t in transfers]
-            self._complete(completions)
+        while loads := self._take_loads():
+            now_s = time.monotonic()
+            self._complete([self._read(load, now_s) for load in loads])
 
-    def _take_loads(self) -> list[Transfer]:
+    def _take_loads(self) -> list[_Load]:
         with self._lock:
             while not self._loads and not self._closing:
                 self._to_read.wait()
@@ -318,32 +224,22 @@ class LmdbTier(Tier):
             most = max(1, min(_READ_BATCH_BYTES // self._context.block_bytes, len(self._loads) // 2))
             return [self._loads.popleft() for _ in range(min(most, len(self._loads)))]
 
-    def _read(self, transfers: Sequence[Transfer]) -> list[Completion]:
-        now_s = time.monotonic()
-        with self._store.env.begin(db=self._store.blocks, buffers=True) as txn:
-            return [
-                Completion(transfer.ticket, Outcome.FAILED, Reason.DEADLINE)
-                if transfer.deadline_s < now_s
-                else self._read_one(txn, transfer)
-                for transfer in transfers
-            ]
-
-    def _read_one(self, txn: Any, transfer: Transfer) -> Completion:
+    def _read(self, load: _Load, now_s: float) -> Completion:
+        ticket, key, region = load.transfer.ticket, load.transfer.key, load.transfer.region
+        assert region is not None
+        if load.transfer.deadline_s < now_s:
+            return Completion(ticket, Outcome.FAILED, Reason.DEADLINE)
         try:
-            value = txn.get(self._context.namespace + transfer.key)
-        except DAMAGE as error:
-            _log.error("block %s in %s is damaged: %s", transfer.key.hex()[:16], self._folder.path, error)
-            return Completion(transfer.ticket, Outcome.FAILED, Reason.CORRUPT)
-        if value is None:
-            with self._lock:
-                self._present.discard(transfer.key)
-            return Completion(transfer.ticket, Outcome.MISSING, Reason.MISSING)
-        if len(value) != self._context.block_bytes:
-            return Completion(transfer.ticket, Outcome.FAILED, Reason.CORRUPT)
-        assert transfer.region is not None
-        # Releases the interpreter lock, which a copy between memoryviews does not.
-        np.copyto(np.frombuffer(transfer.region.view(), np.uint8), np.frombuffer(value, np.uint8))
-        return Completion(transfer.ticket, Outcome.DONE)
+            whole = load.data.read(load.offset, region)
+        except Exception as error:  # noqa: BLE001 - a thread's top: it becomes a completion
+            self._limit.error("read", "reading %s failed: %s", load.data.path, error)
+            return Completion(ticket, Outcome.FAILED, Reason.ERROR, str(error))
+        if not whole:
+            self._limit.error(
+                "damaged", "block %s in %s is damaged or cut off", key.hex()[:16], load.data.path
+            )
+            return Completion(ticket, Outcome.FAILED, Reason.CORRUPT)
+        return Completion(ticket, Outcome.DONE)
 
     def _fail_queued(self) -> None:
         with self._lock:
@@ -351,8 +247,24 @@ class LmdbTier(Tier):
             self._stores.clear()
             self._loads.clear()
             self._erasing.clear()
-        self._settle(stores, [Reason.ERROR] * len(stores))
-        self._complete([Completion(transfer.ticket, Outcome.FAILED, Reason.ERROR) for transfer in loads])
+        self._settle(stores, [], Reason.ERROR)
+        self._complete([Completion(load.transfer.ticket, Outcome.FAILED, Reason.ERROR) for load in loads])
+
+
+def _open(
+    folder: HeldFolder, window: Window, sizing: Sizing, context: TierContext, limit: LogLimit
+) -> tuple[Link, dict[BlockKey, int]]:
+    settings = Settings(str(folder.path), os.getpid(), context.namespace, context.block_bytes, sizing)
+    try:
+        link = Link(settings, window, limit)
+        try:
+            return link, link.open()
+        except BaseException:
+            link.close()
+            raise
+    except BaseException:
+        window.close()
+        raise
 
 
 def _sizing(config: LmdbConfig, context: TierContext) -> Sizing:

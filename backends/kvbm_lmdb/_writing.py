@@ -1,0 +1,244 @@
+"""The writing half of a tier: batches for the keeper, and what becomes of them when it dies."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final
+
+from kvbm_core.block import BlockKey
+from kvbm_core.log_limit import LogLimit
+from kvbm_core.tier import Completion, Outcome, Reason, TierContext, Transfer
+from kvbm_lmdb._directory import ERASE_BLOCKS, PAGE_BYTES, Sizing
+from kvbm_lmdb._link import Fault, KeeperError, Link, Window
+from kvbm_lmdb._messages import Commit, Committed, Sync, Synced
+
+__all__ = ["Writing"]
+
+_ERASE_RETRY_S: Final = 1.0
+"""Erasures for which a disk had no room are tried again after this."""
+_GIB: Final = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What is asked of the keeper in one transaction."""
+
+    erase: list[BlockKey]
+    stores: list[Transfer]
+
+
+_NOTHING: Final = _Batch([], [])
+
+
+class Writing:
+    """What is present, what is on its way, and the thread that hands it to the keeper."""
+
+    _sync_interval_s: float
+
+    def __init__(
+        self,
+        link: Link,
+        found: dict[BlockKey, int],
+        window: Window,
+        limit: LogLimit,
+        context: TierContext,
+        sizing: Sizing,
+    ) -> None:
+        self._link = link
+        self._present = found
+        self._window = window
+        self._limit = limit
+        self._context = context
+        self._sizing = sizing
+        self._data = link.data
+        self._down = ""
+        self._storing: dict[BlockKey, list[int]] = {}
+        self._erasing: dict[BlockKey, None] = {}
+        self._erase_s = 0.0
+        self._stores: deque[Transfer] = deque()
+        self._done: deque[Completion] = deque()
+        self._dirty = False
+        self._sync_s = 0.0
+        self._half = 0
+        self._closing = False
+        self._lock = threading.Lock()
+        self._to_write = threading.Condition(self._lock)
+
+    def _complete(self, completions: Sequence[Completion]) -> None:
+        if completions:
+            self._done.extend(completions)
+            self._context.wake()
+
+    def _write_until_closed(self) -> None:
+        sent = _NOTHING
+        while (batch := self._next(sent)) is not None:
+            try:
+                sent = self._step(sent, batch)
+            except Exception as error:  # noqa: BLE001 - a thread's top: it becomes completions
+                self._lose(KeeperError(Fault.KILLED, f"{type(error).__name__}: {error}"), sent, batch)
+                sent = _NOTHING
+
+    def _next(self, sent: _Batch) -> _Batch | None:
+        """Wait for something to do unless the keeper is at a batch. None: closed, and nothing is left."""
+        with self._lock:
+            while sent is _NOTHING and not self._closing:
+                due_s = self._due_s()
+                wait_s = None if due_s is None else due_s - time.monotonic()
+                if (wait_s is not None and wait_s <= 0) or not self._to_write.wait(wait_s):
+                    break
+            if sent is _NOTHING and self._closing and not self._stores and not self._erasing:
+                return None if self._down or not self._dirty else _NOTHING
+            return self._take_writes()
+
+    def _due_s(self) -> float | None:
+        """Say when there is something to do, on the clock of `time.monotonic`."""
+        if self._down:
+            return self._link.retry_s
+        if self._stores:
+            return 0.0
+        times_s = [self._sync_s] if self._dirty else []
+        return min([*times_s, self._erase_s] if self._erasing else times_s, default=None)
+
+    def _take_writes(self) -> _Batch:
+        erase = list(islice(self._erasing, ERASE_BLOCKS))
+        for key in erase:
+            del self._erasing[key]
+        # While some are left, the room that stores count on is not all free yet.
+        count = 0 if self._erasing else min(len(self._stores), self._sizing.batch_blocks)
+        return _Batch(erase, [self._stores.popleft() for _ in range(count)])
+
+    def _step(self, sent: _Batch, batch: _Batch) -> _Batch:
+        """Copy a batch into the window while the keeper is at the one before, then let it begin."""
+        half = self._half
+        batch = _Batch(batch.erase, self._fill(half, batch.stores))
+        try:
+            self._finish(sent)
+            sent = _NOTHING
+            if not self._require_keeper():
+                self._erase_later(batch.erase, _ERASE_RETRY_S)
+                self._settle(batch.stores, [], Reason.ERROR, self._down)
+                return _NOTHING
+            if self._dirty and (self._closing or time.monotonic() >= self._sync_s):
+                self._sync()
+            if not batch.erase and not batch.stores:
+                return _NOTHING
+            own_blocks = len(self._present) + len(batch.stores)
+            keys = [transfer.key for transfer in batch.stores]
+            self._link.send(Commit(batch.erase, keys, half, own_blocks))
+        except KeeperError as error:
+            self._lose(error, sent, batch)
+            return _NOTHING
+        self._half = 1 - half
+        return batch
+
+    def _fill(self, half: int, stores: Sequence[Transfer]) -> list[Transfer]:
+        now_s = time.monotonic()
+        late = [transfer for transfer in stores if transfer.deadline_s < now_s]
+        self._settle(late, [], Reason.DEADLINE)
+        kept = [transfer for transfer in stores if transfer.deadline_s >= now_s]
+        for slot, transfer in enumerate(kept):
+            assert transfer.region is not None
+            self._window.fill(half, slot, transfer.region)
+        return kept
+
+    def _finish(self, sent: _Batch) -> None:
+        """Wait for the keeper's answer.
+
+        Raises:
+            KeeperError: If there is none.
+        """
+        if sent is _NOTHING:
+            return
+        reply = self._link.receive()
+        assert isinstance(reply, Committed)
+        self._dirty = True
+        self._settle(sent.stores, reply.offsets, Reason.FULL, reply.full)
+        if reply.full:
+            used_gib = len(self._present) * self._sizing.block_pages * PAGE_BYTES / _GIB
+            self._limit.warning(
+                "full",
+                "%s: no room for more at %.2f of the %.2f GiB configured (%s); make room on the disk, or "
+                "lower 'capacity'",
+                self._data.path, used_gib, self._sizing.map_bytes / _GIB, reply.full,
+            )  # fmt: skip
+        if not reply.erased:
+            self._erase_later(sent.erase, _ERASE_RETRY_S)
+            # What waits behind them would find no room either.
+            with self._lock:
+                stores = list(self._stores)
+                self._stores.clear()
+            self._settle(stores, [], Reason.FULL, reply.full)
+
+    def _require_keeper(self) -> bool:
+        """Say whether there is a keeper; if it is time to, start one."""
+        if not self._down and (error := self._link.died()):
+            self._lose(error)
+        if not self._down:
+            return True
+        found = None if self._closing else self._link.reopen()
+        if found is None:
+            return False
+        with self._lock:
+            # What is there though nobody was told so, or though it was discarded, goes.
+            self._erasing = dict.fromkeys(key for key in found if key not in self._present)
+            self._present = {key: offset for key, offset in found.items() if key in self._present}
+            self._data = self._link.data
+            self._down = ""
+        return True
+
+    def _lose(self, error: KeeperError, *batches: _Batch) -> None:
+        """Fail what was under way when the keeper went."""
+        self._link.failed(error)
+        with self._lock:
+            self._down = self._link.down
+            stores = [transfer for batch in batches for transfer in batch.stores] + list(self._stores)
+            self._stores.clear()
+        for batch in batches:
+            self._erase_later(batch.erase, 0.0)
+        self._settle(stores, [], Reason.ERROR, self._down)
+
+    def _erase_later(self, erase: Iterable[BlockKey], wait_s: float) -> None:
+        with self._lock:
+            self._erase_s = time.monotonic() + wait_s
+            # Not at close: the thread would never end. What is left is served again after a restart.
+            if not self._closing:
+                self._erasing.update(dict.fromkeys(key for key in erase if key not in self._present))
+
+    def _settle(
+        self, stores: Sequence[Transfer], offsets: Sequence[int], reason: Reason, detail: str = ""
+    ) -> None:
+        """Complete stores: the first are where `offsets` say, the others ended with a reason."""
+        completions: list[Completion] = []
+        with self._lock:
+            for at, transfer in enumerate(stores):
+                tickets = self._storing.pop(transfer.key, ())
+                if at < len(offsets):
+                    self._present[transfer.key] = offsets[at]
+                    completions += [Completion(ticket, Outcome.DONE) for ticket in tickets]
+                else:
+                    completions += [Completion(ticket, Outcome.FAILED, reason, detail) for ticket in tickets]
+        self._complete(completions)
+
+    def _sync(self) -> None:
+        """Have what was committed flushed.
+
+        Raises:
+            KeeperError: If there is no answer.
+        """
+        self._link.send(Sync())
+        reply = self._link.receive()
+        assert isinstance(reply, Synced)
+        self._dirty = bool(reply.error) and not self._closing
+        self._sync_s = time.monotonic() + self._sync_interval_s
+        if reply.error:
+            self._limit.error(
+                "sync",
+                "flushing %s failed, a power cut may lose blocks: %s",
+                self._data.path,
+                reply.error,
+            )

@@ -1,0 +1,201 @@
+"""The process that has LMDB may die, and its file be damaged: the engine lives, the tier returns."""
+
+import contextlib
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_cpu import BLOCK, NAMESPACE, content, key, load, region, store
+from test_lmdb import MIB, config, du_bytes
+
+from kvbm_core.errors import TierOpenError
+from kvbm_core.tier import Op, Outcome, Reason, TierContext, Transfer
+from kvbm_lmdb import LmdbTier
+from kvbm_lmdb._link import Fault
+
+
+@pytest.fixture
+def open_tier(tmp_path):
+    with contextlib.ExitStack() as stack:
+
+        def open_(capacity=16 * MIB):
+            tier = LmdbTier(config(tmp_path / "kv", capacity), TierContext(NAMESPACE, BLOCK))
+            stack.callback(tier.close)
+            return tier
+
+        yield open_
+
+
+def keeper_pid(tier):
+    return tier._link._keeper.process.pid
+
+
+def is_there(pid):
+    return Path(f"/proc/{pid}").exists()
+
+
+def wait_until(condition):
+    give_up_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < give_up_s
+        time.sleep(0.01)
+
+
+def store_until_done(tier, n):
+    wait_until(lambda: store(tier, n).outcome is Outcome.DONE)
+
+
+def test_each_ticket_ends_once_when_the_keeper_is_killed_and_the_tier_returns(open_tier):
+    tier = open_tier(64 * MIB)
+    for n in range(20):
+        store(tier, n)
+    ends, tickets = {}, 0
+    for round_ in range(4):
+        new = range(100 + 60 * round_, 160 + 60 * round_)
+        transfers = [Transfer(tickets + at, Op.STORE, key(n), region(content(n))) for at, n in enumerate(new)]
+        transfers += [Transfer(tickets + 60 + n, Op.LOAD, key(n), region()) for n in range(20)]
+        tier.submit(transfers)
+        wait_until(lambda: tier._link._keeper is not None)
+        os.kill(keeper_pid(tier), signal.SIGKILL)
+        tickets += len(transfers)
+
+        def polled(tickets=tickets):
+            for completion in tier.poll():
+                assert completion.ticket not in ends
+                ends[completion.ticket] = completion
+            return len(ends) == tickets
+
+        wait_until(polled)
+        # Loads ask nobody.
+        assert all(ends[t.ticket].outcome is Outcome.DONE for t in transfers if t.op is Op.LOAD)
+        store_until_done(tier, 1000 + round_)
+    reasons = {end.reason for end in ends.values()}
+    assert reasons <= {Reason.NONE, Reason.ERROR}
+    assert Reason.ERROR in reasons
+    assert all(load(tier, n)[1] == content(n) for n in [*range(20), *range(1000, 1004)])
+
+
+def test_a_store_fails_at_once_and_says_why_while_there_is_no_keeper(open_tier, caplog):
+    tier = open_tier()
+    store(tier, 1)
+    # As after many faults: the next keeper starts late.
+    tier._link._faults.extend([(time.monotonic(), Fault.MEDIUM)] * 8)
+    os.kill(keeper_pid(tier), signal.SIGKILL)
+    store(tier, 2)
+    end = store(tier, 3)
+    assert (end.outcome, end.reason) == (Outcome.FAILED, Reason.ERROR)
+    assert "SIGKILL" in end.detail
+    assert load(tier, 1)[1] == content(1)
+    assert caplog.text.count("the process that has LMDB is gone") == 1
+    assert "kv/rank0" in caplog.text
+
+
+def test_a_file_cut_short_under_load_is_put_aside_and_the_engine_lives(tmp_path, open_tier, caplog):
+    tier = open_tier()
+    for n in range(100):
+        store(tier, n)
+    data = tmp_path / "kv/rank0/data.mdb"
+    os.truncate(data, 5 * 4096)
+    ends = [load(tier, n)[0] for n in range(100)]
+    assert {end.reason for end in ends} == {Reason.CORRUPT}
+    tier.discard([key(n) for n in range(100)])
+    store_until_done(tier, 200)
+    wait_until(lambda: store(tier, 201).outcome is Outcome.DONE and load(tier, 201)[1] == content(201))
+    assert du_bytes(tmp_path / "kv") <= 16 * MIB
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_damaged_pages_neither_end_nor_stop_the_engine(tmp_path, open_tier, seed):
+    tier = open_tier(4 * MIB)
+    for n in range(20):
+        assert store(tier, n).outcome is Outcome.DONE
+    tier.close()
+    data, rng = tmp_path / "kv/rank0/data.mdb", random.Random(seed)
+    with open(data, "r+b") as file:
+        for page in rng.sample(range(data.stat().st_size // 4096), 8):
+            file.seek(page * 4096)
+            file.write(bytes(4096) if seed % 2 else rng.randbytes(4096))
+    tier = open_tier(4 * MIB)
+    for n in tier.inventory():
+        tier.submit([Transfer(1, Op.LOAD, n, region())])
+        wait_until(lambda: len(tier.poll()) == 1)
+    tier.discard(list(tier.inventory()))
+    for n in range(300, 310):
+        store_until_done(tier, n)
+    assert load(tier, 309)[1] == content(309)
+    assert du_bytes(tmp_path / "kv") <= 4 * MIB
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "owner"])
+def test_a_file_that_somebody_else_made_is_refused(tmp_path, kind):
+    folder = tmp_path / "kv/rank0"
+    folder.mkdir(parents=True)
+    data, victim = folder / "data.mdb", tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    if kind == "link":
+        data.symlink_to(victim)
+    elif kind == "pipe":
+        os.mkfifo(data)
+    else:
+        if os.getuid():
+            pytest.skip("ANOTHER OWNER IS NOT TESTED: only root can make one")
+        data.write_bytes(b"")
+        os.chown(data, 12345, 12345)
+    with pytest.raises(
+        TierOpenError, match=r"data\.mdb (is not a regular file|belongs to uid 12345).*Delete it"
+    ):
+        LmdbTier(config(tmp_path / "kv"), TierContext(NAMESPACE, BLOCK))
+    assert victim.read_bytes() == b"precious"
+
+
+def test_a_link_called_lock_mdb_is_not_followed(tmp_path, open_tier):
+    folder, victim = tmp_path / "kv/rank0", tmp_path / "victim"
+    folder.mkdir(parents=True)
+    victim.write_bytes(b"precious")
+    (folder / "lock.mdb").symlink_to(victim)
+    assert store(open_tier(), 1).outcome is Outcome.DONE
+    assert victim.read_bytes() == b"precious"
+
+
+def test_no_process_is_left_after_close(open_tier):
+    tier = open_tier()
+    pid = keeper_pid(tier)
+    assert Path(f"/proc/{pid}/comm").read_text() == "kvbm-lmdb\n"
+    tier.close()
+    tier.close()
+    assert not is_there(pid)
+
+
+@pytest.mark.parametrize("fork", [False, True])
+def test_no_keeper_outlives_a_killed_engine(tmp_path, fork):
+    code = (
+        f"import sys, os, time; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_lmdb import *\n"
+        f"tier = LmdbTier(config({str(tmp_path / 'kv')!r}), TierContext(NAMESPACE, BLOCK))\n"
+        f"child = os.fork() if {fork} else 1\n"
+        "if child: print(tier._link._keeper.process.pid, child, flush=True)\n"
+        "time.sleep(60)"
+    )
+    engine = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, text=True)
+    pid, child = map(int, engine.stdout.readline().split())
+    engine.kill()
+    engine.wait()
+    engine.stdout.close()
+    wait_until(lambda: not is_there(pid))
+    if fork:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_signals_of_the_terminal_do_not_end_the_keeper(open_tier, caplog):
+    tier = open_tier()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(keeper_pid(tier), number)
+    with caplog.at_level(logging.WARNING):
+        assert store(tier, 1).outcome is Outcome.DONE
+    assert caplog.text == ""
