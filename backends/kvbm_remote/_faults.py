@@ -53,9 +53,9 @@ NOWHERE: Final = "255.255.255.255:1"
 _STATUS: Final = re.compile(r"status(?: code)?: (\d{3})\b")
 _CODE: Final = re.compile(r"<Code>(\w{1,64})</Code>")
 _REGION: Final = re.compile(r"<Region>([\w-]{1,32})</Region>")
-_OS_CODE: Final = re.compile(r"\bOs \{ code: (\d{1,3}),")
+_OS_CODE: Final = re.compile(r"\bOs \{\s+code: (\d{1,3}),")
 _HTTP_ERROR: Final = re.compile(r"kind: (Connect|Timeout|Request|Interrupted|Decode)")
-_CERTIFICATE: Final = re.compile(r"invalid peer certificate: (\w{1,40})|InvalidCertificate\((\w{1,40})")
+_CERTIFICATE: Final = re.compile(r"invalid peer certificate: (\w{1,40})|InvalidCertificate\(\s*(\w{1,40})")
 _METADATA: Final = re.compile(r"Error performing \w+ \S+/latest/")
 _HOST: Final = re.compile(r"[\w.:\[\]-]{1,100}", re.ASCII)
 _CHAIN_LENGTH: Final = 8
@@ -197,6 +197,9 @@ def _answer(links: tuple[BaseException, ...]) -> _Answer:
             status, code, region = _STATUS.search(text), _CODE.search(text), _REGION.search(text)
             if status:
                 return _Answer(int(status[1]), code[1] if code else "", region[1] if region else "")
+        if type(link).__module__ == "aiohttp.http_exceptions":
+            # Its 400 says that an answer could not be read.
+            continue
         response = getattr(link, "response", None)
         if isinstance(response, dict):
             return _answer_of_botocore(response)
@@ -247,8 +250,9 @@ def _os_codes(error: BaseException) -> Iterator[int]:
 def _certificate(links: tuple[BaseException, ...]) -> str:
     """Say what is wrong with a certificate, in the words of the library that checked it."""
     for link in links:
-        if isinstance(link, ssl.SSLCertVerificationError):
-            return str(link.verify_message)[:80]
+        # aiohttp's own is of that type, too, and has no message.
+        if isinstance(link, ssl.SSLCertVerificationError) and (said := getattr(link, "verify_message", "")):
+            return str(said)[:80]
         if _is_obstore(link) and (found := _CERTIFICATE.search(str(link))):
             return found[1] or found[2]
     return ""

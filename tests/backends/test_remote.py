@@ -431,7 +431,8 @@ def test_a_package_that_is_not_installed_is_named(protocol, package, monkeypatch
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, protocol, raising=False)
     with pytest.raises(
-        TierOpenError, match=f"'{protocol}://place/x' needs {package}, which is not installed; pip install {package}"
+        TierOpenError,
+        match=f"'{protocol}://place/x' needs {package}, which is not installed; pip install {package}",
     ):
         check(RemoteConfig(url=f"{protocol}://place/x"))
 
@@ -453,7 +454,9 @@ def test_check_changes_nothing(tmp_path):
 def test_an_option_obstore_does_not_know_goes_to_fsspec_or_is_refused():
     options = {"endpoint_url": "http://127.0.0.1:1", "s3_additional_kwargs": {"ACL": MARKER}}
     check(RemoteConfig(url="s3://bucket/x", storage_options=options))
-    with pytest.raises(TierOpenError, match=r"obstore has no 's3_additional_kwargs' \(it has key, .*client: fsspec") as caught:
+    with pytest.raises(
+        TierOpenError, match=r"obstore has no 's3_additional_kwargs' \(it has key, .*client: fsspec"
+    ) as caught:
         check(RemoteConfig(url="s3://bucket/x", storage_options=options, client="obstore"))
     assert MARKER not in str(caught.value)
 

@@ -47,7 +47,14 @@ def test_tidying_deletes_what_this_backend_made_and_nothing_else(tmp_path, open_
     folder = path_of(tmp_path, 1).parent
     litter, young = aged(folder / LITTER), folder / f".kvbm-{'1' * 32}.tmp"
     young.write_text("half")
-    others = [".bashrc", ".profile", "." + "0" * 32, f"{LITTER}~", f".kvbm-{'A' * 32}.tmp", f".kvbm-{'0' * 31}.tmp"]
+    others = [
+        ".bashrc",
+        ".profile",
+        "." + "0" * 32,
+        f"{LITTER}~",
+        f".kvbm-{'A' * 32}.tmp",
+        f".kvbm-{'0' * 31}.tmp",
+    ]
     kept = [aged(folder / name) for name in others]
     target = aged(tmp_path / "precious")
     link = folder / f".kvbm-{'2' * 32}.tmp"
@@ -174,7 +181,9 @@ def test_a_mount_without_permission_says_so_once(tmp_path, open_tier, caplog):
     assert {(end.outcome, end.reason) for end in ends} == {(Outcome.FAILED, Reason.ERROR)}
     said = [record.getMessage() for record in caplog.records if record.name == "kvbm_remote"]
     assert len(said) == 1
-    assert "store failed: no permission (PermissionError, Permission denied): let this process's user" in said[0]
+    assert (
+        "store failed: no permission (PermissionError, Permission denied): let this process's user" in said[0]
+    )
     tier.close()
     assert "19 more in the last" in caplog.records[-1].getMessage()
 
