@@ -29,7 +29,7 @@ class ObjectStore(Store):
         bucket: str,
         prefix: str,
         settings: Mapping[str, Any],
-        client_options: Mapping[str, Any],
+        client_options: Any,
         timeout_s: float,
     ) -> None:
         """Make a store.

@@ -46,11 +46,13 @@ def aiohttp_tracing() -> aiohttp.TraceConfig:
 
 def aws_session() -> type[Any]:
     """Give aiobotocore's HTTP session, with redirects to another host refused."""
-    from aiobotocore.httpsession import AIOHTTPSession
+    import aiobotocore.httpsession  # type: ignore[import-untyped]  # It has no types.
 
     tracing = aiohttp_tracing()
 
-    class Session(AIOHTTPSession):
+    base: Any = aiobotocore.httpsession.AIOHTTPSession
+
+    class Session(base):  # type: ignore[misc]  # Its base has no types.
         async def _get_session(self, proxy_url: Any) -> Any:
             session = await super()._get_session(proxy_url)
             if tracing not in session.trace_configs:
@@ -87,7 +89,7 @@ def uses_proxy(url: str) -> str:
     parts = urlsplit(url)
     names: Mapping[str, str] = urllib.request.getproxies_environment()
     name = next((each for each in (parts.scheme, "all") if names.get(each)), "")
-    if not name or urllib.request.proxy_bypass_environment(parts.hostname or "", dict(names)):
+    if not name or urllib.request.proxy_bypass(parts.hostname or ""):
         return ""
     return f"{name.upper()}_PROXY"
 

@@ -28,8 +28,8 @@ from kvbm_core.tier import Op, Outcome, Reason, TierContext, Transfer
 from kvbm_remote import RemoteConfig, RemoteTier, _runners
 from kvbm_remote._clients import check
 from kvbm_remote._gc import main
-from kvbm_remote._runners import run_through
 from kvbm_remote._local_store import LocalStore
+from kvbm_remote._runners import run_through
 from kvbm_remote._stores import ThreadStore
 
 MARKER = "s3cr3t-m4rk3r"
