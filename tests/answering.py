@@ -80,8 +80,8 @@ class AnsweringServer:
                 answer = outer.answer(request) if callable(outer.answer) else outer.answer
                 outer._send(self, answer)
 
-            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do_CONNECT = serve
-
+        for method in ("GET", "HEAD", "PUT", "POST", "DELETE", "CONNECT"):
+            setattr(Handler, f"do_{method}", Handler.serve)
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._scheme = "http"
         if certificates is not None:

@@ -50,7 +50,7 @@ class ObjectStore(Store):
         self._store = S3Store(
             bucket,
             prefix=prefix or None,
-            client_options={**client_options, "timeout": timedelta(seconds=timeout_s)},
+            client_options=client_options | {"timeout": timedelta(seconds=timeout_s)},
             # Attempts are counted in one place, above.
             retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=timeout_s)},
             **settings,
