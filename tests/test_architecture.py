@@ -43,7 +43,7 @@ WINGS = {
     "backends/kvbm_cpu/*.py": 330,
     "backends/kvbm_lmdb/*.py": 1300,
     "backends/kvbm_gds/*.py": 1330,
-    "backends/kvbm_remote/*.py": 1330,
+    "backends/kvbm_remote/*.py": 1850,
     "backends/kvbm_device/*.py": 1430,
     "plugins/kvbm_engine/*.py": 720,
     "plugins/kvbm_vllm/**/*.py": 1530,

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any, Final
 
 from kvbm_remote._faults import WrongLengthError, classify
+from kvbm_remote._kinds import PRESENT
 from kvbm_remote._stores import UNSAID, Buffer, Entry, Store, entry_of
 
 __all__ = ["AsyncStore", "ObjectStore"]
@@ -28,9 +29,18 @@ class ObjectStore(Store):
         bucket: str,
         prefix: str,
         settings: Mapping[str, Any],
-        connect_timeout_s: float,
+        client_options: Any,
         timeout_s: float,
     ) -> None:
+        """Make a store.
+
+        Args:
+            bucket: Its name.
+            prefix: The folder in it.
+            settings: As `S3Store` calls them.
+            client_options: Likewise, for its HTTP client.
+            timeout_s: For each request.
+        """
         import obstore
         from obstore.store import S3Store
 
@@ -40,11 +50,7 @@ class ObjectStore(Store):
         self._store = S3Store(
             bucket,
             prefix=prefix or None,
-            client_options={
-                "allow_http": True,
-                "connect_timeout": timedelta(seconds=connect_timeout_s),
-                "timeout": timedelta(seconds=timeout_s),
-            },
+            client_options=client_options | {"timeout": timedelta(seconds=timeout_s)},
             # Attempts are counted in one place, above.
             retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=timeout_s)},
             **settings,
@@ -59,19 +65,19 @@ class ObjectStore(Store):
 
     async def put(self, path: str, content: Buffer, *, overwrite: bool) -> None:
         """See `Store.put`. If-None-Match: the server drops what it has."""
-        from obstore.exceptions import AlreadyExistsError, NotSupportedError
+        from obstore.exceptions import NotSupportedError
 
         if self._exclusive and not overwrite:
             try:
                 await self._obstore.put_async(self._store, path, content, use_multipart=False, mode="create")
-            except AlreadyExistsError:
-                pass
             except NotSupportedError:
                 self._exclusive = False
             except Exception as error:
-                if "status 501" not in classify(error).detail:
+                # obstore calls a 409 "already exists", too: then another writes it, and perhaps in vain.
+                fault = classify(error)
+                self._exclusive = "status 501" not in fault.detail
+                if self._exclusive and fault.kind is not PRESENT:
                     raise
-                self._exclusive = False
             if self._exclusive:
                 return
         await self._obstore.put_async(self._store, path, content, use_multipart=False, mode="overwrite")
@@ -113,11 +119,27 @@ class AsyncStore(Store):
         self._fs: Any = None
         self._session: Any = None
         self._modes = False
+        self._streams = False
 
     async def get(self, path: str, target: memoryview) -> Buffer:
         """See `Store.get`."""
-        content: bytes = await (await self._connected())._cat_file(self._at(path))
-        return content
+        fs, most = await self._connected(), len(target) + 1
+        if not self._streams:
+            # The library asks for so many bytes; the server gives no more.
+            content: bytes = await fs._cat_file(self._at(path), start=0, end=most)
+            return content
+        file = await fs.open_async(self._at(path), size=most)
+        try:
+            parts, left = [], most
+            while left and (part := await file.read(left)):
+                parts.append(part)
+                left -= len(part)
+        finally:
+            # What is not read must not stay in the connection.
+            if file.r is not None:
+                file.r.close()
+            await file.close()
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def put(self, path: str, content: Buffer, *, overwrite: bool) -> None:
         """See `Store.put`. A single request, which such stores carry out whole or not at all."""
@@ -125,10 +147,8 @@ class AsyncStore(Store):
         exclusive = {"mode": "create"} if self._modes and not overwrite else {}
         try:
             await fs._pipe_file(self._at(path), content, **exclusive)
-        except FileExistsError:
-            return
         except OSError as error:
-            if not exclusive or "status 412" not in classify(error).detail:
+            if not exclusive or classify(error).kind is not PRESENT:
                 raise
 
     async def nbytes(self, path: str) -> int:
@@ -165,10 +185,13 @@ class AsyncStore(Store):
         if self._fs is None:
             async with self._connecting:
                 if self._fs is None:
+                    from fsspec.asyn import AsyncFileSystem
+
                     fs = self._connect()
                     # The one public way to a session, under two names.
                     begin = getattr(fs, "set_session", None) or getattr(fs, "_set_session", None)
                     self._session = await begin() if begin is not None else None
                     self._modes = "mode" in inspect.signature(fs._pipe_file).parameters
+                    self._streams = type(fs).open_async is not AsyncFileSystem.open_async
                     self._fs = fs
         return self._fs

@@ -23,7 +23,8 @@ from kvbm_core.config import parse_size
 from kvbm_core.errors import KvbmError
 from kvbm_remote._clients import make_store
 from kvbm_remote._config import RemoteConfig, shown_url
-from kvbm_remote._faults import Kind, classify
+from kvbm_remote._faults import classify
+from kvbm_remote._kinds import MISSING
 from kvbm_remote._stores import LITTER_S, TOP, Entry, Store, is_temporary
 
 __all__ = ["Summary", "collect", "main"]
@@ -116,7 +117,7 @@ class _Collection:
                 *(self._store.delete(entry.path) for entry in doomed), return_exceptions=True
             )
         for entry, failure in zip(doomed, failures, strict=True):
-            if failure is not None and classify(failure).kind.name != "missing":
+            if failure is not None and classify(failure).kind is not MISSING:
                 self.summary.failed += 1
             elif is_temporary(entry.path):
                 self.summary.deleted_litter += 1
@@ -171,8 +172,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     except Exception as error:  # noqa: BLE001 - the program's top: a client's error may quote a password
         fault = classify(error)
-        said: Kind = fault.kind
-        print(f"{shown_url(options.url)}: {said.name} ({fault.detail}): {said.advice}", file=sys.stderr)
+        print(f"{shown_url(options.url)}: {fault}", file=sys.stderr)
         return 2
     print(json.dumps(dataclasses.asdict(summary)) if options.json else _text(summary))
     return 1 if summary.failed else 0

@@ -106,6 +106,7 @@ class LoopRunner(Runner):
         self._max_in_flight = max_in_flight
         self._timeout_s = timeout_s
         self._tasks: set[asyncio.Task[None]] = set()
+        self._pump_due = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="kvbm-remote-loop", daemon=True)
         self._thread.start()
@@ -113,7 +114,10 @@ class LoopRunner(Runner):
     def push(self, jobs: Sequence[Job]) -> None:
         """See `Runner.push`."""
         self._queue(jobs)
-        self._loop.call_soon_threadsafe(self._pump)
+        # Once, however often this is called while a client library holds the loop.
+        if not self._pump_due:
+            self._pump_due = True
+            self._loop.call_soon_threadsafe(self._pump)
 
     def close(self, finish_by_s: float, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """See `Runner.close`."""
@@ -131,6 +135,8 @@ class LoopRunner(Runner):
         self._loop.close()
 
     def _pump(self) -> None:
+        # Before it looks for jobs, so that none is pushed unseen.
+        self._pump_due = False
         while len(self._tasks) < self._max_in_flight and (job := self._next()) is not None:
             task = self._loop.create_task(self._limited(job))
             self._tasks.add(task)

@@ -13,42 +13,41 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import os
+import re
 import secrets
-import stat
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
-
-from kvbm_remote._faults import WrongLengthError
 
 __all__ = [
     "LITTER_S",
     "TEMPORARY",
     "TOP",
+    "UNFINISHED",
     "UNSAID",
     "Buffer",
     "Entry",
-    "LocalStore",
     "Store",
     "ThreadStore",
     "entry_of",
+    "is_temporary",
 ]
 
 TOP: Final = "v1"
 """Everything of ours lies below it; it names the version of the layout."""
 TEMPORARY: Final = f"{TOP}/tmp"
-"""Files lie here until they are whole; in a local directory they lie beside the others, with a dot."""
+"""Files lie here until they are whole; in a local directory they lie beside the others, see `UNFINISHED`."""
+UNFINISHED: Final = r"\.kvbm-[0-9a-f]{32}\.tmp"
+"""What a file in a local directory is called until it is whole: a name that nobody else gives."""
+_LITTER: Final = re.compile(
+    rf"{TEMPORARY}/[0-9a-f]{{32}}|{TOP}/[0-9a-f]{{32}}/r\d+of\d+/[0-9a-f]{{2}}/{UNFINISHED}", re.ASCII
+)
 LITTER_S: Final = 3600.0
 """A temporary file of this age was left by a writer that died."""
 UNSAID: Final = -1
-_DIRECTORY_MODE: Final = 0o700
-_FILE_MODE: Final = 0o600
-"""A KV cache holds people's prompts."""
 
 Buffer = bytes | memoryview
 
@@ -85,7 +84,8 @@ class Store(ABC):
         """Give an object: bytes of its own, or `target`, filled.
 
         Raises:
-            WrongLengthError: If it knows that the object has another length than the target.
+            WrongLengthError: If it knows that the object has another length than the target. Of a longer
+                one it reads a byte more than the target has, at most.
         """
 
     @abstractmethod
@@ -110,109 +110,6 @@ class Store(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Let go of connections."""
-
-
-class LocalStore(Store):
-    """A directory, by the operating system's own calls: a mount that several engines share."""
-
-    client = "files"
-    abandonable = False
-
-    def __init__(self, root: Path) -> None:
-        self._root = str(root)
-        self._made: set[str] = set()
-
-    async def get(self, path: str, target: memoryview) -> Buffer:
-        """See `Store.get`. Reads straight into the target."""
-        file = os.open(self._at(path), os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            if os.fstat(file).st_size != len(target):
-                raise WrongLengthError
-            done = 0
-            while done < len(target):
-                count = os.preadv(file, [target[done:]], done)
-                if not count:
-                    raise WrongLengthError
-                done += count
-        finally:
-            os.close(file)
-        return target
-
-    async def put(self, path: str, content: Buffer, *, overwrite: bool) -> None:
-        """See `Store.put`. Written under a temporary name, then renamed."""
-        final = self._at(path)
-        if not overwrite and os.path.exists(final):
-            return
-        folder = os.path.dirname(final)
-        # In the same directory: a rename between two takes a lock of the whole file system, which
-        # costs a fifth of the speed at 256 KiB.
-        temporary = f"{folder}/.{secrets.token_hex(16)}"
-        if folder not in self._made:
-            self._make(folder)
-            self._tidy(folder)
-            self._made.add(folder)
-        try:
-            self._write(temporary, content)
-            os.rename(temporary, final)
-        except BaseException:
-            # Perhaps somebody deleted a directory.
-            self._made.clear()
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-
-    async def nbytes(self, path: str) -> int:
-        """See `Store.nbytes`."""
-        return os.stat(self._at(path)).st_size
-
-    async def delete(self, path: str) -> None:
-        """See `Store.delete`."""
-        os.unlink(self._at(path))
-
-    async def entries(self, folder: str) -> AsyncIterator[Entry]:
-        """See `Store.entries`."""
-        for entry in self._walk(self._at(folder)):
-            yield entry
-
-    async def close(self) -> None:
-        """See `Store.close`."""
-
-    def _at(self, path: str) -> str:
-        return f"{self._root}/{path}"
-
-    def _make(self, folder: str) -> None:
-        for each in reversed((Path(folder), *Path(folder).parents)):
-            if not each.exists():
-                each.mkdir(mode=_DIRECTORY_MODE, exist_ok=True)
-
-    def _tidy(self, folder: str) -> None:
-        """Delete what writers that died left here. Once for each directory, when it is first used."""
-        with os.scandir(folder) as found:
-            left = [each.path for each in found if each.name.startswith(".")]
-        for path in left:
-            with contextlib.suppress(FileNotFoundError):
-                if os.stat(path).st_mtime < time.time() - LITTER_S:
-                    os.unlink(path)
-
-    def _write(self, path: str, content: Buffer) -> None:
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _FILE_MODE)
-        try:
-            done = 0
-            while done < len(content):
-                done += os.write(file, content[done:])
-        finally:
-            os.close(file)
-
-    def _walk(self, folder: str) -> Iterator[Entry]:
-        with contextlib.suppress(FileNotFoundError), os.scandir(folder) as found:
-            for each in found:
-                if each.is_dir(follow_symlinks=False):
-                    yield from self._walk(each.path)
-                    continue
-                with contextlib.suppress(FileNotFoundError):
-                    facts = each.stat(follow_symlinks=False)
-                    if stat.S_ISREG(facts.st_mode):
-                        yield Entry(each.path[len(self._root) + 1 :], facts.st_size, facts.st_mtime)
 
 
 class ThreadStore(Store):
@@ -242,7 +139,8 @@ class ThreadStore(Store):
     async def get(self, path: str, target: memoryview) -> Buffer:
         """See `Store.get`."""
         with self._connected() as fs:
-            content: bytes = fs.cat_file(self._at(path))
+            # A byte more shows that an object is longer, whatever its length.
+            content: bytes = fs.cat_file(self._at(path), start=0, end=len(target) + 1)
             return content
 
     async def put(self, path: str, content: Buffer, *, overwrite: bool) -> None:
@@ -337,7 +235,7 @@ def _disconnect(fs: Any) -> None:
 
 def is_temporary(path: str) -> bool:
     """Say whether a path, below the root, is a file's that was not whole when it was written."""
-    return path.startswith(f"{TEMPORARY}/") or path.rpartition("/")[2].startswith(".")
+    return _LITTER.fullmatch(path) is not None
 
 
 def entry_of(facts: Mapping[str, Any], root: str) -> Entry:

@@ -19,12 +19,14 @@ from typing import Final
 
 from kvbm_core.block import BlockKey
 from kvbm_core.errors import QueueFullError, TierError
+from kvbm_core.log_limit import LogLimit
 from kvbm_core.tier import Capabilities, Completion, Op, Outcome, Reason, Tier, TierContext, Transfer
 from kvbm_remote._clients import check, is_read_only, make_store
 from kvbm_remote._config import RemoteConfig, shown_url
-from kvbm_remote._faults import BUCKET, MISSING, Complaints, Fault, WrongLengthError, classify
+from kvbm_remote._faults import Fault, WrongLengthError, classify
+from kvbm_remote._kinds import BUCKET, MISSING
 from kvbm_remote._runners import Job, LoopRunner, Runner, ThreadRunner
-from kvbm_remote._stores import LITTER_S, TEMPORARY, TOP, UNSAID
+from kvbm_remote._stores import LITTER_S, TEMPORARY, TOP, UNSAID, is_temporary
 
 __all__ = ["RemoteTier"]
 
@@ -68,7 +70,7 @@ class RemoteTier(Tier):
             detail=f"{self._place} by {self._store.client}" + (", read only" if self._read_only else ""),
         )
         self._folder = f"{TOP}/{context.namespace.hex()}/r{context.rank}of{context.world_size}"
-        self._complaints = Complaints(self._place)
+        self._log_limit = LogLimit(_log)
         self._lock = threading.Lock()
         self._open: dict[int, Job] = {}
         self._done: deque[Completion] = deque()
@@ -161,8 +163,10 @@ class RemoteTier(Tier):
         with self._lock:
             left, self._open = list(self._open), {}
         if left:
-            self._done.extend(Completion(ticket, Outcome.FAILED, Reason.DEADLINE) for ticket in left)
+            closed = "the tier was closed"
+            self._done.extend(Completion(ticket, Outcome.FAILED, Reason.DEADLINE, closed) for ticket in left)
             self._context.wake()
+        self._log_limit.close()
 
     def _start(self) -> Runner:
         limit = self._config.max_in_flight
@@ -201,7 +205,9 @@ class RemoteTier(Tier):
         job = Job(transfer.key, transfer, give_up_s, overwrite=transfer.key in self._gone)
         self._open[transfer.ticket] = job
         if transfer.op is Op.STORE and transfer.key in self._deleting:
-            self._deleting[transfer.key].append(job)
+            # Nobody takes those that were given up while the deletion hangs in a client library.
+            waiting = [other for other in self._deleting[transfer.key] if not other.ended]
+            self._deleting[transfer.key] = [*waiting, job]
             return None
         return job
 
@@ -295,7 +301,7 @@ class RemoteTier(Tier):
         """Collect what dead writers left, and ask for something that is not there."""
         if not self._read_only:
             async for entry in self._store.entries(TEMPORARY):
-                if entry.modified_s < time.time() - LITTER_S:
+                if is_temporary(entry.path) and entry.modified_s < time.time() - LITTER_S:
                     await self._store.delete(entry.path)
         await self._store.get(f"{TOP}/.look", memoryview(b""))
 
@@ -313,8 +319,9 @@ class RemoteTier(Tier):
         """Complete a job, and remember what it showed."""
         transfer = job.transfer
         reason = Reason.NONE if fault is None else fault.kind.reason
-        if fault is not None:
-            self._complaints.note(fault, transfer.op.value if transfer else "delete" if job.key else "open")
+        if fault is not None and fault.kind is not MISSING:
+            operation = transfer.op.value if transfer else "delete" if job.key else "open"
+            self._log_limit.warning(fault.kind, "%s: %s failed: %s", self._place, operation, fault)
         if transfer is None:
             self._end_deletion(job, reason)
             return
@@ -325,7 +332,8 @@ class RemoteTier(Tier):
             elif missing:
                 self._note(job.key, present=False)
         outcome = Outcome.DONE if fault is None else Outcome.MISSING if missing else Outcome.FAILED
-        self._complete(job, Completion(transfer.ticket, outcome, reason))
+        detail = str(fault) if outcome is Outcome.FAILED else ""
+        self._complete(job, Completion(transfer.ticket, outcome, reason, detail))
 
     def _end_deletion(self, job: Job, reason: Reason) -> None:
         if not job.key:

@@ -28,8 +28,9 @@ from kvbm_core.tier import Op, Outcome, Reason, TierContext, Transfer
 from kvbm_remote import RemoteConfig, RemoteTier, _runners
 from kvbm_remote._clients import check
 from kvbm_remote._gc import main
+from kvbm_remote._local_store import LocalStore
 from kvbm_remote._runners import run_through
-from kvbm_remote._stores import LocalStore, ThreadStore
+from kvbm_remote._stores import ThreadStore
 
 MARKER = "s3cr3t-m4rk3r"
 
@@ -202,7 +203,7 @@ def test_a_writer_killed_in_the_middle_leaves_no_torn_block_and_its_litter_is_co
     assert blocks
     assert all(path.read_bytes() == b"k" * (1 << 20) for path in blocks)
     # Whether one of them died in the middle of a file is chance; this one did, two hours ago.
-    old, fresh = (blocks[0].parent / f".{digit * 32}" for digit in "01")
+    old, fresh = (blocks[0].parent / f".kvbm-{digit * 32}.tmp" for digit in "01")
     for file in (old, fresh):
         file.write_bytes(b"half")
     os.utime(old, (time.time() - 7200,) * 2)
@@ -430,7 +431,8 @@ def test_a_package_that_is_not_installed_is_named(protocol, package, monkeypatch
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, protocol, raising=False)
     with pytest.raises(
-        TierOpenError, match=f"'{protocol}://place/x' needs .* not installed; pip install {package}"
+        TierOpenError,
+        match=f"'{protocol}://place/x' needs {package}, which is not installed; pip install {package}",
     ):
         check(RemoteConfig(url=f"{protocol}://place/x"))
 
@@ -452,7 +454,9 @@ def test_check_changes_nothing(tmp_path):
 def test_an_option_obstore_does_not_know_goes_to_fsspec_or_is_refused():
     options = {"endpoint_url": "http://127.0.0.1:1", "s3_additional_kwargs": {"ACL": MARKER}}
     check(RemoteConfig(url="s3://bucket/x", storage_options=options))
-    with pytest.raises(TierOpenError, match="obstore has no s3_additional_kwargs; write one of") as caught:
+    with pytest.raises(
+        TierOpenError, match=r"obstore has no 's3_additional_kwargs' \(it has key, .*client: fsspec"
+    ) as caught:
         check(RemoteConfig(url="s3://bucket/x", storage_options=options, client="obstore"))
     assert MARKER not in str(caught.value)
 
@@ -548,17 +552,19 @@ def test_the_collector_deletes_the_oldest_until_it_fits(aged, open_tier):
 def test_the_collector_deletes_what_dead_writers_left(aged, capsys):
     (folder, *_) = (aged / "kv/v1" / NAMESPACE.hex() / "r0of1").iterdir()
     (aged / "kv/v1/tmp").mkdir()
-    litter = [folder / ".0123", aged / "kv/v1/tmp/0123"]
-    for file in litter:
+    litter = [folder / f".kvbm-{'0' * 32}.tmp", aged / "kv/v1/tmp" / ("0" * 32)]
+    foreign = [folder / ".bashrc", folder / ("." + "0" * 32), aged / "kv/v1/tmp/notes.txt"]
+    for file in (*litter, *foreign):
         file.write_bytes(b"half")
     assert main(["gc", f"file://{aged}/kv", "--max-age", "99d", "--json"]) == 0
     assert all(file.exists() for file in litter)
-    for file in litter:
+    for file in (*litter, *foreign):
         os.utime(file, (time.time() - 7200,) * 2)
     assert main(["gc", f"file://{aged}/kv", "--max-age", "99d", "--json"]) == 0
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(each["deleted_blocks"], each["deleted_litter"]) for each in said] == [(0, 0), (0, 2)]
     assert not any(file.exists() for file in litter)
+    assert all(file.exists() for file in foreign)
 
 
 def test_age_and_size_together_delete_no_more_than_they_must(aged, open_tier):
