@@ -6,12 +6,10 @@ real store is needed, see `test_remote_s3.py`.
 """
 
 import contextlib
-import errno
 import http.server
 import importlib.util
 import os
 import re
-import socket
 import threading
 
 import pytest
@@ -219,116 +217,3 @@ def test_a_block_that_was_there_is_stored(server, open_tier):
         pytest.skip("this client's store says otherwise")
     server.answer = 412, {}, b"<?xml version='1.0'?><Error><Code>PreconditionFailed</Code></Error>"
     assert store(tier, 1).outcome is Outcome.DONE
-
-
-# sftp
-
-
-@pytest.fixture
-def sftp(tmp_path):
-    """A real SFTP server, paramiko's, of a directory; counts the bytes it gives away."""
-    paramiko = pytest.importorskip("paramiko", reason="NOT TESTED WITH sftp: paramiko is not installed")
-
-    class Files(paramiko.SFTPServerInterface):
-        def _at(self, path):
-            return f"{tmp_path}/{path.lstrip('/')}"
-
-        def _try(self, call):
-            try:
-                return call()
-            except OSError as error:
-                return paramiko.SFTPServer.convert_errno(error.errno or errno.EIO)
-
-        def stat(self, path):
-            return self._try(lambda: paramiko.SFTPAttributes.from_stat(os.stat(self._at(path))))
-
-        lstat = stat
-
-        def list_folder(self, path):
-            names = lambda: os.listdir(self._at(path))  # noqa: E731
-            facts = lambda name: paramiko.SFTPAttributes.from_stat(  # noqa: E731
-                os.stat(f"{self._at(path)}/{name}"), name
-            )
-            return self._try(lambda: [facts(name) for name in names()])
-
-        def mkdir(self, path, attributes):
-            return self._try(lambda: os.mkdir(self._at(path))) or paramiko.SFTP_OK
-
-        def remove(self, path):
-            return self._try(lambda: os.unlink(self._at(path))) or paramiko.SFTP_OK
-
-        def rename(self, old, new):
-            return self._try(lambda: os.rename(self._at(old), self._at(new))) or paramiko.SFTP_OK
-
-        posix_rename = rename
-
-        def open(self, path, flags, attributes):
-            def opened():
-                handle = Counted(flags)
-                file = os.fdopen(os.open(self._at(path), flags, 0o600), "r+b" if flags & os.O_RDWR else
-                                 "wb" if flags & os.O_WRONLY else "rb", buffering=0)  # fmt: skip
-                handle.readfile = handle.writefile = file
-                return handle
-
-            return self._try(opened)
-
-    class Counted(paramiko.SFTPHandle):
-        def read(self, offset, length):
-            data = super().read(offset, length)
-            counted.sent_bytes += len(data) if isinstance(data, bytes) else 0
-            return data
-
-    class Anybody(paramiko.ServerInterface):
-        def check_auth_password(self, username, password):
-            return paramiko.AUTH_SUCCESSFUL
-
-        def check_channel_request(self, kind, number):
-            return paramiko.OPEN_SUCCEEDED
-
-    counted = Server.__new__(Server)
-    counted.sent_bytes = 0
-    listener = socket.create_server(("127.0.0.1", 0))
-    host_key, transports = paramiko.ECDSAKey.generate(), []
-
-    def serve():
-        with contextlib.suppress(OSError):
-            while True:
-                transport = paramiko.Transport(listener.accept()[0])
-                transport.add_server_key(host_key)
-                transport.set_subsystem_handler("sftp", paramiko.SFTPServer, Files)
-                transport.start_server(server=Anybody())
-                transports.append(transport)
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    counted.port = listener.getsockname()[1]
-    yield counted
-    listener.shutdown(socket.SHUT_RDWR)
-    listener.close()
-    thread.join()
-    for transport in transports:
-        transport.close()
-
-
-def test_a_planted_file_of_a_file_server_is_corrupt_and_is_not_read(sftp, tmp_path):
-    config = RemoteConfig(
-        url="sftp://127.0.0.1/kv",
-        storage_options={"port": sftp.port, "username": "u", "password": TOKEN},
-        max_in_flight=2,
-        timeout_s=20.0,
-        connect_timeout_s=10.0,
-    )
-    tier = RemoteTier(config, TierContext(NAMESPACE, BLOCK))
-    try:
-        (tmp_path / "kv").mkdir()
-        assert store(tier, 1).outcome is Outcome.DONE
-        assert load(tier, 1)[0].outcome is Outcome.DONE
-        block = tmp_path / "kv" / tier._path(key(1))
-        os.truncate(block, LARGE)
-        before = sftp.sent_bytes
-        end, got = load(tier, 1)
-        assert (end.outcome, end.reason) == (Outcome.FAILED, Reason.CORRUPT)
-        assert got == b"\xaa" * BLOCK
-        assert sftp.sent_bytes - before < MUCH
-    finally:
-        tier.close()
