@@ -193,5 +193,10 @@ class AsyncStore(Store):
                     self._session = await begin() if begin is not None else None
                     self._modes = "mode" in inspect.signature(fs._pipe_file).parameters
                     self._streams = type(fs).open_async is not AsyncFileSystem.open_async
+                    # Azure's client follows redirects with all it sends, and adlfs has no option for that.
+                    pipeline = getattr(getattr(fs, "service_client", None), "_pipeline", None)
+                    for policy in getattr(pipeline, "_impl_policies", ()):
+                        if hasattr(policy, "max_redirects"):
+                            policy.allow = False
                     self._fs = fs
         return self._fs
