@@ -63,8 +63,13 @@ VARIABLES: Final = (
         "Times `DYN_KVBM_MAX_TRANSFER_BATCH_SIZE`: the `gds` tier's `queue_depth`, at most 1024. Default 4."),
     Variable("DYN_KVBM_MAX_TRANSFER_BATCH_SIZE", Use.STACK,
         "Times `DYN_KVBM_MAX_CONCURRENT_TRANSFERS`: the `gds` tier's `queue_depth`. Default 16."),
-    Variable("DYN_KVBM_METRICS", Use.PLUGIN, "By `kvbm_metrics`: metrics on a port of their own."),
+    Variable("DYN_KVBM_METRICS", Use.PLUGIN,
+        "By `kvbm_metrics`: metrics on a port of their own, for this machine alone unless "
+        "`DYN_KVBM_METRICS_HOST` says otherwise."),
     Variable("DYN_KVBM_METRICS_PORT", Use.PLUGIN, "By `kvbm_metrics`: that port."),
+    Variable("DYN_KVBM_METRICS_HOST", Use.PLUGIN,
+        "By `kvbm_metrics`: the address of that port, `127.0.0.1` if not set. `0.0.0.0`: every address of "
+        "this machine, as with KVBM, which does not know this variable."),
     Variable("DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS", Use.PLUGIN,
         "By `kvbm_etcd`, where it is configured: how long the leader waits for its workers."),
     Variable("DYN_KVBM_DISK_ALLOCATOR_TYPE", Use.FIXED,
