@@ -606,5 +606,31 @@ def test_what_compose_mounts_is_there_and_is_copied_out(tmp_path, capsys):
     assert f"./grafana/dashboards:{folder}:ro" in compose["services"]["grafana"]["volumes"]
 
 
+def test_an_edited_file_is_never_overwritten(tmp_path, monkeypatch, capsys):
+    shipped = tmp_path / "deploy"
+    shutil.copytree(DEPLOY, shipped)
+    monkeypatch.setattr(__main__, "_DEPLOY", shipped)
+    out = tmp_path / "out"
+    __main__.main([str(out)])
+    (out / "prometheus.yml").write_text("mine")
+    for name in ("prometheus.yml", "rules/kvbm.yml"):  # A later version.
+        (shipped / name).write_text("later")
+    capsys.readouterr()
+    for _ in range(2):
+        __main__.main([str(out)])
+        assert f"{out / 'prometheus.yml'} was edited and is left as it is" in capsys.readouterr().out
+        assert (out / "prometheus.yml").read_text() == "mine"
+        assert (out / "prometheus.yml.new").read_text() == "later"
+        assert (out / "rules" / "kvbm.yml").read_text() == "later"
+        assert not (out / "rules" / "kvbm.yml.new").exists()
+
+
+def test_without_a_record_what_differs_counts_as_edited(tmp_path):
+    (tmp_path / "compose.yaml").write_text("of an earlier version, or mine")
+    __main__.main([str(tmp_path)])
+    assert (tmp_path / "compose.yaml").read_text() == "of an earlier version, or mine"
+    assert (tmp_path / "compose.yaml.new").read_bytes() == (DEPLOY / "compose.yaml").read_bytes()
+
+
 def test_the_wheel_would_hold_the_dashboard():
     assert (files("kvbm_metrics") / "deploy" / "grafana" / "dashboards" / "kvbm.json").is_file()

@@ -6,6 +6,7 @@ named and nothing read. Nothing is ignored in silence:
     STACK     makes the stack of tiers
     PLUGIN    is read by one of our plug-ins
     FIXED     only says what is so anyway; another value is refused
+    NOTED     is for something else, which may be there; the log says what to write
     REFUSED   has no meaning here, whatever its value
 
 The page `docs/how-to/from-kvbm.md` shows this table, and a test compares the two.
@@ -26,6 +27,7 @@ class Use(enum.Enum):
     STACK = "makes the stack"
     PLUGIN = "honoured"
     FIXED = "only as it is"
+    NOTED = "noted"
     REFUSED = "refused"
 
 
@@ -105,6 +107,10 @@ VARIABLES: Final = (
         "`--kv-events-config`."),
     Variable("DYN_RUNTIME_ENABLED_KVBM", Use.FIXED,
         "There is no Dynamo runtime to attach to; `kvbm_etcd` registers engines in etcd.", ("false",)),
+    Variable("DYN_SYSTEM_PORT", Use.NOTED,
+        "The port of Dynamo's runtime for health and metrics; without Dynamo nothing opens it. vLLM has "
+        "`/health` and `/metrics` on its own port; for metrics on another set `DYN_KVBM_METRICS=true` and "
+        "`DYN_KVBM_METRICS_PORT`."),
     Variable("DYN_KVBM_LEADER_ZMQ_HOST", Use.REFUSED, _CHANNEL),
     Variable("DYN_KVBM_LEADER_ZMQ_PUB_PORT", Use.REFUSED, _CHANNEL),
     Variable("DYN_KVBM_LEADER_ZMQ_ACK_PORT", Use.REFUSED, _CHANNEL),
