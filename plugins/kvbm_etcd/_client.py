@@ -14,6 +14,7 @@ import grpc
 from aetcd import rpc
 
 from kvbm_etcd._config import Access
+from kvbm_etcd._roll import printable
 
 __all__ = ["AwayError", "Client", "EtcdError", "RefusedError"]
 
@@ -92,7 +93,7 @@ class Client:
         first = prefix.encode()
         request = rpc.RangeRequest(key=first, range_end=first[:-1] + bytes([first[-1] + 1]))
         answer = self._call(lambda channel: rpc.KVStub(channel).Range, request)
-        return {pair.key.decode(): bytes(pair.value) for pair in answer.kvs}
+        return {pair.key.decode(errors="replace"): bytes(pair.value) for pair in answer.kvs}
 
     def close(self) -> None:
         """Close the connection. The next call makes a new one."""
@@ -140,7 +141,7 @@ class Client:
 
     def _failed(self, error: Any) -> EtcdError:
         """Explain an error. A connection that failed is replaced: it may be one that will never answer."""
-        code, said = error.code(), error.details() or ""
+        code, said = error.code(), printable(error.details() or "")
         if code in _REFUSALS:
             return RefusedError(said)
         self.close()

@@ -120,7 +120,8 @@ class EtcdCoordinator(Coordinator):
             else:
                 answered_s = time.monotonic()
                 workers = [entry for entry in entries if entry.rank is not None]
-                check_alike([leader, *workers])
+                # Read back like theirs, so that only what differs is different.
+                check_alike([*read_entries({"": self._value}), *workers])
                 missing = missing_ranks(workers, leader.world_size)
                 if not missing:
                     return workers

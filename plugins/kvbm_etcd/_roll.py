@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Final
+from typing import Annotated, Any, Final
 from urllib.parse import quote
 
 import msgspec
 
 from kvbm_core import CoordinatorError, Member
 
-__all__ = ["Entry", "check_alike", "engine_prefix", "missing_ranks", "read_entries", "top_prefix"]
+__all__ = [
+    "Entry",
+    "check_alike",
+    "engine_prefix",
+    "missing_ranks",
+    "printable",
+    "read_entries",
+    "top_prefix",
+]
 
 _LAYOUT: Final = "v1"
 
@@ -21,7 +29,7 @@ class Entry(Member, frozen=True, kw_only=True):
 
     instance: str
     """Made anew by each process that registers, so that two can be told apart."""
-    since: datetime
+    since: Annotated[datetime, msgspec.Meta(tz=True)]
     """When it was first registered."""
 
 
@@ -36,14 +44,33 @@ def engine_prefix(prefix: str, engine: str) -> str:
 
 
 def read_entries(values: Mapping[str, bytes]) -> list[Entry]:
-    """Read what etcd has; leader first, then workers by rank. What is not ours is left out."""
+    """Read what etcd has; leader first, then workers by rank. What is not ours is left out.
+
+    Whoever may write there could otherwise write to the terminals and logs of those who read: every text is
+    made `printable`.
+    """
     entries = []
     for value in values.values():
         try:
-            entries.append(msgspec.json.decode(value, type=Entry))
-        except msgspec.DecodeError:
+            entries.append(msgspec.convert(_printable(msgspec.json.decode(value)), Entry))
+        except (msgspec.DecodeError, RecursionError):
             continue
     return sorted(entries, key=lambda entry: (entry.engine, -1 if entry.rank is None else entry.rank))
+
+
+def printable(text: str) -> str:
+    """Write as an escape what a terminal would take for a command, or would not show."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, list):
+        return [*map(_printable, value)]
+    if isinstance(value, dict):
+        return {_printable(key): _printable(each) for key, each in value.items()}
+    return value
 
 
 def missing_ranks(members: Iterable[Member], world_size: int) -> list[int]:

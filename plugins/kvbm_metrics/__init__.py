@@ -1,7 +1,7 @@
 """Metrics of the stack: one table of what there is, counted by the leader, served to Prometheus.
 
     planner, reports ──► Tally ──► readings ──► Exporter on the engine's /metrics
-                                           └──► MetricsServer, on a port of its own
+                                           └──► MetricsServer, on a port of its own, which adds them up itself
 
 The dashboard, the alert rules and a compose file lie in `deploy`; ``python -m kvbm_metrics FOLDER``
 copies them out.
@@ -9,8 +9,9 @@ copies them out.
 
 from __future__ import annotations
 
+from kvbm_metrics._address import MetricsAddress, read_address
 from kvbm_metrics._exporter import Exporter
-from kvbm_metrics._server import MetricsServer, read_port
+from kvbm_metrics._server import MetricsServer
 from kvbm_metrics._table import (
     METRICS,
     Kind,
@@ -28,12 +29,13 @@ __all__ = [
     "Exporter",
     "Kind",
     "Metric",
+    "MetricsAddress",
     "MetricsServer",
     "Readings",
     "Tally",
     "device_readings",
     "merge",
     "rate_reading",
-    "read_port",
+    "read_address",
     "reading",
 ]

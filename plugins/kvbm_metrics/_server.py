@@ -2,103 +2,166 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
+import socket
 from collections.abc import Mapping, Sequence
 from functools import partial
-from socketserver import ThreadingMixIn
 from threading import Thread
 from typing import Any, Final
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
+from prometheus_client import CollectorRegistry, generate_latest
 
 from kvbm_core import ConfigError
-from kvbm_metrics._exporter import Exporter
+from kvbm_metrics._address import HOST, PORT, MetricsAddress
+from kvbm_metrics._totals import Totals
 
-__all__ = ["MetricsServer", "read_port"]
+__all__ = ["MetricsServer"]
 
-_SWITCH: Final = "DYN_KVBM_METRICS"
-_PORT: Final = "DYN_KVBM_METRICS_PORT"
-_DEFAULT_PORT: Final = 6880
-_WORDS: Final = {"true": True, "1": True, "on": True, "yes": True}
-_WORDS_OFF: Final = {"": False, "false": False, "0": False, "off": False, "no": False}
-
-
-def read_port(environment: Mapping[str, str]) -> int | None:
-    """Read which port is asked for; None where none is.
-
-    Raises:
-        ConfigError: For a word that is neither yes nor no, or a number that is no port.
-    """
-    word = environment.get(_SWITCH, "")
-    on = (_WORDS | _WORDS_OFF).get(word.strip().lower())
-    if on is None:
-        raise ConfigError(f"{_SWITCH}: {word!r} is neither yes nor no: write true or false")
-    if not on:
-        return None
-    text = environment.get(_PORT) or str(_DEFAULT_PORT)
-    if not text.isdecimal() or not 0 < int(text) < 1 << 16:
-        raise ConfigError(f"{_PORT}: {text!r} is not a port: write a number from 1 to 65535")
-    return int(text)
-
-
-class _Server(ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-
-
-class _Handler(WSGIRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        """Keep each scrape out of the engine's log."""
+_CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+_MAX_CONNECTIONS: Final = 32
+"""With one more the oldest is closed: a scraper asks at once, and who only holds connections must not keep
+it out."""
+_MAX_HEAD_BYTES: Final = 16384
+_EXCHANGE_LIMIT_S: Final = 5.0
+"""A request that has not come, or an answer that has not been taken, is given up after so long."""
+_ACCEPT_PAUSE_S: Final = 0.1
 
 
 class MetricsServer:
-    """Serves one engine's readings on a port, in a thread of its own.
+    """Serves one engine's readings, in one thread.
+
+    Behaviour:
+        - Every GET is answered in Prometheus's text format, which vLLM answers in too. In OpenMetrics some
+          releases of the library write the colon of vLLM's names as an underscore.
+        - A connection has one answer, and lasts at most `_EXCHANGE_LIMIT_S`.
+        - Of more than `_MAX_CONNECTIONS` the oldest is closed.
 
     Args:
-        port: On all interfaces, as the engine's own server.
+        address: Where it listens.
         label_names: As the engine labels its own metrics.
         label_values: Their values for this engine.
         prefix: Begins every name, see `Exporter`.
 
     Raises:
-        ConfigError: If the port cannot be had.
+        ConfigError: If the address or the port cannot be had.
     """
 
     def __init__(
-        self, port: int, label_names: Sequence[str], label_values: Sequence[object], prefix: str
+        self, address: MetricsAddress, label_names: Sequence[str], label_values: Sequence[object], prefix: str
     ) -> None:
-        registry = CollectorRegistry()
-        types: dict[Any, Any] = {
-            kind: partial(kind, registry=registry) for kind in (Counter, Gauge, Histogram)
-        }
-        self._port = port
-        self._exporter = Exporter(types, label_names, {0: label_values}, prefix)
-        try:
-            self._server = make_server("", port, partial(_answer, make_wsgi_app(registry)), _Server, _Handler)
-        except OSError as error:
-            taken = error.errno == errno.EADDRINUSE
-            why = "is in use on this machine" if taken else f"cannot be served: {error}"
-            raise ConfigError(f"{_PORT}: {port} {why}: write another port") from error
-        self._thread = Thread(target=self._server.serve_forever, name="kvbm-metrics", daemon=True)
+        self._address = address
+        self._totals = Totals(label_names, label_values, prefix)
+        self._registry = CollectorRegistry()
+        self._registry.register(self._totals)
+        self._open: list[asyncio.Task[None]] = []
+        """A task for each connection, the oldest first."""
+        self._listener = _listen(address)
+        self._listener.setblocking(False)
+        self._loop = asyncio.SelectorEventLoop()
+        self._stop = asyncio.Event()
+        self._thread = Thread(target=self._run, name="kvbm-metrics", daemon=True)
         self._thread.start()
 
     def __repr__(self) -> str:
-        return f"<MetricsServer port {self._port}; {self._exporter!r}>"
+        return f"<MetricsServer {self._address}; {self._totals!r}; {len(self._open)} connections>"
 
     def observe(self, readings: Mapping[str, Any]) -> None:
         """Add readings."""
-        self._exporter.observe(readings)
+        self._totals.observe(readings)
 
     def close(self) -> None:
         """Stop serving. May be called twice."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join()
+
+    # In the thread.
+
+    def _run(self) -> None:
+        self._loop.run_until_complete(self._serve())
+        self._loop.close()
+
+    async def _serve(self) -> None:
+        with self._listener:
+            self._listen_on()
+            await self._stop.wait()
+            self._loop.remove_reader(self._listener)
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _listen_on(self) -> None:
+        self._loop.add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except BlockingIOError:  # Whoever it was has gone.
+            return
+        except OSError:  # The process has no descriptor left.
+            self._loop.remove_reader(self._listener)
+            self._loop.call_later(_ACCEPT_PAUSE_S, self._listen_on)
+            return
+        task = self._loop.create_task(self._answer(connection))
+        task.add_done_callback(partial(self._ended, connection))
+        self._open.append(task)
+        if len(self._open) > _MAX_CONNECTIONS:
+            self._open.pop(0).cancel()
+
+    def _ended(self, connection: socket.socket, task: asyncio.Task[None]) -> None:
+        connection.close()
+        if task in self._open:
+            self._open.remove(task)
+
+    async def _answer(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        # Whoever does not ask in time, does not take the answer or is gone gets none.
+        with contextlib.suppress(OSError):
+            async with asyncio.timeout(_EXCHANGE_LIMIT_S):
+                head = await _read_head(connection)
+                if head:
+                    await asyncio.get_running_loop().sock_sendall(connection, self._answer_to(head))
+
+    def _answer_to(self, head: bytes) -> bytes:
+        if head.startswith(b"GET "):
+            status, body = "200 OK", generate_latest(self._registry)
+        else:
+            status, body = "405 Method Not Allowed\r\nAllow: GET", b""
+        return (
+            f"HTTP/1.1 {status}\r\nContent-Type: {_CONTENT_TYPE}\r\n"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        ).encode() + body
 
 
-def _answer(app: Any, environment: dict[str, Any], start: Any) -> Any:
-    """Answer in Prometheus's text format, as vLLM does, whatever else is asked for.
+async def _read_head(connection: socket.socket) -> bytes:
+    """Read to the end of a request's head. Empty, if that does not come or is too far."""
+    head = b""
+    while b"\r\n\r\n" not in head:
+        got = await asyncio.get_running_loop().sock_recv(connection, _MAX_HEAD_BYTES)
+        head += got
+        if not got or len(head) > _MAX_HEAD_BYTES:
+            return b""
+    return head
 
-    In OpenMetrics the library writes the colon of vLLM's names as an underscore.
-    """
-    return app({**environment, "HTTP_ACCEPT": ""}, start)
+
+def _listen(address: MetricsAddress) -> socket.socket:
+    place = (address.host, address.port)
+    try:
+        if ":" not in address.host:
+            return socket.create_server(place)
+        both = address.host == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(place, family=socket.AF_INET6, dualstack_ipv6=both)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            said = f"{PORT}: {address.port} is in use on this machine: write another port"
+        elif error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            said = (
+                f"{HOST}: this machine does not have the address {address.host}: write one that `ip address` "
+                "lists, or 0.0.0.0 for all of them"
+            )
+        else:
+            said = f"{PORT}: {address} cannot be served: {error.strerror}: write another port"
+        raise ConfigError(said) from error

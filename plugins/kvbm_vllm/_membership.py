@@ -11,7 +11,8 @@ import vllm
 
 from kvbm_core import Coordinator, Member, Namespace, Registry, StackConfig
 from kvbm_core.config import TierEntry
-from kvbm_metrics import read_port
+from kvbm_metrics import read_address
+from kvbm_vllm._stats import engine_index
 
 __all__ = ["join_as_leader", "join_as_worker"]
 
@@ -24,8 +25,8 @@ def join_as_leader(config: StackConfig, vllm_config: Any) -> Coordinator | None:
     Raises:
         CoordinatorError: If the processes of the engine do not come together.
     """
-    port = read_port(os.environ)
-    metrics = f"http://{socket.gethostname()}:{port}/metrics" if port else ""
+    address = read_address(os.environ, engine_index(vllm_config))
+    metrics = address.url(socket.gethostname()) if address else ""
     coordinator = _join(config, vllm_config, metrics=metrics)
     if coordinator is not None:
         try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from kvbm_core import ConfigError, StackConfig, check_stack, load_config
 from kvbm_device import check_copy
-from kvbm_metrics import read_port
+from kvbm_metrics import read_address
 from kvbm_vllm._models import block_tokens, check_engine, replicas
 from kvbm_vllm.kvbm import check_environment, makes_stack, read_tiers
 
@@ -66,7 +66,7 @@ def check_settings(vllm_config: Any) -> None:
     role = vllm_config.kv_transfer_config.kv_role
     if role != "kv_both":
         raise ConfigError(f'kv_role: {role!r}; KvbmConnector stores and loads: write "kv_both"')
-    read_port(os.environ)
+    read_address(os.environ)
     config = read_settings(vllm_config)
     check_copy(config.device_copy)
     check_engine(vllm_config)

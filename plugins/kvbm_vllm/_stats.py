@@ -8,9 +8,9 @@ from typing import Any, Final
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from kvbm_metrics import METRICS, Exporter, Kind, MetricsServer, merge, read_port
+from kvbm_metrics import METRICS, Exporter, Kind, MetricsServer, merge, read_address
 
-__all__ = ["PREFIX", "KvbmPromMetrics", "KvbmStats", "open_server"]
+__all__ = ["PREFIX", "KvbmPromMetrics", "KvbmStats", "engine_index", "open_server"]
 
 PREFIX: Final = "vllm:kvbm_"
 """vLLM takes metrics back that begin with ``vllm:`` when an engine is made anew in the same process."""
@@ -22,13 +22,18 @@ def open_server(vllm_config: Any) -> MetricsServer | None:
     Raises:
         ConfigError: If what it says is wrong, or the port cannot be had.
     """
-    port = read_port(os.environ)
-    if port is None:
+    engine = engine_index(vllm_config)
+    address = read_address(os.environ, engine)
+    if address is None:
         return None
-    engine = int(getattr(vllm_config.parallel_config, "data_parallel_index", 0))
-    # As vLLM labels its own. Engines that share a machine, for data parallelism, have ports in a row.
+    # As vLLM labels its own.
     values = [vllm_config.model_config.served_model_name, str(engine)]
-    return MetricsServer(port + engine, ["model_name", "engine"], values, PREFIX)
+    return MetricsServer(address, ["model_name", "engine"], values, PREFIX)
+
+
+def engine_index(vllm_config: Any) -> int:
+    """Give the engine's number among those of one server, with data parallelism."""
+    return int(getattr(vllm_config.parallel_config, "data_parallel_index", 0))
 
 
 @dataclass

@@ -559,3 +559,55 @@ def test_watching(join, etcd_server, engine):
         finally:
             watch.send_signal(signal.SIGINT)
     assert watch.returncode == 0
+
+
+ESCAPE = "\x1b]0;owned\x07\x1b[2J\u202e"
+
+
+def put(etcd_server, key, **facts):
+    """Write an entry as a stranger might."""
+    entry = {
+        "engine": "e", "rank": 0, "world_size": 1, "host": "h", "pid": 1, "instance": key,
+        "since": "2026-11-01T00:00:00Z", "shared_namespace": "", "stack": ["cpu"],
+    }  # fmt: skip
+    etcd_server.ctl("put", f"/odd/v1/e/{key}", json.dumps({**entry, **facts}))
+
+
+def test_what_others_wrote_cannot_command_the_terminal(etcd_server, capsys):
+    put(
+        etcd_server,
+        "0",
+        engine=f"e{ESCAPE}",
+        host=ESCAPE,
+        stack=[ESCAPE],
+        versions={ESCAPE: ESCAPE},
+        metrics=ESCAPE,
+    )
+    put(etcd_server, "1", since="2026-11-01T00:00:00")  # Without a zone: not ours.
+    put(etcd_server, "2", since=5)
+    etcd_server.ctl("put", "/odd/v1/e/3", "[" * 100_000)
+    etcd_server.ctl("put", "/odd/v1/e/\udcff".encode("utf-8", "surrogateescape"), "x")
+    for arguments in (["ls"], ["ls", "--json"]):
+        assert main([*arguments, "--prefix", "/odd", "--endpoint", etcd_server.endpoint]) == 0
+        printed = capsys.readouterr().out
+        assert all(c.isprintable() or c == "\n" for c in printed)
+        assert "x1b" in printed
+    etcd_server.ctl("del", "/odd/", "--prefix")
+
+
+def test_what_others_wrote_cannot_command_the_log(join, etcd_server, engine):
+    from urllib.parse import quote
+
+    leader = {
+        "engine": engine,
+        "world_size": 1,
+        "host": ESCAPE,
+        "pid": 1,
+        "instance": "x",
+        "since": "2026-11-01T00:00:00Z",
+    }
+    etcd_server.ctl("put", f"/kvbm/v1/{quote(engine, safe='')}/leader", json.dumps(leader))
+    with pytest.raises(CoordinatorError, match=r"lists the leader \(\\x1b\]0;owned") as raised:
+        join(world_size=1)
+    assert str(raised.value).isprintable()
+    etcd_server.ctl("del", "/kvbm/", "--prefix")

@@ -99,6 +99,13 @@ def test_a_plugins_variable_is_left_to_it(variable):
     assert re.search(r"`kvbm_\w+`", variable.text)
 
 
+def test_a_port_of_dynamos_is_said_to_be_nobodys_and_stops_nothing():
+    check_environment({"DYN_SYSTEM_PORT": "8081"})
+    [line] = explain({"DYN_SYSTEM_PORT": "8081"})
+    assert line.startswith("DYN_SYSTEM_PORT=8081: The port of Dynamo's runtime")
+    assert "DYN_KVBM_METRICS_PORT" in line
+
+
 GDS = {"backend": "gds", "capacity": 8 * 10**9, "path": f"/tmp/kvbm-{os.geteuid()}", "queue_depth": 64}
 STACKS = {
     "DYN_KVBM_CPU_CACHE_GB": ("0.5", [{"backend": "cpu", "capacity": 5 * 10**8}, GDS]),
@@ -233,7 +240,7 @@ def configure(model, environ, monkeypatch, **transfer):
 PATHS = [None, "kvbm_vllm", "kvbm.vllm_integration.connector", "dynamo.llm.vllm_integration.connector"]
 
 
-@pytest.mark.engine
+@pytest.mark.vllm
 @pytest.mark.parametrize("path", PATHS)
 def test_the_guides_connector_is_found_by_any_of_its_paths(llama, tmp_path, monkeypatch, path):
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
@@ -249,7 +256,7 @@ def test_the_guides_connector_is_found_by_any_of_its_paths(llama, tmp_path, monk
         configure(llama, {"DYN_KVBM_SLEEP": "1"}, monkeypatch, kv_connector_module_path=path)
 
 
-@pytest.mark.engine
+@pytest.mark.vllm
 @pytest.mark.parametrize(
     "extra", [{"tiers": [{"backend": "cpu", "capacity": "64MiB"}]}, {"config": "kvbm.yaml"}]
 )
@@ -314,6 +321,26 @@ def test_where_nvidias_package_is_installed_its_path_leads_to_it(tmp_path, monke
 
 
 @pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("init", [True, False])
+def test_the_older_path_leads_here_beside_an_ai_dynamo_that_has_other_modules(tmp_path, monkeypatch, init):
+    """A stand-in for ai-dynamo, with a package and as a namespace: the real wheel was not tried."""
+    from kvbm_vllm import KvbmConnector
+
+    package = tmp_path / "dynamo"
+    (package / "vllm").mkdir(parents=True)
+    (package / "vllm" / "__init__.py").write_text("theirs = True\n")
+    if init:
+        (package / "__init__.py").write_text("")
+    install(tmp_path, monkeypatch, "ai_dynamo", "1.6.1")
+    answer_module_paths()
+    assert importlib.import_module("dynamo.vllm").theirs
+    assert leads_here(PATHS[3])
+    assert importlib.import_module(PATHS[3]).DynamoConnector is KvbmConnector
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("dynamo.other")
+
+
+@pytest.mark.usefixtures("fresh")
 def test_a_module_of_that_name_without_a_distribution_wins_too(tmp_path, monkeypatch):
     theirs = PATHS[2]
     folder = tmp_path / "kvbm" / "vllm_integration"
@@ -325,7 +352,7 @@ def test_a_module_of_that_name_without_a_distribution_wins_too(tmp_path, monkeyp
     assert importlib.import_module(theirs).DynamoConnector.__module__ == theirs
 
 
-@pytest.mark.engine
+@pytest.mark.vllm
 def test_other_keys_stand_beside_the_environment(llama, monkeypatch):
     from kvbm_vllm._settings import read_settings
 
@@ -334,13 +361,13 @@ def test_other_keys_stand_beside_the_environment(llama, monkeypatch):
     assert read_settings(config).load_deadline_s == 2
 
 
-@pytest.mark.engine
+@pytest.mark.vllm
 def test_without_any_size_the_error_names_both_ways(llama, monkeypatch):
     with pytest.raises(Exception, match=r"'tiers' or 'config'.*DYN_KVBM_CPU_CACHE_GB"):
         configure(llama, {}, monkeypatch)
 
 
-@pytest.mark.engine
+@pytest.mark.vllm
 def test_a_number_of_blocks_follows_from_the_model_and_is_for_all_ranks(llama, monkeypatch):
     from kvbm_vllm._settings import read_settings
 

@@ -1,9 +1,15 @@
 """The table of metrics and all that is made from it: readings, exporter, port, dashboard, alert rules."""
 
+import contextlib
 import json
+import os
 import re
 import shutil
+import socket
 import subprocess
+import sys
+import threading
+import time
 import urllib.request
 from functools import partial
 from importlib.resources import files
@@ -14,19 +20,22 @@ import pytest
 import yaml
 from prometheus import free_port, program
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.parser import text_string_to_metric_families
 
 from kvbm_core import Capabilities, ConfigError, Load, Planner, Reason, Report, TierStatus
 from kvbm_metrics import (
     METRICS,
     Exporter,
     Kind,
+    MetricsAddress,
     MetricsServer,
     Tally,
     __main__,
+    _server,
     device_readings,
     merge,
     rate_reading,
-    read_port,
+    read_address,
     reading,
 )
 from kvbm_metrics._table import labels_of
@@ -273,16 +282,42 @@ def test_what_is_exported_passes_promtool():
 
 
 @pytest.mark.parametrize(
-    ("environment", "port"),
+    ("environment", "address", "url"),
     [
-        ({}, None),
-        ({"DYN_KVBM_METRICS": "false", "DYN_KVBM_METRICS_PORT": "7"}, None),
-        ({"DYN_KVBM_METRICS": "true"}, 6880),
-        ({"DYN_KVBM_METRICS": "1", "DYN_KVBM_METRICS_PORT": "7000"}, 7000),
+        ({"DYN_KVBM_METRICS": "true"}, "127.0.0.1:6880", "http://127.0.0.1:6880/metrics"),
+        (
+            {"DYN_KVBM_METRICS": "1", "DYN_KVBM_METRICS_PORT": "7000"},
+            "127.0.0.1:7000",
+            "http://127.0.0.1:7000/metrics",
+        ),
+        (
+            {"DYN_KVBM_METRICS": "1", "DYN_KVBM_METRICS_HOST": "0.0.0.0"},
+            "0.0.0.0:6880",
+            "http://gpu-7:6880/metrics",
+        ),
+        (
+            {"DYN_KVBM_METRICS": "1", "DYN_KVBM_METRICS_HOST": "[::1]"},
+            "[::1]:6880",
+            "http://[::1]:6880/metrics",
+        ),
+        ({"DYN_KVBM_METRICS": "1", "DYN_KVBM_METRICS_HOST": "::"}, "[::]:6880", "http://gpu-7:6880/metrics"),
     ],
 )
-def test_the_environment_says_whether_there_is_a_port(environment, port):
-    assert read_port(environment) == port
+def test_the_environment_says_where_the_port_is(environment, address, url):
+    read = read_address(environment)
+    assert (str(read), read.url("gpu-7")) == (address, url)
+
+
+def test_without_the_switch_there_is_no_port():
+    assert read_address({}) is None
+    off = {"DYN_KVBM_METRICS": "false", "DYN_KVBM_METRICS_PORT": "7", "DYN_KVBM_METRICS_HOST": "x"}
+    assert read_address(off) is None
+
+
+def test_engines_of_one_server_have_ports_in_a_row():
+    assert read_address({"DYN_KVBM_METRICS": "true"}, engine=3).port == 6883
+    with pytest.raises(ConfigError, match="_PORT: 65535 and the 1 of this engine are 65536"):
+        read_address({"DYN_KVBM_METRICS": "true", "DYN_KVBM_METRICS_PORT": "65535"}, engine=1)
 
 
 @pytest.mark.parametrize(
@@ -294,28 +329,177 @@ def test_the_environment_says_whether_there_is_a_port(environment, port):
         ),
         ({"DYN_KVBM_METRICS": "true", "DYN_KVBM_METRICS_PORT": "70000"}, "_PORT: '70000' is not a port"),
         ({"DYN_KVBM_METRICS": "true", "DYN_KVBM_METRICS_PORT": "http"}, "_PORT: 'http' is not a port"),
+        (
+            {"DYN_KVBM_METRICS": "true", "DYN_KVBM_METRICS_HOST": "localhost"},
+            "_HOST: 'localhost' is not an IP address: write 127.0.0.1 for this machine alone, 0.0.0.0",
+        ),
     ],
 )
 def test_a_wrong_word_is_refused_with_what_to_write(environment, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
-        read_port(environment)
+        read_address(environment)
+
+
+@contextlib.contextmanager
+def serving(host="127.0.0.1"):
+    address = MetricsAddress(host, free_port())
+    server = MetricsServer(address, ["model_name", "engine"], ["m", "0"], PREFIX)
+    try:
+        yield server, address
+    finally:
+        server.close()
+        server.close()
+
+
+def answer(address, **headers):
+    with urllib.request.urlopen(urllib.request.Request(address.url("127.0.0.1"), headers=headers)) as got:
+        return got.read().decode()
 
 
 def test_a_port_serves_and_one_that_is_taken_is_named():
-    port = free_port()
-    server = MetricsServer(port, ["model_name", "engine"], ["m", "0"], PREFIX)
-    try:
+    with serving() as (server, address):
         server.observe({"asked_tokens": 64})
-        url = f"http://127.0.0.1:{port}/metrics"
-        with urllib.request.urlopen(url) as answer:
-            assert 'vllm:kvbm_asked_tokens_total{engine="0",model_name="m"} 64.0' in answer.read().decode()
-        wanted = {"Accept": "application/openmetrics-text;version=1.0.0"}
-        with urllib.request.urlopen(urllib.request.Request(url, headers=wanted)) as answer:
-            assert "vllm:kvbm_asked_tokens_total{" in answer.read().decode()
-        with pytest.raises(ConfigError, match=f"DYN_KVBM_METRICS_PORT: {port} is in use on this machine"):
-            MetricsServer(port, [], [], PREFIX)
-    finally:
-        server.close()
+        assert 'vllm:kvbm_asked_tokens_total{engine="0",model_name="m"} 64.0' in answer(address)
+        wanted = "application/openmetrics-text;version=1.0.0"
+        assert "vllm:kvbm_asked_tokens_total{" in answer(address, Accept=wanted)
+        said = f"DYN_KVBM_METRICS_PORT: {address.port} is in use on this machine"
+        with pytest.raises(ConfigError, match=said):
+            MetricsServer(address, [], [], PREFIX)
+        wait_until(lambda: not server._open)
+        totals = f"<Totals {len(METRICS)} metrics, 1 series>"
+        assert repr(server) == f"<MetricsServer {address}; {totals}; 0 connections>"
+
+
+def test_a_port_has_what_the_librarys_own_metrics_have():
+    registry, made = exporter()
+    planner, tally = make()
+    stored(planner, tally, 2)
+    readings = tally.take(0) | {"operation_seconds|load|cpu": [0.001, 0.002, 40.0]}
+    made.observe(readings)
+    made.observe(readings)
+    with serving() as (server, address):
+        server.observe(readings)
+        server.observe(readings)
+        assert samples(answer(address)) == samples(prometheus_client.generate_latest(registry).decode())
+
+
+def samples(text):
+    """Without the times at which series began, which the library's metrics have."""
+    families = text_string_to_metric_families(text)
+    found = [
+        sample for family in families if not family.name.endswith("_created") for sample in family.samples
+    ]
+    assert len(found) > 50
+    return {(sample.name, frozenset(sample.labels.items())): sample.value for sample in found}
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::"])
+def test_the_port_is_on_the_addresses_that_are_asked_for(host):
+    with serving(host) as (_, address):
+        reached = {each for each in ("127.0.0.1", "127.0.0.2", "::1") if reaches(each, address.port)}
+    everywhere = {"127.0.0.1", "127.0.0.2"}
+    assert reached == {"0.0.0.0": everywhere, "::": everywhere | {"::1"}}.get(host, {host})
+
+
+def reaches(host, port):
+    try:
+        socket.create_connection((host, port)).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_an_address_of_another_machine_is_named():
+    with pytest.raises(ConfigError, match=r"_HOST: this machine does not have the address 192\.0\.2\.77"):
+        MetricsServer(MetricsAddress("192.0.2.77", free_port()), [], [], PREFIX)
+
+
+def test_connections_that_say_nothing_take_no_threads_and_keep_no_scraper_out(monkeypatch):
+    monkeypatch.setattr(_server, "_EXCHANGE_LIMIT_S", 3600.0)  # Only their number is bounded here.
+    with serving() as (server, address), contextlib.ExitStack() as kept:
+        before = threading.active_count()
+        idle = [
+            kept.enter_context(socket.create_connection((address.host, address.port))) for _ in range(500)
+        ]
+        for each in idle[::2]:
+            each.send(b"GET /metrics HTTP/1.1\r\nX: ")
+        assert "vllm:kvbm_asked_tokens_total" in answer(address)
+        assert threading.active_count() == before
+        assert len(server._open) <= _server._MAX_CONNECTIONS
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /metrics HTTP/1.1\r\nX: ", b"GET /metrics HTTP/1.1\r\n\r\n"])
+def test_who_asks_or_takes_too_slowly_is_cut_off(monkeypatch, sent):
+    monkeypatch.setattr(_server, "_EXCHANGE_LIMIT_S", 0.2)
+    # More than the kernel takes off our hands for somebody who does not read.
+    monkeypatch.setattr(_server, "generate_latest", lambda registry: bytes(1 << 26))
+    with serving() as (server, address), socket.create_connection((address.host, address.port)) as slow:
+        slow.sendall(sent)
+        wait_until(lambda: server._open)
+        wait_until(lambda: not server._open)
+
+
+def wait_until(holds):
+    give_up_s = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < give_up_s
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("sent", "first"),
+    [
+        (b"POST /metrics HTTP/1.1\r\nContent-Length: 0\r\n\r\n", b"HTTP/1.1 405 Method Not Allowed\r\n"),
+        (b"\x16\x03\x01 no HTTP\r\n\r\n", b"HTTP/1.1 405 Method Not Allowed\r\n"),
+        (b"x" * 100_000, b""),
+    ],
+)
+def test_what_is_no_scrape_is_turned_away(sent, first):
+    with serving() as (_, address), socket.create_connection((address.host, address.port)) as other:
+        with contextlib.suppress(OSError):
+            other.sendall(sent)
+        try:
+            got = other.recv(4096)
+        except ConnectionError:
+            got = b""
+        assert got.startswith(first)
+        assert bool(got) == bool(first)
+        assert answer(address)
+
+
+ROLES = """
+import sys
+from prometheus_client import Counter, Gauge, Histogram, CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+from kvbm_metrics import Exporter, MetricsAddress, MetricsServer
+import urllib.request
+
+role, port = sys.argv[1], int(sys.argv[2])
+readings = {"stored_blocks|cpu": 5, "tier_used_bytes|cpu": 7, "operation_seconds|load|cpu": [0.1, 0.2]}
+if role == "front":  # An API server: it is told of the readings, and serves /metrics for all of them.
+    Exporter({kind: kind for kind in (Counter, Gauge, Histogram)}, [], {0: []}, "x_").observe(readings)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)
+    print(generate_latest(registry).decode())
+else:  # The engine, with a port of its own.
+    address = MetricsAddress(port=port)
+    server = MetricsServer(address, [], [], "x_")
+    server.observe(readings)
+    print(urllib.request.urlopen(address.url("")).read().decode())
+    server.close()
+"""
+
+
+@pytest.mark.parametrize("roles", [["engine", "front"], ["engine", "engine", "front"]])
+def test_where_several_processes_serve_one_engines_metrics_each_number_is_there_once(roles, tmp_path):
+    """vLLM sets the variable for more than one API server, and all processes of the engine inherit it."""
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    for role in roles:
+        command = [sys.executable, "-c", ROLES, role, str(free_port())]
+        text = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+        assert 'x_stored_blocks_total{tier="cpu"} 5.0' in text
+        assert 'x_tier_used_bytes{tier="cpu"} 7.0' in text
+        assert 'x_operation_seconds_count{operation="load",tier="cpu"} 2.0' in text
 
 
 # The dashboard and the rules.
@@ -420,6 +604,32 @@ def test_what_compose_mounts_is_there_and_is_copied_out(tmp_path, capsys):
     provisioned = yaml.safe_load((DEPLOY / "grafana/provisioning/dashboards/kvbm.yaml").read_text())
     folder = provisioned["providers"][0]["options"]["path"]
     assert f"./grafana/dashboards:{folder}:ro" in compose["services"]["grafana"]["volumes"]
+
+
+def test_an_edited_file_is_never_overwritten(tmp_path, monkeypatch, capsys):
+    shipped = tmp_path / "deploy"
+    shutil.copytree(DEPLOY, shipped)
+    monkeypatch.setattr(__main__, "_DEPLOY", shipped)
+    out = tmp_path / "out"
+    __main__.main([str(out)])
+    (out / "prometheus.yml").write_text("mine")
+    for name in ("prometheus.yml", "rules/kvbm.yml"):  # A later version.
+        (shipped / name).write_text("later")
+    capsys.readouterr()
+    for _ in range(2):
+        __main__.main([str(out)])
+        assert f"{out / 'prometheus.yml'} was edited and is left as it is" in capsys.readouterr().out
+        assert (out / "prometheus.yml").read_text() == "mine"
+        assert (out / "prometheus.yml.new").read_text() == "later"
+        assert (out / "rules" / "kvbm.yml").read_text() == "later"
+        assert not (out / "rules" / "kvbm.yml.new").exists()
+
+
+def test_without_a_record_what_differs_counts_as_edited(tmp_path):
+    (tmp_path / "compose.yaml").write_text("of an earlier version, or mine")
+    __main__.main([str(tmp_path)])
+    assert (tmp_path / "compose.yaml").read_text() == "of an earlier version, or mine"
+    assert (tmp_path / "compose.yaml.new").read_bytes() == (DEPLOY / "compose.yaml").read_bytes()
 
 
 def test_the_wheel_would_hold_the_dashboard():

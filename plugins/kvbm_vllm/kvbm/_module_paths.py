@@ -5,8 +5,8 @@
         "kvbm.vllm_integration.connector"     has our connector by both of its names
 
 A module exists only once somebody imports it, and vLLM imports it where its configuration names it. Python
-asks this finder last, so what is installed under these names wins. Where NVIDIA's distribution is installed,
-the finder answers nothing.
+asks this finder last, so what is installed under these names wins. Where NVIDIA's distribution is installed
+that has the path, the finder answers nothing.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ __all__ = ["NAMES", "answer_module_paths", "leads_here"]
 
 NAMES: Final = ("KvbmConnector", "DynamoConnector")
 """The second is what NVIDIA's KVBM calls its connector."""
-_THEIR_PATHS: Final = {
+_THEIR_PATHS: Final[dict[str, str | None]] = {
     "kvbm.vllm_integration.connector": "kvbm",
-    "dynamo.llm.vllm_integration.connector": "ai-dynamo",
+    "dynamo.llm.vllm_integration.connector": None,
 }
 """Where the guides for KVBM, the present and an older one, tell vLLM to find it, and the distribution
-that has it."""
+that has it. The older one is answered
+whatever is installed, if it has no module of that name: ai-dynamo has other parts of `dynamo`."""
 
 
 class _StandIn(ModuleType):
@@ -82,7 +83,9 @@ def leads_here(path: str) -> bool:
     return spec is not None and spec.loader is _finder
 
 
-def _installed(distribution: str) -> bool:
+def _installed(distribution: str | None) -> bool:
+    if distribution is None:
+        return False
     try:
         metadata.distribution(distribution)
     except metadata.PackageNotFoundError:

@@ -6,6 +6,7 @@ named and nothing read. Nothing is ignored in silence:
     STACK     makes the stack of tiers
     PLUGIN    is read by one of our plug-ins
     FIXED     only says what is so anyway; another value is refused
+    NOTED     is for something else, which may be there; the log says what to write
     REFUSED   has no meaning here, whatever its value
 
 The page `docs/how-to/from-kvbm.md` shows this table, and a test compares the two.
@@ -26,6 +27,7 @@ class Use(enum.Enum):
     STACK = "makes the stack"
     PLUGIN = "honoured"
     FIXED = "only as it is"
+    NOTED = "noted"
     REFUSED = "refused"
 
 
@@ -63,8 +65,13 @@ VARIABLES: Final = (
         "Times `DYN_KVBM_MAX_TRANSFER_BATCH_SIZE`: the `gds` tier's `queue_depth`, at most 1024. Default 4."),
     Variable("DYN_KVBM_MAX_TRANSFER_BATCH_SIZE", Use.STACK,
         "Times `DYN_KVBM_MAX_CONCURRENT_TRANSFERS`: the `gds` tier's `queue_depth`. Default 16."),
-    Variable("DYN_KVBM_METRICS", Use.PLUGIN, "By `kvbm_metrics`: metrics on a port of their own."),
+    Variable("DYN_KVBM_METRICS", Use.PLUGIN,
+        "By `kvbm_metrics`: metrics on a port of their own, for this machine alone unless "
+        "`DYN_KVBM_METRICS_HOST` says otherwise."),
     Variable("DYN_KVBM_METRICS_PORT", Use.PLUGIN, "By `kvbm_metrics`: that port."),
+    Variable("DYN_KVBM_METRICS_HOST", Use.PLUGIN,
+        "By `kvbm_metrics`: the address of that port, `127.0.0.1` if not set. `0.0.0.0`: every address of "
+        "this machine, as with KVBM, which does not know this variable."),
     Variable("DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS", Use.PLUGIN,
         "By `kvbm_etcd`, where it is configured: how long the leader waits for its workers."),
     Variable("DYN_KVBM_DISK_ALLOCATOR_TYPE", Use.FIXED,
@@ -100,6 +107,10 @@ VARIABLES: Final = (
         "`--kv-events-config`."),
     Variable("DYN_RUNTIME_ENABLED_KVBM", Use.FIXED,
         "There is no Dynamo runtime to attach to; `kvbm_etcd` registers engines in etcd.", ("false",)),
+    Variable("DYN_SYSTEM_PORT", Use.NOTED,
+        "The port of Dynamo's runtime for health and metrics; without Dynamo nothing opens it. vLLM has "
+        "`/health` and `/metrics` on its own port; for metrics on another set `DYN_KVBM_METRICS=true` and "
+        "`DYN_KVBM_METRICS_PORT`."),
     Variable("DYN_KVBM_LEADER_ZMQ_HOST", Use.REFUSED, _CHANNEL),
     Variable("DYN_KVBM_LEADER_ZMQ_PUB_PORT", Use.REFUSED, _CHANNEL),
     Variable("DYN_KVBM_LEADER_ZMQ_ACK_PORT", Use.REFUSED, _CHANNEL),
