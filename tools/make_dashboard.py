@@ -126,7 +126,7 @@ ROWS: Final[Sequence[tuple[str, Sequence[Json]]]] = [
               (f"{gauge('tier_used_bytes')} / {gauge('tier_capacity_bytes')}", "{{tier}}"),
               width=4, defaults=FULL),
         panel("timeseries", "Bytes of blocks", "Over all ranks.", "bytes",
-              (gauge("tier_used_bytes"), "{{tier}}"), (gauge("tier_capacity_bytes"), "{{tier}} capacity")),
+              (gauge("tier_used_bytes"), "{{tier}}"), (gauge("tier_capacity_now_bytes"), "{{tier}} capacity")),
         panel("timeseries", "Blocks stored and evicted",
               "A full tier evicts as much as it stores. That is no harm while it also serves.", "short",
               (rate("stored_blocks", "tier"), "{{tier}} stored"),

@@ -1,10 +1,11 @@
-"""Runs the tests: all that start no engine on every core, then those that start one, one after the other.
+"""Runs the tests: those that start no engine on every core, those that start one, and those on a GPU alone.
 
     python tools/run_tests.py                       all
     python tools/run_tests.py -k name --durations=9 what pytest takes
     python tools/run_tests.py -m soak               long ones, which are left out else
 
-An engine takes all cores by itself, and a GPU is there once. Every worker has servers of its own.
+A test's engine computes with one thread, so that there may be one for each core; they take more memory. A GPU
+is there once. Every worker has servers of its own.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-ALONE = "engine or gpu"
 MOST_WORKERS = 8
 """Each may have an etcd, an S3 server and a Prometheus of its own."""
+MOST_ENGINES = 4
+"""Workers that start engines, each of which takes 2 to 3 GiB with its children."""
 
 NOTHING_TO_RUN = 5
 """Pytest's exit status where no test was selected."""
@@ -29,22 +31,23 @@ FAILED = 1
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run both halves and return the exit status."""
+    """Run all parts and return the exit status."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-m", dest="chosen", default="")
     parser.add_argument("-n", "--numprocesses", dest="workers", default=str(workers()))
     options, others = parser.parse_known_args(arguments)
     if not {"-s", "--capture=no", "--pdb", "--trace"}.isdisjoint(others):
         options.workers = "0"  # A worker has no terminal.
-    together = ["-n", options.workers, "--dist", "loadfile"]
-    halves = [
-        (f"not ({ALONE})", [*together, *others]),
-        (ALONE, others),
+    engines = str(min(int(options.workers), MOST_ENGINES)) if options.workers.isdecimal() else options.workers
+    parts = [
+        ("not (engine or gpu)", ["-n", options.workers, "--dist", "loadfile"]),
+        ("engine and not gpu", ["-n", engines, "--dist", "loadfile"]),
+        ("gpu", []),
     ]
     statuses = []
-    for half, rest in halves:
-        expression = f"({options.chosen}) and ({half})" if options.chosen else half
-        statuses.append(pytest("-m", expression, *rest))
+    for part, spread in parts:
+        expression = f"({options.chosen}) and ({part})" if options.chosen else part
+        statuses.append(pytest("-m", expression, *spread, *others))
         if statuses[-1] not in (0, FAILED, NOTHING_TO_RUN):
             break  # Stopped by hand or by -x, or the command line is wrong.
     return outcome(statuses)
@@ -56,7 +59,7 @@ def workers() -> int:
 
 
 def outcome(statuses: Sequence[int]) -> int:
-    """Return the first failure's status; nothing to run in one half is no failure."""
+    """Return the first failure's status; nothing to run in one part is no failure."""
     failures = [status for status in statuses if status not in (0, NOTHING_TO_RUN)]
     return next(iter(failures), min(statuses))
 
