@@ -129,8 +129,8 @@ def test_a_command_that_fails_says_what_it_wrote():
 
 
 @pytest.fixture
-def halves(monkeypatch):
-    """Run no test: what pytest is to return in each half goes in, and what it was asked comes out."""
+def parts(monkeypatch):
+    """Run no test: what pytest is to return in each part goes in, and what it was asked comes out."""
 
     def run(statuses, *arguments):
         asked, left = [], list(statuses)
@@ -142,26 +142,30 @@ def halves(monkeypatch):
 
 @pytest.mark.parametrize(
     ("statuses", "status"),
-    [((0, 0), 0), ((5, 0), 0), ((0, 5), 0), ((5, 5), 5), ((1, 0), 1), ((0, 1), 1), ((1, 5), 1), ((2,), 2)],
-)
-def test_half_of_the_tests_may_have_none_of_a_name(halves, statuses, status):
-    assert halves(statuses, "-k", "name")[0] == status
+    [
+        ((0, 0, 0), 0), ((5, 0, 5), 0), ((0, 5, 5), 0), ((5, 5, 0), 0), ((5, 5, 5), 5),
+        ((1, 0, 0), 1), ((0, 1, 5), 1), ((5, 0, 1), 1), ((2,), 2), ((0, 3), 3),
+    ],
+)  # fmt: skip
+def test_a_part_of_the_tests_may_have_none_of_a_name(parts, statuses, status):
+    assert parts(statuses, "-k", "name")[0] == status
 
 
-def test_tests_without_an_engine_run_together_and_with_one_alone(halves):
-    _, [together, alone] = halves((0, 0), "-n", "3", "tests/plugins", "-k", "name")
-    assert together == (
-        "-m", "not (engine or gpu)", "-n", "3", "--dist", "loadfile", "tests/plugins", "-k", "name",
-    )  # fmt: skip
-    assert alone == ("-m", "engine or gpu", "tests/plugins", "-k", "name")
+def test_tests_run_together_and_those_on_a_gpu_alone(parts):
+    _, [together, engines, gpu] = parts((0, 0, 0), "-n", "9", "tests/plugins", "-k", "name")
+    rest = ("tests/plugins", "-k", "name")
+    assert together == ("-m", "not (engine or gpu)", "-n", "9", "--dist", "loadfile", *rest)
+    assert engines == ("-m", "engine and not gpu", "-n", "4", "--dist", "loadfile", *rest)
+    assert gpu == ("-m", "gpu", *rest)
 
 
-def test_marks_that_are_asked_for_are_asked_of_both_halves(halves):
-    _, [together, alone] = halves((0, 0), "-m", "engine or x")
+def test_marks_that_are_asked_for_are_asked_of_every_part(parts):
+    _, [together, engines, gpu] = parts((0, 0, 0), "-m", "engine or x")
     assert together[1] == "(engine or x) and (not (engine or gpu))"
-    assert alone[1] == "(engine or x) and (engine or gpu)"
+    assert engines[1] == "(engine or x) and (engine and not gpu)"
+    assert gpu[1] == "(engine or x) and (gpu)"
 
 
-def test_a_test_that_wants_the_terminal_has_it(halves):
-    _, [together, _] = halves((0, 0), "-s")
-    assert together[2:4] == ("-n", "0")
+def test_a_test_that_wants_the_terminal_has_it(parts):
+    _, [together, engines, _] = parts((0, 0, 0), "-s")
+    assert together[2:4] == engines[2:4] == ("-n", "0")

@@ -33,6 +33,6 @@ class TierLevels(NamedTuple):
     waiting_blocks: int
     """Being stored, or waiting for that."""
     usable: bool
-    """False while it is left alone after failures."""
+    """False from when it is left alone after failures until an operation of it works again."""
     capacity_blocks: int | None
     """That it holds now: fewer than configured while its medium has no room for more. None: no limit."""

@@ -41,6 +41,9 @@ class Endings:
         self._cost_model = cost_model
         self._shortages = shortages
         self._lines = LogLimit(logger)
+        self.took: list[tuple[str, str, float]] = []
+        """Operations that have ended: ``store``, ``load`` or ``lookup``, the tier's name, and the seconds
+        that the slowest rank took. The caller of `end` empties it."""
 
     def end(self, leg: LegEnded, now_s: float) -> None:
         """Take in the end of an operation in one tier, and with its last tier the end of all."""
@@ -54,7 +57,7 @@ class Endings:
             kind = "load"
             tier.counts.loaded += len(op.keys) - len(failures)
             if not failures:
-                self._cost_model.loaded(position, len(op.keys), pending.took_s, now_s)
+                self._cost_model.loaded(position, len(op.keys), pending.took_s[position], now_s)
             self._end_load(pending, op)
         else:
             kind = "store"
@@ -65,8 +68,9 @@ class Endings:
         worst = next(iter(failures.values()), Reason.NONE) if len(failures) == len(op.keys) else Reason.NONE
         if position in pending.full and self._shortages.note(leg, self._in_flight.latest, now_s):
             worst = Reason.ERROR if worst is Reason.FULL else worst
-        # A copy that the host pool did not get, because the load failed, is not the host pool's fault.
+        # A copy that the host pool keeps of a load is no operation of its own, and no fault if that fails.
         if asked:
+            self.took.append((kind, tier.name, pending.took_s[position]))
             self._judge(tier, kind, worst, pending.details.get(position, ""), now_s)
         if leg.is_last and isinstance(op, Store) and not op.blocks:
             self._tiers.unpin(self._tiers.host_pool, op.keys)

@@ -30,8 +30,8 @@ class Pending:
     """Tiers that had no room themselves, on some rank."""
     details: dict[int, str] = field(default_factory=dict)
     """Tier to its own words for a failure."""
-    took_s: float = 0.0
-    """On the slowest rank so far."""
+    took_s: dict[int, float] = field(default_factory=dict)
+    """Tier to the seconds that the slowest rank so far took."""
     doomed: bool = False
     """True if a reset came in between: the blocks that arrive are dropped again."""
     pinned: bool = True
@@ -103,7 +103,7 @@ class InFlight:
             if report.detail:
                 pending.details.setdefault(report.tier, report.detail)
             pending.waiting[report.tier] -= 1
-            pending.took_s = max(pending.took_s, report.seconds)
+            pending.took_s[report.tier] = max(pending.took_s.get(report.tier, 0.0), report.seconds)
             if pending.waiting[report.tier]:
                 continue
             del pending.waiting[report.tier]

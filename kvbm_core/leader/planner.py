@@ -78,6 +78,11 @@ class Planner:
         return {tier.name: tier.counts for tier in self._tiers}
 
     @property
+    def took(self) -> Sequence[tuple[str, str, float]]:
+        """Operations that ended with the last `report`: kind, tier's name, seconds on the slowest rank."""
+        return self._endings.took
+
+    @property
     def occupancy(self) -> dict[str, int]:
         """Blocks in each tier, by its name."""
         return {tier.name: len(tier.index) for tier in self._tiers}
@@ -88,7 +93,7 @@ class Planner:
             t.name: TierLevels(
                 len(t.index),
                 t.storing + len(t.write_back),
-                t.breaker.closed(now_s),
+                t.breaker.closed(now_s) and not t.is_left_alone,
                 t.index.capacity_blocks,
             )
             for t in self._tiers
@@ -254,6 +259,7 @@ class Planner:
             The loads that are complete now, each with the positions that failed and why.
         """
         finished = []
+        self._endings.took.clear()
         for leg in self._in_flight.take_in(reports):
             op = leg.pending.op
             if isinstance(op, Load) and leg.tier == op.tier and not op.in_step:

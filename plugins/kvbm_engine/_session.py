@@ -104,8 +104,9 @@ class Session:
             now_s: The time.
         """
         self.planner.cost_model.computed(*self.ledger.end(step, now_s), now_s)
-        self._tally.reported(reports, copied)
-        for load, failures in self.planner.report(reports, now_s):
+        finished = self.planner.report(reports, now_s)
+        self._tally.ended(self.planner.took, copied)
+        for load, failures in finished:
             self._tally.loaded(load, failures)
             if not load.in_step:
                 self.ledger.parked.loaded(load.request, len(load.keys))

@@ -72,7 +72,11 @@ METRICS: Final[Mapping[str, Metric]] = {
             "tier_capacity_now_bytes", _GAUGE,
             "Bytes of blocks that it holds now: fewer while its medium has no room for more.", ("tier",),
         ),
-        Metric("tier_usable", _GAUGE, "1; 0 while the tier is left alone after failures.", ("tier",)),
+        Metric(
+            "tier_usable", _GAUGE,
+            "1; 0 from when the tier is left alone after failures until an operation of it works again.",
+            ("tier",),
+        ),
         Metric("queued_blocks", _GAUGE, "Blocks on their way or waiting for it.", ("operation", "tier")),
         Metric(
             "device_copied_bytes", _COUNTER, "Bytes copied between the engine's memory and host memory.",

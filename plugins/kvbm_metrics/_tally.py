@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from kvbm_core import Load, Plan, Planner, Reason, Report, TierStatus
+from kvbm_core import Load, Plan, Planner, Reason, TierStatus
 from kvbm_metrics._table import Readings, device_readings, reading
 
 __all__ = ["Tally"]
@@ -20,15 +20,6 @@ _FAILURES: Final = {
 }
 _DROPS: Final = ("backlog", "unusable", "gone")
 _PLAIN: Final = ("saved_tokens", "hit_blocks", "missed_blocks")
-
-
-@dataclass(slots=True)
-class _Open:
-    """An operation in one tier that not every rank has reported."""
-
-    kind: str
-    ranks_left: int
-    slowest_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -67,8 +58,6 @@ class Tally:
             self._capacities[status.name] = min((n for n in limits if n is not None), default=None)
         self._block_tokens = block_tokens
         self._block_bytes = block_bytes
-        self._world_size = len(ranks)
-        self._open: dict[tuple[int, int], _Open] = {}
         self._requests: dict[str, _Request] = {}
         self._loading: Counter[str] = Counter()
         self._counted: Counter[str] = Counter()
@@ -76,7 +65,7 @@ class Tally:
         self._told: dict[str, int] = {}
 
     def __repr__(self) -> str:
-        return f"<Tally {len(self._open)} operations open, {len(self._requests)} requests loading>"
+        return f"<Tally {len(self._requests)} requests loading>"
 
     def matched(self, asked_blocks: int, tiers: Sequence[int]) -> None:
         """Count one request's question, asked of each tier for what those above have not.
@@ -93,32 +82,22 @@ class Tally:
             self._counted[reading("missed_blocks", tier)] += asked_blocks
 
     def planned(self, plan: Plan) -> None:
-        """Note a plan's operations, of which reports will come."""
-        for store in plan.stores:
-            for position in store.tiers:
-                self._open[store.op, position] = _Open("store", self._world_size)
-        for lookup in plan.lookups:
-            self._open[lookup.op, lookup.tier] = _Open("lookup", self._world_size)
+        """Note a plan's loads, of which the ends will come."""
         for load in plan.loads:
-            self._open[load.op, load.tier] = _Open("load", self._world_size)
             self._loading[self._tiers[load.tier]] += len(load.keys)
             request = self._requests.setdefault(load.request, _Request(0))
             request.blocks_left += len(load.keys)
 
-    def reported(self, reports: Iterable[Report], copied: Mapping[str, int]) -> None:
-        """Take in the reports of all ranks, and what their devices have copied since the last time."""
+    def ended(self, took: Iterable[tuple[str, str, float]], copied: Mapping[str, int]) -> None:
+        """Take in operations that have ended on every rank, and what the devices have copied since.
+
+        Args:
+            took: ``store``, ``load`` or ``lookup``, the tier's name, and the seconds on the slowest rank.
+            copied: Readings of all ranks' devices since the last time.
+        """
         self._counted.update(copied)
-        for report in reports:
-            # A copy that a memory tier keeps of a load is no operation of its own.
-            open_ = self._open.get((report.op, report.tier))
-            if open_ is None:
-                continue
-            open_.ranks_left -= 1
-            open_.slowest_s = max(open_.slowest_s, report.seconds)
-            if open_.ranks_left == 0:
-                del self._open[report.op, report.tier]
-                key = reading("operation_seconds", open_.kind, self._tiers[report.tier])
-                self._seconds.setdefault(key, []).append(open_.slowest_s)
+        for kind, tier, seconds in took:
+            self._seconds.setdefault(reading("operation_seconds", kind, tier), []).append(seconds)
 
     def loaded(self, load: Load, failures: Mapping[int, Reason]) -> None:
         """Take in a load that has ended on every rank; with a request's last one its saved tokens count."""

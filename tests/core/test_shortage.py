@@ -53,7 +53,7 @@ def test_a_tier_whose_medium_is_full_below_its_capacity_keeps_what_is_new(stack,
     assert key in stack.tier._blocks, "the newest is there, the oldest made room"
     [line] = [message for message in caplog.messages if "full" in message]
     assert stack.tier_name in line
-    assert "16 KiB of the 64 KiB configured" in line
+    assert "16KiB of the 64KiB configured" in line
     assert NO_SPACE in line
     assert "smaller capacity" in line
 
