@@ -129,7 +129,7 @@ def test_a_block_that_is_not_reserved_cannot_be_published_or_abandoned(cpu, call
 
 def test_more_memory_than_there_is_is_refused_with_both_sizes():
     config = CpuConfig(capacity=ByteSize(1 << 50))
-    with pytest.raises(TierOpenError, match=r"1048576GiB.*are available .*; write a smaller capacity"):
+    with pytest.raises(TierOpenError, match=r"1024TiB.*are available .*; write a smaller capacity"):
         CpuTier(config, TierContext(NAMESPACE, BLOCK))
 
 

@@ -53,5 +53,5 @@ def test_a_limit_of_cgroup_v1_is_refused_early_by_name():
 
 
 def test_more_than_the_machine_has_is_refused_before_the_engine_starts():
-    with pytest.raises(TierOpenError, match=r"all ranks together take 819200GiB, but only .* of memory"):
+    with pytest.raises(TierOpenError, match=r"all ranks together take 800TiB, but only .* of memory"):
         kvbm_backends()[0].check(CpuConfig(capacity=ByteSize(800 << 40)))

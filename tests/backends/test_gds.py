@@ -309,7 +309,7 @@ def test_check_names_a_path_that_is_no_directory(tmp_path):
 
 
 def test_check_names_a_file_system_with_too_little_room(tmp_path):
-    with pytest.raises(TierOpenError, match=r"capacity: 1073741824GiB.*GiB free; write at most \d+"):
+    with pytest.raises(TierOpenError, match=r"capacity: 1048576TiB.*GiB free; write at most \d+"):
         check(config(tmp_path, 1 << 60))
 
 

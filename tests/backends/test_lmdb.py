@@ -158,7 +158,7 @@ def test_check_names_a_path_that_cannot_be_written():
 
 
 def test_check_names_a_file_system_with_too_little_room(tmp_path):
-    with pytest.raises(TierOpenError, match=r"capacity: \d+GiB.*GiB free; write at most \d+"):
+    with pytest.raises(TierOpenError, match=r"capacity: \d+TiB.*GiB free; write at most \d+"):
         check(config(tmp_path, 1 << 60))
 
 
