@@ -11,18 +11,29 @@ A tier's keys are ``backend``, ``name``, ``checked`` and whatever its backend's 
 from __future__ import annotations
 
 import difflib
+import enum
 import math
 import re
+import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 import yaml
 
 from kvbm_core.errors import ConfigError
 
-__all__ = ["ByteSize", "StackConfig", "TierEntry", "convert", "load_config", "parse_size", "size_text"]
+__all__ = [
+    "ByteSize",
+    "Settings",
+    "StackConfig",
+    "TierEntry",
+    "convert",
+    "load_config",
+    "parse_size",
+    "size_text",
+]
 
 _UNITS: Final[Mapping[str, int]] = {
     "": 1, "B": 1,
@@ -30,6 +41,9 @@ _UNITS: Final[Mapping[str, int]] = {
     "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
 }  # fmt: skip
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+_UNIONS: Final = (Union, types.UnionType)
+_LONGEST_SHOWN: Final = 40
 
 T = TypeVar("T")
 
@@ -40,7 +54,21 @@ class ByteSize(int):
     __slots__ = ()
 
 
-class TierEntry(msgspec.Struct, frozen=True, kw_only=True):
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of a configuration. Its repr shows numbers and switches, and of all else the type or the keys.
+
+    Text and what is nested may be a password, and whoever prints a configuration cannot know.
+    """
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in self.__rich_repr__())})"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        """Give what `rich.print` shows: the same."""
+        return [(name, _hidden(getattr(self, name))) for name in self.__struct_fields__]
+
+
+class TierEntry(Settings, frozen=True, kw_only=True):
     """One tier of the stack, as written; `settings` are for the backend's own type."""
 
     backend: str
@@ -53,12 +81,12 @@ class TierEntry(msgspec.Struct, frozen=True, kw_only=True):
     there, and a checksum costs a fifth of a memory copy)."""
     settings: Mapping[str, Any]
 
-    def __repr__(self) -> str:
-        keys = ", ".join(map(str, self.settings))
-        return f"TierEntry({self.backend!r}, name={self.name!r}, checked={self.checked}, settings=<{keys}>)"
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        told = {"backend": self.backend, "name": self.name, "checked": self.checked}
+        return [*told.items(), ("settings", _hidden(self.settings))]
 
 
-class StackConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class StackConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An operator's settings: of the stack, and of the engine that uses it.
 
     A `Stack` reads `tiers`, the deadlines, `max_store_blocks` and `staging`. The other keys are for the
@@ -112,7 +140,7 @@ def parse_size(value: object, key: str = "size") -> ByteSize:
     if match is None or match[2] not in _UNITS:
         units = ", ".join(u for u in _UNITS if u)
         raise ConfigError(
-            f"{key}: {_shape(value)} is not a size; write a number and a unit ({units}), like 8GiB"
+            f"{key}: {shown(value)} is not a size; write a number and a unit ({units}), like 8GiB"
         )
     return ByteSize(math.floor(float(match[1]) * _UNITS[match[2]]))
 
@@ -149,7 +177,7 @@ def convert(value: Mapping[str, Any], to: type[T], where: str) -> T:
     try:
         return msgspec.convert(dict(value), to, dec_hook=_decode)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{where}: {_explain(str(error), value)}") from error
+        raise ConfigError(f"{where}: {_explain(str(error), value, to)}") from None
 
 
 def refuse_unknown(keys: Iterable[object], known: Iterable[str], where: str) -> None:
@@ -184,7 +212,7 @@ def load_config(source: Mapping[str, Any] | str | Path) -> StackConfig:
         place = f", see line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"configuration file {path} is not YAML{place}") from None
     if not isinstance(value, Mapping):
-        raise ConfigError(f"configuration file {path}: expected keys like 'tiers:', found {_shape(value)}")
+        raise ConfigError(f"configuration file {path}: expected keys like 'tiers:', found {_noun(value)}")
     return _stack(value, str(path))
 
 
@@ -192,7 +220,7 @@ def _stack(value: Mapping[str, Any], where: str) -> StackConfig:
     refuse_unknown(value, StackConfig.__struct_fields__, where)
     tiers = value.get("tiers")
     if not isinstance(tiers, list | tuple) or not tiers:
-        raise ConfigError(f"{where}: tiers: {_shape(tiers)}; write a list of at least one tier, "
+        raise ConfigError(f"{where}: tiers: {_noun(tiers)}; write a list of at least one tier, "
                           "fastest first, like [{backend: cpu, capacity: 8GiB}]")  # fmt: skip
     entries = tuple(_tier_entry(index, tier, where) for index, tier in enumerate(tiers))
     names = [entry.name for entry in entries]
@@ -208,15 +236,17 @@ def _stack(value: Mapping[str, Any], where: str) -> StackConfig:
 def _tier_entry(index: int, tier: object, where: str) -> TierEntry:
     where = f"{where}: tiers[{index}]"
     if not isinstance(tier, Mapping) or not isinstance(tier.get("backend"), str):
-        raise ConfigError(f"{where}: {_shape(tier)}; write a mapping with a 'backend', like "
+        raise ConfigError(f"{where}: a {_noun(tier)}; write a mapping with a 'backend', like "
                           "{backend: cpu, capacity: 8GiB}")  # fmt: skip
     settings = {k: v for k, v in tier.items() if k not in ("backend", "name", "checked")}
-    checked = tier.get("checked")
-    if checked not in (None, True, False):
-        raise ConfigError(f"{where}: checked: {checked!r}; write true or false, or leave it out")
+    checked, name = tier.get("checked"), tier.get("name", tier["backend"])
+    if checked is not None and not isinstance(checked, bool):
+        raise ConfigError(f"{where}: checked: {shown(checked)}; write true or false, or leave it out")
+    if not isinstance(name, str | int) or not str(name):
+        raise ConfigError(f"{where}: name: a {_noun(name)}; write a word that logs and metrics may show")
     return TierEntry(
         backend=tier["backend"],
-        name=str(tier.get("name", tier["backend"])),
+        name=str(name),
         checked=checked,
         settings=settings,
     )
@@ -244,16 +274,63 @@ def _decode(to: type[Any], value: object) -> object:
     raise NotImplementedError(to)
 
 
-def _explain(message: str, value: Mapping[str, Any]) -> str:
-    """Turn msgspec's ``… - at `$.key` `` into ``key: value: …``."""
+def _explain(message: str, value: Mapping[str, Any], to: type[Any]) -> str:
+    """Turn msgspec's ``… - at `$.key` `` into ``key: …``, with the value where it can be no secret."""
     text, _, path = message.partition(" - at `$.")
-    key = path.rstrip("`")
+    path = path.rstrip("`")
+    if not path:
+        return text
+    key = re.split(r"[.\[]", path)[0]
+    wanted = get_type_hints(to).get(key)
+    if choices := _choices(wanted):
+        # msgspec quotes what was written, which may be anything.
+        text = f"not one of {', '.join(map(str, choices))}"
     text = text.removeprefix("size: ")
-    return f"{key}: {text} (got {_shape(value.get(key))})" if key else text
+    known = key == path and key in value and "is not a size" not in text
+    if not known:
+        return f"{path}: {text}"
+    told = shown(value[key]) if _plain(wanted) else f"a {type(value[key]).__name__}"
+    return f"{path}: {text} (got {told})"
 
 
-def _shape(value: object) -> str:
-    """Show a value, but not what is in a mapping or a list: it may hold a password."""
+def _choices(wanted: object) -> tuple[object, ...]:
+    """Give the values of a Literal or an Enum, also of an optional one."""
+    if isinstance(wanted, type) and issubclass(wanted, enum.Enum):
+        return tuple(member.value for member in wanted)
+    if get_origin(wanted) is Literal:
+        return get_args(wanted)
+    return next((found for part in get_args(wanted) if (found := _choices(part))), ())
+
+
+def _plain(wanted: object) -> bool:
+    """Say whether a field is of numbers, switches or fixed words only: nobody writes a secret there."""
+    if _choices(wanted) or wanted in (bool, int, float, ByteSize, type(None)):
+        return True
+    return bool(get_args(wanted)) and get_origin(wanted) in _UNIONS and all(map(_plain, get_args(wanted)))
+
+
+def shown(value: object) -> str:
+    """Show a value that is wrong where no secret belongs; of what is nested or like a URL, the type."""
+    if isinstance(value, str) and ("://" in value or "@" in value or len(value) > _LONGEST_SHOWN):
+        return "a str"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    return repr(value) if value is None or isinstance(value, str | int | float) else f"a {_noun(value)}"
+
+
+def _noun(value: object) -> str:
+    if value is None:
+        return "None"
+    return "mapping" if isinstance(value, Mapping) else type(value).__name__
+
+
+def _hidden(value: object) -> object:
     if isinstance(value, Mapping):
-        return f"a mapping of {', '.join(map(str, value))}"
-    return f"a list of {len(value)}" if isinstance(value, list | tuple) else repr(value)
+        return f"<{', '.join(map(str, value))}>"
+    if isinstance(value, str | bytes):
+        return f"<{type(value).__name__}>"
+    if isinstance(value, tuple | list):
+        return [part if isinstance(part, Settings) else _hidden(part) for part in value]
+    if value is None or isinstance(value, bool | int | float | Settings):
+        return value
+    return f"<{type(value).__name__}>"

@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import msgspec
-
 from kvbm_core.block import BlockKey, Namespace
+from kvbm_core.config import Settings
 
 __all__ = [
     "CONTRACT_VERSION",
@@ -298,7 +297,7 @@ class Addressable(ABC):
         """Give the memory of a published block; valid until `discard`. None if it is absent."""
 
 
-class TierConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class TierConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of every backend's configuration: one frozen type with at most ten keys."""
 
 

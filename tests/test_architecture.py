@@ -46,7 +46,7 @@ WINGS = {
     "backends/kvbm_remote/*.py": 1850,
     "backends/kvbm_device/*.py": 1430,
     "plugins/kvbm_engine/*.py": 720,
-    "plugins/kvbm_vllm/**/*.py": 1530,
+    "plugins/kvbm_vllm/**/*.py": 1580,
 }
 """Lines of code of each wing at most, without comments, docstrings and empty lines."""
 

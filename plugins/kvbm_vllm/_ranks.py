@@ -22,6 +22,9 @@ __all__ = ["check_ranks", "rank_facts"]
 
 _TRAITS: Final = ("addressable", "device_direct", "shared", "remote_lookup")
 """What the planner must know of a tier, see `kvbm_core.Capabilities`."""
+_OWN_KEYS: Final = re.compile(r"configuration\.(tiers\.\d+\.settings|coordinator)\.(.*)")
+"""Keys that a backend or a coordinator has named: any of them may be a password."""
+_TOLD_KEYS: Final = ("backend", "name", "path", "url")
 _MOST_NAMED: Final = 5
 _LONGEST_VALUE: Final = 80
 
@@ -89,10 +92,16 @@ def _differences(facts: Mapping[str, str], first: Mapping[str, str]) -> list[str
 def _shown(name: str, facts: Mapping[str, str]) -> str:
     """Show a value without what may be a password in it."""
     value = facts.get(name, "not there")
-    if "options." in name:
+    own = _OWN_KEYS.fullmatch(name)
+    if own and name in facts and own[2] not in _TOLD_KEYS and not _is_size(value):
         return "(hidden)"
     value = re.sub(r"//[^/@]*@", "//(hidden)@", value)
     return value if len(value) <= _LONGEST_VALUE else value[:_LONGEST_VALUE] + "..."
+
+
+def _is_size(value: str) -> bool:
+    """Say whether it is a number of at most 15 digits, perhaps with a unit, or a switch."""
+    return value in ("True", "False") or bool(re.fullmatch(r"\d{1,15}(\.\d*)?\s*[A-Za-z]{0,3}", value))
 
 
 def _flatten(value: Any, name: str = "") -> list[tuple[str, str]]:

@@ -48,12 +48,17 @@ def _read_extra(extra: dict[str, Any]) -> StackConfig:
     if _FILE_KEY not in extra:
         return load_config(extra)
     path = extra.pop(_FILE_KEY)
+    if not isinstance(path, str):  # Not shown: it may be the whole stack, with its passwords.
+        raise ConfigError(
+            f"kv_connector_extra_config: 'config': a {type(path).__name__}; write the path of a YAML file, "
+            "or the keys themselves, beginning with 'tiers', in place of 'config'"
+        )
     if extra:
         raise ConfigError(
-            f"kv_connector_extra_config: 'config': {path!r} names a file, so {sorted(extra)} must be "
-            "written there"
+            f"kv_connector_extra_config: 'config': {path!r} names a file, so {sorted(map(str, extra))} must "
+            "be written there"
         )
-    return load_config(str(path))
+    return load_config(path)
 
 
 def check_settings(vllm_config: Any) -> None:

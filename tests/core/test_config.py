@@ -1,8 +1,12 @@
+import io
 import traceback
+from typing import Literal
 
+import msgspec
 import pytest
+import rich
 
-from kvbm_core import ConfigError, load_config
+from kvbm_core import ConfigError, TierConfig, load_config
 from kvbm_core.config import convert, parse_size
 from kvbm_core.memory import MemoryConfig
 
@@ -35,7 +39,7 @@ def test_a_file_and_its_mapping_are_the_same(tmp_path):
         ({}, "tiers: None; write a list"),
         ({"tiers": CPU}, "write a list of at least one tier"),
         ({"tiers": [{"capacity": 1}]}, r"tiers\[0\].*'backend'"),
-        ({"tiers": ["cpu"]}, r"tiers\[0\]: 'cpu'; write a mapping"),
+        ({"tiers": ["cpu"]}, r"tiers\[0\]: a str; write a mapping"),
         ({"tier": [CPU]}, "unknown key 'tier'; did you mean 'tiers'"),
         ({"tiers": [CPU], "nonsense": 1}, "unknown key 'nonsense'; known keys: .*load_deadline_s"),
         ({"tiers": [CPU, CPU]}, "two tiers are called 'cpu'; give each a 'name'"),
@@ -97,8 +101,86 @@ def test_a_mistake_shows_no_password_from_elsewhere(tmp_path, text):
     assert "S3CRET" not in "".join(traceback.format_exception(caught.value))
 
 
-def test_the_repr_shows_no_backends_settings():
-    assert "1GiB" not in repr(load_config({"tiers": [CPU]}))
+SECRET = "S3CRET"
+REMOTE = {
+    "backend": "remote",
+    "url": f"s3://you:{SECRET}@host/x",
+    "storage_options": {"secret": SECRET, "client_kwargs": {"config": [SECRET]}},
+}
+
+
+class Sensitive(TierConfig, frozen=True):
+    """Has a secret in every kind of key that a stranger's backend may have."""
+
+    password: str = ""
+    options: dict[str, str] = msgspec.field(default_factory=dict)
+    hosts: tuple[str, ...] = ()
+    mode: Literal["fast", "safe"] = "fast"
+    most: int | None = None
+    ports: dict[str, int] = msgspec.field(default_factory=dict)
+
+
+def printed(value):
+    rich.print(value, file=(text := io.StringIO()))
+    return text.getvalue()
+
+
+def test_no_secret_is_in_what_a_configuration_prints():
+    config = load_config(
+        {"tiers": [CPU, REMOTE], "coordinator": {"backend": "etcd", "password": SECRET}, "weights_id": SECRET}
+    )
+    own = Sensitive(password=SECRET, options={"a": SECRET}, hosts=(SECRET,), most=3)
+    for value in (config, config.tiers[1], own):
+        assert SECRET not in repr(value) + str(value) + printed(value)
+    assert "storage_options" in repr(config)
+    assert "password" in repr(config)
+    assert "most=3" in repr(own)
+    assert "load_deadline_s=5.0" in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"password": 76543}, "here: password: .*got a int"),
+        ({"password": [SECRET]}, "here: password: .*got a list"),
+        ({"password": {SECRET: SECRET}}, "here: password: .*got a dict"),
+        ({"options": SECRET}, "here: options: .*got a str"),
+        ({"options": {"key": 76543}}, r"here: options\[\.\.\.\]: Expected `str`, got `int`$"),
+        ({"hosts": [76543]}, r"here: hosts\[0\]: Expected `str`, got `int`$"),
+        ({"ports": {"a": SECRET}}, r"here: ports\[\.\.\.\]: Expected `int`, got `str`$"),
+        ({"mode": f"s3://you:{SECRET}@host"}, r"here: mode: not one of fast, safe \(got a str\)$"),
+        ({"mode": "fats"}, r"here: mode: not one of fast, safe \(got 'fats'\)$"),
+        ({"most": [SECRET]}, "here: most: .*got a list of 1"),
+        ({"most": f"https://you:{SECRET}@host"}, "here: most: .*got a str"),
+        ({"pasword": SECRET}, "unknown key 'pasword'; did you mean 'password'"),
+    ],
+)
+def test_a_wrong_value_that_may_be_a_secret_is_told_by_its_type(wrong, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        convert(wrong, Sensitive, "here")
+    told = "".join(traceback.format_exception(caught.value))
+    assert SECRET not in told
+    assert "76543" not in told
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"tiers": [f"s3://you:{SECRET}@host"]},
+        {"tiers": f"s3://you:{SECRET}@host"},
+        {"tiers": [{**CPU, "name": {"secret": SECRET}}]},
+        {"tiers": [{**CPU, "checked": {"secret": SECRET}}]},
+        {"tiers": [{**CPU, "checked": [SECRET]}]},
+        {"tiers": [CPU], "coordinator": f"http://you:{SECRET}@host:2379"},
+        {"tiers": [CPU], "staging": f"http://you:{SECRET}@host:2379"},
+        {"tiers": [CPU], "weights_id": [SECRET]},
+        {"tiers": [{"backend": {"secret": SECRET}}]},
+    ],
+)
+def test_a_secret_in_the_wrong_place_is_not_told(config):
+    with pytest.raises(ConfigError) as caught:
+        load_config(config)
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 
 def test_a_file_that_is_not_text_is_named(tmp_path):

@@ -91,6 +91,13 @@ def test_a_file_is_read_and_nothing_beside_it(llama, tmp_path):
         configure(llama, None, kv_connector_extra_config={"config": str(file), "tiers": [CPU]})
 
 
+def test_a_stack_where_a_files_path_belongs_is_told_where_to_write_it_and_not_shown(llama):
+    tier = {**CPU, "password": "S3CRET"}
+    with pytest.raises(Exception, match="'config': a dict; write the path of a YAML file") as caught:
+        configure(llama, None, kv_connector_extra_config={"config": {"tiers": [tier]}})
+    assert "S3CRET" not in str(caught.value)
+
+
 def test_loaded_by_module_path(llama):
     configure(llama, [CPU], kv_connector_module_path="kvbm_vllm")
 

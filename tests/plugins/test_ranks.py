@@ -90,6 +90,20 @@ def test_no_password_is_shown():
     assert "word" not in message
 
 
+def test_no_password_of_a_strangers_backend_or_coordinator_is_shown():
+    words = []
+    for secret in ("word1", "word2"):
+        tier = {"backend": "toy", "password": secret, "path": "/kv", "deep": {"er": [secret]}}
+        coordinator = {"backend": "toy", "token": secret}
+        words.append({"tiers": [tier], "coordinator": coordinator})
+    message = refusal(said(0, **words[0]), said(1, **words[1]))
+    assert "settings.password is (hidden), there (hidden)" in message
+    assert "settings.deep.er.0 is (hidden)" in message
+    assert "coordinator.token is (hidden)" in message
+    assert "word1" not in message
+    assert "word2" not in message
+
+
 def test_many_differences_are_counted():
     other = {"load_deadline_s": 1, "store_deadline_s": 1, "lookup_deadline_s": 1, "max_store_blocks": 1,
              "max_load_fraction": 0.1, "staging": 1, "weights_id": "x"}  # fmt: skip
