@@ -18,7 +18,7 @@ from test_cpu import BLOCK, NAMESPACE, key, load, run, store
 from kvbm_core.tier import Op, Outcome, Reason, TierContext, Transfer
 from kvbm_remote import RemoteConfig, RemoteTier
 
-# Real libraries, three of which `make test` does not install; s3fs leaves a session open behind a planted object.
+# Three of the libraries are not in `make test`; s3fs leaves a session open behind a planted object.
 pytestmark = pytest.mark.soak
 
 LARGE = 256 << 20
