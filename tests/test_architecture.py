@@ -41,7 +41,7 @@ WINGS = {
     "kvbm_core/worker/*.py": 980,
     "kvbm_core/layers/*.py": 240,
     "backends/kvbm_cpu/*.py": 330,
-    "backends/kvbm_lmdb/*.py": 1300,
+    "backends/kvbm_lmdb/*.py": 1320,
     "backends/kvbm_gds/*.py": 1330,
     "backends/kvbm_remote/*.py": 1850,
     "backends/kvbm_device/*.py": 1430,

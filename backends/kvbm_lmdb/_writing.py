@@ -33,6 +33,8 @@ class _Batch:
 
 
 _NOTHING: Final = _Batch([], [])
+_BEHIND: Final = 1
+"""Batches that the keeper has not answered while the next is copied: the window has two halves."""
 
 
 class Writing:
@@ -65,6 +67,7 @@ class Writing:
         self._dirty = False
         self._sync_s = 0.0
         self._half = 0
+        self._sent: deque[_Batch] = deque()
         self._closing = False
         self._lock = threading.Lock()
         self._to_write = threading.Condition(self._lock)
@@ -75,23 +78,21 @@ class Writing:
             self._context.wake()
 
     def _write_until_closed(self) -> None:
-        sent = _NOTHING
-        while (batch := self._next(sent)) is not None:
+        while (batch := self._next()) is not None:
             try:
-                sent = self._step(sent, batch)
+                self._step(batch)
             except Exception as error:  # noqa: BLE001 - a thread's top: it becomes completions
-                self._lose(KeeperError(Fault.KILLED, f"{type(error).__name__}: {error}"), sent, batch)
-                sent = _NOTHING
+                self._lose(KeeperError(Fault.KILLED, f"{type(error).__name__}: {error}"), batch)
 
-    def _next(self, sent: _Batch) -> _Batch | None:
+    def _next(self) -> _Batch | None:
         """Wait for something to do unless the keeper is at a batch. None: closed, and nothing is left."""
         with self._lock:
-            while sent is _NOTHING and not self._closing:
+            while not self._sent and not self._closing:
                 due_s = self._due_s()
                 wait_s = None if due_s is None else due_s - time.monotonic()
                 if (wait_s is not None and wait_s <= 0) or not self._to_write.wait(wait_s):
                     break
-            if sent is _NOTHING and self._closing and not self._stores and not self._erasing:
+            if not self._sent and self._closing and not self._stores and not self._erasing:
                 return None if self._down or not self._dirty else _NOTHING
             return self._take_writes()
 
@@ -112,29 +113,31 @@ class Writing:
         count = 0 if self._erasing else min(len(self._stores), self._sizing.batch_blocks)
         return _Batch(erase, [self._stores.popleft() for _ in range(count)])
 
-    def _step(self, sent: _Batch, batch: _Batch) -> _Batch:
-        """Copy a batch into the window while the keeper is at the one before, then let it begin."""
-        half = self._half
-        batch = _Batch(batch.erase, self._fill(half, batch.stores))
+    def _step(self, batch: _Batch) -> None:
+        """Copy a batch into the half of the window that is free, and let the keeper go on to it."""
+        batch = _Batch(batch.erase, self._fill(self._half, batch.stores))
         try:
-            self._finish(sent)
-            sent = _NOTHING
-            if not self._require_keeper():
+            if not self._sent and not self._require_keeper():
                 self._erase_later(batch.erase, _ERASE_RETRY_S)
                 self._settle(batch.stores, [], Reason.ERROR, self._down)
-                return _NOTHING
-            if self._dirty and (self._closing or time.monotonic() >= self._sync_s):
+                return
+            if batch.erase or batch.stores:
+                own_blocks = len(self._present) + sum(len(each.stores) for each in (*self._sent, batch))
+                keys = [transfer.key for transfer in batch.stores]
+                self._link.send(Commit(batch.erase, keys, self._half, own_blocks))
+                self._sent.append(batch)
+                self._half = 1 - self._half
+                batch = _NOTHING
+            sync = self._dirty and (self._closing or time.monotonic() >= self._sync_s)
+            # One is left to the keeper while this thread fills the other half, if there is more.
+            if self._sent and (len(self._sent) > _BEHIND or not self._stores):
+                self._finish()
+            if sync:
+                while self._sent:
+                    self._finish()
                 self._sync()
-            if not batch.erase and not batch.stores:
-                return _NOTHING
-            own_blocks = len(self._present) + len(batch.stores)
-            keys = [transfer.key for transfer in batch.stores]
-            self._link.send(Commit(batch.erase, keys, half, own_blocks))
         except KeeperError as error:
-            self._lose(error, sent, batch)
-            return _NOTHING
-        self._half = 1 - half
-        return batch
+            self._lose(error, batch)
 
     def _fill(self, half: int, stores: Sequence[Transfer]) -> list[Transfer]:
         now_s = time.monotonic()
@@ -146,16 +149,15 @@ class Writing:
             self._window.fill(half, slot, transfer.region)
         return kept
 
-    def _finish(self, sent: _Batch) -> None:
-        """Wait for the keeper's answer.
+    def _finish(self) -> None:
+        """Wait for the keeper's answer to the oldest batch.
 
         Raises:
             KeeperError: If there is none.
         """
-        if sent is _NOTHING:
-            return
         reply = self._link.receive()
         assert isinstance(reply, Committed)
+        sent = self._sent.popleft()
         self._dirty = True
         self._settle(sent.stores, reply.offsets, Reason.FULL, reply.full)
         if reply.full:
@@ -191,9 +193,11 @@ class Writing:
             self._down = ""
         return True
 
-    def _lose(self, error: KeeperError, *batches: _Batch) -> None:
+    def _lose(self, error: KeeperError, batch: _Batch = _NOTHING) -> None:
         """Fail what was under way when the keeper went."""
         self._link.failed(error)
+        batches = [*self._sent, batch]
+        self._sent.clear()
         with self._lock:
             self._down = self._link.down
             stores = [transfer for batch in batches for transfer in batch.stores] + list(self._stores)

@@ -81,6 +81,44 @@ def test_each_ticket_ends_once_when_the_keeper_is_killed_and_the_tier_returns(op
     assert all(load(tier, n)[1] == content(n) for n in [*range(20), *range(1000, 1004)])
 
 
+def test_two_batches_under_way_end_once_when_the_keeper_is_killed(open_tier):
+    """The second is sent while the keeper is at the first."""
+    tier = open_tier(64 * MIB)
+    store(tier, 0)
+    batch = tier._sizing.batch_blocks
+    wait_until(lambda: not tier._dirty)
+    os.kill(keeper_pid(tier), signal.SIGSTOP)
+    transfers = [Transfer(n, Op.STORE, key(n), region(content(n))) for n in range(1, 2 * batch + 1)]
+    tier.submit(transfers)
+    wait_until(lambda: sum(len(sent.stores) for sent in tier._sent) == 2 * batch)
+    os.kill(keeper_pid(tier), signal.SIGKILL)
+    ends = []
+    wait_until(lambda: ends.extend(tier.poll()) or len(ends) == len(transfers))
+    assert sorted(end.ticket for end in ends) == [transfer.ticket for transfer in transfers]
+    assert {end.reason for end in ends} == {Reason.ERROR}
+    for n in range(3 * batch, 7 * batch):
+        store_until_done(tier, n)
+    assert all(load(tier, n)[1] == content(n) for n in [0, *range(3 * batch, 7 * batch)])
+
+
+def test_batches_that_overlap_hold_the_right_blocks(open_tier):
+    tier = open_tier(64 * MIB)
+    for first in range(1, 601, 200):
+        tier.submit([Transfer(n, Op.STORE, key(n), region(content(n))) for n in range(first, first + 200)])
+        ends = []
+        wait_until(lambda ends=ends: ends.extend(tier.poll()) or len(ends) == 200)
+        assert {end.outcome for end in ends} == {Outcome.DONE}
+        assert all(load(tier, n)[1] == content(n) for n in range(first, first + 200))
+
+
+def test_the_window_is_given_back_at_close(open_tier):
+    tier = open_tier()
+    store(tier, 1)
+    assert "memfd:kvbm-lmdb" in Path("/proc/self/maps").read_text()
+    tier.close()
+    assert "memfd:kvbm-lmdb" not in Path("/proc/self/maps").read_text()
+
+
 def test_a_store_fails_at_once_and_says_why_while_there_is_no_keeper(open_tier, caplog):
     tier = open_tier()
     store(tier, 1)

@@ -36,7 +36,7 @@ def drive(tier, wake: threading.Event, op: Op, keys: list[bytes], regions: list[
     sent = done = 0
     start_s = time.perf_counter()
     while done < len(transfers):
-        if sent < len(transfers) and sent - done <= 16:
+        while sent < len(transfers) and sent - done <= 16:
             batch = transfers[sent : sent + 16]
             tier.submit(batch)
             sent += len(batch)
