@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo services test soak lint bench compat clean fetch-services setup-demo setup-dev
+.PHONY: help demo services test soak lint bench compat models clean fetch-services setup-demo setup-dev
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=python3.12]"
@@ -45,6 +45,9 @@ bench: setup-dev ## run the benchmarks, one after the other
 
 compat: ## compare names with every version of vLLM that is promised, and run the identity test with some
 	@$(PYTHON) tools/compat.py $(ARGS)
+
+models: setup-dev ## prove each family of models, and write the table of docs/reference/models.md (ARGS="--help")
+	@$(BIN)/python tools/prove_models.py $(ARGS)
 
 clean: ## remove environments and caches
 	rm -rf .venv .venv-compat-* .cache/vllm build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

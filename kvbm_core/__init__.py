@@ -5,6 +5,7 @@ Backend authors start from `Tier` and `Backend`, engine authors from `Planner`, 
 """
 
 from kvbm_core.block import BlockKey, BlockState, Namespace, chain_keys, make_namespace, root_key
+from kvbm_core.codec import Codec, CodecConfig, CodecContext, CodecKind
 from kvbm_core.config import ByteSize, StackConfig, load_config
 from kvbm_core.coordinator import Coordinator, Member
 from kvbm_core.device import Device, DeviceTraits, Pinnable, Stageable, Work
@@ -12,17 +13,21 @@ from kvbm_core.errors import (
     BackendError,
     ConfigError,
     CoordinatorError,
+    CorruptError,
     KvbmError,
     QueueFullError,
     TierError,
     TierOpenError,
     TransitionError,
+    UnverifiableError,
 )
 from kvbm_core.hookspecs import hookimpl
 from kvbm_core.leader.counts import TierCounts
 from kvbm_core.leader.matches import Match
 from kvbm_core.leader.planner import Planner
 from kvbm_core.plan import Load, Plan, Report, Store, TierStatus
+from kvbm_core.policies import Fifo, Lru
+from kvbm_core.policy import EvictionPolicy, Policy, PolicyConfig, PolicyContext
 from kvbm_core.registry import Registry
 from kvbm_core.stack import Stack
 from kvbm_core.tier import (
@@ -41,7 +46,9 @@ from kvbm_core.tier import (
     TierContext,
     Transfer,
 )
-from kvbm_core.worker.worker import Worker, check_stack
+from kvbm_core.worker.opening import check_stack
+from kvbm_core.worker.peers import Peers
+from kvbm_core.worker.worker import Worker
 
 __all__ = [
     "CONTRACT_VERSION",
@@ -53,22 +60,34 @@ __all__ = [
     "BlockState",
     "ByteSize",
     "Capabilities",
+    "Codec",
+    "CodecConfig",
+    "CodecContext",
+    "CodecKind",
     "Completion",
     "ConfigError",
     "Coordinator",
     "CoordinatorError",
+    "CorruptError",
     "Device",
     "DeviceTraits",
+    "EvictionPolicy",
+    "Fifo",
     "KvbmError",
     "Load",
+    "Lru",
     "Match",
     "Member",
     "Namespace",
     "Op",
     "Outcome",
+    "Peers",
     "Pinnable",
     "Plan",
     "Planner",
+    "Policy",
+    "PolicyConfig",
+    "PolicyContext",
     "QueueFullError",
     "Reason",
     "Region",
@@ -87,6 +106,7 @@ __all__ = [
     "TierStatus",
     "Transfer",
     "TransitionError",
+    "UnverifiableError",
     "Work",
     "Worker",
     "chain_keys",

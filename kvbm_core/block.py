@@ -31,6 +31,7 @@ from kvbm_core.errors import TransitionError
 __all__ = [
     "KEY_BYTES",
     "NAMESPACE_BYTES",
+    "PROBE_KEY",
     "TRANSITIONS",
     "BlockEvent",
     "BlockKey",
@@ -53,6 +54,9 @@ NAMESPACE_BYTES: Final = 16
 
 _KEY_SCHEME: Final = b"kvbm-key-1"
 """Part of every root. Change it when the derivation below changes."""
+
+PROBE_KEY: Final = hashlib.sha256(b"kvbm-probe-1").digest()
+"""Of the block with which a tier is tried that is left alone. No prompt has it."""
 
 
 def root_key(**facts: str | int | bytes | None) -> BlockKey:

@@ -5,7 +5,8 @@
       - {backend: lmdb, capacity: 200GiB, path: /nvme/kvbm}
     load_deadline_s: 5
 
-A tier's keys are ``backend``, ``name``, ``checked`` and whatever its backend's own type declares.
+A tier's keys are ``backend``, ``name``, ``checked``, ``codecs``, ``policy`` and whatever its backend's own
+type declares.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
-import yaml
 
 from kvbm_core.errors import ConfigError
+from kvbm_core.yaml_file import read_yaml
 
 __all__ = [
     "ByteSize",
+    "PartEntry",
     "Settings",
     "StackConfig",
     "TierEntry",
@@ -42,6 +44,8 @@ _UNITS: Final[Mapping[str, int]] = {
 }  # fmt: skip
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
+_OWN_KEYS: Final = ("backend", "name", "checked", "codecs", "policy")
+"""Of a tier, whatever its backend."""
 _UNIONS: Final = (Union, types.UnionType)
 _LONGEST_SHOWN: Final = 40
 
@@ -68,6 +72,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return [(name, _hidden(getattr(self, name))) for name in self.__struct_fields__]
 
 
+class PartEntry(Settings, frozen=True, kw_only=True):
+    """A codec or a policy, as written: ``zstd``, or ``{name: zstd, element_bytes: 4}``."""
+
+    name: str
+    """That of its entry point."""
+    settings: Mapping[str, Any]
+    """For its own type."""
+
+
 class TierEntry(Settings, frozen=True, kw_only=True):
     """One tier of the stack, as written; `settings` are for the backend's own type."""
 
@@ -76,13 +89,19 @@ class TierEntry(Settings, frozen=True, kw_only=True):
     name: str
     """What logs, counters and errors call this tier; by default the backend's name."""
     checked: bool | None
-    """Add a footer with namespace, key and checksum to each block and verify it on every load.
-    None: for every tier but the host pool (nothing outside the process can change it
+    """Add a seal with namespace, key and checksum to each block and verify it on every load.
+    None: for every tier but those of host memory without codecs (nothing outside the process can change it
     there, and a checksum costs a fifth of a memory copy)."""
     settings: Mapping[str, Any]
+    codecs: tuple[PartEntry, ...] = ()
+    """They transform each object on its way into the tier, in this order, and back."""
+    policy: PartEntry | None = None
+    """Chooses the objects that make room for others. None: the least recently used."""
 
     def __rich_repr__(self) -> list[tuple[str, Any]]:
-        told = {"backend": self.backend, "name": self.name, "checked": self.checked}
+        told: dict[str, Any] = {"backend": self.backend, "name": self.name, "checked": self.checked}
+        told["codecs"] = [codec.name for codec in self.codecs]
+        told["policy"] = self.policy and self.policy.name
         return [*told.items(), ("settings", _hidden(self.settings))]
 
 
@@ -90,8 +109,8 @@ class StackConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """An operator's settings: of the stack, and of the engine that uses it.
 
     A `Stack` reads `tiers`, the deadlines, `max_store_blocks` and `staging`. The other keys are for the
-    connector of an engine: `only_faster`, `max_load_fraction`, `device_copy`, `device_staging`, `weights_id`
-    and `coordinator`.
+    connector of an engine: `only_faster`, `max_load_fraction`, `sparse_stores`, `sparse_stores_every_tokens`,
+    `device_copy`, `device_staging`, `weights_id` and `coordinator`.
     """
 
     tiers: tuple[TierEntry, ...]
@@ -114,6 +133,13 @@ class StackConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     length, and what does not fit there is dropped. At least 1."""
     staging: ByteSize = ByteSize(256 << 20)
     """Host memory for blocks on their way, used only without a host pool."""
+    sparse_stores: Literal["boundaries", "dense"] = "boundaries"
+    """Which blocks of sliding windows and attention chunks are stored: those that a prefix needs which ends
+    where the next prompt is likely to leave it, or all."""
+    sparse_stores_every_tokens: int | None = None
+    """With ``boundaries``: a prefix may end each so many tokens, beside the ends of prompts and answers and
+    where prompts part. 0: nowhere else. None: 2,048, or four times the model's longest window or chunk if
+    that is more."""
     device_copy: str = "auto"
     """How blocks cross the link of an accelerator: ``staged`` (kernel and DMA), ``dma``, ``kernel``, or
     ``auto`` for what a measurement at start finds fastest."""
@@ -178,6 +204,9 @@ def convert(value: Mapping[str, Any], to: type[T], where: str) -> T:
         return msgspec.convert(dict(value), to, dec_hook=_decode)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{where}: {_explain(str(error), value, to)}") from None
+    except ConfigError as error:
+        error.args = (f"{where}: {error}",)  # A range that the type itself looks at.
+        raise
 
 
 def refuse_unknown(keys: Iterable[object], known: Iterable[str], where: str) -> None:
@@ -201,16 +230,7 @@ def load_config(source: Mapping[str, Any] | str | Path) -> StackConfig:
     """
     if isinstance(source, Mapping):
         return _stack(source, "configuration")
-    path = Path(source).expanduser()
-    try:
-        value = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"configuration file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        # Neither chained nor told: its text quotes the file, which may hold a password.
-        mark = getattr(error, "problem_mark", None)
-        place = f", see line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"configuration file {path} is not YAML{place}") from None
+    path, value = read_yaml(source)
     if not isinstance(value, Mapping):
         raise ConfigError(f"configuration file {path}: expected keys like 'tiers:', found {_noun(value)}")
     return _stack(value, str(path))
@@ -238,7 +258,7 @@ def _tier_entry(index: int, tier: object, where: str) -> TierEntry:
     if not isinstance(tier, Mapping) or not isinstance(tier.get("backend"), str):
         raise ConfigError(f"{where}: a {_noun(tier)}; write a mapping with a 'backend', like "
                           "{backend: cpu, capacity: 8GiB}")  # fmt: skip
-    settings = {k: v for k, v in tier.items() if k not in ("backend", "name", "checked")}
+    settings = {k: v for k, v in tier.items() if k not in _OWN_KEYS}
     checked, name = tier.get("checked"), tier.get("name", tier["backend"])
     if checked is not None and not isinstance(checked, bool):
         raise ConfigError(f"{where}: checked: {shown(checked)}; write true or false, or leave it out")
@@ -249,7 +269,36 @@ def _tier_entry(index: int, tier: object, where: str) -> TierEntry:
         name=str(name),
         checked=checked,
         settings=settings,
+        codecs=_codecs(tier.get("codecs", ()), where),
+        policy=_part(tier["policy"], f"{where}: policy", "{name: fifo}") if "policy" in tier else None,
     )
+
+
+def _codecs(value: object, where: str) -> tuple[PartEntry, ...]:
+    if not isinstance(value, list | tuple):
+        raise ConfigError(
+            f"{where}: codecs: {shown(value)}; write a list, in the order in which they encode, like "
+            "[{name: zstd, element_bytes: 4}]"
+        )
+    parts = tuple(
+        _part(each, f"{where}: codecs[{at}]", "{name: zstd, element_bytes: 4}")
+        for at, each in enumerate(value)
+    )
+    for part in parts:
+        if sum(other.name == part.name for other in parts) > 1:
+            raise ConfigError(f"{where}: codecs: {part.name!r} is written twice; take one away")
+    return parts
+
+
+def _part(value: object, where: str, example: str) -> PartEntry:
+    """Read the name and the settings of a codec or a policy."""
+    if isinstance(value, str) and value:
+        return PartEntry(name=value, settings={})
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        raise ConfigError(
+            f"{where}: {shown(value)}; write its name, or a mapping with a 'name', like {example}"
+        )
+    return PartEntry(name=value["name"], settings={k: v for k, v in value.items() if k != "name"})
 
 
 def _check_ranges(config: StackConfig, where: str) -> None:
@@ -262,6 +311,11 @@ def _check_ranges(config: StackConfig, where: str) -> None:
         )
     if config.max_store_blocks < 1:
         raise ConfigError(f"{where}: max_store_blocks: {config.max_store_blocks!r}; write at least 1")
+    every = config.sparse_stores_every_tokens
+    if every is not None and every < 0:
+        raise ConfigError(
+            f"{where}: sparse_stores_every_tokens: {every!r}; write tokens, like 2048, or 0 for none"
+        )
 
 
 def _decode(to: type[Any], value: object) -> object:
@@ -276,6 +330,8 @@ def _decode(to: type[Any], value: object) -> object:
 
 def _explain(message: str, value: Mapping[str, Any], to: type[Any]) -> str:
     """Turn msgspec's ``… - at `$.key` `` into ``key: …``, with the value where it can be no secret."""
+    if missing := re.fullmatch(r"Object missing required field `(\w+)`", message):
+        return f"missing key {missing[1]!r}: this backend needs it"
     text, _, path = message.partition(" - at `$.")
     path = path.rstrip("`")
     if not path:

@@ -1,7 +1,10 @@
 """The seam to an engine's memory: blocks by number, copied to and from contiguous regions.
 
-    engine's tensors (many pages a block)  ──gather──►  region (one block, contiguous)
+    engine's tensors (many pages a block)  ──gather──►  region (one block of one KV group, contiguous)
                                            ◄──scatter──
+
+A KV group is a set of layers that share one block table. The engine draws the blocks of all groups from one
+pool, so that a block's number says which pages it has, and the group says which layers they are of.
 
 One implementation copies in host memory; another enqueues kernels and DMA. Both keep the same order
 rules, which is all the rest of the system relies on.
@@ -43,8 +46,9 @@ class Work(ABC):
 class DeviceTraits:
     """What a device is and what it can do. Constant from open to close, except `stream_wait`."""
 
-    block_bytes: int
-    """Bytes of one block: all pages of all layers of this rank."""
+    block_bytes: tuple[int, ...]
+    """Bytes of one block of each KV group: all its pages in the group's layers on this rank. 0 where this
+    rank has no layer of the group."""
     num_blocks: int
     """Number of the engine's blocks. Block numbers are 0 to this, exclusive."""
     async_gather: bool = False
@@ -81,18 +85,23 @@ class Device(ABC):
         """
 
     @abstractmethod
-    def gather(self, blocks: Sequence[int], regions: Sequence[Region], fence: Fence = None) -> Work:
-        """Copy blocks into regions, one each.
+    def gather(
+        self, blocks: Sequence[int], regions: Sequence[Region], fence: Fence = None, group: int = 0
+    ) -> Work:
+        """Copy blocks of a KV group into regions, one each.
 
         Behaviour:
+            - Fills the first ``block_bytes[group]`` bytes of each region.
             - Sees everything the engine had started to write to the blocks before the fence.
             - The engine may overwrite the blocks once it has claimed them; where the traits do not say
               `async_gather`, as soon as this has returned.
         """
 
     @abstractmethod
-    def scatter(self, regions: Sequence[Region], blocks: Sequence[int], fence: Fence = None) -> Work:
-        """Copy regions into blocks, one each.
+    def scatter(
+        self, regions: Sequence[Region], blocks: Sequence[int], fence: Fence = None, group: int = 0
+    ) -> Work:
+        """Copy regions into blocks of a KV group, one each.
 
         Behaviour:
             - The engine must not use the blocks before the copy is done, or `stream_wait` has returned.

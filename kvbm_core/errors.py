@@ -6,6 +6,8 @@
     ├── TierError                  a tier failed
     │   ├── TierOpenError          it could not be opened (path, lock, permissions, memory)
     │   └── QueueFullError         it refused a batch; nothing of the batch was started
+    ├── CorruptError               bytes are not those that were stored; a codec raises it
+    │   └── UnverifiableError      a codec cannot tell: it has not the key they were made with
     ├── CoordinatorError           the processes of an engine did not come together
     └── TransitionError            a bug: a block was moved along an illegal edge
 
@@ -18,11 +20,13 @@ __all__ = [
     "BackendError",
     "ConfigError",
     "CoordinatorError",
+    "CorruptError",
     "KvbmError",
     "QueueFullError",
     "TierError",
     "TierOpenError",
     "TransitionError",
+    "UnverifiableError",
 ]
 
 
@@ -64,6 +68,17 @@ class QueueFullError(TierError):
 
 class CoordinatorError(KvbmError):
     """The processes of an engine did not come together. The message names them and what to change."""
+
+
+class CorruptError(KvbmError):
+    """Bytes are not those that were stored. The object is dropped from its tier and computed."""
+
+
+class UnverifiableError(CorruptError):
+    """A codec cannot tell whether bytes are those that were stored: it has not the key they were made with.
+
+    The object is a miss, not damage. In a shared tier it stays, for the engines that can verify it.
+    """
 
 
 class TransitionError(KvbmError):

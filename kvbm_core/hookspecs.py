@@ -8,6 +8,8 @@ points to a module with this in it::
     @hookimpl
     def kvbm_backends() -> list[Backend]:
         return [Backend(name="mine", config_type=MyConfig, open=MyTier)]
+
+Codecs and policies are offered in the same way.
 """
 
 from __future__ import annotations
@@ -17,10 +19,20 @@ from typing import Any, Final
 
 import pluggy
 
+from kvbm_core.codec import CodecKind
 from kvbm_core.coordinator import Coordinator
+from kvbm_core.policy import Policy
 from kvbm_core.tier import Backend
 
-__all__ = ["ENTRY_POINT_GROUP", "hookimpl", "hookspec", "kvbm_backends", "kvbm_coordinator"]
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "hookimpl",
+    "hookspec",
+    "kvbm_backends",
+    "kvbm_codecs",
+    "kvbm_coordinator",
+    "kvbm_policies",
+]
 
 ENTRY_POINT_GROUP: Final = "kvbm_core"
 
@@ -31,6 +43,16 @@ hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 @hookspec
 def kvbm_backends() -> Sequence[Backend]:  # type: ignore[empty-body]
     """Offer backends. A package offers those its entry points name."""
+
+
+@hookspec
+def kvbm_codecs() -> Sequence[CodecKind]:  # type: ignore[empty-body]
+    """Offer codecs. A package offers those its entry points name."""
+
+
+@hookspec
+def kvbm_policies() -> Sequence[Policy]:  # type: ignore[empty-body]
+    """Offer policies of eviction and admission. A package offers those its entry points name."""
 
 
 @hookspec(firstresult=True)

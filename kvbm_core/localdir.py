@@ -2,6 +2,7 @@
 
     <path>/rank0/          0700, of this user or root, and no link
         engine.lock        0600; flock held by the engine that uses the folder; holds its pid
+        namespaces/        what its namespaces are made of, see `kvbm_core.namespace_facts`
 
 A configuration names a `LocalDirectory`. A `HeldFolder` is one rank's folder in it while an engine has it.
 A backend keeps its files beside the lock, and opens them with `HeldFolder.open`.
@@ -21,14 +22,26 @@ from typing import Final
 from kvbm_core.config import size_text
 from kvbm_core.errors import TierOpenError
 from kvbm_core.folderlock import is_locked, lock, unlock, who_holds
+from kvbm_core.log_limit import Log
 from kvbm_core.remedies import remedy
 from kvbm_core.trust import DIRECTORY_MODE, FILE_MODE, open_file, open_folder, refuse_strange_links
 
-__all__ = ["DIRECTORY_MODE", "FILE_MODE", "HeldFolder", "LocalDirectory", "free_bytes", "unusable"]
+__all__ = [
+    "DIRECTORY_MODE",
+    "FACTS_FOLDER",
+    "FILE_MODE",
+    "HeldFolder",
+    "LocalDirectory",
+    "free_bytes",
+    "unusable",
+]
 
 _LOCK: Final = "engine.lock"
 _LOCK_WAIT_S: Final = 2.0
 """An engine that is being restarted lets go within this time."""
+FACTS_FOLDER: Final = "namespaces"
+"""In a rank's folder, see `kvbm_core.namespace_facts`."""
+_FACTS: Final = re.compile(r"[0-9a-f]{32}\.json(\.tmp)?", re.ASCII)
 _RANK: Final = re.compile(r"rank(0|[1-9][0-9]{0,8})", re.ASCII)
 _FILES: Final[Mapping[str, re.Pattern[str]]] = {
     "gds": re.compile(r"index|probe|slab\.[0-9]{3,}", re.ASCII),
@@ -53,7 +66,8 @@ class HeldFolder:
 
     def __init__(self, path: Path, tier: str) -> None:
         self.path = path
-        self._tier = tier
+        self.tier = tier
+        """The backend's name, for messages."""
         self.lock_fd = self.folder_fd = -1
         """Of the lock file and of the folder; valid when somebody moves or deletes them. -1 once released."""
         try:
@@ -74,7 +88,30 @@ class HeldFolder:
 
     def open(self, name: str, flags: int) -> int:
         """Open a file of this folder, or make it, see `kvbm_core.trust.open_file`."""
-        return open_file(self.path, self.folder_fd, name, flags, self._tier)
+        return open_file(self.path, self.folder_fd, name, flags, self.tier)
+
+    def open_folder(self, name: str) -> int:
+        """Open a folder in this one, or make it, see `kvbm_core.trust.open_folder`."""
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, DIRECTORY_MODE, dir_fd=self.folder_fd)
+        return open_folder(self.path / name, self.tier, parent_fd=self.folder_fd)
+
+    def retake(self) -> bool:
+        """Take the folder that the path leads to now, and make it if there is none.
+
+        Returns:
+            False if it is the one that is held already.
+
+        Raises:
+            TierOpenError: As when the folder was taken first; then the old one is held still.
+        """
+        with contextlib.suppress(OSError):
+            if os.path.samestat(self.path.stat(), os.fstat(self.folder_fd)):
+                return False
+        taken = HeldFolder(self.path, self.tier)
+        self.release()
+        self.folder_fd, self.lock_fd = taken.folder_fd, taken.lock_fd
+        return True
 
     def release(self) -> None:
         """Let another engine have the folder. May be called twice."""
@@ -86,20 +123,26 @@ class HeldFolder:
 
     def drop(self, is_meant: Callable[[str], object]) -> list[str]:
         """Delete the files whose names are meant, and give the names of those that were there."""
-        found = sorted(name for name in os.listdir(self.folder_fd) if is_meant(name))
-        for name in found:
-            # What is no file has not been made by a backend.
-            with contextlib.suppress(IsADirectoryError, PermissionError, FileNotFoundError):
-                os.unlink(name, dir_fd=self.folder_fd)
-        return found
+        return _drop(self.folder_fd, is_meant)
 
-    def drop_others(self) -> None:
+    def drop_facts(self) -> None:
+        """Delete what is written about namespaces, and its folder if nothing else is in it."""
+        with contextlib.suppress(OSError):
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+            facts_fd = os.open(FACTS_FOLDER, flags, dir_fd=self.folder_fd)
+            try:
+                _drop(facts_fd, _FACTS.fullmatch)
+            finally:
+                os.close(facts_fd)
+            os.rmdir(FACTS_FOLDER, dir_fd=self.folder_fd)
+
+    def drop_others(self, log: Log) -> None:
         """Delete what another backend left: it would take this one's share of the capacity for ever."""
         for other, names in _FILES.items():
-            if self._tier in _FILES and other != self._tier and (found := self.drop(names.fullmatch)):
-                _log.warning(
+            if self.tier in _FILES and other != self.tier and (found := self.drop(names.fullmatch)):
+                log.warning(
                     "%s: backend %s was here before %s; dropping its files (%s)",
-                    self.path, other, self._tier, ", ".join(found),
+                    self.path, other, self.tier, ", ".join(found),
                 )  # fmt: skip
 
 
@@ -125,22 +168,26 @@ class LocalDirectory:
         """Give the folder of a rank. It need not exist."""
         return self.root / f"rank{rank}"
 
-    def hold(self, rank: int) -> HeldFolder:
+    def hold(self, rank: int, log: Log = _log) -> HeldFolder:
         """Take a rank's folder for this engine; files that another backend left in it are deleted.
+
+        Args:
+            rank: Whose.
+            log: Where it is said what is deleted.
 
         Raises:
             TierOpenError: If the folder cannot be used or trusted, or another engine uses it.
         """
         held = HeldFolder(self.rank_path(rank), self._tier)
         try:
-            held.drop_others()
+            held.drop_others(log)
         except OSError as error:
             held.release()
             raise unusable(held.path, error, self._tier) from error
         return held
 
-    def drop_other_ranks(self, rank: int, world_size: int, log: logging.Logger) -> None:
-        """Delete what an engine of more ranks left: nobody uses it, and the capacity is for all together.
+    def drop_other_ranks(self, rank: int, world_size: int, log: Log) -> None:
+        """Delete what more ranks left than there are: nobody uses it, and the capacity is for all together.
 
         Each rank deletes as much as its own share grows by, so the room is there before it is taken. Files
         that no backend makes stay, and their folder with them.
@@ -150,10 +197,11 @@ class LocalDirectory:
         """
         for other, folder in self._ranks():
             if other >= world_size and other % world_size == rank:
-                log.warning("%s: an engine of more ranks left it; dropping it", folder)
+                log.warning("%s: more ranks or replicas than there are now left it; dropping it", folder)
                 left = HeldFolder(folder, self._tier)
                 for names in _FILES.values():
                     left.drop(names.fullmatch)
+                left.drop_facts()
                 left.drop(_LOCK.__eq__)
                 left.release()
                 with contextlib.suppress(OSError):
@@ -184,10 +232,12 @@ class LocalDirectory:
         used_bytes = sum(_du_bytes(folder) for _, folder in self._ranks())
         room_bytes = free_bytes(existing)
         if capacity_bytes - used_bytes > room_bytes:
+            most_bytes = used_bytes + room_bytes
+            smaller = f", write at most {size_text(most_bytes)}" if most_bytes else ""
             raise TierOpenError(
                 f"capacity: {size_text(capacity_bytes)}, of which {size_text(used_bytes)} are {verb} in "
-                f"{self.root} already, but its file system has only {size_text(room_bytes)} free; write at "
-                f"most {size_text(used_bytes + room_bytes)} or choose another path",
+                f"{self.root} already, but its file system has only {size_text(room_bytes)} free; "
+                f"free some room{smaller} or choose another path",
                 operation="check", tier=self._tier,
             )  # fmt: skip
 
@@ -281,9 +331,18 @@ def _make_directories(path: Path, tier: str) -> None:
             os.stat(folder)
 
 
+def _drop(folder_fd: int, is_meant: Callable[[str], object]) -> list[str]:
+    found = sorted(name for name in os.listdir(folder_fd) if is_meant(name))
+    for name in found:
+        # What is no file has not been made by a backend.
+        with contextlib.suppress(IsADirectoryError, PermissionError, FileNotFoundError):
+            os.unlink(name, dir_fd=folder_fd)
+    return found
+
+
 def _du_bytes(folder: Path) -> int:
-    used_bytes = 0
-    for file in folder.iterdir():
+    facts, used_bytes = folder / FACTS_FOLDER, 0
+    for file in (*folder.iterdir(), *(() if facts.is_symlink() else facts.glob("*"))):
         with contextlib.suppress(FileNotFoundError):
             used_bytes += file.lstat().st_blocks * 512
     return used_bytes

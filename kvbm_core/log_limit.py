@@ -1,4 +1,4 @@
-"""One line for each thing that goes wrong, with a count of those left out."""
+"""Lines of the log: each names its tier, and one that comes again and again is counted, not repeated."""
 
 from __future__ import annotations
 
@@ -8,12 +8,36 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, TypeAlias
 
-__all__ = ["LogLimit"]
+__all__ = ["Log", "LogLimit", "TierLog", "clock_words"]
 
 _MAX_KEYS: Final = 256
 """The key whose line is oldest is forgotten first."""
+
+
+class TierLog(logging.LoggerAdapter[logging.Logger]):
+    """Writes lines of a backend, each with the name of the tier that it is about in front.
+
+    Args:
+        logger: The logger's name, as a rule the package's.
+        tier: The tier's name, see `TierContext.name`; empty where no tier is concerned, then lines stay
+            as they are.
+    """
+
+    def __init__(self, logger: str, tier: str = "") -> None:
+        super().__init__(logging.getLogger(logger))
+        self.tier = tier
+
+    def log(self, level: int, msg: object, *args: object, **more: Any) -> None:
+        """Log as `logging.Logger.log` does, the tier's name in front."""
+        named = (f"tier %s: {msg}", self.tier, *args) if self.tier else (msg, *args)
+        more["stacklevel"] = more.get("stacklevel", 1) + 1
+        self.logger.log(level, *named, **more)
+
+
+Log: TypeAlias = logging.Logger | TierLog
+"""Where lines go."""
 
 
 @dataclass(slots=True)
@@ -42,9 +66,7 @@ class LogLimit:
         clock: Seconds that only go forward.
     """
 
-    def __init__(
-        self, log: logging.Logger, every_s: float = 60.0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, log: Log, every_s: float = 60.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._log = log
         self._every_s = every_s
         self._clock = clock
@@ -55,19 +77,22 @@ class LogLimit:
         left_out = sum(written.left_out for written in self._keys.values())
         return f"<LogLimit {len(self._keys)} keys, {left_out} lines left out>"
 
-    def error(self, key: Hashable, message: str, *args: object) -> None:
+    def error(self, key: Hashable, message: str, *args: object) -> bool:
         """Log an error, unless one of this key was written a short while ago.
 
         Args:
             key: What makes lines alike, as a rule (tier, operation, reason).
             message: As of `logging.Logger.error`.
             *args: Likewise.
-        """
-        self._write(logging.ERROR, key, message, args)
 
-    def warning(self, key: Hashable, message: str, *args: object) -> None:
+        Returns:
+            True if it was written, False if it was left out.
+        """
+        return self._write(logging.ERROR, key, message, args)
+
+    def warning(self, key: Hashable, message: str, *args: object) -> bool:
         """Log a warning, see `error`."""
-        self._write(logging.WARNING, key, message, args)
+        return self._write(logging.WARNING, key, message, args)
 
     def close(self) -> None:
         """Say how many lines were left out that no line has followed. May be called twice."""
@@ -77,13 +102,13 @@ class LogLimit:
         for written in unsaid:
             self._say_unsaid(written)
 
-    def _write(self, level: int, key: Hashable, message: str, args: tuple[object, ...]) -> None:
+    def _write(self, level: int, key: Hashable, message: str, args: tuple[object, ...]) -> bool:
         now_s = self._clock()
         with self._lock:
             last = self._keys.get(key)
             if last and now_s - last.at_s < self._every_s:
                 last.left_out += 1
-                return
+                return False
             line = message % args if args else message
             if last and last.left_out:
                 line += f" (and {last.left_out} more in the last {now_s - last.at_s:.0f} s)"
@@ -93,9 +118,20 @@ class LogLimit:
         self._log.log(level, "%s", line, stacklevel=3)
         if forgotten and forgotten.left_out:
             self._say_unsaid(forgotten)
+        return True
 
     def _say_unsaid(self, written: _Written) -> None:
         since_s = self._clock() - written.at_s
         self._log.log(
             written.level, "%d more in the last %.0f s of: %s", written.left_out, since_s, written.line
         )
+
+
+def clock_words(at_s: float, now_s: float) -> str:
+    """Write a moment as the wall clock shows it, for people.
+
+    Args:
+        at_s: The moment, on any clock that does not go back.
+        now_s: What that clock shows now.
+    """
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + at_s - now_s))

@@ -1,6 +1,6 @@
 """What the leader wants moved, and what came of it: values that travel between processes.
 
-Planner ── Plan(drops, stores, loads, lookups) ──► TransferEngine
+Planner ── Plan(drops, stores, loads, lookups, fills, probes) ──► TransferEngine
 Planner ◄── Report(op, tier, failures) ── TransferEngine        (from every rank)
 """
 
@@ -11,19 +11,21 @@ import msgspec
 from kvbm_core.block import BlockKey
 from kvbm_core.tier import Capabilities, Reason
 
-__all__ = ["Load", "Lookup", "Plan", "Report", "Store", "TierStatus", "WriteOrder"]
+__all__ = ["Fill", "Load", "Lookup", "Plan", "Probe", "Report", "Store", "TierStatus", "WriteOrder"]
 
 
 class Store(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Blocks to be written into tiers."""
+    """Blocks of one KV group to be written into tiers."""
 
     op: int
     """Number of the operation; the transfer engine reports once for each of `tiers`."""
     keys: list[BlockKey]
     blocks: list[int]
-    """Device blocks to gather, one a key. Empty: the blocks are in the host pool."""
+    """Device blocks to gather, one a key."""
     tiers: list[int]
     """Positions in the stack, 0 the fastest."""
+    group: int = 0
+    """Number of the KV group."""
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -39,6 +41,9 @@ class Load(msgspec.Struct, frozen=True, array_like=True, gc=False):
     blocks: list[int]
     in_step: bool = False
     """The engine uses the blocks in the very step that the load is planned for, and its device waits."""
+    group: int = 0
+    head: BlockKey = b""
+    """The key of the prompt's first block in the group. Empty: not known."""
 
     @property
     def tiers(self) -> list[int]:
@@ -52,10 +57,50 @@ class Lookup(msgspec.Struct, frozen=True, array_like=True, gc=False):
     op: int
     tier: int
     keys: list[BlockKey]
+    group: int = 0
+    head: BlockKey = b""
+    """As of a load."""
 
     @property
     def tiers(self) -> list[int]:
         """The tier that is asked, as other operations name theirs."""
+        return [self.tier]
+
+
+class Fill(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Blocks of one KV group to be copied from tier to tier: to write back, demote or prefetch them."""
+
+    op: int
+    source: int
+    """The tier that has them."""
+    target: int
+    """The tier that shall have them."""
+    keys: list[BlockKey]
+    host_pool: int
+    """Position of the host pool, whose memory is read or filled in place; -1 for none."""
+    group: int = 0
+
+    @property
+    def tiers(self) -> list[int]:
+        """The tiers it ends in: the target, and a source that has to be read."""
+        return [self.target] if self.source == self.host_pool else [self.source, self.target]
+
+
+class Probe(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A tier that is left alone: each rank tries it now and then until it works, also while the engine idles.
+
+    The rank reports once, when its part of the tier works. Nobody waits for that.
+    """
+
+    op: int
+    tier: int
+    first_pause_s: float
+    """Until it is tried first; doubled after each try."""
+    longest_pause_s: float
+
+    @property
+    def tiers(self) -> list[int]:
+        """The tier that is tried, as other operations name theirs."""
         return [self.tier]
 
 
@@ -68,7 +113,7 @@ class WriteOrder(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True, array_like=True):
-    """What to do next. Drops come before stores, stores before loads."""
+    """What to do next. Drops come before stores, stores before loads and fills."""
 
     drops: list[tuple[int, list[BlockKey]]] = []
     """Tier and the keys it shall forget."""
@@ -83,9 +128,12 @@ class Plan(msgspec.Struct, frozen=True, array_like=True):
     blocks_final: bool = False
     """True if the blocks of all stores were computed before the latest plan that overwrites any. They are
     then read beside what the engine has begun since, not after it."""
+    probes: list[Probe] = []
+    fills: list[Fill] = []
 
     def __bool__(self) -> bool:
-        return bool(self.drops or self.stores or self.loads or self.lookups or self.overwrites)
+        operations = self.stores or self.loads or self.lookups or self.fills or self.probes
+        return bool(self.drops or operations or self.overwrites)
 
 
 class Report(msgspec.Struct, frozen=True, array_like=True):
@@ -101,6 +149,9 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
     """True if the tier itself had no room for a block: not staging, and not the device."""
     detail: str = ""
     """The tier's own words for a failure, see `Completion.detail`; those of the first that had any."""
+    charges: list[int] = []
+    """Of a store: for each key the bytes of the tier's capacity that its object takes on this rank, see
+    `Capabilities.charge`. Empty: each as reserved, see `TierStatus.charges`."""
 
 
 class TierStatus(msgspec.Struct, frozen=True):
@@ -108,6 +159,9 @@ class TierStatus(msgspec.Struct, frozen=True):
 
     name: str
     capabilities: Capabilities
-    inventory: list[BlockKey]
-    block_bytes: int = 0
-    """That a block takes in it on this rank, for messages. 0: not known."""
+    inventory: list[tuple[BlockKey, int]]
+    """The objects found at open, oldest first: key, and the bytes of the capacity that each takes."""
+    charges: tuple[int, ...] = (1,)
+    """For each KV group the bytes of the capacity that an object takes at most on this rank."""
+    block_bytes: tuple[int, ...] = (0,)
+    """For each KV group the bytes of a block on this rank, for counters."""

@@ -1,64 +1,102 @@
-"""Which block goes when room is wanted."""
+"""What a policy is: which objects of a tier make room for others, and which are let in.
+
+    insert ──► touch ... touch ──► evict, or remove
+
+Each tier has a policy of its own, named on it in the configuration::
+
+    - {backend: lmdb, capacity: 200GiB, path: /nvme/kvbm, policy: {name: fifo}}
+
+A policy sees keys and lengths, never bytes, and runs in the engine's scheduling loop: every method but
+`evict` should take less than a microsecond at any number of objects.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from kvbm_core.block import BlockKey
+from kvbm_core.config import Settings
+from kvbm_core.tier import CONTRACT_VERSION
 
-__all__ = ["EvictionPolicy", "Lru"]
+__all__ = ["EvictionPolicy", "Policy", "PolicyConfig", "PolicyContext"]
 
 
 class EvictionPolicy(ABC):
-    """The blocks of one tier that may be evicted, in an order of its own.
+    """Orders the objects of one tier. One thread calls it.
 
-    A block that is pinned is taken out and comes back, as the most recently used, when it is not.
+    It knows an object from `insert` to `remove`, or until `evict` has named it. Keys of objects that are
+    gone may be remembered as well (ghosts), in a number that the capacity bounds.
     """
 
     @abstractmethod
-    def add(self, key: BlockKey) -> None:
-        """Take a block in, or make one that is there the most recently used: the last to go."""
+    def insert(self, key: BlockKey, nbytes: int) -> None:
+        """Take an object in that the tier holds now. It is not known yet.
+
+        Args:
+            key: Of the object.
+            nbytes: The bytes of the capacity that it takes, above 0.
+        """
 
     @abstractmethod
-    def remove(self, key: BlockKey) -> bool:
-        """Take a block out. False if it was not there."""
+    def touch(self, key: BlockKey) -> None:
+        """Note that a known object was used: loaded, or offered to be stored again."""
 
     @abstractmethod
-    def victim(self) -> BlockKey | None:
-        """Take out the block to be evicted next. None if there is none."""
+    def remove(self, key: BlockKey) -> None:
+        """Forget a known object that the tier has lost for another reason than room."""
 
     @abstractmethod
-    def keys(self) -> Iterable[BlockKey]:
-        """List the blocks, the next victim first."""
+    def evict(self, nbytes: int, protected: Container[BlockKey]) -> Sequence[BlockKey]:
+        """Choose objects that make room, and forget them.
 
-    @abstractmethod
-    def __contains__(self, key: object, /) -> bool: ...
+        Args:
+            nbytes: Bytes to be freed, above 0.
+            protected: Objects that must stay: in use, or of the prefix that the room is wanted for. Ask it
+                once for each candidate; it answers at once.
 
-    @abstractmethod
-    def __len__(self) -> int: ...
+        Returns:
+            Known objects, none of them protected, that take so many bytes together, or fewer: where
+            nearly all are protected a policy may stop early, so that the time is bounded. No more than
+            are needed: without the last one too few bytes would be free. Where others may go that it has
+            not named, the core chooses among them, and tells it by `remove`.
+        """
 
+    def admits(self, key: BlockKey, nbytes: int) -> bool:
+        """Say whether an object shall be stored for which others would have to go. By default, yes.
 
-class Lru(OrderedDict[BlockKey, None], EvictionPolicy):
-    """Least recently used first. Every operation takes the same time at any size.
-
-    It *is* its dictionary, so that asking whether a block is there costs no Python call: a lookup
-    asks thousands of times.
-    """
-
-    def add(self, key: BlockKey) -> None:
-        """See `EvictionPolicy.add`."""
-        self[key] = None
-        self.move_to_end(key)
-
-    def remove(self, key: BlockKey) -> bool:
-        """See `EvictionPolicy.remove`."""
-        if key not in self:
-            return False
-        del self[key]
+        Args:
+            key: Of an object that is not known.
+            nbytes: The bytes of the capacity that it would take.
+        """
         return True
 
-    def victim(self) -> BlockKey | None:
-        """See `EvictionPolicy.victim`."""
-        return self.popitem(last=False)[0] if self else None
+
+class PolicyConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of a policy's configuration: the keys beside ``name``, as one frozen type."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyContext:
+    """What a policy is told when it is made."""
+
+    capacity_bytes: int
+    """Of its tier. The tier may hold less for a while, when its medium is full."""
+    usual_bytes: int
+    """That an object takes at most, for the sizes of tables; above 0."""
+    tier: str
+    """The tier's name in the configuration, for messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What a package registers: how policies of one kind are configured and made."""
+
+    name: str
+    """As written after ``policy:``, and the name of the entry point."""
+    config_type: type[PolicyConfig]
+    make: Callable[[Any, PolicyContext], EvictionPolicy]
+    """``make(config, context)``. Raises `ConfigError` for what it cannot work with."""
+    contract_version: int = CONTRACT_VERSION

@@ -1,24 +1,40 @@
-"""Finds backends and coordinators by name through the entry points of installed packages."""
+"""Finds backends, codecs, policies and coordinators by name through entry points of installed packages."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import pluggy
 
 from kvbm_core import hookspecs
-from kvbm_core.config import refuse_unknown
+from kvbm_core.codec import CodecConfig, CodecKind
+from kvbm_core.config import StackConfig, convert, refuse_unknown
 from kvbm_core.coordinator import Coordinator
 from kvbm_core.errors import BackendError, ConfigError
+from kvbm_core.leader.guarded_policy import GuardedPolicy
+from kvbm_core.leader.tier_state import MakePolicy
+from kvbm_core.policies import Fifo, Lru
+from kvbm_core.policy import EvictionPolicy, Policy, PolicyConfig, PolicyContext
 from kvbm_core.tier import CONTRACT_VERSION, Backend, TierConfig
 
 __all__ = ["Registry"]
 
+_GUIDE = "docs/how-to/contract-2.md"
+"""Of authors who bring a plug-in to this version of the contract."""
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+P = TypeVar("P", bound=_Named)
+
 
 class Registry:
-    """Loads backends by name, never all: a broken neighbour then does no harm.
+    """Loads plug-ins by name, never all: a broken neighbour then does no harm.
 
     Args:
         points: The entry points to choose from; by default those of the group ``kvbm_core`` of every
@@ -34,7 +50,7 @@ class Registry:
         return f"<Registry {', '.join(self.names())}>"
 
     def names(self) -> list[str]:
-        """List the backends that are installed, loaded or not."""
+        """List the plug-ins that are installed, loaded or not."""
         return sorted({point.name for point in self._points})
 
     def backend(self, name: str) -> Backend:
@@ -46,8 +62,77 @@ class Registry:
                 of the contract. Names the distribution at fault.
         """
         if name not in self._loaded:
-            self._loaded[name] = self._load(self._point(name))
+            found, whose = self._offered(name, "backend", "kvbm_backends", Backend), self.owner(name)
+            _check(found, f"backend {whose}", TierConfig, "open", "check", "share_bytes")
+            if not isinstance(found.shared, bool):
+                raise BackendError(f"backend {whose}: shared is {found.shared!r}; it must be True or False")
+            self._loaded[name] = found
         return self._loaded[name]
+
+    def owner(self, name: str) -> str:
+        """Name a plug-in and the distribution it comes from, for messages: ``'toy' of kvbm-toy 1.0``."""
+        found = next((point for point in self._points if point.name == name), None)
+        return f"{name!r} of {_owner(found)}" if found else repr(name)
+
+    def codec(self, name: str) -> CodecKind:
+        """Load a kind of codec. Raises as `backend`."""
+        found = self._offered(name, "codec", "kvbm_codecs", CodecKind)
+        _check(found, f"codec {self.owner(name)}", CodecConfig, "open")
+        return found
+
+    def policy(self, name: str) -> Policy:
+        """Load a kind of policy. Raises as `backend`."""
+        found = self._offered(name, "policy", "kvbm_policies", Policy)
+        _check(found, f"policy {self.owner(name)}", PolicyConfig, "make")
+        return found
+
+    def policies(self, config: StackConfig) -> MakePolicy:
+        """Load the policies of a stack, and give the function that makes them.
+
+        Raises:
+            BackendError: As `backend` does.
+            ConfigError: For a wrong setting.
+        """
+        chosen: dict[int, tuple[Policy, PolicyConfig]] = {}
+        for position, entry in enumerate(config.tiers):
+            if entry.policy is not None:
+                kind = self.policy(entry.policy.name)
+                where = f"tiers[{position}] ({entry.name}): policy {kind.name}"
+                chosen[position] = kind, convert(entry.policy.settings, kind.config_type, where)
+
+        def make(position: int, context: PolicyContext) -> Fifo:
+            if position not in chosen:
+                return Lru()
+            kind, settings = chosen[position]
+            made: Any = kind.make(settings, context)
+            # What a stranger makes from one of them is watched as well.
+            if type(made) is Lru or type(made) is Fifo:
+                return made
+            if not isinstance(made, EvictionPolicy):
+                raise BackendError(
+                    f"policy {self.owner(kind.name)}: make() gave a {type(made).__name__}; it must be a "
+                    "kvbm_core.EvictionPolicy"
+                )
+            return GuardedPolicy(made, context.tier, self.owner(kind.name))
+
+        return make
+
+    def _offered(self, name: str, what: str, hook: str, kind: type[P]) -> P:
+        """Give what the package of an entry point offers under its name, through one of its hooks."""
+        point = self._point(name, what)
+        owner, manager = _owner(point), _plugin(point)
+        try:
+            offered = [each for batch in getattr(manager.hook, hook)() for each in batch]
+        except Exception as error:
+            raise BackendError(f"{what} {name!r} of {owner}: {hook}() failed: {error}") from error
+        for each in offered:
+            if not isinstance(each, kind):
+                raise BackendError(
+                    f"{owner} offers {each!r} as a {what}; it must be a kvbm_core.{kind.__name__}"
+                )
+            if each.name == name:
+                return each
+        raise BackendError(f"{owner} has an entry point {name!r} but its {hook}() offers no such {what}")
 
     def coordinator(self, entry: Mapping[str, Any]) -> Coordinator:
         """Make the coordinator that a configuration's ``coordinator`` describes. Connects nowhere.
@@ -69,29 +154,20 @@ class Registry:
             raise BackendError(f"backend {name!r} of {_owner(point)} makes no coordinator")
         return made
 
-    def _point(self, name: str) -> EntryPoint:
+    def _point(self, name: str, what: str = "backend") -> EntryPoint:
         found = [point for point in self._points if point.name == name]
         if len(found) > 1:
             owners = " and ".join(_owner(point) for point in found)
-            raise BackendError(f"backend {name!r} is offered by {owners}; uninstall one of them")
+            raise BackendError(f"{what} {name!r} is offered by {owners}; uninstall one of them")
         if not found:
             try:
-                refuse_unknown([name], self.names(), "backend")
+                refuse_unknown([name], self.names(), what)
             except ConfigError as error:
                 message = (
-                    str(error).replace("unknown key", "unknown backend").replace("known keys", "installed")
+                    str(error).replace("unknown key", f"unknown {what}").replace("known keys", "installed")
                 )
-                raise BackendError(message.removeprefix("backend: ")) from None
+                raise BackendError(message.removeprefix(f"{what}: ")) from None
         return found[0]
-
-    def _load(self, point: EntryPoint) -> Backend:
-        owner, manager = _owner(point), _plugin(point)
-        try:
-            offered = [backend for batch in manager.hook.kvbm_backends() for backend in batch]
-        except Exception as error:
-            message = f"backend {point.name!r} of {owner}: kvbm_backends() failed: {error}"
-            raise BackendError(message) from error
-        return _accept(offered, point.name, owner)
 
 
 def _plugin(point: EntryPoint) -> pluggy.PluginManager:
@@ -103,6 +179,13 @@ def _plugin(point: EntryPoint) -> pluggy.PluginManager:
         raise BackendError(f"backend {point.name!r} of {owner} cannot be imported: {error}") from error
     manager = pluggy.PluginManager(hookspecs.ENTRY_POINT_GROUP)
     manager.add_hookspecs(hookspecs)
+    for name in vars(hookspecs):
+        function = getattr(plugin, name, None)
+        if name.startswith("kvbm_") and callable(function) and not manager.parse_hookimpl_opts(plugin, name):
+            raise BackendError(
+                f"backend {point.name!r} of {owner}: {point.value} has a function {name}() that is no hook; "
+                "write @hookimpl (from kvbm_core import hookimpl) above it"
+            )
     try:
         manager.register(plugin)
         manager.check_pending()
@@ -111,22 +194,18 @@ def _plugin(point: EntryPoint) -> pluggy.PluginManager:
     return manager
 
 
-def _accept(offered: list[object], name: str, owner: str) -> Backend:
-    """Check what a package offers under its entry point's name."""
-    for backend in offered:
-        if not isinstance(backend, Backend):
-            raise BackendError(f"{owner} offers {backend!r} as a backend; it must be a kvbm_core.Backend")
-        if backend.name == name:
-            if backend.contract_version != CONTRACT_VERSION:
-                raise BackendError(
-                    f"backend {name!r} of {owner} was written for contract version "
-                    f"{backend.contract_version}, this kvbm-core has {CONTRACT_VERSION}; "
-                    "install a matching release"
-                )
-            if not (isinstance(backend.config_type, type) and issubclass(backend.config_type, TierConfig)):
-                raise BackendError(f"backend {name!r} of {owner}: config_type must be a kvbm_core.TierConfig")
-            return backend
-    raise BackendError(f"{owner} has an entry point {name!r} but its kvbm_backends() offers no such backend")
+def _check(found: Backend | CodecKind | Policy, whose: str, base: type, *functions: str) -> None:
+    """Check what every plug-in says of itself: the contract, the type of its settings, its functions."""
+    if found.contract_version != CONTRACT_VERSION:
+        raise BackendError(
+            f"{whose} was written for contract version {found.contract_version}, this kvbm-core has "
+            f"{CONTRACT_VERSION}; install a matching release (its authors find in {_GUIDE} what to change)"
+        )
+    if not (isinstance(found.config_type, type) and issubclass(found.config_type, base)):
+        raise BackendError(f"{whose}: config_type must be a kvbm_core.{base.__name__}")
+    for name in functions:
+        if not callable(getattr(found, name)):
+            raise BackendError(f"{whose}: {name} must be a function")
 
 
 def _owner(point: EntryPoint) -> str:

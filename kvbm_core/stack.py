@@ -46,6 +46,7 @@ class Stack:
         namespace: Namespace,
         *,
         registry: Registry | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> Stack:
         """Open every tier.
 
@@ -54,6 +55,8 @@ class Stack:
             device: The blocks to store from and load into.
             namespace: 16 bytes that name everything that makes the bytes comparable.
             registry: Where backends are found; by default the installed ones.
+            facts: What the namespace is made of, see `TierContext.facts`: kept beside the objects, so that
+                a tier that starts empty can say what was changed.
 
         Raises:
             ConfigError: For a mistake in the configuration.
@@ -61,8 +64,15 @@ class Stack:
         """
         if not isinstance(config, StackConfig):
             config = load_config(config)
-        worker = Worker(config, device, namespace, registry=registry)
-        return cls(Planner([worker.status()], max_store_blocks=config.max_store_blocks), worker)
+        registry = registry or Registry()
+        policy = registry.policies(config)
+        worker = Worker(config, device, namespace, registry=registry, facts=facts)
+        try:
+            planner = Planner([worker.status()], max_store_blocks=config.max_store_blocks, policy=policy)
+        except BaseException:
+            worker.close()
+            raise
+        return cls(planner, worker)
 
     def __repr__(self) -> str:
         return f"<Stack {self._planner!r}>"
@@ -94,6 +104,7 @@ class Stack:
 
         The blocks may be overwritten on return; where the device has `async_gather`, after `wait` or a load.
         """
+        self._hear()
         self._planner.store(keys, blocks, frozenset([*ancestors, *keys]), time.monotonic())
         self._go()
 
@@ -132,6 +143,7 @@ class Stack:
         self._worker.close()
 
     def _match(self, keys: Sequence[BlockKey]) -> list[int]:
+        self._hear()
         while True:
             now_s = time.monotonic()
             tiers = self._planner.match(keys, now_s)
@@ -146,5 +158,9 @@ class Stack:
 
     def _step(self) -> None:
         self._worker.wait(0.05)
+        self._hear()
+
+    def _hear(self) -> None:
+        """Take in what has ended, also since the last call: a tier may work again."""
         for op, failures in self._planner.report(self._worker.reports(), time.monotonic()):
             self._failed.setdefault(op.request, {}).update((op.keys[at], why) for at, why in failures.items())

@@ -3,8 +3,9 @@
     core ── submit(transfers) ──► tier ── its own threads, disks, networks
     core ◄── poll() completions ── tier ── wake() when there is something to poll
 
-A tier holds blocks by key. It decides nothing: what to keep, where and for how long is planned
-elsewhere, and a tier is told. Everything that takes time is submitted and polled, in batches.
+A tier holds objects by key: an object is one block of one KV group on one rank, and its length is its
+own. A tier decides nothing: the objects to keep, and for how long, are planned elsewhere, and a tier is
+told. Everything that takes time is submitted and polled, in batches.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -37,7 +38,7 @@ __all__ = [
     "host_pool_of",
 ]
 
-CONTRACT_VERSION: Final = 1
+CONTRACT_VERSION: Final = 2
 """Raised when a backend written for the old contract would no longer be correct."""
 
 PAGE_BYTES: Final = 4096
@@ -61,7 +62,7 @@ class Outcome(enum.Enum):
 
     DONE = "done"
     MISSING = "missing"
-    """There is no such block. After a LOAD the region is as it was."""
+    """There is no such object. After a LOAD the region is as it was."""
     FAILED = "failed"
     """It did not work; `Completion.reason` says why. After a LOAD the region holds anything."""
 
@@ -81,6 +82,11 @@ class Reason(enum.Enum):
     """It took too long."""
     ERROR = "error"
     """Anything else; the log has the message."""
+
+    @property
+    def is_fault(self) -> bool:
+        """True if it speaks against the tier, not against one block."""
+        return self in (Reason.CORRUPT, Reason.DEADLINE, Reason.ERROR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,17 +119,22 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One block's move to or from a tier."""
+    """One object's move to or from a tier."""
 
     ticket: int
     """Chosen by the core, unique among the transfers in flight in this tier."""
     op: Op
     key: BlockKey
     region: Region | None = None
-    """``TierContext.block_bytes`` long. The tier's own from submit to completion. None for LOOKUP."""
+    """Of a STORE: the object, at most ``TierContext.max_bytes`` long. Of a LOAD: at least as long as the
+    object; the tier fills its first bytes, see `Completion.nbytes`. The tier's own from submit to
+    completion. None for LOOKUP."""
     deadline_s: float = float("inf")
     """On the clock of ``time.monotonic``: nobody waits longer. A tier may use it; the deadline
     layer enforces it."""
+    head: BlockKey | None = None
+    """The key of the prompt's first block, where the core knows it: a tier that several engines share can
+    find with it who has a prefix, without a question for each block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,15 +148,18 @@ class Completion:
     detail: str = ""
     """Why it FAILED, for people: the medium's own error and, if known, the remedy, in one short line
     without secrets. It reaches the log, its first 200 characters, when the tier is left alone."""
+    nbytes: int = 0
+    """Length of the object. Of a LOAD that is DONE: the first bytes of the region that were filled. Of a
+    STORE that is DONE: the bytes that the tier keeps. 0: as long as the region."""
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What a tier can do. Constant from open to close; the core obeys it, the suite selects by it."""
 
-    capacity_blocks: int | None
-    """How many blocks of ``block_bytes`` it holds for this namespace; it forgets none by itself. None:
-    no limit that the core must keep, and blocks may be gone at any time."""
+    capacity_bytes: int | None
+    """Bytes of objects that it holds for this namespace, each counted as `charge` says; it forgets none by
+    itself. None: no limit that the core must keep, and objects may be gone at any time."""
     queue_depth: int = 64
     """Transfers it has at once, at least 1. Each takes a place from `Tier.submit` until `Tier.poll`
     has returned its completion."""
@@ -153,16 +167,27 @@ class Capabilities:
     """What it said was stored, it serves again after a ``kill -9`` of the process. (What was
     discarded shortly before the kill may be there again too; after `close` it is gone.)"""
     addressable: bool = False
-    """It is `Addressable`: the memory its blocks lie in can be used directly."""
+    """It is `Addressable`: the memory its objects lie in can be used directly."""
     device_direct: bool = False
     """It takes regions in device memory."""
     shared: bool = False
     """Other engines store here too, so a key may be there that nobody here stored."""
     remote_lookup: bool = False
-    """It cannot list its blocks at open: `inventory` is empty, ask with LOOKUP. Such a tier keeps its
-    own bound: `capacity_blocks` is None."""
+    """It cannot list its objects at open: `inventory` is empty, ask with LOOKUP. Such a tier keeps its
+    own bound: `capacity_bytes` is None."""
     detail: str = ""
     """How it works on this machine, for the log: the engine it chose, the place."""
+    unit_bytes: int = 1
+    """An object takes a whole number of these, at least 1: the slot of a slab, the page of a file."""
+    overhead_bytes: int = 0
+    """Bytes that each object takes beside its own, on average: a row of an index, half a page."""
+    read_only: bool = False
+    """It takes no STORE and no `discard`: others fill it."""
+
+    def charge(self, nbytes: int) -> int:
+        """Count the bytes of the capacity that an object takes; 0 for an object of 0 bytes."""
+        units = -(-(nbytes + self.overhead_bytes) // self.unit_bytes) if nbytes else 0
+        return units * self.unit_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,13 +195,14 @@ class TierContext:
     """What a tier is told when it is opened."""
 
     namespace: Namespace
-    """16 bytes. Blocks of another namespace are not this tier's to serve."""
-    block_bytes: int
-    """Bytes of every region: the payload and, if the tier is checked, its footer."""
+    """16 bytes. Objects of another namespace are not this tier's to serve."""
+    max_bytes: int
+    """Length of the longest object: the payload of a block, its seal, and the growth of the codecs."""
     rank: int = 0
-    """Which worker this is. Each rank keeps its own shard of every block."""
+    """Which worker this is. Each rank keeps its own objects of every block."""
     world_size: int = 1
-    """Ranks an engine has. A `capacity` in the configuration is for all of them together."""
+    """Ranks that there are. A `capacity` in the configuration is for all of them together. Where several
+    engines divide it, their ranks are numbered through. A `shared` tier is told of one engine's ranks."""
     wake: Callable[[], None] = lambda: None
     """Call it, from any thread and also within `submit`, when `poll` has something to return, and not
     while holding a lock that `poll` needs. Without it the core still polls, but later."""
@@ -184,6 +210,11 @@ class TierContext:
     """Page-lock ``(address, nbytes)`` for DMA; returns what undoes it. None without an accelerator."""
     cpus: frozenset[int] | None = None
     """Processor cores near the accelerator: memory that they touch first is near it. None: all alike."""
+    name: str = ""
+    """What the configuration calls this tier. Each line about it begins so, see `log_limit.TierLog`."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What the namespace is made of, for people; no secrets. A tier that is `durable` keeps them beside its
+    objects, see `namespace_facts`. Empty: nobody said."""
 
 
 def host_pool_of(stack: Sequence[Capabilities]) -> int:
@@ -196,7 +227,7 @@ def host_pool_of(stack: Sequence[Capabilities]) -> int:
 
 
 class Tier(ABC):
-    """A place where complete blocks are kept.
+    """A place where complete objects are kept.
 
     **Requires**: calls never overlap. No method waits for I/O; a tier may own threads, and speaks
     only through `poll`.
@@ -208,8 +239,8 @@ class Tier(ABC):
         """What this tier can do. The same value from open to close."""
 
     @abstractmethod
-    def inventory(self) -> Iterable[BlockKey]:
-        """List the keys found at open, oldest first where the tier knows.
+    def inventory(self) -> Iterable[tuple[BlockKey, int]]:
+        """List the objects found at open, key and length in bytes, oldest first where the tier knows.
 
         **Requires**: called before the first `submit`.
 
@@ -226,7 +257,9 @@ class Tier(ABC):
             - Each ticket completes exactly once, in any order.
             - Storing a key that is present completes DONE and writes nothing.
             - Loading a key that is absent completes MISSING and leaves the region as it was.
-            - A torn or short block completes FAILED or MISSING, never DONE.
+            - A LOAD that is DONE has filled the first `Completion.nbytes` bytes of its region, and only
+              whole objects: one that is longer than the region completes FAILED with reason CORRUPT.
+            - A torn or short object completes FAILED or MISSING, never DONE.
             - A second transfer of a key that is being stored completes as if it came before or
               after, or FAILED with reason BUSY.
             - The region belongs to the tier from here to the completion.
@@ -243,13 +276,13 @@ class Tier(ABC):
 
     @abstractmethod
     def discard(self, keys: Sequence[BlockKey]) -> None:
-        """Forget blocks. A key that is absent is ignored.
+        """Forget objects. A key that is absent is ignored.
 
         Behaviour:
-            - A transfer submitted later does not see the block.
+            - A transfer submitted later does not see the object.
             - The room is free again for a STORE submitted later.
             - Never called for a key that has a transfer in flight.
-            - Of a `shared` tier the core asks it only for blocks that turned out to be corrupt.
+            - Of a `shared` tier the core asks it only for objects that turned out to be corrupt.
         """
 
     @abstractmethod
@@ -262,15 +295,18 @@ class Tier(ABC):
 
 
 class Addressable(ABC):
-    """What a tier adds when the memory its blocks lie in can be used directly, so that no copy is needed.
+    """What a tier adds when the memory its objects lie in can be used directly, so that no copy is needed.
 
-    Regions are ``TierContext.block_bytes`` long, and each owns its pages whole, see `Region`. All
-    four return at once.
+    Each region is as long as its object and owns its pages whole, see `Region`. All four return at once.
     """
 
     @abstractmethod
-    def reserve(self, key: BlockKey) -> Region | None:
-        """Set memory aside for a block about to be written; it is not loadable before `publish`.
+    def reserve(self, key: BlockKey, nbytes: int) -> Region | None:
+        """Set memory aside for an object about to be written; it is not loadable before `publish`.
+
+        Args:
+            key: Of the object.
+            nbytes: Its length, at most ``TierContext.max_bytes``.
 
         Returns:
             None if there is no room, or the key is known already.
@@ -278,7 +314,7 @@ class Addressable(ABC):
 
     @abstractmethod
     def publish(self, key: BlockKey) -> None:
-        """Say that a reserved block is complete.
+        """Say that a reserved object is complete.
 
         Raises:
             TransitionError: If the key is not reserved.
@@ -286,7 +322,7 @@ class Addressable(ABC):
 
     @abstractmethod
     def abandon(self, key: BlockKey) -> None:
-        """Give a reserved block's memory back.
+        """Give a reserved object's memory back.
 
         Raises:
             TransitionError: If the key is not reserved.
@@ -294,7 +330,7 @@ class Addressable(ABC):
 
     @abstractmethod
     def view(self, key: BlockKey) -> Region | None:
-        """Give the memory of a published block; valid until `discard`. None if it is absent."""
+        """Give the memory of a published object; valid until `discard`. None if it is absent."""
 
 
 class TierConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):

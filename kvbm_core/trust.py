@@ -17,7 +17,14 @@ from typing import Final
 
 from kvbm_core.errors import TierOpenError
 
-__all__ = ["DIRECTORY_MODE", "FILE_MODE", "open_file", "open_folder", "refuse_strange_links"]
+__all__ = [
+    "DIRECTORY_MODE",
+    "FILE_MODE",
+    "open_file",
+    "open_folder",
+    "refuse_strange_links",
+    "why_strange_folder",
+]
 
 FILE_MODE: Final = 0o600
 DIRECTORY_MODE: Final = 0o700
@@ -25,7 +32,9 @@ DIRECTORY_MODE: Final = 0o700
 
 
 def open_file(folder: Path, folder_fd: int, name: str, flags: int, tier: str) -> int:
-    """Open a file of a folder, or make it with `FILE_MODE`, unless somebody else put it there.
+    """Open a file of a folder, or make it, unless somebody else put it there.
+
+    One that is opened for writing has `FILE_MODE` from then on, if it is this user's.
 
     Args:
         folder: Its path, for messages.
@@ -52,7 +61,10 @@ def open_file(folder: Path, folder_fd: int, name: str, flags: int, tier: str) ->
         if not why:
             raise
     else:
-        if not (why := _why_strange(os.fstat(fd))):
+        status = os.fstat(fd)
+        if not (why := _why_strange(status)):
+            if flags & (os.O_WRONLY | os.O_RDWR):
+                _tighten(fd, status, FILE_MODE)
             # io_uring answers EAGAIN for a file that does not wait.
             os.set_blocking(fd, True)
             return fd
@@ -64,38 +76,57 @@ def open_file(folder: Path, folder_fd: int, name: str, flags: int, tier: str) ->
     )
 
 
-def open_folder(path: Path, tier: str, *, tighten: bool = True) -> int:
-    """Open a rank's folder.
+def open_folder(path: Path, tier: str, *, tighten: bool = True, parent_fd: int | None = None) -> int:
+    """Open a rank's folder, or one in it.
 
     Args:
         path: Of the folder.
         tier: The backend's name, for messages.
         tighten: Make it private, if it is this user's.
+        parent_fd: Of the folder that it is in, if that is open: no other is looked into then.
 
     Returns:
         The file descriptor.
 
     Raises:
         OSError: If the folder cannot be opened.
-        TierOpenError: If it is a link, or neither this user's nor root's.
+        TierOpenError: If it is a link, or strange, see `why_strange_folder`.
     """
     refuse_strange_links(path, tier)
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    name = path if parent_fd is None else path.name
+    folder = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent_fd)
     status = os.fstat(folder)
-    if status.st_uid == os.geteuid():
-        if tighten and stat.S_IMODE(status.st_mode) & 0o077:
-            os.fchmod(folder, DIRECTORY_MODE)
-        return folder
-    everybody = status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX
-    if status.st_uid == 0 and not everybody:
+    why = why_strange_folder(status)
+    if not why:
+        if tighten:
+            _tighten(folder, status, DIRECTORY_MODE)
         return folder
     os.close(folder)
-    why = "is root's and everybody may write to it" if everybody else f"belongs to uid {status.st_uid}"
     raise _strange(
         f"{path} {why}, so its files may be somebody else's; run `chown {os.geteuid()}` on it if you know "
         "them, or write another path",
         tier,
     )
+
+
+def why_strange_folder(status: os.stat_result, *, may_share: bool = False) -> str:
+    """Say why a folder is not to be used; empty if it may be.
+
+    It may be if it is this user's; or if not everybody may put files there, and it is root's.
+
+    Args:
+        status: Of the folder.
+        may_share: It may also be one that was made for a group of this user, which may write there: where
+            engines of several users share a place, and each file is proved by itself.
+    """
+    if status.st_uid == os.geteuid():
+        return ""
+    if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
+        whose = "is root's" if status.st_uid == 0 else f"belongs to uid {status.st_uid}"
+        return f"{whose} and everybody may write to it"
+    groups = (os.getegid(), *os.getgroups())
+    shares = may_share and status.st_mode & stat.S_IWGRP and status.st_gid in groups
+    return "" if status.st_uid == 0 or shares else f"belongs to uid {status.st_uid}"
 
 
 def refuse_strange_links(path: Path, tier: str) -> None:
@@ -125,6 +156,12 @@ def _why_strange(status: os.stat_result) -> str:
         return f"belongs to uid {status.st_uid}"
     # Else it could be any file of this user, under a name that somebody else gave it.
     return "has another name as well (a hard link)" if status.st_nlink > 1 else ""
+
+
+def _tighten(fd: int, status: os.stat_result, mode: int) -> None:
+    """Let nobody else read or write what is this user's."""
+    if status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) & 0o077:
+        os.fchmod(fd, mode)
 
 
 def _strange(what: str, tier: str) -> TierOpenError:

@@ -20,7 +20,8 @@ _PATIENCE_S = 10
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out long tests unless -m names them."""
+    """Begin with those marked `early`; leave out those marked `soak` unless -m names the mark."""
+    items.sort(key=lambda item: not item.get_closest_marker("early"))
     if "soak" in config.option.markexpr:
         return
     if long := [item for item in items if item.get_closest_marker("soak")]:

@@ -4,7 +4,7 @@
         with FaultProxy(server) as proxy:
             os.environ.update(server.env)           # credentials; `server.env` is a plain dict
             ... url "s3://kvbm-test/x", storage_options {"endpoint_url": proxy.endpoint} ...
-            proxy.mode = "stall"                    # pass, stall, 503, 429, 403, cut, slow, refuse
+            proxy.mode = "stall"                    # pass, stall, 503, 429, 403, 507, cut, slow, refuse
             server.kill()                           # SIGKILL
             server.restart()                        # on the same data and the same ports
 
@@ -342,13 +342,15 @@ class FaultProxy:
     Modes:
         - ``pass``: everything through.
         - ``stall``: takes connections and requests, and stays silent.
-        - ``503``, ``429``, ``403``: answers so, with S3's error document, to every request.
+        - ``503``, ``429``, ``403``, ``507``: answers so, with S3's error document, to every request.
         - ``cut``: cuts off each response after 400 bytes.
         - ``refuse``: does not listen.
         - ``slow``: adds `delay_s` to each chunk.
     """
 
-    _CODES: ClassVar = {"503": "SlowDown", "429": "TooManyRequests", "403": "AccessDenied"}
+    _CODES: ClassVar = {
+        "503": "SlowDown", "429": "TooManyRequests", "403": "AccessDenied", "507": "XMinioStorageFull",
+    }  # fmt: skip
     _CUT_BYTES = 400
 
     def __init__(self, server: S3Server | EtcdServer | tuple[str, int], delay_s: float = 0.1) -> None:

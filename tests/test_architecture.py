@@ -21,6 +21,8 @@ FUNCTIONS = [
 
 MAY_SWALLOW = {
     "kvbm_core/layers/deadline.py": "the top of a tier's thread: it becomes completions",
+    "kvbm_core/layers/codec_tier.py": "the tops of threads that run a stranger's codecs: it becomes outcomes",
+    "kvbm_core/leader/guarded_policy.py": "the edge to a stranger's policy, which is dismissed",
     "kvbm_core/worker/copier.py": "a device's error is foreign: it becomes outcomes",
     "kvbm_core/worker/worker.py": "the top of the transfer engine's thread, and the edge to the engine",
     "backends/kvbm_gds/_io.py": "the tops of the threads that move bytes: it becomes outcomes",
@@ -29,24 +31,28 @@ MAY_SWALLOW = {
     "backends/kvbm_remote/_tier.py": "the edge to foreign client libraries: it becomes a completion",
     "backends/kvbm_remote/_gc.py": "the program's top: a client's error may quote a password",
     "plugins/kvbm_etcd/_coordinator.py": "the top of the registration's thread",
-    "kvbm_core/testing/suite.py": "a waived test is expected to fail, in whatever way",
+    "kvbm_core/testing/_watch.py": "the top of a test's thread: it is raised where the test is",
+    "kvbm_core/testing/_whole.py": "a waived test is expected to fail, in whatever way",
     "backends/kvbm_device/_staged.py": "the accelerator's own error is not ours to know: it becomes outcomes",
     "backends/kvbm_cpu/_tier.py": "the accelerator's own error type is not ours to know; it is logged",
 }
 
 
+TIER_BACKENDS = ("kvbm_cpu", "kvbm_lmdb", "kvbm_gds", "kvbm_remote")
 WINGS = {
-    "kvbm_core/*.py": 1350,
-    "kvbm_core/leader/*.py": 1000,
-    "kvbm_core/worker/*.py": 980,
-    "kvbm_core/layers/*.py": 240,
-    "backends/kvbm_cpu/*.py": 330,
-    "backends/kvbm_lmdb/*.py": 1320,
-    "backends/kvbm_gds/*.py": 1330,
-    "backends/kvbm_remote/*.py": 1850,
-    "backends/kvbm_device/*.py": 1430,
-    "plugins/kvbm_engine/*.py": 720,
-    "plugins/kvbm_vllm/**/*.py": 1580,
+    "kvbm_core/*.py": 2030,
+    "kvbm_core/leader/*.py": 1630,
+    "kvbm_core/worker/*.py": 1400,
+    "kvbm_core/layers/*.py": 520,
+    "backends/kvbm_cpu/*.py": 365,
+    "backends/kvbm_lmdb/*.py": 1560,
+    "backends/kvbm_gds/*.py": 1350,
+    "backends/kvbm_remote/*.py": 1950,
+    "backends/kvbm_device/*.py": 1600,
+    "backends/kvbm_crypt/*.py": 220,
+    "backends/kvbm_zstd/*.py": 150,
+    "plugins/kvbm_engine/*.py": 1110,
+    "plugins/kvbm_vllm/**/*.py": 2020,
 }
 """Lines of code of each wing at most, without comments, docstrings and empty lines."""
 
@@ -74,9 +80,9 @@ def test_every_wing_is_small(wing, most):
 
 
 def test_files_and_functions_are_short():
-    # Both are lists, of tests and of tiers, that nobody reads as a whole.
+    # The suite is a list of tests that nobody reads as a whole.
     long = [path for path in FILES if len(path.read_text().splitlines()) > 400]
-    assert [path for path in long if path.name not in ("suite.py", "broken.py")] == []
+    assert [path for path in long if path.name != "suite.py"] == []
     assert [(path, node.name) for path, node in FUNCTIONS if node.end_lineno - node.lineno >= 60] == []
 
 
@@ -128,6 +134,19 @@ def test_broad_excepts_raise_or_have_a_reason():
         if not any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
     }
     assert swallowing <= set(MAY_SWALLOW), swallowing - set(MAY_SWALLOW)
+
+
+def test_lines_of_backends_name_their_tier():
+    # `TierLog` puts the name in front; a logger of their own would not.
+    loggers = [
+        (str(path.relative_to(ROOT)), node.lineno)
+        for path in FILES
+        if path.parent.name in TIER_BACKENDS
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("getLogger", "info", "warning", "error")
+        if isinstance(node.value, ast.Name) and node.value.id == "logging"
+    ]
+    assert loggers == []
 
 
 def test_who_may_import_whom():

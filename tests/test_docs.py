@@ -22,17 +22,21 @@ import yaml
 import kvbm_core
 from kvbm_core import errors, hookspecs, load_config, testing
 from kvbm_core.config import ByteSize, StackConfig, TierEntry, convert, parse_size
-from kvbm_core.layers import FOOTER_BYTES, CheckedTier
+from kvbm_core.layers import SEAL_BYTES, SealTier
 from kvbm_core.memory import MemoryConfig, MemoryTier
-from kvbm_core.testing import suite
+from kvbm_core.policies import kvbm_policies
+from kvbm_core.testing import codec_suite, policy_suite, suite
+from kvbm_core.testing._room import MOST_OBJECTS
 from kvbm_core.tier import Op, Outcome, Region, TierContext, Transfer
 from kvbm_cpu import CpuConfig
+from kvbm_crypt import CryptConfig
 from kvbm_etcd import EtcdConfig
 from kvbm_gds import GdsConfig
 from kvbm_lmdb import LmdbConfig
 from kvbm_metrics import METRICS
 from kvbm_remote import RemoteConfig
 from kvbm_vllm._stats import PREFIX
+from kvbm_zstd import ZstdConfig
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -49,6 +53,8 @@ TIER_TYPES = {
     "lmdb": LmdbConfig,
     "remote": RemoteConfig,
 }
+
+CODEC_TYPES = {"crypt": CryptConfig, "zstd": ZstdConfig}
 
 COORDINATOR_TYPES = {"etcd": EtcdConfig}
 
@@ -153,6 +159,9 @@ def test_every_stack_is_a_valid_configuration(text):
             convert(entry.settings, TIER_TYPES[entry.backend], entry.name)
         else:
             assert entry.backend == "shelf"
+        for part in entry.codecs:
+            if part.name in CODEC_TYPES:
+                convert(part.settings, CODEC_TYPES[part.name], part.name)
 
 
 @pytest.fixture
@@ -177,6 +186,12 @@ def shelf(tmp_path, monkeypatch):
     sys.modules.pop("kvbm_shelf", None)
 
 
+def beside_the_core(folder):
+    """Give the environment of a child that finds a folder's packages, and the core that is tested here."""
+    paths = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": paths}
+
+
 @pytest.mark.parametrize("text", RUNNABLE)
 def test_every_runnable_block_runs(text, shelf, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -184,7 +199,7 @@ def test_every_runnable_block_runs(text, shelf, tmp_path, monkeypatch):
 
 
 def test_the_tutorials_tier_passes_the_suite_as_it_says(shelf):
-    environment = {**os.environ, "PYTHONPATH": str(shelf)}
+    environment = beside_the_core(shelf)
     command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "test_shelf.py"]
     done = subprocess.run(command, cwd=shelf, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -196,11 +211,12 @@ def test_the_tutorials_tier_passes_the_suite_as_it_says(shelf):
 def test_the_suite_finds_what_the_tutorial_says_it_finds(shelf):
     module = shelf / "kvbm_shelf" / "__init__.py"
     guard = (
-        "        if len(self._present) >= self._capacity:\n            return Outcome.FAILED, Reason.FULL\n"
+        "        if self._used + charge > self._capabilities.capacity_bytes:\n"
+        "            return Outcome.FAILED, Reason.FULL, 0\n"
     )
     assert guard in module.read_text()
     module.write_text(module.read_text().replace(guard, ""))
-    environment = {**os.environ, "PYTHONPATH": str(shelf)}
+    environment = beside_the_core(shelf)
     command = [
         sys.executable,
         "-m",
@@ -232,6 +248,7 @@ def test_there_is_code_to_run():
 
 CONFIGURATION = [("The stack", StackConfig)]
 CONFIGURATION += [(f"Backend `{name}`", config) for name, config in TIER_TYPES.items()]
+CONFIGURATION += [(f"Codec `{name}`", config) for name, config in CODEC_TYPES.items()]
 CONFIGURATION += [(f"Coordinator `{name}`", config) for name, config in COORDINATOR_TYPES.items()]
 
 
@@ -263,9 +280,11 @@ def test_every_key_of_a_tier_entry_is_documented():
     }
 
 
-def test_every_backend_in_the_tree_is_documented():
+def test_every_plug_in_of_the_tree_is_documented():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"]["kvbm_core"].keys() == TIER_TYPES.keys() | COORDINATOR_TYPES.keys()
+    policies = {policy.name for policy in kvbm_policies()}
+    named = TIER_TYPES.keys() | CODEC_TYPES.keys() | COORDINATOR_TYPES.keys() | policies
+    assert project["entry-points"]["kvbm_core"].keys() == named
 
 
 @pytest.mark.parametrize(
@@ -276,6 +295,7 @@ def test_every_backend_in_the_tree_is_documented():
         ("max_load_fraction", 1, 1.01),
         ("max_load_fraction", 0.01, 0),
         ("max_store_blocks", 1, 0),
+        ("sparse_stores_every_tokens", 0, -1),
     ],
 )
 def test_documented_ranges_of_the_stack(key, good, bad):
@@ -288,7 +308,14 @@ def test_documented_ranges_of_the_stack(key, good, bad):
 # Contract.
 
 CONTRACT = REFERENCE / "contract.md"
-VALUES = ["Capabilities", "Region", "Transfer", "Completion", "TierContext", "Backend"]
+VALUES = [
+    "Capabilities", "Region", "Transfer", "Completion", "TierContext", "Backend",
+    "CodecContext", "CodecKind", "PolicyContext", "Policy",
+]  # fmt: skip
+
+
+# Documented by their names: a constant, and a function.
+_NAMED = {"contract_version", "share_bytes"}
 
 
 @pytest.mark.parametrize("name", VALUES)
@@ -301,7 +328,7 @@ def test_every_field_of_the_contract_is_documented(name):
     for field in fields.values():
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             assert documented[field.name][1] == "required", field.name
-        elif isinstance(field.default, bool | int | None) and name != "Backend":
+        elif isinstance(field.default, bool | int | None) and field.name not in _NAMED:
             assert documented[field.name][1] == f"`{field.default}`", field.name
 
 
@@ -321,6 +348,12 @@ def test_every_field_of_a_member_is_documented():
 @pytest.mark.parametrize("name", ["Tier", "Addressable", "Coordinator"])
 def test_every_method_of_the_contract_is_documented(name):
     assert table(CONTRACT, name).keys() == getattr(kvbm_core, name).__abstractmethods__
+
+
+@pytest.mark.parametrize("name", ["Codec", "EvictionPolicy"])
+def test_every_member_of_a_plug_in_is_documented(name):
+    cls = getattr(kvbm_core, name)
+    assert table(CONTRACT, name).keys() == {key for key in vars(cls) if key.isidentifier() and key[0] != "_"}
 
 
 @pytest.mark.parametrize("name", ["Op", "Outcome", "Reason"])
@@ -347,19 +380,30 @@ TESTING = REFERENCE / "testing.md"
 
 
 def test_every_public_name_of_the_kit_is_documented():
-    for module in (testing, suite):
+    for module in (testing, suite, policy_suite, codec_suite):
         assert table(TESTING, f"`{module.__name__}`").keys() == set(module.__all__)
-    documented = table(TESTING, "`TierSuite`")
-    assert documented.keys() == suite._FREE
-    for name in ("waivers", "block_bytes", "programs"):
-        assert documented[name][1] == f"`{getattr(suite.TierSuite, name)}`"
-    assert f"9 to {suite._MOST_BLOCKS} blocks" in documented["settings"][2]
+    for each in (suite.TierSuite, policy_suite.PolicySuite, codec_suite.CodecSuite):
+        documented = table(TESTING, f"`{each.__name__}`")
+        assert documented.keys() == each.members
+        for name in each.members & {"waivers", "max_bytes", "programs", "uses_key"}:
+            assert documented[name][1] == f"`{getattr(each, name)}`"
+    assert f"9 to {MOST_OBJECTS} objects" in table(TESTING, "`TierSuite`")["settings"][2]
 
 
 def test_every_test_of_the_suite_is_documented_with_the_tiers_it_is_for():
     documented = {name: row[1] for name, row in table(TESTING, "Tests").items()}
     members = {name: member for name, member in vars(suite.TierSuite).items() if name.startswith("test_")}
     assert documented == {name: getattr(member, "needs", ("any",))[0] for name, member in members.items()}
+
+
+@pytest.mark.parametrize(
+    ("each", "title"),
+    [(policy_suite.PolicySuite, "Tests of policies"), (codec_suite.CodecSuite, "Tests of codecs")],
+)
+def test_every_test_of_the_other_suites_is_documented_as_it_says(each, title):
+    documented = {name: row[1] for name, row in table(TESTING, title).items()}
+    members = {name: member for name, member in vars(each).items() if name.startswith("test_")}
+    assert documented == {name: member.__doc__.strip().splitlines()[0] for name, member in members.items()}
 
 
 def test_every_fault_is_documented():
@@ -373,6 +417,8 @@ def test_every_fault_is_documented():
     [
         ("kvbm_core.testing", ["pytest", "hypothesis", "torch", "vllm", "numpy"]),
         ("kvbm_core.testing.suite", ["torch", "vllm", "numpy"]),
+        ("kvbm_core.testing.policy_suite", ["torch", "vllm", "numpy"]),
+        ("kvbm_core.testing.codec_suite", ["torch", "vllm", "numpy"]),
     ],
 )
 def test_importing_the_kit_pulls_in_nothing_more_than_it_says(module, absent):
@@ -384,25 +430,25 @@ def test_importing_the_kit_pulls_in_nothing_more_than_it_says(module, absent):
 # On-disk format.
 
 
-def test_the_footer_lies_where_it_is_drawn():
+def test_the_seal_lies_where_it_is_drawn():
     page = REFERENCE / "on-disk-format.md"
     namespace, key, payload = bytes(range(16)), bytes(range(100, 132)), b"\x07" * 1000
-    context = TierContext(namespace, len(payload) + FOOTER_BYTES)
+    context = TierContext(namespace, len(payload) + SEAL_BYTES)
     inner = MemoryTier(MemoryConfig(capacity=ByteSize(1 << 20)), context)
-    memory = bytearray(payload + bytes(FOOTER_BYTES))
+    memory = bytearray(payload + bytes(SEAL_BYTES))
     array = (ctypes.c_ubyte * len(memory)).from_buffer(memory)
     region = Region(ctypes.addressof(array), len(memory), owner=array)
-    tier = CheckedTier(inner, namespace)
+    tier = SealTier(inner, namespace)
     tier.submit([Transfer(1, Op.STORE, key, region)])
     assert [done.outcome for done in tier.poll()] == [Outcome.DONE]
 
     footer = bytes(region.view()[len(payload) :])
     parts, end = {}, 0
-    for offset, nbytes, field, _ in rows(section(page, "The footer")):
+    for offset, nbytes, field, _ in rows(section(page, "The seal")):
         assert int(offset) == end, f"{field} does not follow the field before it"
         end = int(offset) + int(nbytes)
         parts[field] = footer[int(offset) : end]
-    assert end == FOOTER_BYTES == len(footer)
+    assert end == SEAL_BYTES == len(footer)
     assert parts == {
         "magic": b"KVBMBLK\0",
         "version": struct.pack("<I", 1),
@@ -415,8 +461,8 @@ def test_the_footer_lies_where_it_is_drawn():
     }
     drawn = re.search(r"^ 0 .*96$", page.read_text(), re.MULTILINE)
     assert drawn
-    offsets = {int(row[0]) for row in rows(section(page, "The footer"))}
-    assert {int(number) for number in drawn[0].split()} == offsets | {FOOTER_BYTES}
+    offsets = {int(row[0]) for row in rows(section(page, "The seal"))}
+    assert {int(number) for number in drawn[0].split()} == offsets | {SEAL_BYTES}
 
 
 def test_keys_are_derived_as_documented():
@@ -430,8 +476,10 @@ def test_keys_are_derived_as_documented():
 def test_the_facts_of_a_namespace_are_documented():
     tree = ast.parse((ROOT / "plugins" / "kvbm_vllm" / "_namespace.py").read_text())
     function = next(node for node in tree.body if getattr(node, "name", "") == "namespace_facts")
-    facts = next(node.value for node in function.body if isinstance(node, ast.Return))
-    assert table(REFERENCE / "on-disk-format.md", "Namespace").keys() == {key.value for key in facts.keys}
+    facts = {
+        key.value for node in ast.walk(function) if isinstance(node, ast.Dict) for key in node.keys if key
+    }
+    assert table(REFERENCE / "on-disk-format.md", "Namespace").keys() == facts
 
 
 # Errors and metrics.
@@ -461,6 +509,22 @@ def test_every_alert_is_documented_with_its_severity():
     [group] = yaml.safe_load(file.read_text())["groups"]
     documented = {name: row[1] for name, row in table(DOCS / "how-to" / "monitor.md", "Alerts").items()}
     assert documented == {rule["alert"]: rule["labels"]["severity"] for rule in group["rules"]}
+
+
+# When a tier fails. That the lines and metrics are those of the page is tested in test_evening.py.
+
+
+def test_every_tier_and_fault_has_a_row_for_operators():
+    page = DOCS / "how-to" / "when-a-tier-fails.md"
+    running, starting, impossible = (
+        {(tier, fault) for tier, fault, *_ in rows(section(page, title))}
+        for title in ("While the engine runs", "When the engine starts", "What cannot happen")
+    )
+    tiers = ("`cpu`", "`lmdb`", "`gds`", "`remote`, `file://`", "`remote`, `s3://`")
+    faults = ("full", "permission", "silent", "gone", "corrupt", "second engine")
+    assert running | starting | impossible == {(tier, fault) for tier in tiers for fault in faults}
+    assert not impossible & (running | starting)
+    assert all(all(row[:2]) and row[-2 if len(row) == 6 else -1] for row in rows(page.read_text()))
 
 
 # What the documentation speaks of.

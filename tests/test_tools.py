@@ -1,6 +1,7 @@
 """The tools that set up environments: what they do to an environment, without a network."""
 
 import importlib
+import json
 import sys
 import zipfile
 from pathlib import Path
@@ -8,8 +9,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-commands, cpu_build, run_tests, setup, wheels = map(
-    importlib.import_module, ("commands", "cpu_build", "run_tests", "setup", "wheels")
+commands, cpu_build, prove_models, run_tests, setup, wheels = map(
+    importlib.import_module, ("commands", "cpu_build", "prove_models", "run_tests", "setup", "wheels")
 )
 
 [(VERSION, LENDER)] = cpu_build.LENDERS.items()
@@ -151,21 +152,90 @@ def test_a_part_of_the_tests_may_have_none_of_a_name(parts, statuses, status):
     assert parts(statuses, "-k", "name")[0] == status
 
 
-def test_tests_run_together_and_those_on_a_gpu_alone(parts):
-    _, [together, engines, gpu] = parts((0, 0, 0), "-n", "9", "tests/plugins", "-k", "name")
+def test_tests_run_together_and_those_of_several_ranks_or_on_a_gpu_alone(parts):
+    _, [together, engines, alone] = parts((0, 0, 0), "-n", "9", "tests/plugins", "-k", "name")
     rest = ("tests/plugins", "-k", "name")
-    assert together == ("-m", "not (engine or gpu)", "-n", "9", "--dist", "loadfile", *rest)
-    assert engines == ("-m", "engine and not gpu", "-n", "4", "--dist", "loadfile", *rest)
-    assert gpu == ("-m", "gpu", *rest)
+    assert together == ("-m", "not (engine or gpu)", "-n", "9", "--dist", "worksteal", *rest)
+    one_by_one = ("--dist", "load", "--maxschedchunk", "1")
+    assert engines == ("-m", "engine and not (ranks or gpu)", "-n", "4", *one_by_one, *rest)
+    assert alone == ("-m", "ranks or gpu", *rest)
 
 
 def test_marks_that_are_asked_for_are_asked_of_every_part(parts):
-    _, [together, engines, gpu] = parts((0, 0, 0), "-m", "engine or x")
+    _, [together, engines, alone] = parts((0, 0, 0), "-m", "engine or x")
     assert together[1] == "(engine or x) and (not (engine or gpu))"
-    assert engines[1] == "(engine or x) and (engine and not gpu)"
-    assert gpu[1] == "(engine or x) and (gpu)"
+    assert engines[1] == "(engine or x) and (engine and not (ranks or gpu))"
+    assert alone[1] == "(engine or x) and (ranks or gpu)"
 
 
 def test_a_test_that_wants_the_terminal_has_it(parts):
     _, [together, engines, _] = parts((0, 0, 0), "-s")
     assert together[2:4] == engines[2:4] == ("-n", "0")
+
+
+# The table of families.
+
+
+def said(version="0.32.0", **more):
+    part = {"prompts": 11, "identical": 11, "counted": 11}
+    return {
+        "architecture": "TinyForCausalLM", "mended": False, "vllm": version,
+        "device": "CPU", "dtype": "float32",
+        "groups": [["SlidingWindowSpec", 32, 2], ["NewSpec", 16, 1]], "host": part, "below": part,
+        "zeros": {"objects": 5, "shown": 5}, "loaded": {"lmdb": 3, "remote": 2}, **more,
+    }  # fmt: skip
+
+
+def test_a_familys_row_takes_the_place_of_the_one_of_the_same_version_and_device(tmp_path):
+    page = tmp_path / "models.md"
+    page.write_text(f"before\n{prove_models.BEGIN}\n{prove_models.END}\nafter\n")
+    names = ["small", "tiny"]
+    refused = {**said(), "error": "ValueError: a | b"}
+    for name, row in [
+        ("tiny", said("0.33.0")), ("tiny", refused), ("tiny", said("0.30.0")), ("small", said()),
+        ("tiny", said(device="GPU")), ("tiny", said(zeros={"objects": 9, "shown": 9})),
+        ("tiny", refused | {"vllm": "0.30.0"}),
+    ]:  # fmt: skip
+        prove_models.write_row(page, name, row, names)
+    before, *table, after = page.read_text().splitlines()
+    assert (before, after) == ("before", "after")
+    assert [line.split(" | ")[:3] for line in table[3:-1]] == [
+        ["| small (`TinyForCausalLM`)", "0.32.0", "CPU, float32"],
+        ["| tiny (`TinyForCausalLM`)", "0.30.0", "CPU, float32"],
+        ["| tiny (`TinyForCausalLM`)", "0.32.0", "CPU, float32"],
+        ["| tiny (`TinyForCausalLM`)", "0.32.0", "GPU, float32"],
+        ["| tiny (`TinyForCausalLM`)", "0.33.0", "CPU, float32"],
+    ]
+    assert "not served: ValueError: a \\| b |" in table[4]
+    assert table[5].endswith("| window 32 x 2, NewSpec 16 x 1 | 11 of 11 | 11 of 11 | 22 of 22 | 9 of 9 |")
+
+
+def test_a_family_is_right_only_if_all_was_restored_and_counted_and_zeros_show():
+    assert prove_models.is_right(said())
+    worse = {"prompts": 11, "identical": 11, "counted": 10}
+    for fault in (
+        {"host": worse}, {"below": worse}, {"below": worse | {"identical": 10, "counted": 11}},
+        {"zeros": {"objects": 5, "shown": 0}}, {"loaded": {"lmdb": 0, "remote": 5}},
+    ):  # fmt: skip
+        assert not prove_models.is_right(said(**fault))
+
+
+def test_a_family_whose_process_dies_is_not_served(tmp_path, monkeypatch):
+    child = tmp_path / "child.py"
+    tried = json.dumps({"architecture": "TinyForCausalLM"})
+    child.write_text(f"import sys; print('a line'); print('{tried}'); sys.stderr.write('why'); sys.exit(7)")
+    monkeypatch.setattr(prove_models, "CHILD", child)
+    found = prove_models.prove(sys.executable, "tiny")
+    words = "the process ended with status 7: why"
+    assert found == {"architecture": "TinyForCausalLM", "error": words}
+    assert "not served: the process ended" in prove_models.summary(found)
+
+
+def test_what_a_process_has_logged_is_read_where_an_error_refers_to_it(tmp_path, monkeypatch):
+    child = tmp_path / "child.py"
+    tried = json.dumps({"architecture": "Tiny", "error": "Please check the logs."})
+    child.write_text(
+        f"import sys; print('{tried}'); sys.stderr.write('[a:1] KeyError: first\\nOSError: why\\n')"
+    )
+    monkeypatch.setattr(prove_models, "CHILD", child)
+    assert prove_models.prove(sys.executable, "tiny")["error"] == "Please check the logs. There: OSError: why"

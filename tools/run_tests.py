@@ -1,11 +1,12 @@
-"""Runs the tests: those that start no engine on every core, those that start one, and those on a GPU alone.
+"""Runs the tests: on every core those that start no engine, then those that start one, then the rest alone.
 
     python tools/run_tests.py                       all
     python tools/run_tests.py -k name --durations=9 what pytest takes
     python tools/run_tests.py -m soak               long ones, which are left out else
 
-A test's engine computes with one thread, so that there may be one for each core; they take more memory. A GPU
-is there once. Every worker has servers of its own.
+A test's engine computes with one thread, so that there may be one for each core; they take more memory. Ranks
+wait for each other by spinning, and beside another test they take many times as long, so they are alone.
+A GPU is there once. Every worker has servers of its own.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ def main(arguments: Sequence[str]) -> int:
         options.workers = "0"  # A worker has no terminal.
     engines = str(min(int(options.workers), MOST_ENGINES)) if options.workers.isdecimal() else options.workers
     parts = [
-        ("not (engine or gpu)", ["-n", options.workers, "--dist", "loadfile"]),
-        ("engine and not gpu", ["-n", engines, "--dist", "loadfile"]),
-        ("gpu", []),
+        ("not (engine or gpu)", ["-n", options.workers, "--dist", "worksteal"]),
+        ("engine and not (ranks or gpu)", ["-n", engines, "--dist", "load", "--maxschedchunk", "1"]),
+        ("ranks or gpu", []),
     ]
     statuses = []
     for part, spread in parts:

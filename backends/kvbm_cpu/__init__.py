@@ -1,4 +1,4 @@
-"""Keeps blocks in host memory, page-locked where there is an accelerator.
+"""Keeps objects in host memory, page-locked where there is an accelerator.
 
     tiers:
       - {backend: cpu, capacity: 8GiB}

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 from kvbm_core.config import size_text
 from kvbm_core.errors import TierOpenError
+from kvbm_core.log_limit import TierLog
 from kvbm_cpu._config import CpuConfig
 
-__all__ = ["available_memory", "check", "require_memory"]
+__all__ = ["available_memory", "check", "in_turn", "require_memory"]
+
+_TURN: Final = "\0kvbm-cpu-memory"
+"""Name of a socket without a file: whoever has bound it takes memory now. It ends with the process."""
+_TURN_WAIT_S: Final = 300.0
+"""Then the name is held by somebody who does not end: hundreds of GiB take a minute or two."""
+_LOOK_S: Final = 0.05
 
 _V2 = ("memory.max", "memory.current", ("inactive_file", "active_file"))
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
@@ -24,7 +36,7 @@ def check(config: CpuConfig) -> None:
     require_memory(config.capacity, "all ranks together take", "check")
 
 
-def require_memory(nbytes: int, whose: str, operation: str) -> None:
+def require_memory(nbytes: int, whose: str, operation: str, name: str = "cpu") -> None:
     """Raise unless so much memory is available; says which limit it is."""
     available_bytes, limit = available_memory()
     if nbytes > available_bytes:
@@ -32,8 +44,42 @@ def require_memory(nbytes: int, whose: str, operation: str) -> None:
             f"capacity: {whose} {size_text(nbytes, up=True)}, but only {size_text(available_bytes)} of "
             f"memory are available ({limit}); write a smaller capacity (it is for all ranks together) or "
             "give the machine or container more memory",
-            operation=operation, tier="cpu",
+            operation=operation, tier=name,
         )  # fmt: skip
+
+
+@contextlib.contextmanager
+def in_turn(log: TierLog, name: str = _TURN) -> Iterator[None]:
+    """Let the ranks of this machine take memory one after the other, so that each sees what is left.
+
+    Side by side each would find all of it free, and the kernel would end one when they have taken it.
+
+    Args:
+        log: Where it is said that one waits.
+        name: Of the socket, for tests.
+    """
+    with socket.socket(socket.AF_UNIX) as turn:
+        began_s, said = time.monotonic(), False
+        while not _bind(turn, name):
+            if time.monotonic() > began_s + _TURN_WAIT_S:
+                log.warning(
+                    "another process has been taking memory for %g s; its share may be counted as free here",
+                    _TURN_WAIT_S,
+                )
+                break
+            if not said:
+                log.info("waiting until another rank or engine of this machine has taken its memory")
+            said = True
+            time.sleep(_LOOK_S)
+        yield
+
+
+def _bind(turn: socket.socket, name: str) -> bool:
+    try:
+        turn.bind(name)
+    except OSError:
+        return False
+    return True
 
 
 def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> tuple[int, str]:

@@ -1,18 +1,18 @@
-"""Blocks in host memory: one arena taken at start, cut into equal slots.
+"""Objects in host memory: one arena taken at start, cut into equal slots.
 
     arena (page aligned, every page touched at open)
     ┌────────────────┬────────────────┬──── ─ ─ ───┬────────────────┐
-    │ slot 0         │ slot 1         │            │ slot n-1       │   slot = block_bytes, rounded
+    │ slot 0         │ slot 1         │            │ slot n-1       │   slot = max_bytes, rounded
     └────────────────┴────────────────┴──── ─ ─ ───┴────────────────┘         up to a page
 
-A block is known by its slot alone: storing, lending and discarding are dictionary operations.
+An object of any length up to `TierContext.max_bytes` takes one slot. It is known by its slot, and the slot's
+region has its length: storing, lending and discarding are dictionary operations.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import logging
 import mmap
 import os
 import threading
@@ -21,8 +21,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from kvbm_core.block import BlockKey
+from kvbm_core.config import size_text
 from kvbm_core.errors import QueueFullError, TierError, TierOpenError, TransitionError
+from kvbm_core.log_limit import TierLog
 from kvbm_core.tier import (
+    PAGE_BYTES,
     Addressable,
     Capabilities,
     Completion,
@@ -35,15 +38,13 @@ from kvbm_core.tier import (
     Transfer,
 )
 from kvbm_cpu._config import CpuConfig
-from kvbm_cpu._memory import require_memory
+from kvbm_cpu._memory import in_turn, require_memory
 
 __all__ = ["CpuTier"]
 
-_log = logging.getLogger("kvbm_cpu")
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
-_PAGE_BYTES: Final = 4096
 _QUEUE_DEPTH: Final = 1024
 _MADV_HUGEPAGE: Final = 14
 _MADV_POPULATE_WRITE: Final = 23
@@ -53,25 +54,32 @@ _MAX_TOUCH_THREADS: Final = 16
 
 
 class CpuTier(Tier, Addressable):
-    """Blocks in page-locked (where there is an accelerator) host memory, lent without a copy."""
+    """Objects in page-locked (where there is an accelerator) host memory, lent without a copy."""
 
     def __init__(self, config: CpuConfig, context: TierContext) -> None:
         share_bytes = config.capacity // context.world_size
-        self._block_bytes = context.block_bytes
-        self._slot_bytes = _round_up(context.block_bytes, _PAGE_BYTES)
+        self._name, log = context.name, TierLog("kvbm_cpu", context.name)
+        self._max_bytes = context.max_bytes
+        self._slot_bytes = _round_up(context.max_bytes, PAGE_BYTES)
         slots = share_bytes // self._slot_bytes
-        _check_room(config, context, self._slot_bytes, slots)
-        self._arena: mmap.mmap | None = _take(slots * self._slot_bytes, config, context)
-        self._address = _address_of(self._arena)
-        self._unpin = _prepare(self._address, slots, self._slot_bytes, config, context)
+        _require_a_slot(config, context, self._slot_bytes, slots)
+        with in_turn(log):  # Until its pages are there, other ranks would find this memory free.
+            require_memory(slots * self._slot_bytes, "this rank's share is", "open", self._name)
+            self._arena: mmap.mmap | None = _take(slots * self._slot_bytes, config, context)
+            self._address = _address_of(self._arena)
+            parts = _touch_all(self._address, slots, self._slot_bytes, config, context)
+        self._unpin = _page_lock(parts, context, log)
         self._wake = context.wake
-        self._capabilities = Capabilities(capacity_blocks=slots, queue_depth=_QUEUE_DEPTH, addressable=True)
+        self._slots = slots
+        self._capabilities = Capabilities(
+            slots * self._slot_bytes, _QUEUE_DEPTH, addressable=True, unit_bytes=self._slot_bytes
+        )
         # A stack: the slot freed last is the one most likely still in the processor's cache.
         self._free = list(range(slots - 1, -1, -1))
         self._reserved: dict[BlockKey, int] = {}
         self._published: dict[BlockKey, int] = {}
         self._regions: dict[int, Region] = {}
-        """By slot, as far as they were lent."""
+        """By slot: where the object lies that it holds or has held last, and how long that is."""
         self._done: list[Completion] = []
 
     def __repr__(self) -> str:
@@ -79,7 +87,7 @@ class CpuTier(Tier, Addressable):
             return "<CpuTier closed>"
         pinned = "pageable" if self._unpin is None else "pinned"
         return (
-            f"<CpuTier {len(self._published)}/{self._capabilities.capacity_blocks} blocks, "
+            f"<CpuTier {len(self._published)}/{self._slots} objects, "
             f"{len(self._reserved)} reserved, {pinned}>"
         )
 
@@ -88,7 +96,7 @@ class CpuTier(Tier, Addressable):
         """See `Tier.capabilities`."""
         return self._capabilities
 
-    def inventory(self) -> Iterable[BlockKey]:
+    def inventory(self) -> Iterable[tuple[BlockKey, int]]:
         """See `Tier.inventory`. Memory starts empty."""
         return ()
 
@@ -100,7 +108,7 @@ class CpuTier(Tier, Addressable):
                 f"{len(transfers)} transfers do not fit beside {len(self._done)} that were not polled; "
                 f"the queue takes {_QUEUE_DEPTH}",
                 operation="submit",
-                tier="cpu",
+                tier=self._name,
             )
         self._done += [self._run(transfer) for transfer in transfers]
         if transfers:
@@ -133,13 +141,14 @@ class CpuTier(Tier, Addressable):
         self._regions.clear()
         self._free.clear()
 
-    def reserve(self, key: BlockKey) -> Region | None:
-        """See `Addressable.reserve`."""
+    def reserve(self, key: BlockKey, nbytes: int) -> Region | None:
+        """See `Addressable.reserve`. None also for a length that no object has."""
         self._require_open("reserve")
-        if key in self._published or key in self._reserved or not self._free:
+        known = key in self._published or key in self._reserved
+        if known or not self._free or not 0 < nbytes <= self._max_bytes:
             return None
         slot = self._reserved[key] = self._free.pop()
-        return self._region(slot)
+        return self._place(slot, nbytes)
 
     def publish(self, key: BlockKey) -> None:
         """See `Addressable.publish`.
@@ -160,7 +169,7 @@ class CpuTier(Tier, Addressable):
     def view(self, key: BlockKey) -> Region | None:
         """See `Addressable.view`."""
         slot = self._published.get(key)
-        return None if slot is None else self._region(slot)
+        return None if slot is None else self._regions[slot]
 
     def _run(self, transfer: Transfer) -> Completion:
         if transfer.op is Op.STORE:
@@ -168,59 +177,64 @@ class CpuTier(Tier, Addressable):
         slot = self._published.get(transfer.key)
         if slot is None:
             return Completion(transfer.ticket, Outcome.MISSING, Reason.MISSING)
+        source = self._regions[slot]
         if transfer.op is Op.LOAD:
-            assert transfer.region is not None
-            ctypes.memmove(transfer.region.address, self._slot_address(slot), self._block_bytes)
-        return Completion(transfer.ticket, Outcome.DONE)
+            target = transfer.region
+            assert target is not None
+            if source.nbytes > target.nbytes:
+                detail = f"the object has {source.nbytes} bytes, {target.nbytes} were asked for"
+                return Completion(transfer.ticket, Outcome.FAILED, Reason.CORRUPT, detail)
+            ctypes.memmove(target.address, source.address, source.nbytes)
+        return Completion(transfer.ticket, Outcome.DONE, nbytes=source.nbytes)
 
     def _store(self, transfer: Transfer) -> Completion:
-        key, region = transfer.key, transfer.region
-        if key in self._published:
-            return Completion(transfer.ticket, Outcome.DONE)
+        key, source = transfer.key, transfer.region
+        if (slot := self._published.get(key)) is not None:
+            return Completion(transfer.ticket, Outcome.DONE, nbytes=self._regions[slot].nbytes)
         if key in self._reserved:
             return Completion(transfer.ticket, Outcome.FAILED, Reason.BUSY)
         if not self._free:
             return Completion(transfer.ticket, Outcome.FAILED, Reason.FULL)
-        assert region is not None
-        slot = self._free.pop()
-        ctypes.memmove(self._slot_address(slot), region.address, self._block_bytes)
-        self._published[key] = slot
-        return Completion(transfer.ticket, Outcome.DONE)
+        assert source is not None
+        if not 0 < source.nbytes <= self._max_bytes:  # A longer one would overwrite the next slot.
+            detail = f"the object has {source.nbytes} bytes; a slot takes 1 to {self._max_bytes}"
+            return Completion(transfer.ticket, Outcome.FAILED, Reason.ERROR, detail)
+        slot = self._published[key] = self._free.pop()
+        ctypes.memmove(self._place(slot, source.nbytes).address, source.address, source.nbytes)
+        return Completion(transfer.ticket, Outcome.DONE, nbytes=source.nbytes)
 
-    def _slot_address(self, slot: int) -> int:
-        return self._address + slot * self._slot_bytes
-
-    def _region(self, slot: int) -> Region:
+    def _place(self, slot: int, nbytes: int) -> Region:
+        """Give a slot's memory to an object of this length."""
         region = self._regions.get(slot)
-        if region is None:
-            region = Region(self._slot_address(slot), self._block_bytes, owner=self._arena)
+        if region is None or region.nbytes != nbytes:
+            region = Region(self._address + slot * self._slot_bytes, nbytes, owner=self._arena)
             self._regions[slot] = region
         return region
 
     def _take_reserved(self, key: BlockKey, verb: str) -> int:
         slot = self._reserved.pop(key, None)
         if slot is None:
-            raise TransitionError(f"block {key.hex()[:16]} is not reserved and cannot be {verb}", tier="cpu")
+            raise TransitionError(f"{key.hex()[:16]} is not reserved and cannot be {verb}", tier=self._name)
         return slot
 
     def _require_open(self, operation: str) -> None:
         if self._arena is None:
-            raise TierError("the tier is closed", operation=operation, tier="cpu")
+            raise TierError("the tier is closed", operation=operation, tier=self._name)
 
 
 def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def _check_room(config: CpuConfig, context: TierContext, slot_bytes: int, slots: int) -> None:
+def _require_a_slot(config: CpuConfig, context: TierContext, slot_bytes: int, slots: int) -> None:
     if slots < 1:
         raise TierOpenError(
-            f"capacity: {int(config.capacity)} bytes over {context.world_size} ranks hold no block of "
-            f"{context.block_bytes} bytes; write at least {slot_bytes * context.world_size}",
+            f"capacity: {size_text(config.capacity)} over {context.world_size} ranks hold no object of "
+            f"{size_text(context.max_bytes, up=True)}; write at least "
+            f"{size_text(slot_bytes * context.world_size, up=True)}",
             operation="open",
-            tier="cpu",
+            tier=context.name,
         )
-    require_memory(slots * slot_bytes, "this rank's share is", "open")
 
 
 def _take(nbytes: int, config: CpuConfig, context: TierContext) -> mmap.mmap:
@@ -232,10 +246,10 @@ def _take(nbytes: int, config: CpuConfig, context: TierContext) -> mmap.mmap:
 
 def _refused(nbytes: int, error: OSError, config: CpuConfig, context: TierContext) -> TierOpenError:
     return TierOpenError(
-        f"capacity: {int(config.capacity)} bytes over {context.world_size} ranks: the kernel refused "
-        f"{nbytes} bytes of memory ({os.strerror(error.errno or 0)}); write a smaller capacity",
+        f"capacity: {size_text(config.capacity)} over {context.world_size} ranks: the kernel refused "
+        f"{size_text(nbytes, up=True)} of memory ({os.strerror(error.errno or 0)}); write a smaller capacity",
         operation="open",
-        tier="cpu",
+        tier=context.name,
     )
 
 
@@ -244,17 +258,14 @@ def _address_of(arena: mmap.mmap) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(arena))
 
 
-def _prepare(
+def _touch_all(
     address: int, slots: int, slot_bytes: int, config: CpuConfig, context: TierContext
-) -> Callable[[], None] | None:
-    """Make every page present now, so that no store and no DMA pays for it later, and page-lock it.
+) -> list[_Part]:
+    """Make every page present now, so that no store and no DMA pays for it later.
 
-    In parallel, each part in a thread that touches it and then locks it. Parts are whole slots, because
-    DMA must not cross from one locked range into another. The kernel takes a page from the memory next to
-    the core that touches it first, so the cores near the accelerator do it, where they are known.
-
-    Returns:
-        What undoes the page lock, or None where there is none.
+    In parallel, each part in a thread. Parts are whole slots, because DMA must not cross from one locked
+    range into another. The kernel takes a page from the memory next to the core that touches it first, so
+    the cores near the accelerator do it, where they are known.
 
     Raises:
         TierOpenError: If the kernel has no memory.
@@ -264,14 +275,20 @@ def _prepare(
     count = min(len(context.cpus or os.sched_getaffinity(0)), _MAX_TOUCH_THREADS, slots)
     step = -(-slots // count)
     parts = [
-        _Part(address + first * slot_bytes, min(step, slots - first) * slot_bytes)
+        _Part(address + first * slot_bytes, min(step, slots - first) * slot_bytes, context)
         for first in range(0, slots, step)
     ]
-    threads = [threading.Thread(target=part.prepare, args=(context,)) for part in parts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    _side_by_side([part.touch for part in parts])
+    if errors := [part.error for part in parts if part.error]:
+        raise _refused(slots * slot_bytes, errors[0], config, context) from errors[0]
+    return parts
+
+
+def _page_lock(parts: Sequence[_Part], context: TierContext, log: TierLog) -> Callable[[], None] | None:
+    """Page-lock memory that is present. Returns what undoes that, or None where there is none."""
+    if context.pin is None:
+        return None
+    _side_by_side([part.page_lock for part in parts])
 
     def unpin() -> None:
         for part in parts:
@@ -279,16 +296,19 @@ def _prepare(
                 part.unpin()
                 part.unpin = None
 
-    errors = [part.error for part in parts if part.error]
-    if errors:
-        unpin()
-        raise _refused(slots * slot_bytes, errors[0], config, context) from errors[0]
     if all(part.unpin for part in parts):
         return unpin
     unpin()
-    if context.pin is not None:
-        _warn(slots * slot_bytes, next(part.not_pinned for part in parts if part.not_pinned))
+    _warn(log, sum(part.nbytes for part in parts), next(part.not_pinned for part in parts if part.not_pinned))
     return None
+
+
+def _side_by_side(calls: Sequence[Callable[[], None]]) -> None:
+    threads = [threading.Thread(target=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 @dataclass(slots=True, eq=False)
@@ -297,23 +317,31 @@ class _Part:
 
     address: int
     nbytes: int
+    context: TierContext
     unpin: Callable[[], None] | None = None
     error: OSError | None = None
     not_pinned: Exception | None = None
 
-    def prepare(self, context: TierContext) -> None:
-        """Touch and page-lock. In a thread of its own, which ends here."""
+    def touch(self) -> None:
+        """Make its pages present. In a thread of its own, which ends here."""
         try:
-            if context.cpus:
-                os.sched_setaffinity(0, context.cpus)
+            self._go_near()
             _touch(self.address, self.nbytes)
         except OSError as error:
             self.error = error
-            return
+
+    def page_lock(self) -> None:
+        """Page-lock it. In a thread of its own, which ends here."""
+        assert self.context.pin is not None
         try:
-            self.unpin = context.pin(self.address, self.nbytes) if context.pin is not None else None
+            self._go_near()
+            self.unpin = self.context.pin(self.address, self.nbytes)
         except Exception as error:  # noqa: BLE001 - the accelerator's own error type is not ours to know
             self.not_pinned = error
+
+    def _go_near(self) -> None:
+        if self.context.cpus:
+            os.sched_setaffinity(0, self.context.cpus)
 
 
 def _touch(address: int, nbytes: int) -> None:
@@ -327,12 +355,12 @@ def _touch(address: int, nbytes: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
-def _warn(nbytes: int, error: Exception) -> None:
-    _log.warning(
-        "cannot page-lock %d bytes of host memory (%s: %s); going on with pageable memory: copies to and "
+def _warn(log: TierLog, nbytes: int, error: Exception) -> None:
+    log.warning(
+        "cannot page-lock %s of host memory (%s: %s); going on with pageable memory: copies to and "
         "from the accelerator will be several times slower. Raise the memlock limit (ulimit -l) or write a "
         "smaller capacity.",
-        nbytes,
+        size_text(nbytes, up=True),
         type(error).__name__,
         error,
     )

@@ -26,12 +26,21 @@ __all__ = ["Rate", "calibrate"]
 logger = logging.getLogger("kvbm_device")
 
 _SAMPLE_BYTES: Final = 192 << 20
-"""Several pieces either way: they overlap."""
+"""Of blocks of all KV groups: several pieces either way, and they overlap."""
 _ROUNDS: Final = 5
 """The first compiles and warms up; the best counts."""
 _PROGRAMS: Final = (8, 16, 32)
 _KERNEL_HANDICAP: Final = 0.9
 """A kernel that crosses the link itself takes multiprocessors from the engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """Blocks of one KV group, and where they go."""
+
+    group: int
+    blocks: Sequence[int]
+    regions: Sequence[Region]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +55,9 @@ class Rate:
 def calibrate(gpu: Gpu, device: StagedDevice, copy: str) -> list[Rate]:
     """Measure every way, and have the device use the fastest out and in.
 
-    Reads some of the engine's blocks and writes the same bytes back, so call it before the engine runs.
+    Reads some of the engine's blocks and writes the same bytes back, so call it before the engine runs. Each
+    KV group that has pages of its own has the same share of the bytes measured: nobody knows yet which of
+    them an engine will move.
 
     Args:
         gpu: The accelerator.
@@ -62,18 +73,11 @@ def calibrate(gpu: Gpu, device: StagedDevice, copy: str) -> list[Rate]:
     methods = [m for m in _methods(gpu) if copy in ("auto", m.way.value)]
     if not methods:
         raise ConfigError(f"device_copy: {copy!r} needs triton; install it, or write auto, staged or dma")
-    traits = device.traits
-    count = max(1, min(traits.num_blocks, _SAMPLE_BYTES // traits.block_bytes))
-    blocks = random.Random(0).sample(range(traits.num_blocks), count)
-    pitch = -(-traits.block_bytes // PAGE_BYTES) * PAGE_BYTES
-    memory = mmap.mmap(-1, count * pitch)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    unpin = _page_lock(device, address, count * pitch)
-    regions = [Region(address + at * pitch, traits.block_bytes, owner=memory) for at in range(count)]
+    samples, unpins = _samples(device)
     try:
-        rates = [_measure(gpu, device.links, method, blocks, regions) for method in methods]
+        rates = [_measure(gpu, device.links, method, samples) for method in methods]
     finally:
-        if unpin is not None:
+        for unpin in unpins:
             unpin()
     out = max(rates, key=lambda rate: rate.out_bytes_per_s * _weight(rate.method)).method
     into = max(rates, key=lambda rate: rate.in_bytes_per_s * _weight(rate.method)).method
@@ -87,13 +91,30 @@ def calibrate(gpu: Gpu, device: StagedDevice, copy: str) -> list[Rate]:
     return rates
 
 
-def _page_lock(device: StagedDevice, address: int, nbytes: int) -> Callable[[], None] | None:
-    """Page-lock the sample. Where that cannot be, the tiers' memory is not locked either."""
+def _samples(device: StagedDevice) -> tuple[list[_Sample], list[Callable[[], None]]]:
+    """Take page-locked memory for some blocks of each KV group. Give what undoes the lock, too."""
+    traits, samples, unpins = device.traits, [], []
+    held = [group for group in sorted(set(device.layout.alike)) if traits.block_bytes[group]]
+    for group in held:
+        nbytes = traits.block_bytes[group]
+        count = max(1, min(traits.num_blocks, _SAMPLE_BYTES // len(held) // nbytes))
+        blocks = random.Random(group).sample(range(traits.num_blocks), count)
+        pitch = -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+        memory = mmap.mmap(-1, count * pitch)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        unpins += _page_lock(device, address, count * pitch)
+        regions = [Region(address + at * pitch, nbytes, owner=memory) for at in range(count)]
+        samples.append(_Sample(group, blocks, regions))
+    return samples, unpins
+
+
+def _page_lock(device: StagedDevice, address: int, nbytes: int) -> list[Callable[[], None]]:
+    """Page-lock a sample. Where that cannot be, the tiers' memory is not locked either."""
     try:
-        return device.pin(address, nbytes)
+        return [device.pin(address, nbytes)]
     except KvbmError as error:
         logger.warning("copies are measured with memory that is not page-locked: %s", error)
-        return None
+        return []
 
 
 def _methods(gpu: Gpu) -> list[Method]:
@@ -105,32 +126,35 @@ def _weight(method: Method) -> float:
     return _KERNEL_HANDICAP if method.way is Way.KERNEL else 1.0
 
 
-def _measure(
-    gpu: Gpu, links: tuple[Link, Link], method: Method, blocks: Sequence[int], regions: Sequence[Region]
-) -> Rate:
+def _measure(gpu: Gpu, links: tuple[Link, Link], method: Method, samples: Sequence[_Sample]) -> Rate:
     seconds = []
     for link, move in zip(links, (_store_all, _load_all), strict=True):
         before, link.method = link.method, method
-        rounds = [move(gpu, link, blocks, regions) for _ in range(_ROUNDS)]
+        rounds = [move(gpu, link, samples) for _ in range(_ROUNDS)]
         seconds.append(min(rounds[1:]))
         link.method = before
-    nbytes = len(blocks) * links[0].block_bytes
+    nbytes = sum(region.nbytes for sample in samples for region in sample.regions)
     return Rate(method, nbytes / seconds[0], nbytes / seconds[1])
 
 
-def _store_all(gpu: Gpu, link: Link, blocks: Sequence[int], regions: Sequence[Region]) -> float:
+def _store_all(gpu: Gpu, link: Link, samples: Sequence[_Sample]) -> float:
     start_s = time.perf_counter()
     fence = away = gpu.events.record(gpu.streams.engine_stream())
-    for first in range(0, len(blocks), link.piece_blocks):
-        part = slice(first, first + link.piece_blocks)
-        _, away = link.store(blocks[part], regions[part], [fence])
+    for sample in samples:
+        step = link.piece_blocks[sample.group]
+        for first in range(0, len(sample.blocks), step):
+            part = slice(first, first + step)
+            _, away = link.store(sample.blocks[part], sample.regions[part], [fence], sample.group)
     gpu.events.wait_here(away)
     return time.perf_counter() - start_s
 
 
-def _load_all(gpu: Gpu, link: Link, blocks: Sequence[int], regions: Sequence[Region]) -> float:
+def _load_all(gpu: Gpu, link: Link, samples: Sequence[_Sample]) -> float:
     start_s = time.perf_counter()
-    gpu.events.wait_here(link.load(regions, blocks, gpu.events.record(gpu.streams.engine_stream())))
+    fence = there = gpu.events.record(gpu.streams.engine_stream())
+    for sample in samples:
+        there = link.load(sample.regions, sample.blocks, fence, sample.group)
+    gpu.events.wait_here(there)
     return time.perf_counter() - start_s
 
 
@@ -139,6 +163,6 @@ def _log(rates: Sequence[Rate], device: StagedDevice, out: Method, into: Method)
         f"{rate.method} {rate.out_bytes_per_s / 1e9:.1f}/{rate.in_bytes_per_s / 1e9:.1f}" for rate in rates
     )
     logger.info(
-        "copies of blocks of %d bytes, out/in in GB/s: %s; blocks leave by %s and come by %s",
-        device.traits.block_bytes, table, out, into,
+        "copies of %s, out/in in GB/s: %s; blocks leave by %s and come by %s",
+        device.layout, table, out, into,
     )  # fmt: skip

@@ -11,9 +11,9 @@ __all__ = ["CopyCounts"]
 class CopyCounts:
     """Since the device was opened; its attribute `counts`. Each is written under a lock or by one thread."""
 
-    gathered_blocks: int = 0
+    gathered_bytes: int = 0
     """From the engine's memory to host memory."""
-    scattered_blocks: int = 0
+    scattered_bytes: int = 0
     """From host memory to the engine's."""
     staging_full_blocks: int = 0
     """Not gathered because all staging memory of the device was in use."""

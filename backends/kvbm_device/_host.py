@@ -7,9 +7,9 @@ cores. ``numpy.copyto`` copies in the calling thread and lets other Python threa
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from kvbm_core.device import Device, DeviceTraits, Fence, Work
 from kvbm_core.errors import KvbmError
 from kvbm_core.tier import Region
 from kvbm_device._counts import CopyCounts
+from kvbm_device._layout import Groups, Layout
 from kvbm_device._views import PageView
 
 __all__ = ["HostDevice"]
@@ -53,24 +54,23 @@ class _Fold:
 class HostDevice(Device):
     """Blocks in host memory. A copy is complete when `gather` or `scatter` returns.
 
-    **Requires**: views in host memory, valid as long as `owner` is referenced or until `close`.
+    **Requires**: views in host memory, valid as long as the layout's tensors are referenced or until `close`.
     """
 
-    def __init__(self, views: Sequence[PageView], num_blocks: int, owner: Any = None) -> None:
-        if any(view.on_device for view in views):
+    def __init__(self, layout: Layout) -> None:
+        if layout.on_device:
             raise KvbmError("a view is not in host memory", operation="open")
         self.counts = CopyCounts()
-        self._num_blocks = num_blocks
-        self._block_bytes = sum(view.page_bytes for view in views)
-        self._traits = DeviceTraits(self._block_bytes, num_blocks)
-        self._num_views = len(views)
-        self._folds = _fold(views, num_blocks)
-        self._owner = owner
+        self._layout = layout
+        self._block_bytes = layout.block_bytes
+        self._traits = DeviceTraits(self._block_bytes, layout.num_blocks)
+        self._folds = _folds(layout)
         self._closed = False
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"{self._num_views} pages in {len(self._folds)} copies"
-        return f"<HostDevice {self._num_blocks} blocks of {self._block_bytes} bytes, {state}>"
+        views, copies = (sum(map(len, each)) for each in (self._layout.groups, self._folds))
+        state = "closed" if self._closed else f"{views} pages in {copies} copies"
+        return f"<HostDevice {self._layout}, {state}>"
 
     @property
     def traits(self) -> DeviceTraits:
@@ -80,60 +80,80 @@ class HostDevice(Device):
     def claim(self, blocks: Iterable[int], *, wait: bool = False) -> Fence:
         """Nothing is on its way when another call is made."""
 
-    def gather(self, blocks: Sequence[int], regions: Sequence[Region], fence: Fence = None) -> Work:
-        """Copy blocks into regions, one each.
+    def gather(
+        self, blocks: Sequence[int], regions: Sequence[Region], fence: Fence = None, group: int = 0
+    ) -> Work:
+        """Copy blocks of a KV group into regions, one each.
 
         Behaviour:
-            - Fills the first `block_bytes` of a region and leaves the rest alone.
+            - Fills the first ``block_bytes[group]`` bytes of a region and leaves the rest alone.
             - Checks all arguments before it copies anything.
 
         Raises:
             IndexError: If there is no such block.
-            ValueError: If a region is too short or not in host memory, or the lengths differ.
+            ValueError: If there is no such group, a region is too short or not in host memory, or the
+                lengths differ.
             KvbmError: If the device is closed.
         """
-        self._check("gather", blocks, regions)
-        for pages, stored in self._pairs(blocks, regions):
+        self._check("gather", blocks, regions, group)
+        for pages, stored in self._pairs(blocks, regions, group):
             np.copyto(stored, pages)
-        self.counts.gathered_blocks += len(blocks)
+        self.counts.gathered_bytes += len(blocks) * self._block_bytes[group]
         return _Finished()
 
-    def scatter(self, regions: Sequence[Region], blocks: Sequence[int], fence: Fence = None) -> Work:
-        """Copy the first `block_bytes` of regions into blocks, one each. Checks and raises as `gather`."""
-        self._check("scatter", blocks, regions)
-        for pages, stored in self._pairs(blocks, regions):
+    def scatter(
+        self, regions: Sequence[Region], blocks: Sequence[int], fence: Fence = None, group: int = 0
+    ) -> Work:
+        """Copy the first ``block_bytes[group]`` bytes of regions into blocks. Raises as `gather`."""
+        self._check("scatter", blocks, regions, group)
+        for pages, stored in self._pairs(blocks, regions, group):
             np.copyto(pages, stored)
-        self.counts.scattered_blocks += len(blocks)
+        self.counts.scattered_bytes += len(blocks) * self._block_bytes[group]
         return _Finished()
 
     def stream_wait(self, work: Work) -> None:
         """See `Device.stream_wait`. A scatter is complete when it returns."""
 
+    def rebind(self, tensors: Groups) -> None:
+        """Use the same layers' tensors at other addresses, as an engine has them that slept and woke.
+
+        **Requires**: no other call is under way. The tensors before are kept until then.
+
+        Raises:
+            ConfigError: If a tensor is another one than before in anything but its address.
+            KvbmError: If the device is closed.
+        """
+        if self._closed:
+            raise KvbmError("rebind of a closed device", operation="rebind")
+        self._layout = self._layout.moved(tensors)
+        self._folds = _folds(self._layout)
+
     def close(self) -> None:
         """Let go of the engine's memory."""
         self._closed = True
         self._folds = []
-        self._owner = None
+        self._layout = replace(self._layout, tensors=())
 
-    def _check(self, operation: str, blocks: Sequence[int], regions: Sequence[Region]) -> None:
+    def _check(self, operation: str, blocks: Sequence[int], regions: Sequence[Region], group: int) -> None:
         if self._closed:
             raise KvbmError(f"{operation} on a closed device", operation=operation)
-        if len(blocks) != len(regions):
-            raise ValueError(f"{operation} of {len(blocks)} blocks and {len(regions)} regions")
-        for block in blocks:
-            if not 0 <= block < self._num_blocks:
-                raise IndexError(f"{operation} of block {block}; there are {self._num_blocks}")
-        for region in regions:
-            if region.on_device or region.nbytes < self._block_bytes:
-                raise ValueError(f"{operation} needs {self._block_bytes} bytes of host memory, got {region}")
+        self._layout.check(operation, blocks, regions, group, staged=False)
 
-    def _pairs(self, blocks: Sequence[int], regions: Sequence[Region]) -> Iterator[tuple[_Bytes, _Bytes]]:
+    def _pairs(
+        self, blocks: Sequence[int], regions: Sequence[Region], group: int
+    ) -> Iterator[tuple[_Bytes, _Bytes]]:
         """Give the two sides of each copy, both ``(views, page_bytes)``: engine's and region's."""
+        if not self._block_bytes[group]:
+            return
         for block, region in zip(blocks, regions, strict=True):
             stored = np.frombuffer(region.view(), dtype=np.uint8)
-            for fold in self._folds:
+            for fold in self._folds[group]:
                 pages = fold.pages[block]
                 yield pages, stored[fold.part].reshape(pages.shape)
+
+
+def _folds(layout: Layout) -> list[list[_Fold]]:
+    return [_fold(views, layout.num_blocks) for views in layout.groups]
 
 
 def _fold(views: Sequence[PageView], num_blocks: int) -> list[_Fold]:

@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import bisect
 import enum
-import mmap
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from kvbm_core.tier import Region
 from kvbm_device._gpu import Event, Gpu
+from kvbm_device._jobs import JOB_BYTES, Jobs
 from kvbm_device._pages import Addresses, PageTable
 
 __all__ = ["Link", "Method", "PinnedMemory", "Way"]
@@ -37,8 +36,8 @@ _MOST_RUNS: Final = 2
 """Of rows, each a call to the driver; more are one call that names every block."""
 _MAX_PITCH_BYTES: Final = (1 << 31) - 1
 """Of the driver's copy of rows."""
-_JOB_BYTES: Final = 16
-"""Of a block's number and its flat address."""
+_WORD_BYTES: Final = 16
+"""The longest word of a kernel: a piece begins at one, whatever group was in the piece before it."""
 
 
 class Way(enum.Enum):
@@ -66,7 +65,7 @@ class Link:
 
     Args:
         gpu: The accelerator.
-        table: Where the pages lie.
+        tables: Where the pages of each KV group lie.
         staging_bytes: Memory of the accelerator to take.
         pinned: What is page-locked: a kernel reaches no other memory, and DMA of rows stays in one range.
         gather: Out of the accelerator, or into it.
@@ -75,7 +74,7 @@ class Link:
     def __init__(
         self,
         gpu: Gpu,
-        table: PageTable,
+        tables: Sequence[PageTable],
         staging_bytes: int,
         pinned: PinnedMemory,
         *,
@@ -84,20 +83,25 @@ class Link:
         self._events = gpu.events
         self._mover = gpu.copies
         self._has_kernel = gpu.has_kernel
-        self._table = table
         self._pinned = pinned
         self._gather = gather
         self.method = Method(Way.STAGED)
         """Chosen by whoever opens the device."""
-        self.block_bytes = block_bytes = table.block_bytes
-        self.pieces = max(_MIN_PIECES, staging_bytes // max(_PIECE_BYTES, block_bytes))
+        self._block_bytes = sizes = [table.block_bytes for table in tables]
+        longest = max(sizes)
+        # A piece is of one table, and an engine may claim blocks of each.
+        least = min(len({table for table in tables if table.sets}), staging_bytes // longest) if gather else 0
+        self.pieces = max(_MIN_PIECES, least, staging_bytes // max(_PIECE_BYTES, longest))
         self.ahead = 2 * self.pieces
         """Pieces to be stored at once: those behind wait for staging, on the accelerator."""
-        self.piece_blocks = max(1, min(_PIECE_BYTES, staging_bytes // self.pieces) // block_bytes)
-        self.piece_bytes = self.piece_blocks * block_bytes
+        room = min(_PIECE_BYTES, staging_bytes // self.pieces)
+        self.piece_blocks = tuple(max(1, room // nbytes) if nbytes else 0 for nbytes in sizes)
+        """Blocks of each group that a piece has room for."""
+        used = max(count * nbytes for count, nbytes in zip(self.piece_blocks, sizes, strict=True))
+        self.piece_bytes = -(-used // _WORD_BYTES) * _WORD_BYTES
         self._staging, self._memory = gpu.memory.allocate(self.pieces * self.piece_bytes)
         # All that can be on its way at once: on the way in, each of the engine's blocks.
-        self._jobs = _Jobs(gpu, self.ahead * self.piece_blocks if gather else table.num_blocks)
+        self._jobs = Jobs(gpu, self.ahead * max(self.piece_blocks) if gather else tables[0].num_blocks)
         self._kernels = gpu.streams.stream(urgent=not gather)
         # Not urgent: the engine's own copies shall have their turn.
         self._copies = gpu.streams.stream(urgent=False)
@@ -107,12 +111,17 @@ class Link:
         self._free = [self._copied] * self.pieces
         """When each piece of staging is free again."""
         self._next = 0
-        self._views = _view_columns(table)
+        self.rebind(tables)
+
+    def rebind(self, tables: Sequence[PageTable]) -> None:
+        """Find the pages elsewhere from here on, of the same sizes. Nothing is on its way."""
+        self._tables = tables
+        self._views = [_view_columns(table) for table in tables]
 
     def store(
-        self, blocks: Sequence[int], regions: Sequence[Region], fences: Sequence[Event]
+        self, blocks: Sequence[int], regions: Sequence[Region], fences: Sequence[Event], group: int
     ) -> tuple[Event, Event]:
-        """Start to copy blocks out behind all fences, as many as one piece has room for.
+        """Start to copy blocks of a KV group out behind all fences, as many as one piece has room for.
 
         Returns:
             When the blocks have been read, and when the regions are filled.
@@ -120,37 +129,37 @@ class Link:
         addresses = _addresses(regions)
         method = self._method(addresses)
         if method.way is Way.DMA:
-            done = self._batch(blocks, addresses, *fences)
+            done = self._batch(blocks, addresses, group, *fences)
             return done, done
         staged, buffer = method.way is Way.STAGED, self._next
         for fence in (*fences, self._free[buffer]) if staged else fences:
             self._events.wait(self._kernels, fence)
-        flats = self._flats(buffer, len(blocks)) if staged else addresses
-        self._run(self._jobs.send(self._kernels, blocks, flats), len(blocks), int(flats[0]), method)
+        flats = self._flats(buffer, len(blocks), group) if staged else addresses
+        self._run(self._jobs.send(self._kernels, blocks, flats), len(blocks), int(flats[0]), method, group)
         read = self._events.record(self._kernels)
         self._jobs.used_until(read)
         if not staged:
             return read, read
         self._next = (buffer + 1) % self.pieces
-        self._free[buffer] = away = self._copy(addresses, int(flats[0]), read)
+        self._free[buffer] = away = self._copy(addresses, int(flats[0]), group, read)
         return read, away
 
-    def load(self, regions: Sequence[Region], blocks: Sequence[int], fence: Event) -> Event:
-        """Start to copy blocks in.
+    def load(self, regions: Sequence[Region], blocks: Sequence[int], fence: Event, group: int) -> Event:
+        """Start to copy blocks of a KV group in.
 
         Returns:
             When the blocks are there.
         """
-        if not regions:
+        if not regions or not self._block_bytes[group]:
             return fence
         addresses, on_device = _addresses(regions), regions[0].on_device
         method = Method(Way.KERNEL) if on_device else self._method(addresses)
         if method.way is Way.DMA:
-            return self._batch(blocks, addresses, fence)
+            return self._batch(blocks, addresses, group, fence)
         self._events.wait(self._kernels, fence)
         if method.way is Way.KERNEL:
-            return self._load_directly(addresses, blocks, method)
-        return self._load_staged(addresses, blocks, method)
+            return self._load_directly(addresses, blocks, method, group)
+        return self._load_staged(addresses, blocks, method, group)
 
     def measure(self, address: int, nbytes: int) -> float:
         """Copy between host memory and staging, and wait for it.
@@ -170,17 +179,20 @@ class Link:
         self._jobs.close()
         self._memory = None
 
-    def _load_staged(self, addresses: npt.NDArray[np.int64], blocks: Sequence[int], method: Method) -> Event:
-        starts = range(0, len(blocks), self.piece_blocks)
+    def _load_staged(
+        self, addresses: npt.NDArray[np.int64], blocks: Sequence[int], method: Method, group: int
+    ) -> Event:
+        piece_blocks = self.piece_blocks[group]
+        starts = range(0, len(blocks), piece_blocks)
         buffers = [(self._next + at) % self.pieces for at in range(len(starts))]
         self._next = (self._next + len(starts)) % self.pieces
-        flats = np.concatenate([self._flats(buffer, self.piece_blocks) for buffer in buffers])[: len(blocks)]
+        flats = np.concatenate([self._flats(each, piece_blocks, group) for each in buffers])[: len(blocks)]
         jobs = self._jobs.send(self._copies, blocks, flats)
         self._done()
         for start, buffer in zip(starts, buffers, strict=True):
-            part = addresses[start : start + self.piece_blocks]
-            self._events.wait(self._kernels, self._copy(part, int(flats[start]), self._free[buffer]))
-            self._run(jobs + start * _JOB_BYTES, len(part), int(flats[start]), method)
+            part = addresses[start : start + piece_blocks]
+            self._events.wait(self._kernels, self._copy(part, int(flats[start]), group, self._free[buffer]))
+            self._run(jobs + start * JOB_BYTES, len(part), int(flats[start]), method, group)
             self._free[buffer] = done = self._events.record(self._kernels)
         self._jobs.used_until(done)
         return done
@@ -202,12 +214,13 @@ class Link:
         return done
 
     def _load_directly(
-        self, addresses: npt.NDArray[np.int64], blocks: Sequence[int], method: Method
+        self, addresses: npt.NDArray[np.int64], blocks: Sequence[int], method: Method, group: int
     ) -> Event:
         step = len(blocks) if self._has_kernel else 1
         jobs = self._jobs.send(self._kernels, blocks, addresses)
         for at in range(0, len(blocks), step):
-            self._run(jobs + at * _JOB_BYTES, min(step, len(blocks) - at), int(addresses[at]), method)
+            count = min(step, len(blocks) - at)
+            self._run(jobs + at * JOB_BYTES, count, int(addresses[at]), method, group)
         done = self._events.record(self._kernels)
         self._jobs.used_until(done)
         return done
@@ -218,18 +231,19 @@ class Link:
             return Method(Way.STAGED)
         return self.method
 
-    def _flats(self, buffer: int, count: int) -> npt.NDArray[np.int64]:
+    def _flats(self, buffer: int, count: int, group: int) -> npt.NDArray[np.int64]:
         start = self._staging + buffer * self.piece_bytes
-        return start + np.arange(count, dtype=np.int64) * self.block_bytes
+        return start + np.arange(count, dtype=np.int64) * self._block_bytes[group]
 
-    def _run(self, jobs: int, count: int, flat: int, method: Method) -> None:
+    def _run(self, jobs: int, count: int, flat: int, method: Method, group: int) -> None:
+        table, programs = self._tables[group], method.programs
         self._mover.move_pages(
-            self._kernels, self._table, jobs, count, flat, gather=self._gather, programs=method.programs
+            self._kernels, table, jobs, count, flat, gather=self._gather, programs=programs
         )
 
-    def _copy(self, addresses: npt.NDArray[np.int64], staged: int, after: Event) -> Event:
+    def _copy(self, addresses: npt.NDArray[np.int64], staged: int, group: int, after: Event) -> Event:
         """Copy between contiguous staging and host memory: as rows where addresses are at equal distances."""
-        block_bytes = self.block_bytes
+        block_bytes = self._block_bytes[group]
         runs, waits = self._few_runs(addresses), not self._pinned.end_of(int(addresses[0]))
         if runs is None:
             places = np.uint64(staged) + np.arange(len(addresses), dtype=np.uint64) * np.uint64(block_bytes)
@@ -258,9 +272,11 @@ class Link:
         runs = list(_runs(addresses.tolist(), end_of))
         return None if end and len(runs) > _MOST_RUNS else runs
 
-    def _batch(self, blocks: Sequence[int], addresses: npt.NDArray[np.int64], *after: Event) -> Event:
+    def _batch(
+        self, blocks: Sequence[int], addresses: npt.NDArray[np.int64], group: int, *after: Event
+    ) -> Event:
         """Copy page by page."""
-        bases, strides, offsets, sizes = self._views
+        bases, strides, offsets, sizes = self._views[group]
         numbers = np.asarray(blocks, dtype=np.uint64)[:, None]
         pages = (bases + strides * numbers).ravel()
         flats = (addresses.astype(np.uint64)[:, None] + offsets).ravel()
@@ -308,66 +324,6 @@ class PinnedMemory:
         return end if address < end else 0
 
 
-class _Jobs:
-    """Pairs (block, flat address) on their way to the kernels, in a ring that both sides have.
-
-    A part of the ring is used again when the kernel that read it has run. Parts are not divided over the
-    ring's end; with three times the room that is needed, one is always free without waiting.
-
-    Args:
-        gpu: The accelerator.
-        most: Pairs that can be on their way at once.
-    """
-
-    def __init__(self, gpu: Gpu, most: int) -> None:
-        self._events = gpu.events
-        self._mover = gpu.copies
-        self._rows = rows = 3 * most
-        nbytes = -(-rows * _JOB_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
-        memory = mmap.mmap(-1, nbytes)
-        self._host = np.frombuffer(memory, dtype=np.int64)[: 2 * rows].reshape(rows, 2)
-        # The page lock last: where there is no memory, nothing is left locked.
-        self._device, self._owner = gpu.memory.allocate(nbytes)
-        self._address = self._host.ctypes.data
-        self._unpin: Callable[[], None] | None = gpu.memory.pin(self._address, nbytes)
-        self._head = 0
-        self._used: deque[tuple[int, int, Event]] = deque()
-        self._sent: tuple[int, int] | None = None
-
-    def send(self, stream: Any, blocks: Sequence[int], flats: npt.NDArray[np.int64]) -> int:
-        """Put pairs on their way to the accelerator, and give their address there."""
-        count = len(blocks)
-        start = self._head if self._head + count <= self._rows else 0
-        stop = start + count
-        self._wait_for(start, stop)
-        self._head = stop
-        self._host[start:stop, 0] = blocks
-        self._host[start:stop, 1] = flats
-        address, nbytes = self._device + start * _JOB_BYTES, count * _JOB_BYTES
-        self._mover.copy_rows(stream, address, 0, self._address + start * _JOB_BYTES, 0, nbytes, 1)
-        self._sent = (start, stop)
-        return address
-
-    def used_until(self, event: Event) -> None:
-        """Say when the pairs sent last have been read."""
-        assert self._sent is not None
-        self._used.append((*self._sent, event))
-
-    def close(self) -> None:
-        """Undo the page lock."""
-        if self._unpin is not None:
-            self._unpin()
-            self._unpin = None
-
-    def _wait_for(self, start: int, stop: int) -> None:
-        """See to it that nothing reads a part of the ring."""
-        while self._used and self._events.passed(self._used[0][2]):
-            self._used.popleft()
-        for first, last, event in self._used:
-            if first < stop and start < last:
-                self._events.wait_here(event)
-
-
 def _addresses(regions: Sequence[Region]) -> npt.NDArray[np.int64]:
     return np.array([region.address for region in regions], dtype=np.int64)
 
@@ -392,8 +348,8 @@ def _runs(addresses: Sequence[int], end_of: Callable[[int], int]) -> Iterator[tu
 def _view_columns(table: PageTable) -> tuple[npt.NDArray[np.uint64], ...]:
     """Give base, stride, offset and size of every view."""
     rows = [
-        (base, group.stride_bytes, offset, group.page_bytes)
-        for group in table.groups
-        for base, offset in zip(group.bases, group.offsets, strict=True)
+        (base, pages.stride_bytes, offset, pages.page_bytes)
+        for pages in table.sets
+        for base, offset in zip(pages.bases, pages.offsets, strict=True)
     ]
-    return tuple(np.array(rows, dtype=np.uint64).T.copy())
+    return tuple(np.array(rows, dtype=np.uint64).reshape(-1, 4).T.copy())

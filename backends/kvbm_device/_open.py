@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final
 
+from kvbm_core.config import size_text
 from kvbm_core.device import Device
 from kvbm_core.errors import ConfigError, KvbmError
 from kvbm_device._host import HostDevice
+from kvbm_device._layout import Groups, Layout, layout_of
 from kvbm_device._link import Way
-from kvbm_device._views import PageView, page_views
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["check_copy", "open_device"]
 
@@ -35,7 +32,7 @@ def check_copy(copy: str) -> None:
 
 
 def open_device(
-    tensors: Mapping[str, torch.Tensor | Sequence[torch.Tensor]],
+    tensors: Groups,
     num_blocks: int,
     *,
     copy: str = "auto",
@@ -44,47 +41,44 @@ def open_device(
     """Open the engine's KV tensors with the implementation for the memory they lie in.
 
     Args:
-        tensors: By layer, in the engine's order.
-        num_blocks: Blocks the engine has, counted as its scheduler counts them.
+        tensors: By layer, in the engine's order; of an engine with several KV groups one such mapping for
+            each, in the order of their numbers, empty where this rank has no layer of a group.
+        num_blocks: Blocks the engine has, counted as its scheduler counts them, for all groups together.
         copy: How bytes cross the link of an accelerator: ``staged``, ``dma``, ``kernel``, or ``auto`` for
             the fastest, found by a measurement of a fraction of a second.
         staging_bytes: Memory of the accelerator for blocks on their way; less where there is not so much.
 
     Raises:
-        ConfigError: If a tensor's blocks cannot be told apart, or `copy` is none of these.
+        ConfigError: If a tensor's blocks cannot be told apart, or share bytes with another block, or `copy`
+            is none of these.
         KvbmError: If the tensors are in memory that is not supported.
     """
     check_copy(copy)
-    views = page_views(tensors, num_blocks)
-    flat = [t for value in tensors.values() for t in (value if isinstance(value, Sequence) else [value])]
-    kinds = {str(tensor.device) for tensor in flat}
+    layout = layout_of(tensors, num_blocks)
+    first, kinds = layout.tensors[0].device, {str(tensor.device) for tensor in layout.tensors}
     if len(kinds) != 1:
         raise KvbmError(
             f"the KV tensors are in several places: {', '.join(sorted(kinds))}; register one kind",
             operation="open",
         )
-    # The tensors, not the mapping: the caller may change that.
-    if flat[0].device.type == "cpu":
-        return HostDevice(views, num_blocks, owner=flat)
-    if flat[0].device.type != "cuda":
+    if first.type == "cpu":
+        return HostDevice(layout)
+    if first.type != "cuda":
         raise KvbmError(
             f"KV tensors on {kinds.pop()!r} are not supported; run on CUDA or on CPU", operation="open"
         )
-    return _open_cuda(flat[0].device.index or 0, views, num_blocks, flat, copy, staging_bytes)
+    return _open_cuda(first.index or 0, layout, copy, staging_bytes)
 
 
-def _open_cuda(
-    index: int, views: Sequence[PageView], num_blocks: int, owner: Any, copy: str, staging_bytes: int
-) -> Device:
+def _open_cuda(index: int, layout: Layout, copy: str, staging_bytes: int) -> Device:
     from kvbm_device._calibration import calibrate
     from kvbm_device._cuda import open_cuda
-    from kvbm_device._pages import page_table
     from kvbm_device._staged import StagedDevice
 
-    gpu, table = open_cuda(index), page_table(views, num_blocks)
+    gpu = open_cuda(index)
     while True:
         try:
-            device = StagedDevice(gpu, table, owner, staging_bytes)
+            device = StagedDevice(gpu, layout, staging_bytes)
             break
         except MemoryError:
             if staging_bytes <= _MIN_STAGING_BYTES:
@@ -93,6 +87,8 @@ def _open_cuda(
                     operation="open",
                 ) from None
             staging_bytes //= 2
-            logger.warning("little memory is left on the accelerator: %d bytes of staging", staging_bytes)
+            logger.warning(
+                "little memory is left on the accelerator: %s of staging", size_text(staging_bytes)
+            )
     calibrate(gpu, device, copy)
     return device

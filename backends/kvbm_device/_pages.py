@@ -9,7 +9,8 @@ a page: program p takes the chunks p, p + programs, p + 2 * programs, ... of all
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import weakref
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Final, Protocol, TypeAlias
@@ -19,7 +20,7 @@ import numpy.typing as npt
 
 from kvbm_device._views import PageView
 
-__all__ = ["Addresses", "PageGroup", "PageMover", "PageTable", "make_page_mover", "page_table"]
+__all__ = ["Addresses", "PageMover", "PageSet", "PageTable", "make_page_mover", "page_table"]
 
 Addresses: TypeAlias = npt.NDArray[np.uint64]
 
@@ -27,8 +28,8 @@ _CHUNK_BYTES: Final = 16_384
 """What one program copies at once. Enough loads on their way to hide their latency, few enough registers."""
 
 
-@dataclass(frozen=True, slots=True)
-class PageGroup:
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class PageSet:
     """Views of one page size and one stride."""
 
     bases: tuple[int, ...]
@@ -38,23 +39,23 @@ class PageGroup:
     stride_bytes: int
     page_bytes: int
     word_bytes: int
-    """Largest power of two, at most 16, that divides every address and size of the group."""
+    """Largest power of two, at most 16, that divides every address and size of the set."""
 
 
 @dataclass(frozen=True, slots=True)
 class PageTable:
-    """All pages of a block, in groups."""
+    """All pages of a block of one KV group."""
 
-    groups: tuple[PageGroup, ...]
+    sets: tuple[PageSet, ...]
     block_bytes: int
     num_blocks: int
 
 
 def page_table(views: Sequence[PageView], num_blocks: int) -> PageTable:
-    """Group views that one launch can serve.
+    """Put views together that one launch can serve.
 
     Args:
-        views: In the order in which a stored block holds their pages.
+        views: Of one KV group, in the order in which a stored block holds their pages; may be empty.
         num_blocks: Blocks the engine has.
     """
     kinds: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -62,13 +63,13 @@ def page_table(views: Sequence[PageView], num_blocks: int) -> PageTable:
     for view in views:
         kinds.setdefault((view.block_stride_bytes, view.page_bytes), []).append((view.address, offset_bytes))
         offset_bytes += view.page_bytes
-    groups = []
+    sets = []
     for (stride_bytes, page_bytes), places in kinds.items():
         bases, offsets = zip(*places, strict=True)
         # One block more than once: the flat memory of neighbouring blocks is one block apart.
         word_bytes = math.gcd(16, stride_bytes, page_bytes, offset_bytes, *bases, *offsets)
-        groups.append(PageGroup(bases, offsets, stride_bytes, page_bytes, word_bytes))
-    return PageTable(tuple(groups), offset_bytes, num_blocks)
+        sets.append(PageSet(bases, offsets, stride_bytes, page_bytes, word_bytes))
+    return PageTable(tuple(sets), offset_bytes, num_blocks)
 
 
 class PageMover(Protocol):
@@ -97,7 +98,7 @@ def make_page_mover(device: str = "cuda") -> PageMover:
 
 
 class TritonMover:
-    """One launch for each group of views."""
+    """One launch for each set of views."""
 
     reaches_host = True
 
@@ -106,31 +107,32 @@ class TritonMover:
 
         self._kernel = move_pages_kernel
         self._device = device
-        self._tables: dict[PageGroup, Any] = {}
+        self._tables: MutableMapping[PageSet, Any] = weakref.WeakKeyDictionary()
+        """Weak: an engine that wakes has its pages elsewhere."""
 
     def __call__(
         self, table: PageTable, jobs: int, count: int, flat: int, *, gather: bool, programs: int
     ) -> None:
         """See `PageMover`."""
-        for group in table.groups:
-            word_bytes = min(group.word_bytes, 8)
-            words = min(_CHUNK_BYTES, _power_of_two(group.page_bytes)) // word_bytes
-            chunks = -(-group.page_bytes // (words * word_bytes))
-            total = count * len(group.bases) * chunks
+        for pages in table.sets:
+            word_bytes = min(pages.word_bytes, 8)
+            words = min(_CHUNK_BYTES, _power_of_two(pages.page_bytes)) // word_bytes
+            chunks = -(-pages.page_bytes // (words * word_bytes))
+            total = count * len(pages.bases) * chunks
             self._kernel[(min(total, programs or total),)](
-                self._table(group), jobs, group.stride_bytes, group.page_bytes // word_bytes, total,
-                VIEWS=len(group.bases), CHUNKS=chunks, WORDS=words, WORD_BYTES=word_bytes,
-                ALIGNED=group.word_bytes == 16, GATHER=gather, num_warps=8 if programs else 4,
+                self._table(pages), jobs, pages.stride_bytes, pages.page_bytes // word_bytes, total,
+                VIEWS=len(pages.bases), CHUNKS=chunks, WORDS=words, WORD_BYTES=word_bytes,
+                ALIGNED=pages.word_bytes == 16, GATHER=gather, num_warps=8 if programs else 4,
             )  # fmt: skip
 
-    def _table(self, group: PageGroup) -> Any:
-        """Give the pairs (base, offset) of a group, on the device."""
-        if group not in self._tables:
+    def _table(self, pages: PageSet) -> Any:
+        """Give the pairs (base, offset) of a set, on the device."""
+        if pages not in self._tables:
             import torch
 
-            pairs = [list(pair) for pair in zip(group.bases, group.offsets, strict=True)]
-            self._tables[group] = torch.tensor(pairs, dtype=torch.int64).to(self._device)
-        return self._tables[group]
+            pairs = [list(pair) for pair in zip(pages.bases, pages.offsets, strict=True)]
+            self._tables[pages] = torch.tensor(pairs, dtype=torch.int64).to(self._device)
+        return self._tables[pages]
 
 
 class TorchMover:
@@ -148,16 +150,16 @@ class TorchMover:
         import torch
 
         blocks = self._over(jobs, (count, 2), (16, 8), torch.int64)[:, 0]
-        for group in table.groups:
-            word = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(group.word_bytes, torch.int64)
-            words = group.page_bytes // word.itemsize
-            for base, offset in zip(group.bases, group.offsets, strict=True):
-                pages = self._over(base, (table.num_blocks, words), (group.stride_bytes, word.itemsize), word)
+        for pages in table.sets:
+            word = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(pages.word_bytes, torch.int64)
+            words = pages.page_bytes // word.itemsize
+            for base, offset in zip(pages.bases, pages.offsets, strict=True):
+                paged = self._over(base, (table.num_blocks, words), (pages.stride_bytes, word.itemsize), word)
                 part = self._over(flat + offset, (count, words), (table.block_bytes, word.itemsize), word)
                 if gather:
-                    part.copy_(pages.index_select(0, blocks))
+                    part.copy_(paged.index_select(0, blocks))
                 else:
-                    pages.index_copy_(0, blocks, part)
+                    paged.index_copy_(0, blocks, part)
 
     def _over(self, address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> Any:
         """Lay a tensor over memory."""

@@ -13,33 +13,29 @@ staging, the rest is given up, and the engine's stream waits for the reads that 
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import mmap
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
-from typing import Any, Final
-
-import numpy as np
+from typing import Final
 
 from kvbm_core.device import Device, DeviceTraits, Fence, Pinnable, Stageable, Work
 from kvbm_core.errors import KvbmError
-from kvbm_core.tier import PAGE_BYTES, Region
+from kvbm_core.tier import Region
 from kvbm_device._counts import CopyCounts
 from kvbm_device._gpu import Event, Events, Gpu
+from kvbm_device._layout import Groups, Layout
 from kvbm_device._link import Link, Method, PinnedMemory
-from kvbm_device._pages import PageTable
+from kvbm_device._pages import PageTable, page_table
+from kvbm_device._places import Places
 
 __all__ = ["StagedDevice"]
 
 logger = logging.getLogger("kvbm_device")
 
 _TRIAL_BYTES: Final = 32 << 20
-_DIRECT_PLACES: Final = 64
-"""Blocks that a `device_direct` tier may be reading at once."""
 
 
 @dataclass(slots=True, eq=False)
@@ -88,12 +84,17 @@ class _Wait:
     blocks: Sequence[int]
     regions: Sequence[Region]
     fence: Event
+    group: int
+    """Number of the KV group that all are of, or are like."""
 
     def cut(self, count: int) -> tuple[_Wait, _Wait]:
         """Divide it after so many blocks."""
         head = (self.places[:count], self.blocks[:count], self.regions[:count])
         rest = (self.places[count:], self.blocks[count:], self.regions[count:])
-        return _Wait(self.work, *head, self.fence), _Wait(self.work, *rest, self.fence)
+        return (
+            _Wait(self.work, *head, self.fence, self.group),
+            _Wait(self.work, *rest, self.fence, self.group),
+        )
 
     def divide(self, wanted: set[int]) -> tuple[_Wait, _Wait]:
         """Divide it into the blocks that are wanted and the others."""
@@ -102,12 +103,13 @@ class _Wait:
 
     def _part(self, mask: Sequence[bool]) -> _Wait:
         places, blocks = [*compress(self.places, mask)], [*compress(self.blocks, mask)]
-        return _Wait(self.work, places, blocks, [*compress(self.regions, mask)], self.fence)
+        regions = [*compress(self.regions, mask)]
+        return _Wait(self.work, places, blocks, regions, self.fence, self.group)
 
 
 @dataclass(slots=True, eq=False)
 class _Piece:
-    """Blocks on their way out together."""
+    """Blocks of one KV group on their way out together."""
 
     waits: list[_Wait]
     read: Event
@@ -121,23 +123,23 @@ class StagedDevice(Device, Pinnable, Stageable):
 
     Args:
         gpu: The accelerator.
-        table: Where the pages lie.
-        owner: Keeps the engine's tensors alive.
+        layout: Where the pages lie.
         staging_bytes: Memory of the accelerator to take for blocks on their way, both ways together.
     """
 
-    def __init__(self, gpu: Gpu, table: PageTable, owner: Any, staging_bytes: int) -> None:
+    def __init__(self, gpu: Gpu, layout: Layout, staging_bytes: int) -> None:
         self.counts = CopyCounts()
         self._gpu = gpu
         self._streams = gpu.streams
         self._events = gpu.events
-        self._traits = DeviceTraits(table.block_bytes, table.num_blocks, async_gather=True, cpus=gpu.cpus)
-        self._table = table
-        self._owner = owner
+        self._layout = layout
+        self._block_bytes = layout.block_bytes
+        self._traits = DeviceTraits(self._block_bytes, layout.num_blocks, async_gather=True, cpus=gpu.cpus)
         self._pinned = PinnedMemory()
-        self._out = Link(gpu, table, staging_bytes // 2, self._pinned, gather=True)
+        tables = _tables(layout)
+        self._out = Link(gpu, tables, staging_bytes // 2, self._pinned, gather=True)
         try:
-            self._in = Link(gpu, table, staging_bytes // 2, self._pinned, gather=False)
+            self._in = Link(gpu, tables, staging_bytes // 2, self._pinned, gather=False)
         except BaseException:
             # Memory that is freed while it is page-locked cannot be locked again by who gets its address.
             self._out.close()
@@ -145,17 +147,13 @@ class StagedDevice(Device, Pinnable, Stageable):
         self._lock = threading.Lock()
         self._waits: deque[_Wait] = deque()
         self._pieces: deque[_Piece] = deque()
-        self._reading = gpu.streams.stream(urgent=True)
-        self._bounce = threading.local()
-        self._places: list[int] | None = None
-        self._place_bytes = 0
-        self._direct: Any = None
+        self._places = Places(gpu, self._block_bytes, staging_bytes)
         self._closed = False
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"out {self._out.method}, in {self._in.method}"
         return (
-            f"<StagedDevice {self._table.num_blocks} blocks of {self._table.block_bytes} bytes, {state}; "
+            f"<StagedDevice {self._layout}, {state}; "
             f"{sum(len(w.blocks) for w in self._waits)} waiting, {len(self._pieces)} pieces on their way>"
         )
 
@@ -163,6 +161,11 @@ class StagedDevice(Device, Pinnable, Stageable):
     def traits(self) -> DeviceTraits:
         """See `Device.traits`."""
         return self._traits
+
+    @property
+    def layout(self) -> Layout:
+        """Where the pages lie."""
+        return self._layout
 
     @property
     def links(self) -> tuple[Link, Link]:
@@ -186,25 +189,31 @@ class StagedDevice(Device, Pinnable, Stageable):
                         self._events.wait_here(piece.read) if wait else self._events.wait(stream, piece.read)
             return self._events.record(stream)
 
-    def gather(self, blocks: Sequence[int], regions: Sequence[Region], fence: Fence = None) -> Work:
+    def gather(
+        self, blocks: Sequence[int], regions: Sequence[Region], fence: Fence = None, group: int = 0
+    ) -> Work:
         """See `Device.gather`. Without a fence, whatever the calling thread's stream has enqueued is seen."""
-        self._check("gather", blocks, regions)
+        self._check("gather", blocks, regions, group)
         fence = fence or self._events.record(self._streams.engine_stream())
-        work = _Stored(self, len(blocks))
-        if blocks:
+        work = _Stored(self, len(blocks) if self._block_bytes[group] else 0)
+        if work.left:
+            alike = self._layout.alike[group]
             with self._lock:
-                self._waits.append(_Wait(work, range(len(blocks)), blocks, regions, fence))
+                self._waits.append(_Wait(work, range(len(blocks)), blocks, regions, fence, alike))
         return work
 
-    def scatter(self, regions: Sequence[Region], blocks: Sequence[int], fence: Fence = None) -> Work:
+    def scatter(
+        self, regions: Sequence[Region], blocks: Sequence[int], fence: Fence = None, group: int = 0
+    ) -> Work:
         """See `Device.scatter`."""
-        self._check("scatter", blocks, regions)
+        self._check("scatter", blocks, regions, group)
         fence = fence or self._events.record(self._streams.engine_stream())
         with self._lock:
             # What a `device_direct` tier has read did not come from host memory.
-            self.counts.scattered_blocks += sum(not region.on_device for region in regions)
+            from_host = sum(not region.on_device for region in regions)
+            self.counts.scattered_bytes += from_host * self._block_bytes[group]
             try:
-                return _Loaded(self._events, self._in.load(regions, blocks, fence))
+                return _Loaded(self._events, self._in.load(regions, blocks, fence, group))
             except Exception:
                 self._halt()
                 raise
@@ -250,45 +259,37 @@ class StagedDevice(Device, Pinnable, Stageable):
             self._traits = replace(self._traits, stream_wait=bool(self._pinned))
 
     def stage(self, nbytes: int) -> Region | None:
-        """See `Stageable.stage`."""
-        with self._lock:
-            if self._places is None:
-                self._place_bytes = -(-nbytes // PAGE_BYTES) * PAGE_BYTES
-                self._places = self._make_places()
-            assert nbytes <= self._place_bytes, "a device stages blocks of one size"
-            return Region(self._places.pop(), nbytes, on_device=True) if self._places else None
-
-    def _make_places(self) -> list[int]:
-        """Take memory for as many places as there is memory for."""
-        count = _DIRECT_PLACES
-        while count:
-            try:
-                start, self._direct = self._gpu.memory.allocate(count * self._place_bytes)
-            except MemoryError:
-                count //= 2
-            else:
-                return [start + at * self._place_bytes for at in range(count)]
-        logger.error(
-            "the accelerator has no memory for a block of %d bytes on its way from a disk: lower "
-            "gpu_memory_utilization", self._place_bytes,
-        )  # fmt: skip
-        return []
+        """See `Stageable.stage`. `nbytes` is at most a page more than the longest block."""
+        return self._places.stage(nbytes)
 
     def unstage(self, region: Region) -> None:
         """See `Stageable.unstage`."""
-        with self._lock:
-            assert self._places is not None
-            self._places.append(region.address)
+        self._places.unstage(region)
 
     def read(self, region: Region) -> memoryview:
         """See `Stageable.read`. The view is the calling thread's until it calls again."""
-        memory = getattr(self._bounce, "memory", None)
-        if memory is None or len(memory) < region.nbytes:
-            memory = self._bounce.memory = mmap.mmap(-1, region.nbytes)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        self._gpu.copies.copy_rows(self._reading, address, 0, region.address, 0, region.nbytes, 1, waits=True)
-        self._events.wait_here(self._events.record(self._reading))
-        return memoryview(memory)[: region.nbytes]
+        return self._places.read(region)
+
+    def rebind(self, tensors: Groups) -> None:
+        """Use the same layers' tensors at other addresses, as an engine has them that slept and woke.
+
+        Behaviour:
+            - Every gather must be done. Scatters that nobody has asked about are waited for.
+            - The tensors before are kept until then.
+
+        Raises:
+            ConfigError: If a tensor is another one than before in anything but its address.
+            KvbmError: If a gather is not done, or the device is closed.
+        """
+        layout = self._layout.moved(tensors)
+        with self._lock:
+            self._reap()
+            if self._closed or self._waits or self._pieces:
+                raise KvbmError(f"rebind of {self!r}; end what is under way first", operation="rebind")
+            self._streams.finish()
+            self._layout, tables = layout, _tables(layout)
+            for link in self.links:
+                link.rebind(tables)
 
     def close(self) -> None:
         """Finish what is on its way, give up what waits, and let go of the engine's memory."""
@@ -304,19 +305,29 @@ class StagedDevice(Device, Pinnable, Stageable):
             self._reap()
         self._out.close()
         self._in.close()
-        self._owner = self._direct = None
+        self._places.close()
+        self._layout = replace(self._layout, tensors=())
 
     def _take(self, waits: deque[_Wait], *, mixed: bool) -> list[_Wait]:
-        """Take as many blocks from the head of a queue as fit into one piece; not `mixed`: of one fence."""
+        """Take as many blocks from the head of a queue as fit into one piece; not `mixed`: of one fence.
+
+        All are of the head's KV group. Those of other groups that stand between them keep their places.
+        """
+        fence, group = waits[0].fence, waits[0].group
         taken: list[_Wait] = []
-        room = self._out.piece_blocks
-        while room and waits and (mixed or not taken or waits[0].fence is taken[0].fence):
+        others: list[_Wait] = []
+        room = self._out.piece_blocks[group]
+        while room and waits and (mixed or waits[0].fence is fence):
             wait = waits.popleft()
+            if wait.group != group:
+                others.append(wait)
+                continue
             if len(wait.blocks) > room:
                 wait, rest = wait.cut(room)
                 waits.appendleft(rest)
             taken.append(wait)
             room -= len(wait.blocks)
+        waits.extendleft(reversed(others))
         return taken
 
     def _read(self, waits: list[_Wait]) -> None:
@@ -325,7 +336,7 @@ class StagedDevice(Device, Pinnable, Stageable):
         blocks = [block for wait in waits for block in wait.blocks]
         regions = [region for wait in waits for region in wait.regions]
         try:
-            read, away = self._out.store(blocks, regions, fences)
+            read, away = self._out.store(blocks, regions, fences, waits[0].group)
         except Exception as error:  # noqa: BLE001 - the accelerator's own error is not ours to know
             self._halt()
             for wait in waits:
@@ -346,7 +357,7 @@ class StagedDevice(Device, Pinnable, Stageable):
         while self._pieces and self._events.passed(self._pieces[0].away):
             piece = self._pieces.popleft()
             for wait in piece.waits:
-                self.counts.gathered_blocks += len(wait.blocks)
+                self.counts.gathered_bytes += len(wait.blocks) * self._block_bytes[wait.group]
                 wait.work.left -= len(wait.blocks)
 
     def _read_or_give_up(self, wanted: set[int]) -> None:
@@ -372,16 +383,11 @@ class StagedDevice(Device, Pinnable, Stageable):
         wait.work.lost.update(wait.places)
         wait.work.left -= len(wait.blocks)
 
-    def _check(self, operation: str, blocks: Sequence[int], regions: Sequence[Region]) -> None:
+    def _check(self, operation: str, blocks: Sequence[int], regions: Sequence[Region], group: int) -> None:
         if self._closed:
             raise KvbmError(f"{operation} on a closed device", operation=operation)
-        if len(blocks) != len(regions):
-            raise ValueError(f"{operation} of {len(blocks)} blocks and {len(regions)} regions")
-        numbers, num_blocks = np.asarray(blocks, dtype=np.int64), self._table.num_blocks
-        if len(numbers) and not (numbers.min() >= 0 and numbers.max() < num_blocks):
-            worst = numbers.max() if numbers.min() >= 0 else numbers.min()
-            raise IndexError(f"{operation} of block {worst}; there are {num_blocks}")
-        block_bytes = self._table.block_bytes
-        for region in regions:
-            if region.nbytes < block_bytes or (region.on_device and operation == "gather"):
-                raise ValueError(f"{operation} needs {block_bytes} bytes of host memory, got {region}")
+        self._layout.check(operation, blocks, regions, group, staged=operation == "scatter")
+
+
+def _tables(layout: Layout) -> list[PageTable]:
+    return [page_table(views, layout.num_blocks) for views in layout.groups]

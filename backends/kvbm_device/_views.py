@@ -15,6 +15,9 @@ A view is one page of every block, at a constant distance:
 A stored block is the pages in the order of the views. That order must be the same in every process,
 so it is: allocations in the order the layers name them, then the offset within the allocation. An
 address decides nothing but which tensors share an allocation.
+
+Each KV group has views of its own layers. Groups lie over each other, since an engine draws their blocks
+from one pool: a block's number says which memory it has, and its group what is in it.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
 
@@ -31,7 +34,10 @@ from kvbm_core.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PageView", "page_views"]
+__all__ = ["Layers", "PageView", "group_views", "page_views"]
+
+Layers: TypeAlias = "Mapping[str, torch.Tensor | Sequence[torch.Tensor]]"
+"""An engine's KV tensors, by layer, in the engine's order."""
 
 _MAX_PIECES: Final = 65_536
 """Of one block in one tensor. More means that channels are not contiguous, and a copy would crawl."""
@@ -82,10 +88,8 @@ class _Piece:
         return self.offset_bytes + self.nbytes
 
 
-def page_views(
-    tensors: Mapping[str, torch.Tensor | Sequence[torch.Tensor]], num_blocks: int
-) -> list[PageView]:
-    """Find the pages of a block in the tensors of all layers.
+def page_views(tensors: Layers, num_blocks: int) -> list[PageView]:
+    """Find the pages of a block in the tensors of all layers of one KV group.
 
     Behaviour:
         - The first dimension counts the blocks, or the kernel blocks a block is split into. Where it
@@ -101,18 +105,33 @@ def page_views(
     Raises:
         ConfigError: If a tensor's blocks cannot be told apart.
     """
-    pieces = _merge(_pieces(tensors, num_blocks))
+    return group_views([tensors], num_blocks)[0]
+
+
+def group_views(groups: Sequence[Layers], num_blocks: int) -> list[list[PageView]]:
+    """Find the pages of a block of each KV group, each as `page_views` finds them.
+
+    Behaviour:
+        - A group without layers has no pages.
+        - Pages of two groups may share bytes if they are of one block.
+
+    Raises:
+        ConfigError: If a tensor's blocks cannot be told apart, or share bytes with another block.
+    """
+    grouped = [_merge(_pieces(tensors, num_blocks)) for tensors in groups]
+    pieces = list(itertools.chain(*grouped))
     if not pieces:
         raise ConfigError("the engine registered no KV memory", operation="page_views")
     for piece in pieces:
         _check_bounds(piece, num_blocks)
     _check_disjoint(pieces, num_blocks)
-    return [PageView(p.address, p.nbytes, p.stride_bytes, p.storage.on_device) for p in pieces]
+    return [
+        [PageView(p.address, p.nbytes, p.stride_bytes, p.storage.on_device) for p in pieces]
+        for pieces in grouped
+    ]
 
 
-def _pieces(
-    tensors: Mapping[str, torch.Tensor | Sequence[torch.Tensor]], num_blocks: int
-) -> Iterator[_Piece]:
+def _pieces(tensors: Layers, num_blocks: int) -> Iterator[_Piece]:
     storages: dict[tuple[str, int], _Storage] = {}
     for layer, value in tensors.items():
         for tensor in value if isinstance(value, Sequence) else [value]:
@@ -199,8 +218,7 @@ def _inner_run(dims: Iterable[tuple[int, int]], itemsize: int) -> tuple[int, lis
 def _merge(pieces: Iterable[_Piece]) -> list[_Piece]:
     """Join pieces that touch or overlap, within one allocation and one stride, and put them in order.
 
-    Overlapping ones are cache groups laid over each other: a block belongs to one group at a time, so
-    both groups' bytes of it are kept as one page. Whether it then fits the stride is checked later.
+    Overlapping ones are layers that share memory. Whether the page then fits the stride is checked later.
     """
     merged: list[_Piece] = []
     distinct = dict.fromkeys(pieces)
@@ -230,13 +248,15 @@ def _check_bounds(piece: _Piece, num_blocks: int) -> None:
 
 
 def _check_disjoint(pieces: Sequence[_Piece], num_blocks: int) -> None:
-    """Refuse pages of different views that share bytes: writing one block would change another.
+    """Refuse blocks that share bytes: writing one would change another.
 
-    Only views whose whole ranges cross are compared block by block; with layers outermost none do.
+    Only views whose whole ranges cross are compared block by block; with layers outermost none do, and of
+    groups only those whose pages differ.
     """
     cluster: list[_Piece] = []
     end = 0
-    for piece in sorted(pieces, key=lambda p: p.address):
+    distinct = {(p.address, p.stride_bytes, p.nbytes): p for p in pieces}
+    for piece in sorted(distinct.values(), key=lambda p: p.address):
         if cluster and piece.address >= end:
             _check_cluster(cluster, num_blocks)
             cluster = []
@@ -254,7 +274,14 @@ def _check_cluster(cluster: Sequence[_Piece], num_blocks: int) -> None:
     starts = (columns[:, 0, None] + columns[:, 1, None] * blocks).ravel()
     ends = starts + np.repeat(columns[:, 2], num_blocks)
     order = np.argsort(starts)
-    crossing = np.flatnonzero(ends[order][:-1] > starts[order][1:])
+    ends = ends[order]
+    furthest = np.maximum.accumulate(ends)
+    # Of the pages before each, the one that reaches furthest. If any overlaps a page of another block, so
+    # does this one, there or earlier.
+    last = np.maximum.accumulate(np.where(ends == furthest, np.arange(len(ends)), 0))[:-1]
+    shared = furthest[:-1] > starts[order][1:]
+    crossing = np.flatnonzero(shared & (order[last] % num_blocks != order[1:] % num_blocks))
     if crossing.size:
-        one, other = (cluster[order[crossing[0] + i] // num_blocks].source for i in (0, 1))
+        first = crossing[0]
+        one, other = (cluster[order[at] // num_blocks].source for at in (last[first], first + 1))
         raise ConfigError(f"{one}: blocks overlap with those of {other}")

@@ -15,8 +15,6 @@ from kvbm_gds._slab import Slab
 
 __all__ = ["Engines", "open_engines"]
 
-_log = logging.getLogger("kvbm_gds")
-
 
 class Engines:
     """What moves bytes to and from host memory, and to and from device memory.
@@ -86,7 +84,7 @@ def open_engines(config: GdsConfig, slab: Slab, sizing: Sizing, notify: Callable
     _require(config, findings, host, device)
     detail = _describe(host, device)
     problems = "".join(f"; {f.engine} is out: {f.problem}" for f in findings if f.problem)
-    _log.log(logging.WARNING if problems else logging.INFO, "%s: %s%s", slab.path, detail, problems)
+    slab.log.log(logging.WARNING if problems else logging.INFO, "%s: %s%s", slab.path, detail, problems)
     return Engines(host.engine if host else "threads", device.engine if device else "", detail, notify)
 
 
@@ -98,7 +96,7 @@ def _probe(config: GdsConfig, slab: Slab, sizing: Sizing) -> list[Finding]:
     except TierOpenError as error:
         if config.engine != "auto":
             raise
-        _log.warning("%s; using threads", error)
+        slab.log.warning("%s; using threads", error)
         return []
     engines = [*(POSIX if config.engine == "posix" else HOST)]
     why = why_gds_is_unavailable()
@@ -110,7 +108,7 @@ def _probe(config: GdsConfig, slab: Slab, sizing: Sizing) -> list[Finding]:
     # As in service: blocks of this size, and as many of them on their way.
     piece = min(sizing.slot_bytes, sizing.probe_bytes)
     pieces = min(config.queue_depth, sizing.probe_bytes // piece)
-    return run_probe(slab.path / "probe", engines, piece, pieces, config.probe_deadline_s)
+    return run_probe(slab.path / "probe", engines, piece, pieces, config.probe_deadline_s, slab.log)
 
 
 def _require(

@@ -3,8 +3,8 @@
     tier ── post(io) ──► engine ── its own thread or threads
     tier ◄── take() ──── engine ── notify() when there is something to take
 
-An `Io` is one block: `FILE` offset and length are multiples of 4096, and so is the address, as
-O_DIRECT and the contract have it.
+An `Io` is one object in whole pages: `FILE` offset and length are multiples of 4096, and so is the address,
+as O_DIRECT and the contract have it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _agents = itertools.count(1)
 
 @dataclass(slots=True, eq=False)
 class Io:
-    """One block's way between memory and a file."""
+    """One object's way between memory and a file."""
 
     token: Any
     """Whatever the tier knows it by. Referenced for as long as the engine works on it."""
@@ -55,6 +55,7 @@ class Io:
     offset: int
     address: int
     nbytes: int
+    """Of the object's pages: the memory behind them is not touched."""
     on_device: bool = False
     error: str = ""
     """Set by the engine; empty if every byte was moved."""
@@ -210,7 +211,8 @@ class NixlIo(IoEngine):
         if not self._direct:
             # The POSIX plug-in tells the kernel nothing of memory: one entry stands for all of it.
             self._agent.register_memory([(0, _ADDRESS_SPACE_BYTES, 0, "")], "DRAM")
-        self._registered: set[tuple[int, int]] = set()
+        self._registered: dict[int, Any] = {}
+        """Address to what NIXL was told lies there."""
         self._notify = notify
         self._ended: deque[Io] = deque()
         self._threads: ThreadIo | None = None
@@ -288,13 +290,26 @@ class NixlIo(IoEngine):
         memory = "VRAM" if ios[0].on_device else "DRAM"
         device = device_of(ios[0].address) if ios[0].on_device else 0
         for io in ios if self._direct else ():
-            if (io.address, io.nbytes) not in self._registered:
-                self._agent.register_memory([(io.address, io.nbytes, device, "")], memory)
-                self._registered.add((io.address, io.nbytes))
+            self._register(io, device, memory)
         local = self._agent.get_xfer_descs([(io.address, io.nbytes, device) for io in ios], memory)
         remote = self._agent.get_xfer_descs([(io.offset, io.nbytes, io.fd) for io in ios], "FILE")
         operation = "WRITE" if ios[0].write else "READ"
         return self._agent.initialize_xfer(operation, local, remote, self._agent.name)
+
+    def _register(self, io: Io, device: int, memory: str) -> None:
+        """Tell NIXL of memory. cuFile takes no address twice: a longer object replaces what was told of it.
+
+        Nothing else uses the memory meanwhile: a region is its transfer's alone.
+        """
+        known = self._registered.get(io.address)
+        if known is not None and known[0][1] >= io.nbytes:
+            return
+        if known is not None:
+            del self._registered[io.address]
+            self._agent.deregister_memory(known)
+        self._registered[io.address] = self._agent.register_memory(
+            [(io.address, io.nbytes, device, "")], memory
+        )
 
     def _end(self, handle: Any, ios: Sequence[Io], state: str) -> list[tuple[Any, Sequence[Io]]]:
         """Take in what is over; give what is tried once more."""

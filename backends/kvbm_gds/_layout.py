@@ -2,12 +2,14 @@
 
     <path>/rank0/          0700
         engine.lock        see `kvbm_core.localdir`
+        namespaces/        see `kvbm_core.namespace_facts`
         index              header (4096 bytes), then one entry of 80 bytes for each slot
         slab.000 ...       slots of equal size, 8 GiB a file, the last one shorter
 
     entry  namespace (16)  key (32)  sequence (8)  length (8)  unused (8)  checksum (8)
 
-What is asked of a share is found by the sizing itself, so that the two cannot disagree.
+An object of any length up to that of a slot takes one slot. What is asked of a share is found by the sizing
+itself, so that the two cannot disagree.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from kvbm_core.block import BlockKey, Namespace
+from kvbm_core.namespace_facts import room_bytes
 from kvbm_core.tier import PAGE_BYTES
 
 __all__ = [
@@ -28,6 +31,7 @@ __all__ = [
     "MAGIC",
     "Entry",
     "Sizing",
+    "in_pages",
     "plan_sizing",
     "share_bytes",
 ]
@@ -80,7 +84,7 @@ class Sizing:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A block found at open."""
+    """An object found at open."""
 
     slot: int
     namespace: Namespace
@@ -88,13 +92,19 @@ class Entry:
     sequence: int
     """Stored later: higher."""
     nbytes: int
+    """Length of the object."""
 
 
-def plan_sizing(share_bytes: int, block_bytes: int) -> Sizing | None:
-    """Work out what fits into everything that `du` counts; None if not even one block does."""
-    slot_bytes = _slot_bytes(block_bytes)
+def plan_sizing(share_bytes: int, max_bytes: int) -> Sizing | None:
+    """Work out what fits into everything that `du` counts; None if not even one object does.
+
+    Args:
+        share_bytes: Of the capacity, this rank's.
+        max_bytes: Length of the longest object.
+    """
+    slot_bytes = in_pages(max_bytes)
     # A file in many pieces has blocks of its own that list them; ext4 counts these as the file's.
-    usable = share_bytes - share_bytes // 1024 - _OTHER_BYTES - HEADER_BYTES
+    usable = share_bytes - share_bytes // 1024 - room_bytes(share_bytes) - _OTHER_BYTES - HEADER_BYTES
     probe_bytes = min(_PROBE_BYTES, usable // 16) // PAGE_BYTES * PAGE_BYTES
     usable -= max(probe_bytes, PAGE_BYTES) + PAGE_BYTES
     slots = usable // (slot_bytes + ENTRY_BYTES)
@@ -102,9 +112,9 @@ def plan_sizing(share_bytes: int, block_bytes: int) -> Sizing | None:
 
 
 def share_bytes(blocks: int, block_bytes: int) -> int:
-    """Say how many bytes a rank needs to hold so many blocks."""
+    """Say how many bytes a rank needs to hold so many blocks, none longer than `block_bytes`."""
     # Twice its slots is more than a share ever is: entries, the probe's file and the rest are less.
-    low, high = 0, 2 * blocks * _slot_bytes(block_bytes) + (1 << 20)
+    low, high = 0, 2 * blocks * in_pages(block_bytes) + (1 << 20)
     while low < high:
         middle = (low + high) // 2
         sizing = plan_sizing(middle, block_bytes)
@@ -112,5 +122,6 @@ def share_bytes(blocks: int, block_bytes: int) -> int:
     return low
 
 
-def _slot_bytes(block_bytes: int) -> int:
-    return -(-block_bytes // PAGE_BYTES) * PAGE_BYTES
+def in_pages(nbytes: int) -> int:
+    """Round up to whole pages, as O_DIRECT moves them."""
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES

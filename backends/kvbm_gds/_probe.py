@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import logging
 import mmap
 import os
 import random
@@ -31,6 +30,7 @@ from typing import Any, Final
 
 from kvbm_core.errors import TierError
 from kvbm_core.localdir import FILE_MODE
+from kvbm_core.log_limit import Log
 from kvbm_gds._io import Io, open_engine
 from kvbm_gds._machine import open_direct
 
@@ -43,8 +43,6 @@ __all__ = [
     "choose",
     "run_probe",
 ]
-
-_log = logging.getLogger("kvbm_gds")
 
 DIRECT: Final = ("gds_mt", "gds")
 """Engines that can read into device memory, the better first."""
@@ -74,7 +72,7 @@ class Finding:
 
 
 def run_probe(
-    file: Path, engines: Sequence[str], piece_bytes: int, pieces: int, deadline_s: float
+    file: Path, engines: Sequence[str], piece_bytes: int, pieces: int, deadline_s: float, log: Log
 ) -> list[Finding]:
     """Try engines on a file of the tier's own directory, in a child.
 
@@ -84,6 +82,7 @@ def run_probe(
         piece_bytes: Of one transfer, a multiple of 4096.
         pieces: At once.
         deadline_s: Seconds for each engine.
+        log: Where it is said that a child is left behind.
 
     Returns:
         A finding for each engine.
@@ -96,7 +95,7 @@ def run_probe(
             try:
                 # Whatever is there under this name was not made by this probe.
                 file.unlink(missing_ok=True)
-                news = _ask(command, left, deadline_s)
+                news = _ask(command, left, deadline_s, log)
             except OSError as error:
                 news = [Finding(engine, f"it could not be tried: {error}") for engine in left]
             findings += news
@@ -107,7 +106,7 @@ def run_probe(
     return findings
 
 
-def _ask(command: Sequence[str], engines: Sequence[str], deadline_s: float) -> list[Finding]:
+def _ask(command: Sequence[str], engines: Sequence[str], deadline_s: float, log: Log) -> list[Finding]:
     """Run one child; it is over with the first engine that hangs or crashes it."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     findings: list[Finding] = []
@@ -120,12 +119,12 @@ def _ask(command: Sequence[str], engines: Sequence[str], deadline_s: float) -> l
             line = _answer(child, deadline_s)
             finding = _understand(engine, line)
             if finding is None:
-                _kill(child)
+                _kill(child, log)
                 said.seek(0)
                 findings.append(Finding(engine, _why_silent(child, line, said.read(), deadline_s)))
                 break
             findings.append(finding)
-        _kill(child)
+        _kill(child, log)
     return findings
 
 
@@ -161,7 +160,7 @@ def _why_silent(child: subprocess.Popen[bytes], line: bytes, said: bytes, deadli
     return f"it ended the process that tried it (exit status {child.returncode}), saying: {last}"
 
 
-def _kill(child: subprocess.Popen[bytes]) -> None:
+def _kill(child: subprocess.Popen[bytes], log: Log) -> None:
     """End the child and all it has started. One that sleeps in the kernel cannot be waited for."""
     try:
         child.wait(0.2)
@@ -170,7 +169,7 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
         try:
             child.wait(2)
         except subprocess.TimeoutExpired:
-            _log.warning("a probe process (pid %d) cannot be killed; it is left behind", child.pid)
+            log.warning("a probe process (pid %d) cannot be killed; it is left behind", child.pid)
     if child.stdout:
         child.stdout.close()
 

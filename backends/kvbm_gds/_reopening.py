@@ -66,12 +66,13 @@ class Reopening:
             self._context.wake()
 
     def _open(self) -> tuple[Slab, Engines, list[Entry]]:
-        slab = Slab(self._config, self._context.rank)
+        slab = Slab(self._config, self._context)
         try:
             engines = self._engines.again()
             try:
                 entries = slab.open(self._sizing)
                 engines.add_files(slab.fds, self._sizing)
+                slab.keep_facts(starts_empty=False)
             except BaseException:
                 engines.close(_WAIT_S)
                 raise

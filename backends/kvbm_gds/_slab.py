@@ -1,7 +1,7 @@
 """The files of one rank: preallocated slots, and the index that says what lies in them.
 
 `_layout` draws them. An entry is cleared before its slot is written and set after every byte was: a slot
-whose entry is sound holds a whole block. The index is read and written as a file, never mapped: a mapped
+whose entry is sound holds a whole object. The index is read and written as a file, never mapped: a mapped
 file that is cut short kills the process that touches it.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import logging
 import os
 import re
 from pathlib import Path
@@ -22,7 +21,9 @@ from kvbm_core.block import BlockKey, Namespace
 from kvbm_core.config import size_text
 from kvbm_core.errors import TierOpenError
 from kvbm_core.localdir import LocalDirectory, free_bytes, unusable
-from kvbm_core.tier import PAGE_BYTES
+from kvbm_core.log_limit import TierLog
+from kvbm_core.namespace_facts import keep_facts, room_bytes
+from kvbm_core.tier import PAGE_BYTES, TierContext
 from kvbm_gds._config import GdsConfig
 from kvbm_gds._layout import (
     ENTRY,
@@ -37,8 +38,6 @@ from kvbm_gds._layout import (
 from kvbm_gds._machine import open_direct
 
 __all__ = ["Slab", "directory_of"]
-
-_log = logging.getLogger("kvbm_gds")
 
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
 _SLAB: Final = re.compile(r"slab\.([0-9]{3,})", re.ASCII)
@@ -56,8 +55,11 @@ class Slab:
         TierOpenError: If the directory cannot be used or its file system has too little room.
     """
 
-    def __init__(self, config: GdsConfig, rank: int) -> None:
-        self._folder = directory_of(config).hold(rank)
+    def __init__(self, config: GdsConfig, context: TierContext) -> None:
+        self._context = context
+        self.log = TierLog("kvbm_gds", context.name)
+        """Where lines about it go."""
+        self._folder = directory_of(config).hold(context.rank, self.log)
         self.path = self._folder.path
         self._capacity = config.capacity
         self._fds: list[int] = []
@@ -83,11 +85,16 @@ class Slab:
         except OSError as error:
             raise self._why_not(error) from error
         if len(sound) < len(entries):
-            _log.warning(
-                "%s: %d of %d blocks lay in files that were cut short or deleted; they are forgotten",
+            self.log.warning(
+                "%s: %d of %d objects lay in files that were cut short or deleted; they are forgotten",
                 self.path, len(entries) - len(sound), len(entries),
             )  # fmt: skip
         return sound
+
+    def keep_facts(self, *, starts_empty: bool) -> None:
+        """Write what the namespace is made of, see `kvbm_core.namespace_facts.keep_facts`."""
+        room = room_bytes(self._capacity // self._context.world_size)
+        keep_facts(self._folder, self._context, room, self.log, starts_empty=starts_empty)
 
     @property
     def fds(self) -> list[int]:
@@ -100,7 +107,7 @@ class Slab:
         return self._fds[number], offset
 
     def fill(self, slot: int, namespace: Namespace, key: BlockKey, sequence: int, nbytes: int) -> None:
-        """Say that a slot holds a whole block."""
+        """Say that a slot holds a whole object of this length."""
         fields = ENTRY.pack(namespace, key, sequence, nbytes, 0)
         self._write_entry(slot, fields + xxhash.xxh3_64_digest(fields))
 
@@ -131,7 +138,7 @@ class Slab:
             return False
 
     def is_full(self, code: int) -> bool:
-        """Say whether it was for want of room that a block was not written.
+        """Say whether it was for want of room that an object was not written.
 
         Args:
             code: The error's number; 0 if it is not known. Not all file systems that are full say so by
@@ -168,9 +175,9 @@ class Slab:
         header = HEADER.pack(MAGIC, FORMAT_VERSION, ENTRY_BYTES, sizing.slot_bytes, sizing.slots_per_file)
         if content[: len(header)] != header:
             if self._folder.drop(_SLAB.fullmatch) or content:
-                _log.warning(
-                    "%s was made for other blocks, or is damaged or gone: dropping what the directory holds, "
-                    "starting empty", path,
+                self.log.warning(
+                    "%s was made for slots of another size, or is damaged or gone: dropping what the "
+                    "directory holds, starting empty", path,
                 )  # fmt: skip
             os.ftruncate(self._index, 0)
             _write_all(self._index, header, 0)
@@ -193,7 +200,7 @@ class Slab:
             namespace, key, sequence, nbytes, _ = ENTRY.unpack(fields)
             entries.append(Entry(slot, namespace, key, sequence, nbytes))
         if lost:
-            _log.warning("%s: the capacity was lowered; %d blocks are forgotten", self.path, lost)
+            self.log.warning("%s: the capacity was lowered; %d objects are forgotten", self.path, lost)
         return entries
 
     def _open_files(self) -> None:

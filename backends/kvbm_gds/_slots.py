@@ -10,6 +10,7 @@ A disk that fails for a while leaves stale slots. They are cleared later, and lo
 from __future__ import annotations
 
 import time
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Container, Iterable
 from typing import Final
@@ -31,7 +32,7 @@ class Slots:
     Args:
         slab: Where entries are written.
         count: How many there are.
-        context: Says which blocks are this tier's.
+        context: Says which objects are this tier's: their namespace, and the longest.
         complain: Called with the error when an entry could not be written.
     """
 
@@ -43,6 +44,8 @@ class Slots:
         self._context = context
         self._complain = complain
         self.ready: dict[BlockKey, int] = {}
+        self._lengths = array("Q", bytes(8 * count))
+        """Of the object in each slot that is ready, in bytes."""
         self._others: OrderedDict[int, None] = OrderedDict()
         """Slots of other namespaces, oldest first: kept until their room is needed."""
         self._free: deque[int] = deque()
@@ -57,22 +60,23 @@ class Slots:
 
     def take_stock(
         self, entries: Iterable[Entry], wanted: Container[BlockKey] | None = None
-    ) -> list[BlockKey]:
-        """Begin with what was found on the disk.
+    ) -> list[tuple[BlockKey, int]]:
+        """Begin with what was found on the disk. An object that fits no region is not this tier's.
 
         Args:
             entries: Oldest first.
             wanted: Keys that are still asked for; None: all of this namespace.
 
         Returns:
-            The keys that are ready, oldest first.
+            The objects that are ready, oldest first: key and length in bytes.
         """
         found: dict[BlockKey, int] = {}
         self._others = OrderedDict()
         for entry in entries:
-            ours = entry.namespace == self._context.namespace and entry.nbytes == self._context.block_bytes
+            ours = entry.namespace == self._context.namespace and 0 < entry.nbytes <= self._context.max_bytes
             if ours and entry.key not in found and (wanted is None or entry.key in wanted):
                 found[entry.key] = entry.slot
+                self._lengths[entry.slot] = entry.nbytes
             else:
                 self._others[entry.slot] = None
         self.ready = found
@@ -80,7 +84,12 @@ class Slots:
         # Neighbouring blocks get neighbouring slots.
         self._free = deque(slot for slot in reversed(range(self._count)) if slot not in taken)
         self._reading, self._doomed, self._stale = {}, set(), set()
-        return list(found)
+        return [(key, self._lengths[slot]) for key, slot in found.items()]
+
+    def nbytes(self, key: BlockKey) -> int:
+        """Give the length of an object; 0 if it is not ready."""
+        slot = self.ready.get(key)
+        return 0 if slot is None else self._lengths[slot]
 
     def take(self) -> int | None:
         """Give a slot to be written; None if there is none, or its entry cannot be cleared."""
@@ -93,22 +102,23 @@ class Slots:
 
     @property
     def full(self) -> bool:
-        """Every slot holds a block that is asked for, or is read."""
+        """Every slot holds an object that is asked for, or is read."""
         return not self._free and not self._others and not self._stale
 
-    def fill(self, key: BlockKey, slot: int, sequence: int) -> None:
-        """Say that a slot holds a whole block.
+    def fill(self, key: BlockKey, slot: int, sequence: int, nbytes: int) -> None:
+        """Say that a slot holds a whole object of this length.
 
         Raises:
             OSError: If the disk does not take it. Then the slot holds nothing.
         """
         try:
-            self._slab.fill(slot, self._context.namespace, key, sequence, self._context.block_bytes)
+            self._slab.fill(slot, self._context.namespace, key, sequence, nbytes)
         except OSError:
             # Half of the entry, or all of it, may be there.
             self._stale.add(slot)
             raise
         self.ready[key] = slot
+        self._lengths[slot] = nbytes
 
     def give_up(self, slot: int) -> None:
         """Take back a slot that was not written. Others come first: the disk may have no room for it."""
@@ -116,7 +126,7 @@ class Slots:
             self._free.appendleft(slot)
 
     def forget(self, key: BlockKey) -> None:
-        """Take back the slot of a block."""
+        """Take back the slot of an object."""
         slot = self.ready.pop(key, None)
         if slot is None:
             return
@@ -127,7 +137,7 @@ class Slots:
             self._release(slot)
 
     def read(self, key: BlockKey) -> int:
-        """Give the slot of a block, which is not written to until `end_read`."""
+        """Give the slot of an object, which is not written to until `end_read`."""
         slot = self.ready[key]
         self._reading[slot] = self._reading.get(slot, 0) + 1
         return slot

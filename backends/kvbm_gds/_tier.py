@@ -1,4 +1,4 @@
-"""The NVMe tier: blocks in slots of preallocated files.
+"""The NVMe tier: objects in slots of preallocated files.
 
     submit ──► slot ──► engine (NIXL or threads) ──► poll ──► index entry ──► DONE
 
@@ -7,9 +7,9 @@ All of the tier's state is touched by its caller's thread alone; the engine's th
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from kvbm_core.block import BlockKey
@@ -17,7 +17,6 @@ from kvbm_core.config import size_text
 from kvbm_core.errors import QueueFullError, TierError, TierOpenError
 from kvbm_core.log_limit import LogLimit
 from kvbm_core.tier import (
-    PAGE_BYTES,
     Capabilities,
     Completion,
     Op,
@@ -30,14 +29,12 @@ from kvbm_core.tier import (
 from kvbm_gds._config import GdsConfig
 from kvbm_gds._engines import Engines, open_engines
 from kvbm_gds._io import Io
-from kvbm_gds._layout import Entry, Sizing, plan_sizing, share_bytes
+from kvbm_gds._layout import Entry, Sizing, in_pages, plan_sizing, share_bytes
 from kvbm_gds._reopening import Reopening
 from kvbm_gds._slab import Slab, directory_of
 from kvbm_gds._slots import Slots
 
 __all__ = ["GdsTier"]
-
-_log = logging.getLogger("kvbm_gds")
 
 _CLOSE_WAIT_S: Final = 10.0
 """How long `close` waits for the disk."""
@@ -46,17 +43,21 @@ _REOPEN_EVERY_S: Final = 5.0
 
 
 class GdsTier(Tier):
-    """Blocks in slots of one size; never more on the disk than the capacity, and never fragmented."""
+    """Objects in slots of one size; never more on the disk than the capacity, and never fragmented.
+
+    Of a slot only the pages of its object are read and written.
+    """
 
     def __init__(self, config: GdsConfig, context: TierContext) -> None:
         self._config = config
         self._context = context
         self._sizing = _sizing(config, context)
-        self._lines = LogLimit(_log)
+        self._slab = Slab(config, context)
+        self._log = self._slab.log
+        self._lines = LogLimit(self._log)
         """A disk that fails or is full fails every block."""
-        self._slab = Slab(config, context.rank)
         try:
-            directory_of(config).drop_other_ranks(context.rank, context.world_size, _log)
+            directory_of(config).drop_other_ranks(context.rank, context.world_size, self._log)
             self._engines: Engines = open_engines(config, self._slab, self._sizing, context.wake)
             entries = self._open_files()
         except BaseException:
@@ -64,10 +65,11 @@ class GdsTier(Tier):
             raise
         self._slots = Slots(self._slab, self._sizing.slots, context, self._index_failed)
         self._inventory = self._slots.take_stock(entries)
+        self._slab.keep_facts(starts_empty=not self._inventory)
         self._writing: set[BlockKey] = set()
         self._sequence = max((entry.sequence for entry in entries), default=0)
-        self._flying: dict[int, tuple[Transfer, int, int]] = {}
-        """Ticket to transfer, slot and sequence."""
+        self._flying: dict[int, _Flight] = {}
+        """By ticket."""
         self._done: list[Completion] = []
         self._closed = False
         self._out = ""
@@ -75,35 +77,36 @@ class GdsTier(Tier):
         self._reopening: Reopening | None = None
         self._next_reopen_s = 0.0
         self._capabilities = Capabilities(
-            capacity_blocks=self._sizing.slots,
+            capacity_bytes=self._sizing.slots * self._sizing.slot_bytes,
             queue_depth=config.queue_depth,
             durable=True,
             device_direct=self._engines.device is not None,
             detail=f"{self._engines.detail}{'' if self._slab.direct else ', through the page cache'}",
+            unit_bytes=self._sizing.slot_bytes,
         )
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "out" if self._out else f"{len(self._flying)} in flight"
-        return f"<GdsTier {self._slab.path} {len(self._slots.ready)}/{self._sizing.slots} blocks, {state}>"
+        return f"<GdsTier {self._slab.path} {len(self._slots.ready)}/{self._sizing.slots} objects, {state}>"
 
     @property
     def capabilities(self) -> Capabilities:
         """See `Tier.capabilities`."""
         return self._capabilities
 
-    def inventory(self) -> Iterable[BlockKey]:
-        """See `Tier.inventory`. Oldest first; a block of another length is not listed."""
+    def inventory(self) -> Iterable[tuple[BlockKey, int]]:
+        """See `Tier.inventory`. Oldest first; an object longer than `TierContext.max_bytes` is not listed."""
         return self._inventory
 
     def submit(self, transfers: Sequence[Transfer]) -> None:
         """See `Tier.submit`."""
         if self._closed:
-            raise TierError("the tier is closed", operation="submit", tier="gds")
+            raise TierError("the tier is closed", operation="submit", tier=self._context.name)
         depth, taken = self._capabilities.queue_depth, len(self._flying) + len(self._done)
         if taken + len(transfers) > depth:
             raise QueueFullError(
                 f"{len(transfers)} transfers do not fit beside {taken} in flight; the queue takes {depth}",
-                operation="submit", tier="gds",
+                operation="submit", tier=self._context.name,
             )  # fmt: skip
         self._heal()
         if not self._out:
@@ -146,11 +149,11 @@ class GdsTier(Tier):
         if not self._out:
             self._slots.mend(at_once=True)
         self._closed = True
-        for transfer, _, _ in self._flying.values():
-            self._complete(transfer, Outcome.FAILED, Reason.ERROR, "the tier was closed")
+        for flight in self._flying.values():
+            self._complete(flight.transfer, Outcome.FAILED, Reason.ERROR, "the tier was closed")
         self._flying.clear()
         if not ended:
-            _log.error("%s: transfers go on after %g s; files stay open", self._slab.path, _CLOSE_WAIT_S)
+            self._log.error("%s: transfers go on after %g s; files stay open", self._slab.path, _CLOSE_WAIT_S)
         self._slab.close(files=ended)
         self._lines.close()
 
@@ -168,40 +171,46 @@ class GdsTier(Tier):
         """Answer what needs no disk; give the I/O of what does."""
         answer = self._answer(transfer)
         if answer:
-            self._complete(transfer, *answer)
+            self._done.append(answer)
             return None
+        region = transfer.region
+        assert region is not None
         if transfer.op is Op.STORE:
-            slot = self._slots.take()
+            slot, nbytes = self._slots.take(), region.nbytes
             if slot is None:
                 self._complete(transfer, Outcome.FAILED, Reason.ERROR, "the index cannot be written")
                 return None
             self._writing.add(transfer.key)
         else:
-            slot = self._slots.read(transfer.key)
-        # Counted here, so that blocks of a batch stay in their order, however they end.
+            nbytes, slot = self._slots.nbytes(transfer.key), self._slots.read(transfer.key)
+        # Counted here, so that objects of a batch stay in their order, however they end.
         self._sequence += 1
-        self._flying[transfer.ticket] = (transfer, slot, self._sequence)
-        region = transfer.region
-        assert region is not None
+        self._flying[transfer.ticket] = _Flight(transfer, slot, self._sequence, nbytes)
         fd, offset = self._slab.place(slot)
-        return Io(
-            transfer, transfer.op is Op.STORE, fd, offset, region.address, self._sizing.slot_bytes,
-            region.on_device,
-        )  # fmt: skip
+        write, length = transfer.op is Op.STORE, in_pages(nbytes)
+        return Io(transfer, write, fd, offset, region.address, length, region.on_device)
 
-    def _answer(self, transfer: Transfer) -> tuple[Outcome, Reason, str] | None:
+    def _answer(self, transfer: Transfer) -> Completion | None:
         """Say how a transfer ends that needs no disk."""
-        ready = transfer.key in self._slots.ready
-        if transfer.op is not Op.STORE and not ready:
-            return Outcome.MISSING, Reason.MISSING, ""
-        if ready and transfer.op is not Op.LOAD:
-            return Outcome.DONE, Reason.NONE, ""
+        ticket, failed = transfer.ticket, Outcome.FAILED
+        held, given = self._slots.nbytes(transfer.key), transfer.region.nbytes if transfer.region else 0
+        if transfer.op is not Op.STORE and not held:
+            return Completion(ticket, Outcome.MISSING, Reason.MISSING)
+        if transfer.op is not Op.LOAD and held:
+            return Completion(ticket, Outcome.DONE, nbytes=held)
         if self._out:
-            return Outcome.FAILED, Reason.ERROR, self._out
+            return Completion(ticket, failed, Reason.ERROR, self._out)
+        if held > given:
+            detail = f"the object has {held} bytes, {given} were asked for"
+            return Completion(ticket, failed, Reason.CORRUPT, detail)
         if transfer.op is Op.STORE and transfer.key in self._writing:
-            return Outcome.FAILED, Reason.BUSY, "it is being written"
+            return Completion(ticket, failed, Reason.BUSY, "it is being written")
+        if not 0 < given <= self._context.max_bytes and transfer.op is Op.STORE:
+            # A longer one would overwrite the next slot.
+            detail = f"the object has {given} bytes; a slot takes 1 to {self._context.max_bytes}"
+            return Completion(ticket, failed, Reason.ERROR, detail)
         if transfer.op is Op.STORE and self._slots.full:
-            return Outcome.FAILED, Reason.FULL, f"all of {self._sizing.slots} slots are taken"
+            return Completion(ticket, failed, Reason.FULL, f"all of {self._sizing.slots} slots are taken")
         return None
 
     def _finish(self, ios: Sequence[Io]) -> None:
@@ -216,7 +225,7 @@ class GdsTier(Tier):
     def _keep_sound(self, ios: list[Io]) -> list[Io]:
         """Go on with I/Os unless somebody took the files away: then end them, and open the files anew."""
         if not self._out and ios:
-            what = self._slab.damage({self._flying[io.token.ticket][1] for io in ios})
+            what = self._slab.damage({self._flying[io.token.ticket].slot for io in ios})
             if what:
                 self._go_out(what)
         if not self._out:
@@ -231,7 +240,7 @@ class GdsTier(Tier):
         self._next_reopen_s = time.monotonic() + _REOPEN_EVERY_S
         self._lines.error(
             "out",
-            "tier gds is out for a while: in %s %s; keep other programs out of this directory. Its files are "
+            "out for a while: in %s %s; keep other programs out of this directory. Its files are "
             "opened anew every %g s, until that works",
             self._slab.path, why, _REOPEN_EVERY_S,
         )  # fmt: skip
@@ -248,7 +257,7 @@ class GdsTier(Tier):
             reopening, self._reopening = self._reopening, None
             if reopening.opened is None:
                 self._next_reopen_s = time.monotonic() + _REOPEN_EVERY_S
-                self._lines.error("reopen", "tier gds stays out: %s", reopening.error)
+                self._lines.error("reopen", "it stays out: %s", reopening.error)
                 return
             self._slab, self._engines, entries = reopening.opened
             wanted = self._slots.ready
@@ -256,31 +265,32 @@ class GdsTier(Tier):
             self._slots.take_stock(entries, wanted)
             self._out = ""
             left = len(self._slots.ready)
-            _log.warning("tier gds works again: %s has %d of %d blocks", self._slab.path, left, len(wanted))
+            self._log.warning("it works again: %s has %d of %d objects", self._slab.path, left, len(wanted))
 
     def _end(self, io: Io) -> None:
-        transfer, slot, sequence = self._flying.pop(io.token.ticket)
+        flight = self._flying.pop(io.token.ticket)
+        transfer = flight.transfer
         if transfer.op is Op.STORE:
             self._writing.remove(transfer.key)
-            self._end_store(transfer, slot, sequence, io)
+            self._end_store(flight, io)
             return
-        self._slots.end_read(slot)
+        self._slots.end_read(flight.slot)
         if io.error:
             self._fail(transfer, Reason.ERROR, io.error)
         else:
-            self._complete(transfer, Outcome.DONE)
+            self._complete(transfer, Outcome.DONE, nbytes=flight.nbytes)
 
-    def _end_store(self, transfer: Transfer, slot: int, sequence: int, io: Io) -> None:
-        error, code = io.error, io.code
+    def _end_store(self, flight: _Flight, io: Io) -> None:
+        transfer, error, code = flight.transfer, io.error, io.code
         if not error:
             try:
-                self._slots.fill(transfer.key, slot, sequence)
+                self._slots.fill(transfer.key, flight.slot, flight.sequence, flight.nbytes)
             except OSError as problem:
                 error, code = f"the index cannot be written ({problem.strerror})", problem.errno or 0
         if not error:
-            self._complete(transfer, Outcome.DONE)
+            self._complete(transfer, Outcome.DONE, nbytes=flight.nbytes)
             return
-        self._slots.give_up(slot)
+        self._slots.give_up(flight.slot)
         full = not self._out and self._slab.is_full(code)
         self._fail(transfer, Reason.FULL if full else Reason.ERROR, error)
 
@@ -303,19 +313,34 @@ class GdsTier(Tier):
         )  # fmt: skip
 
     def _complete(
-        self, transfer: Transfer, outcome: Outcome, reason: Reason = Reason.NONE, detail: str = ""
+        self,
+        transfer: Transfer,
+        outcome: Outcome,
+        reason: Reason = Reason.NONE,
+        detail: str = "",
+        nbytes: int = 0,
     ) -> None:
-        self._done.append(Completion(transfer.ticket, outcome, reason, detail))
+        self._done.append(Completion(transfer.ticket, outcome, reason, detail, nbytes))
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A transfer that the disk works on."""
+
+    transfer: Transfer
+    slot: int
+    sequence: int
+    nbytes: int
+    """Length of the object."""
 
 
 def _sizing(config: GdsConfig, context: TierContext) -> Sizing:
-    sizing = plan_sizing(config.capacity // context.world_size, context.block_bytes)
+    sizing = plan_sizing(config.capacity // context.world_size, context.max_bytes)
     if sizing is None:
-        least = share_bytes(1, context.block_bytes) * context.world_size
+        least = share_bytes(1, context.max_bytes) * context.world_size
         raise TierOpenError(
-            f"capacity: {size_text(config.capacity)} over {context.world_size} ranks hold no block of "
-            f"{size_text(context.block_bytes, up=True)}; write at least {size_text(least, up=True)}",
-            operation="open", tier="gds",
+            f"capacity: {size_text(config.capacity)} over {context.world_size} ranks hold no object of "
+            f"{size_text(context.max_bytes, up=True)}; write at least {size_text(least, up=True)}",
+            operation="open", tier=context.name,
         )  # fmt: skip
-    assert sizing.slot_bytes % PAGE_BYTES == 0
     return sizing

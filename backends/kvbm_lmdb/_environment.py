@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import mmap
 import os
 import struct
@@ -14,16 +13,22 @@ import lmdb
 
 from kvbm_core.block import KEY_BYTES, NAMESPACE_BYTES
 from kvbm_core.localdir import FILE_MODE
-from kvbm_lmdb._data_file import HEADER
+from kvbm_lmdb._place import is_sound, nbytes_of, pieces_of
 
-__all__ = ["DAMAGE", "INDEX_ROW", "Entry", "Store", "open_store"]
+__all__ = ["DAMAGE", "GIVEN_UP", "PIECE", "SEQUENCE", "Entry", "Store", "open_store"]
 
-_log = logging.getLogger("kvbm_lmdb")
-
-INDEX_ROW: Final = struct.Struct("<QQQ")
-_OLD_ROW: Final = struct.Struct("<QQ")
-"""Without the offset: such a block cannot be read any more and is given up first."""
+SEQUENCE: Final = struct.Struct("<Q")
+"""Ahead of the place in a row of the index."""
+PIECE: Final = struct.Struct(">QH")
+"""A key of `blocks`: the object's sequence and the number of the piece. In order of time, so that what is
+stored goes to the end of the tree."""
+GIVEN_UP: Final = 2**64 - 1
+"""The length in the row of an object that is being erased, piece by piece."""
+_FORMAT_KEY: Final = b"format"
+_FORMAT: Final = b"2"
+"""Of the two databases; a row of the index."""
 DAMAGE: Final = (
+    lmdb.BadTxnError,  # In a transaction of ours nothing has failed before.
     lmdb.CorruptedError,
     lmdb.CursorFullError,
     lmdb.IncompatibleError,
@@ -35,20 +40,22 @@ DAMAGE: Final = (
     lmdb.VersionMismatchError,
 )
 """What LMDB raises when the file is not, or no longer, a sound environment."""
+_OTHER_FORMAT: Final = "LMDB data format v"
 _BEAT_ROWS: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A block found at open."""
+    """An object found at open."""
 
     full_key: bytes
     """Namespace and key."""
     sequence: int
     """Stored later: higher."""
-    nbytes: int
-    offset: int
-    """Where its bytes begin in the file. 0: cannot be told."""
+    place: bytes
+    """See `_place`. Empty: it cannot be told, or is being given up."""
+    pages: int
+    """That its pieces take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,22 +81,42 @@ def open_store(fd: int, map_bytes: int, beat: Callable[[], None]) -> Store:
     """
     # No lock: this process alone has the file, and no reading transaction is open while it writes. Not
     # writemap: slower for large values, and damaged by a power cut more often.
-    env = lmdb.open(
-        f"/proc/self/fd/{fd}",
-        subdir=False,
-        lock=False,
-        map_size=map_bytes,
-        sync=False,
-        mode=FILE_MODE,
-        max_dbs=2,
-    )
+    try:
+        env = lmdb.open(
+            f"/proc/self/fd/{fd}",
+            subdir=False,
+            lock=False,
+            map_size=map_bytes,
+            sync=False,
+            mode=FILE_MODE,
+            max_dbs=2,
+        )
+    except lmdb.Error as error:
+        # py-lmdb 3 looks at the format's number before LMDB does, and has no class for what it finds.
+        if _OTHER_FORMAT in str(error):
+            raise lmdb.VersionMismatchError(str(error)) from error
+        raise
     if env.stat()["psize"] != mmap.PAGESIZE:
         raise lmdb.InvalidError("it was made on a machine with memory pages of another size")
     # Reading a page beyond the end of the file would end this process (SIGBUS).
     if (env.info()["last_pgno"] + 1) * mmap.PAGESIZE > os.fstat(fd).st_size:
         raise lmdb.CorruptedError("the file was cut short")
-    blocks, index = env.open_db(b"blocks"), env.open_db(b"index")
+    blocks, index = _databases(env)
     return Store(env, blocks, index, _entries(env, index, os.fstat(fd).st_size, beat))
+
+
+def _databases(env: Any) -> tuple[Any, Any]:
+    with env.begin(write=True) as txn:
+        is_new = not txn.stat()["entries"]
+        blocks, index = env.open_db(b"blocks", txn), env.open_db(b"index", txn)
+        if is_new:
+            txn.put(_FORMAT_KEY, _FORMAT, db=index)
+        elif (found := txn.get(_FORMAT_KEY, b"1", db=index)) != _FORMAT:
+            said = found[:16].decode(errors="replace")
+            raise lmdb.VersionMismatchError(
+                f"its databases have format {said}, and this is {_FORMAT.decode()}"
+            )
+    return blocks, index
 
 
 def _entries(env: Any, index: Any, file_bytes: int, beat: Callable[[], None]) -> list[Entry]:
@@ -102,15 +129,15 @@ def _entries(env: Any, index: Any, file_bytes: int, beat: Callable[[], None]) ->
             previous = full_key
             if count % _BEAT_ROWS == 0:
                 beat()
-            if len(full_key) == NAMESPACE_BYTES + KEY_BYTES and len(row) in (INDEX_ROW.size, _OLD_ROW.size):
+            if len(full_key) == NAMESPACE_BYTES + KEY_BYTES and len(row) > SEQUENCE.size:
                 found.append(_entry(full_key, row, file_bytes))
     found.sort(key=lambda entry: entry.sequence)
     return found
 
 
 def _entry(full_key: bytes, row: bytes, file_bytes: int) -> Entry:
-    if len(row) == _OLD_ROW.size:
-        row += bytes(INDEX_ROW.size - _OLD_ROW.size)
-    sequence, nbytes, offset = INDEX_ROW.unpack(row)
-    sound = offset % mmap.PAGESIZE == HEADER.size and offset + nbytes <= file_bytes
-    return Entry(full_key, sequence, nbytes, offset if sound else 0)
+    (sequence,), place = SEQUENCE.unpack_from(row), row[SEQUENCE.size :]
+    if is_sound(place, file_bytes):
+        return Entry(full_key, sequence, place, sum(pages for _, pages in pieces_of(place)))
+    given_up = len(place) % 8 == 0 and nbytes_of(place) == GIVEN_UP
+    return Entry(full_key, sequence, b"", sum(pages for _, pages in pieces_of(place)) if given_up else 0)

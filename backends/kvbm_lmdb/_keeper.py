@@ -24,10 +24,10 @@ from typing import Final
 import lmdb
 import msgspec
 
-from kvbm_lmdb._data_file import HEADER
 from kvbm_lmdb._directory import slot_bytes
 from kvbm_lmdb._environment import DAMAGE, open_store
 from kvbm_lmdb._messages import (
+    FOUND_BYTES,
     FOUND_KEYS,
     Channel,
     Commit,
@@ -65,9 +65,7 @@ class _Keeper:
         self._data = _lock(data_fd)
         self._window = memoryview(mmap.mmap(window_fd, 0, access=mmap.ACCESS_READ))
         store = open_store(self._data, settings.sizing.map_bytes, lambda: channel.send(Found([], [])))
-        self._writer = Writer(
-            store, settings.sizing, settings.folder, settings.namespace, settings.block_bytes
-        )
+        self._writer = Writer(store, settings.sizing, settings.folder, settings.namespace, settings.max_bytes)
         self._tell(self._writer.take_stock())
 
     def run(self) -> None:
@@ -79,11 +77,18 @@ class _Keeper:
             elif isinstance(request, Sync):
                 self._channel.send(self._sync())
 
-    def _tell(self, found: list[tuple[bytes, int]]) -> None:
-        for at in range(0, len(found), FOUND_KEYS):
-            part = found[at : at + FOUND_KEYS]
-            self._channel.send(Found([key for key, _ in part], [offset for _, offset in part]))
-        self._channel.send(Found([], [], last=True))
+    def _tell(self, found: list[tuple[bytes, bytes]]) -> None:
+        keys: list[bytes] = []
+        places: list[bytes] = []
+        nbytes = 0
+        for key, place in found:
+            keys.append(key)
+            places.append(place)
+            nbytes += len(place)
+            if len(keys) == FOUND_KEYS or nbytes >= FOUND_BYTES:
+                self._channel.send(Found(keys, places))
+                keys, places, nbytes = [], [], 0
+        self._channel.send(Found(keys, places, last=True))
 
     def _next(self) -> bytes:
         while os.getppid() == self._settings.engine_pid:
@@ -94,14 +99,11 @@ class _Keeper:
         return b""
 
     def _commit(self, request: Commit) -> Committed:
-        slot = slot_bytes(self._settings.block_bytes)
-        first = request.half * self._settings.sizing.batch_blocks * slot
-        # A shorter value would share a page with others, which LMDB moves.
-        nbytes = max(self._settings.block_bytes, mmap.PAGESIZE - HEADER.size)
-        values = [self._window[first + n * slot :][:nbytes] for n in range(len(request.stores))]
-        return self._writer.write(
-            request.erase, list(zip(request.stores, values, strict=True)), request.own_blocks
-        )
+        stores, at = [], request.half * self._settings.sizing.half_bytes
+        for key, nbytes in zip(request.stores, request.lengths, strict=True):
+            stores.append((key, self._window[at : at + nbytes]))
+            at += slot_bytes(nbytes)
+        return self._writer.write(request.erase, stores, request.own_bytes)
 
     def _sync(self) -> Synced:
         try:
@@ -146,7 +148,8 @@ def main() -> int:
         # The engine is gone.
         return 0
     except (lmdb.Error, OSError) as error:
-        channel.send(Ended(isinstance(error, DAMAGE), str(error)))
+        # Once it is open it makes do with the room that there is.
+        channel.send(Ended(isinstance(error, DAMAGE), str(error), isinstance(error, lmdb.MapFullError)))
         return 1
     return 0
 

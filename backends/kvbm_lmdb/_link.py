@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
 import fcntl
-import logging
 import mmap
 import multiprocessing.spawn
 import os
@@ -20,16 +20,15 @@ from typing import Final
 
 import msgspec
 
+from kvbm_core.config import size_text
 from kvbm_core.errors import TierOpenError
+from kvbm_core.localdir import HeldFolder
 from kvbm_core.log_limit import LogLimit
 from kvbm_core.tier import Region
 from kvbm_lmdb._data_file import DataFile
-from kvbm_lmdb._directory import slot_bytes
 from kvbm_lmdb._messages import Channel, Ended, Found, Reply, Request, Settings
 
 __all__ = ["Fault", "KeeperError", "Link", "Window"]
-
-_log = logging.getLogger("kvbm_lmdb")
 
 _INSIDE: Final = "KVBM_LMDB_KEEPER"
 """Set in a keeper's environment: a program that embeds Python must not start itself over and over."""
@@ -54,13 +53,15 @@ class Fault(enum.Enum):
     BUS = "a page of data.mdb cannot be read; look whether somebody cut it short, or the disk fails (dmesg)"
     HUNG = "the disk does not answer; look for input/output errors (dmesg)"
     MEDIUM = "the disk fails; look for input/output errors (dmesg), permissions and a read-only mount"
+    GONE = "somebody deleted or replaced it; keep other programs out of this directory"
+    SMALL = "the capacity was lowered, and leaves LMDB no room to work in a file of this size"
     KILLED = "somebody killed it; look for the OOM killer (dmesg)"
 
 
 _STRIKES: Final = {Fault.DAMAGE: 2, Fault.CRASH: 3, Fault.BUS: 6}
 """So many faults within `_FORGET_S` are the file's. A disk that fails to read for half a minute is none;
 what fails without a word about the file never is."""
-_STRIKES_AT_OPEN: Final = {Fault.DAMAGE: 1, Fault.CRASH: 2, Fault.BUS: 2, Fault.HUNG: 2}
+_STRIKES_AT_OPEN: Final = {Fault.DAMAGE: 1, Fault.CRASH: 2, Fault.BUS: 2, Fault.HUNG: 2, Fault.SMALL: 1}
 """An engine that starts cannot wait. Nor is there doubt about a file that cannot be opened."""
 
 
@@ -69,20 +70,19 @@ class KeeperError(Exception):
 
     def __init__(self, fault: Fault, detail: str) -> None:
         super().__init__(f"{detail}: {fault.value}")
-        self.fault = fault
+        self.fault, self.detail = fault, detail
 
 
 class Window:
-    """Memory that the keeper sees: two halves, each for the blocks of one transaction.
+    """Memory that the keeper sees: two halves, each for the objects of one transaction.
 
     Raises:
         TierOpenError: If there is no memory for it.
     """
 
-    def __init__(self, batch_blocks: int, block_bytes: int) -> None:
-        self._slot_bytes = slot_bytes(block_bytes)
-        self._half_bytes = batch_blocks * self._slot_bytes
-        nbytes = 2 * self._half_bytes
+    def __init__(self, half_bytes: int) -> None:
+        self._half_bytes = half_bytes
+        nbytes = 2 * half_bytes
         self._memory: ctypes.c_char | None = None
         """The first byte; the mapping goes with it."""
         self.fd = os.memfd_create("kvbm-lmdb", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -94,14 +94,15 @@ class Window:
         except OSError as error:
             self.close()
             raise TierOpenError(
-                f"no memory for a window of {nbytes} bytes ({error}); lower other tiers' capacity",
+                f"no memory for a window of {size_text(nbytes)} ({error}); lower other tiers' capacity",
                 operation="open", tier="lmdb",
             ) from error  # fmt: skip
 
-    def fill(self, half: int, slot: int, region: Region) -> None:
-        """Copy a block into a slot."""
+    def fill(self, half: int, at: int, region: Region) -> None:
+        """Copy an object to byte `at` of a half."""
         assert self._memory is not None
-        offset = half * self._half_bytes + slot * self._slot_bytes
+        assert at + region.nbytes <= self._half_bytes
+        offset = half * self._half_bytes + at
         # Half the work of a `pwrite`; it releases the interpreter lock as well.
         ctypes.memmove(ctypes.addressof(self._memory) + offset, region.address, region.nbytes)
 
@@ -140,11 +141,9 @@ class _Keeper:
         self.send(settings)
 
     def send(self, message: msgspec.Struct) -> None:
-        try:
+        # If it is gone, the next `receive` tells its end.
+        with contextlib.suppress(OSError):
             self.channel.send(message)
-        except OSError:
-            # Its end is told by the next `receive`.
-            _log.debug("the keeper %d is gone", self.process.pid)
 
     def receive(self, wait_s: float) -> Reply:
         try:
@@ -155,7 +154,8 @@ class _Keeper:
             raise self._epitaph()
         reply: Reply = msgspec.msgpack.decode(packet, type=Reply)
         if isinstance(reply, Ended):
-            raise KeeperError(Fault.DAMAGE if reply.damaged else Fault.MEDIUM, reply.detail)
+            fault = Fault.DAMAGE if reply.damaged else Fault.SMALL if reply.too_small else Fault.MEDIUM
+            raise KeeperError(fault, reply.detail)
         return reply
 
     def end(self, wait_s: float) -> bool:
@@ -198,16 +198,20 @@ class Link:
 
     Args:
         settings: For the keeper.
-        window: Where it finds the blocks to store.
+        window: Where it finds the objects to store.
+        lines: Where lines go.
+        held: The folder that the file is in.
 
     Raises:
         TierOpenError: If the file may not be used, or not even an empty one can be opened.
     """
 
-    def __init__(self, settings: Settings, window: Window, limit: LogLimit) -> None:
+    def __init__(self, settings: Settings, window: Window, lines: LogLimit, held: HeldFolder) -> None:
         self._settings = settings
+        self._held = held
         self._window = window
-        self._limit = limit
+        self.lines = lines
+        """Where lines about the tier go."""
         self._folder = Path(settings.folder)
         self._faults: deque[tuple[float, Fault]] = deque(maxlen=32)
         self._keeper: _Keeper | None = None
@@ -215,18 +219,18 @@ class Link:
         """When `reopen` has something to do, on the clock of `time.monotonic`."""
         self.down = ""
         """Why there is no keeper; empty while there is one."""
-        self.data = DataFile(self._folder)
+        self.data = DataFile(self._held)
         if self.data.nbytes > settings.sizing.map_bytes:
             self.data = self._drop_too_large(self.data)
 
     def __repr__(self) -> str:
         return f"<Link to {self._folder}, {self.down or 'up'}, {len(self._faults)} faults>"
 
-    def open(self) -> dict[bytes, int]:
+    def open(self) -> dict[bytes, bytes]:
         """Start the first keeper; a file that ends it is put aside.
 
         Returns:
-            Keys that are served, oldest first, and where their bytes begin in `data`.
+            Keys that are served, oldest first, and where their objects lie in `data`, see `_place`.
 
         Raises:
             TierOpenError: If it cannot be opened.
@@ -245,11 +249,13 @@ class Link:
                     raise TierOpenError(
                         f"path: {self.data.path} cannot be opened: {error}", operation="open", tier="lmdb"
                     ) from error
-                if self._count(error.fault) >= _STRIKES_AT_OPEN[error.fault]:
+                if error.fault is Fault.SMALL:
+                    self.data = self._drop_too_large(self.data)
+                elif self._count(error.fault) >= _STRIKES_AT_OPEN[error.fault]:
                     self._put_aside(error)
         raise AssertionError
 
-    def reopen(self) -> dict[bytes, int] | None:
+    def reopen(self) -> dict[bytes, bytes] | None:
         """Start a keeper again if it is time to. None: not now, or it did not work; see `down`.
 
         Returns:
@@ -261,6 +267,9 @@ class Link:
             self.retry_s = time.monotonic() + _MOST_RETRY_S
             return None
         try:
+            if self.data.is_gone:
+                self._held.retake()
+                self.data = DataFile(self._held)  # New; or, of a disk that was away, as it was.
             found = self._start()
         except KeeperError as error:
             self.failed(error)
@@ -268,7 +277,7 @@ class Link:
         except (OSError, TierOpenError) as error:
             self.failed(KeeperError(Fault.MEDIUM, str(error)))
             return None
-        self._limit.warning("again", "%s: LMDB works again, with %d blocks", self._folder, len(found))
+        self.lines.warning("again", "%s: LMDB works again, with %d objects", self._folder, len(found))
         return found
 
     def send(self, request: Request) -> None:
@@ -286,7 +295,9 @@ class Link:
         return self._keeper.receive(_ANSWER_WAIT_S)
 
     def died(self) -> KeeperError | None:
-        """Say whether the keeper has died while nothing was asked."""
+        """Say whether the keeper has died while nothing was asked, or somebody took its file away."""
+        if self.data.is_gone:
+            return KeeperError(Fault.GONE, f"{self.data.path} is not the file that is open")
         if self._keeper is None or self._keeper.process.poll() is None:
             return None
         try:
@@ -297,10 +308,12 @@ class Link:
 
     def failed(self, error: KeeperError) -> None:
         """Note that the keeper is gone, say so, and decide when the next one starts."""
+        if error.fault is not Fault.GONE and self.data.is_gone:
+            error = KeeperError(Fault.GONE, error.detail)
         self._end(error)
         wait_s = 0.0 if len(self._faults) == 1 else min(_MOST_RETRY_S, 2.0 ** (len(self._faults) - 3))
         self.retry_s = time.monotonic() + wait_s
-        self._limit.error(
+        self.lines.error(
             ("down", error.fault),
             "%s: the process that has LMDB is gone; the engine goes on, and another is started%s. %s",
             self._folder, f" in {wait_s:.1f} s" if wait_s else "", error,
@@ -318,18 +331,15 @@ class Link:
     def close(self) -> bool:
         """Let the keeper end. Says whether it is gone. May be called twice."""
         self.down = self.down or "closed"
-        gone = self._keeper is None or self._keeper.end(_END_WAIT_S)
-        if gone:
-            self._keeper = None
-        return gone
+        return self._gone(_END_WAIT_S)
 
-    def _start(self) -> dict[bytes, int]:
+    def _start(self) -> dict[bytes, bytes]:
         self._keeper = _Keeper(self._settings, self._window.fd, self.data.fd)
-        found: dict[bytes, int] = {}
+        found: dict[bytes, bytes] = {}
         while True:
             reply = self._keeper.receive(_START_WAIT_S)
             assert isinstance(reply, Found)
-            found.update(zip(reply.keys, reply.offsets, strict=True))
+            found.update(zip(reply.keys, reply.places, strict=True))
             if reply.last:
                 self.down = ""
                 return found
@@ -345,9 +355,9 @@ class Link:
     def _count(self, fault: Fault) -> int:
         return sum(each is fault for _, each in self._faults)
 
-    def _gone(self) -> bool:
+    def _gone(self, wait_s: float = 0.0) -> bool:
         """Make sure that no keeper is left: two at once would write into one file."""
-        if self._keeper is not None and self._keeper.end(0.0):
+        if self._keeper is not None and self._keeper.end(wait_s):
             self._keeper = None
         return self._keeper is None
 
@@ -356,20 +366,20 @@ class Link:
         try:
             self.data = self.data.put_aside(str(error))
         except TierOpenError as refused:
-            self._limit.error("aside", "%s cannot be put aside: %s", self.data.path, refused)
+            self.lines.error("aside", "%s cannot be put aside: %s", self.data.path, refused)
             return
-        self._limit.error(
+        self.lines.error(
             "aside",
             "%s is damaged and is now called data.mdb.damaged; the tier starts empty. %s",
-            self.data.path,
-            error,
-        )
+            self.data.path, error,
+        )  # fmt: skip
 
     def _drop_too_large(self, data: DataFile) -> DataFile:
-        _log.warning(
-            "%s is %d bytes and may now be %d: the capacity was lowered. LMDB cannot shrink a file: "
+        self.lines.warning(
+            "smaller",
+            "%s is %s and may now be %s: the capacity was lowered. LMDB cannot shrink a file: "
             "dropping it and starting empty.",
-            data.path, data.nbytes, self._settings.sizing.map_bytes,
+            data.path, size_text(data.nbytes), size_text(self._settings.sizing.map_bytes),
         )  # fmt: skip
         return data.start_anew()
 

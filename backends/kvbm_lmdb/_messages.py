@@ -23,9 +23,10 @@ __all__ = [
 ]
 
 _PACKET_BYTES: Final = 128 << 10
-"""No message is longer: at most 256 keys to erase and 64 to store, or 1,024 keys found."""
+"""No message is longer: at most 256 keys to erase and 64 to store, 64 places, or what is in one `Found`."""
 FOUND_KEYS: Final = 1024
-"""Keys in one `Found`."""
+FOUND_BYTES: Final = 64 << 10
+"""Keys in one `Found`, and bytes of places; the last place may be longer."""
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -35,7 +36,7 @@ class Settings(msgspec.Struct, frozen=True):
     engine_pid: int
     """The keeper ends when this process is its parent no more."""
     namespace: bytes
-    block_bytes: int
+    max_bytes: int
     sizing: Sizing
 
 
@@ -44,10 +45,12 @@ class Commit(msgspec.Struct, frozen=True, tag=True):
 
     erase: list[bytes]
     stores: list[bytes]
-    """Keys; the bytes of the nth are in the nth slot of the window's half."""
+    """Keys. Their objects lie in the window's half in this order, each in a slot of whole pages."""
+    lengths: list[int]
+    """Of the objects, in bytes."""
     half: int
-    own_blocks: int
-    """Blocks of this namespace there are after it."""
+    own_bytes: int
+    """What objects of this namespace take of the capacity after it."""
 
 
 class Sync(msgspec.Struct, frozen=True, tag=True):
@@ -58,16 +61,16 @@ class Found(msgspec.Struct, frozen=True, tag=True):
     """A part of what is served, oldest first; also a sign of life. The last one ends the opening."""
 
     keys: list[bytes]
-    offsets: list[int]
-    """Where each block's bytes begin in the file."""
+    places: list[bytes]
+    """Where each object lies in the file, see `_place`."""
     last: bool = False
 
 
 class Committed(msgspec.Struct, frozen=True, tag=True):
-    """How a `Commit` went: the first stores, as many as there are offsets, are committed."""
+    """How a `Commit` went: the first stores, as many as there are places, are committed."""
 
     erased: bool
-    offsets: list[int]
+    places: list[bytes]
     full: str = ""
     """Why the others found no room."""
 
@@ -84,6 +87,8 @@ class Ended(msgspec.Struct, frozen=True, tag=True):
     damaged: bool
     """The file is not, or no longer, a sound environment. False: the medium failed, or something else."""
     detail: str
+    too_small: bool = False
+    """The file nearly fills the capacity, which was larger: there is no room even to give objects up."""
 
 
 Request = Commit | Sync

@@ -11,17 +11,17 @@ from itertools import islice
 from typing import Final
 
 from kvbm_core.block import BlockKey
-from kvbm_core.log_limit import LogLimit
+from kvbm_core.config import size_text
 from kvbm_core.tier import Completion, Outcome, Reason, TierContext, Transfer
-from kvbm_lmdb._directory import ERASE_BLOCKS, PAGE_BYTES, Sizing
+from kvbm_lmdb._directory import OVERHEAD_BYTES, Sizing, slot_bytes
 from kvbm_lmdb._link import Fault, KeeperError, Link, Window
 from kvbm_lmdb._messages import Commit, Committed, Sync, Synced
+from kvbm_lmdb._place import nbytes_of
 
-__all__ = ["Writing"]
+__all__ = ["Writing", "charge"]
 
 _ERASE_RETRY_S: Final = 1.0
 """Erasures for which a disk had no room are tried again after this."""
-_GIB: Final = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,16 @@ _BEHIND: Final = 1
 """Batches that the keeper has not answered while the next is copied: the window has two halves."""
 
 
+def charge(nbytes: int) -> int:
+    """Count the bytes of the capacity that an object takes."""
+    return nbytes + OVERHEAD_BYTES if nbytes else 0
+
+
+def _length(transfer: Transfer) -> int:
+    assert transfer.region is not None
+    return transfer.region.nbytes
+
+
 class Writing:
     """What is present, what is on its way, and the thread that hands it to the keeper."""
 
@@ -45,16 +55,17 @@ class Writing:
     def __init__(
         self,
         link: Link,
-        found: dict[BlockKey, int],
+        found: dict[BlockKey, bytes],
         window: Window,
-        limit: LogLimit,
         context: TierContext,
         sizing: Sizing,
     ) -> None:
         self._link = link
         self._present = found
+        self._charged_bytes = sum(charge(nbytes_of(place)) for place in found.values())
+        """What is present, and what is on its way."""
         self._window = window
-        self._limit = limit
+        self._limit = link.lines
         self._context = context
         self._sizing = sizing
         self._data = link.data
@@ -106,12 +117,18 @@ class Writing:
         return min([*times_s, self._erase_s] if self._erasing else times_s, default=None)
 
     def _take_writes(self) -> _Batch:
-        erase = list(islice(self._erasing, ERASE_BLOCKS))
+        erase = list(islice(self._erasing, self._sizing.most_erased))
         for key in erase:
             del self._erasing[key]
+        stores: list[Transfer] = []
+        room_bytes = self._sizing.half_bytes
         # While some are left, the room that stores count on is not all free yet.
-        count = 0 if self._erasing else min(len(self._stores), self._sizing.batch_blocks)
-        return _Batch(erase, [self._stores.popleft() for _ in range(count)])
+        while self._stores and not self._erasing and len(stores) < self._sizing.most_stored:
+            room_bytes -= slot_bytes(_length(self._stores[0]))
+            if room_bytes < 0:
+                break
+            stores.append(self._stores.popleft())
+        return _Batch(erase, stores)
 
     def _step(self, batch: _Batch) -> None:
         """Copy a batch into the half of the window that is free, and let the keeper go on to it."""
@@ -122,9 +139,9 @@ class Writing:
                 self._settle(batch.stores, [], Reason.ERROR, self._down)
                 return
             if batch.erase or batch.stores:
-                own_blocks = len(self._present) + sum(len(each.stores) for each in (*self._sent, batch))
                 keys = [transfer.key for transfer in batch.stores]
-                self._link.send(Commit(batch.erase, keys, self._half, own_blocks))
+                lengths = [_length(transfer) for transfer in batch.stores]
+                self._link.send(Commit(batch.erase, keys, lengths, self._half, self._charged_bytes))
                 self._sent.append(batch)
                 self._half = 1 - self._half
                 batch = _NOTHING
@@ -144,9 +161,11 @@ class Writing:
         late = [transfer for transfer in stores if transfer.deadline_s < now_s]
         self._settle(late, [], Reason.DEADLINE)
         kept = [transfer for transfer in stores if transfer.deadline_s >= now_s]
-        for slot, transfer in enumerate(kept):
+        at = 0
+        for transfer in kept:
             assert transfer.region is not None
-            self._window.fill(half, slot, transfer.region)
+            self._window.fill(half, at, transfer.region)
+            at += slot_bytes(transfer.region.nbytes)
         return kept
 
     def _finish(self) -> None:
@@ -159,14 +178,14 @@ class Writing:
         assert isinstance(reply, Committed)
         sent = self._sent.popleft()
         self._dirty = True
-        self._settle(sent.stores, reply.offsets, Reason.FULL, reply.full)
+        self._settle(sent.stores, reply.places, Reason.FULL, reply.full)
         if reply.full:
-            used_gib = len(self._present) * self._sizing.block_pages * PAGE_BYTES / _GIB
+            used_bytes = self._charged_bytes
             self._limit.warning(
                 "full",
-                "%s: no room for more at %.2f of the %.2f GiB configured (%s); make room on the disk, or "
+                "%s: no room for more at %s of the %s configured (%s); make room on the disk, or "
                 "lower 'capacity'",
-                self._data.path, used_gib, self._sizing.map_bytes / _GIB, reply.full,
+                self._data.path, size_text(used_bytes), size_text(self._sizing.map_bytes), reply.full,
             )  # fmt: skip
         if not reply.erased:
             self._erase_later(sent.erase, _ERASE_RETRY_S)
@@ -188,7 +207,9 @@ class Writing:
         with self._lock:
             # What is there though nobody was told so, or though it was discarded, goes.
             self._erasing = dict.fromkeys(key for key in found if key not in self._present)
-            self._present = {key: offset for key, offset in found.items() if key in self._present}
+            self._charged_bytes -= sum(charge(nbytes_of(place)) for place in self._present.values())
+            self._present = {key: place for key, place in found.items() if key in self._present}
+            self._charged_bytes += sum(charge(nbytes_of(place)) for place in self._present.values())
             self._data = self._link.data
             self._down = ""
         return True
@@ -214,17 +235,19 @@ class Writing:
                 self._erasing.update(dict.fromkeys(key for key in erase if key not in self._present))
 
     def _settle(
-        self, stores: Sequence[Transfer], offsets: Sequence[int], reason: Reason, detail: str = ""
+        self, stores: Sequence[Transfer], places: Sequence[bytes], reason: Reason, detail: str = ""
     ) -> None:
-        """Complete stores: the first are where `offsets` say, the others ended with a reason."""
+        """Complete stores: the first are where `places` say, the others ended with a reason."""
         completions: list[Completion] = []
         with self._lock:
             for at, transfer in enumerate(stores):
                 tickets = self._storing.pop(transfer.key, ())
-                if at < len(offsets):
-                    self._present[transfer.key] = offsets[at]
-                    completions += [Completion(ticket, Outcome.DONE) for ticket in tickets]
+                nbytes = _length(transfer)
+                if at < len(places):
+                    self._present[transfer.key] = places[at]
+                    completions += [Completion(ticket, Outcome.DONE, nbytes=nbytes) for ticket in tickets]
                 else:
+                    self._charged_bytes -= charge(nbytes)
                     completions += [Completion(ticket, Outcome.FAILED, reason, detail) for ticket in tickets]
         self._complete(completions)
 

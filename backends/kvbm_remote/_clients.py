@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvbm_core.errors import TierOpenError
+from kvbm_core.log_limit import Log, TierLog
 from kvbm_remote._async_stores import AsyncStore, ObjectStore
 from kvbm_remote._config import RemoteConfig, shown_url
 from kvbm_remote._faults import classify
@@ -24,6 +25,8 @@ from kvbm_remote._redirects import aiohttp_tracing, aws_session, obstore_guard, 
 from kvbm_remote._stores import Store, ThreadStore
 
 __all__ = ["check", "is_read_only", "make_store"]
+
+_log = TierLog("kvbm_remote")
 
 _PACKAGES: Final = {
     "s3": "obstore or s3fs",
@@ -40,7 +43,7 @@ _PACKAGES: Final = {
     "https": "aiohttp",
     "webdav": "webdav4[fsspec]",
 }
-_WITHOUT_ROOT: Final = frozenset({"http", "https"})
+WITHOUT_ROOT: Final = frozenset({"http", "https"})
 """Nothing can be written there by fsspec."""
 _OBSTORE_OPTIONS: Final = {
     "key": "access_key_id",
@@ -65,17 +68,21 @@ _NEAR: Final = 0.75
 
 def is_read_only(config: RemoteConfig) -> bool:
     """Say whether nothing may or can be stored."""
-    return config.read_only or config.protocol in _WITHOUT_ROOT
+    return config.read_only or config.protocol in WITHOUT_ROOT
 
 
-def make_store(config: RemoteConfig) -> Store:
+def make_store(config: RemoteConfig, log: Log = _log) -> Store:
     """Choose the client library. Opens no connection.
+
+    Args:
+        config: The tier's.
+        log: Where its lines go.
 
     Raises:
         TierOpenError: If the protocol is unknown, its package is not installed, or an option is wrong.
     """
     if config.protocol in ("file", "local"):
-        return LocalStore(_folder(config))
+        return LocalStore(_folder(config), log)
     authorities = _authorities(config)
     settings = _obstore_settings(config)
     if settings is None:

@@ -74,7 +74,7 @@ class Fault:
 
 
 class WrongLengthError(Exception):
-    """An object has another length than it must have, or is no plain file."""
+    """An object is empty, or longer than its reader takes, or is no plain file."""
 
 
 class StrangeFolderError(Exception):

@@ -19,10 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from kvbm_core.config import parse_size
+from kvbm_core.config import parse_size, size_text
 from kvbm_core.errors import KvbmError
 from kvbm_remote._clients import make_store
 from kvbm_remote._config import RemoteConfig, shown_url
+from kvbm_remote._facts import namespace_of
 from kvbm_remote._faults import classify
 from kvbm_remote._kinds import MISSING
 from kvbm_remote._stores import LITTER_S, TOP, Entry, Store, is_temporary
@@ -47,6 +48,8 @@ class Summary:
     deleted_bytes: int = 0
     deleted_litter: int = 0
     """Files of writers that died."""
+    deleted_facts: int = 0
+    """What was written about namespaces without blocks."""
     failed: int = 0
     """Deletions that did not work."""
     dry_run: bool = False
@@ -61,6 +64,9 @@ class _Collection:
         self._now_s = now_s
         self._oldest_s = now_s - max_age_s
         self._stored: Counter[int] = Counter()
+        self._blocks: Counter[str] = Counter()
+        """By namespace, how many are there still."""
+        self._facts: list[Entry] = []
         self._doomed: list[Entry] = []
         self._told_s = time.monotonic()
         self.summary = Summary(dry_run=dry_run)
@@ -70,14 +76,22 @@ class _Collection:
             self._tell()
             if _BLOCK.fullmatch(entry.path):
                 await self._take_in(entry)
+            elif namespace_of(entry.path):
+                self._facts.append(entry)
             elif is_temporary(entry.path) and entry.modified_s < self._now_s - LITTER_S:
                 await self._doom(entry)
         excess_bytes = self._stored.total() - self._max_bytes
         if excess_bytes > 0:
             await self._shrink(excess_bytes)
         await self._delete()
+        for entry in self._facts:
+            # Young ones were written ahead of the first block.
+            if not self._blocks[namespace_of(entry.path)] and entry.modified_s < self._now_s - LITTER_S:
+                await self._doom(entry)
+        await self._delete()
 
     async def _take_in(self, entry: Entry) -> None:
+        self._blocks[_namespace(entry)] += 1
         self.summary.found_blocks += 1
         self.summary.found_bytes += entry.nbytes
         if entry.modified_s < self._oldest_s:
@@ -121,7 +135,10 @@ class _Collection:
                 self.summary.failed += 1
             elif is_temporary(entry.path):
                 self.summary.deleted_litter += 1
+            elif namespace_of(entry.path):
+                self.summary.deleted_facts += 1
             else:
+                self._blocks[_namespace(entry)] -= 1
                 self.summary.deleted_blocks += 1
                 self.summary.deleted_bytes += entry.nbytes
 
@@ -130,6 +147,11 @@ class _Collection:
             self._told_s = time.monotonic()
             said = f"{self.summary.found_blocks} blocks found, {self.summary.deleted_blocks} deleted"
             print(said, file=sys.stderr, flush=True)
+
+
+def _namespace(entry: Entry) -> str:
+    """Give the namespace of a block, in digits."""
+    return entry.path.split("/")[1]
 
 
 async def collect(
@@ -207,7 +229,7 @@ def _seconds(text: str) -> float:
 def _text(summary: Summary) -> str:
     would = "would be deleted" if summary.dry_run else "deleted"
     return (
-        f"{summary.found_blocks} blocks found, {summary.found_bytes} bytes; "
-        f"{summary.deleted_blocks} {would}, {summary.deleted_bytes} bytes; "
+        f"{summary.found_blocks} blocks found, {size_text(summary.found_bytes)}; "
+        f"{summary.deleted_blocks} {would}, {size_text(summary.deleted_bytes)}; "
         f"{summary.deleted_litter} unfinished files {would}; {summary.failed} deletions failed"
     )

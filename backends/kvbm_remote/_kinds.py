@@ -50,7 +50,7 @@ _RENEW: Final = "then start the engine again; a role renews its credentials itse
 MISSING: Final = Kind("missing", Reason.MISSING, "")
 PRESENT: Final = Kind("present", Reason.BUSY, "the object is there already")
 CORRUPT: Final = Kind(
-    "corrupt", Reason.CORRUPT, "an object has another length than this model's blocks, or is no plain file"
+    "corrupt", Reason.CORRUPT, "an object is empty, longer than this model's blocks, or no plain file"
 )
 STRANGE: Final = Kind(
     "a strange folder",

@@ -13,19 +13,19 @@ import os
 import re
 import secrets
 import stat
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Final
 
+from kvbm_core.log_limit import Log, LogLimit
+from kvbm_core.trust import DIRECTORY_MODE, FILE_MODE, why_strange_folder
 from kvbm_remote._faults import StrangeFolderError, WrongLengthError
 from kvbm_remote._stores import LITTER_S, UNFINISHED, Buffer, Entry, Store
 
 __all__ = ["LocalStore"]
 
-_DIRECTORY_MODE: Final = 0o700
-_FILE_MODE: Final = 0o600
-"""A KV cache holds people's prompts."""
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _UNFINISHED: Final = re.compile(UNFINISHED, re.ASCII)
 
@@ -36,16 +36,23 @@ class LocalStore(Store):
     client = "files"
     abandonable = False
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, log: Log) -> None:
         self._root = str(root)
         self._tidied: set[str] = set()
+        self._lines = LogLimit(log)
+        self._place: tuple[int, int] | None = None
+        """Device and inode of the root, when something was written last."""
+        self._noting = threading.Lock()
+        """Who makes the root notes it before others that write see it."""
 
     async def get(self, path: str, target: memoryview) -> Buffer:
         """See `Store.get`. Reads straight into the target."""
         file = self._open(path)
         try:
-            if _plain_bytes(os.fstat(file)) != len(target):
+            nbytes = _plain_bytes(os.fstat(file))
+            if not 0 < nbytes <= len(target):
                 raise WrongLengthError
+            target = target[:nbytes]
             done = 0
             while done < len(target):
                 count = os.preadv(file, [target[done:]], done)
@@ -93,6 +100,7 @@ class LocalStore(Store):
 
     async def close(self) -> None:
         """See `Store.close`."""
+        self._lines.close()
 
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}"
@@ -114,19 +122,33 @@ class LocalStore(Store):
             FileNotFoundError: If it is not there, and is not to be made.
             StrangeFolderError: If a part of it is no directory, or somebody else's.
         """
-        if make:
-            _make_root(Path(self._root))
-        folder = os.open(self._root, _FOLDER)
+        with self._noting:
+            made = make and _make_root(Path(self._root))
+            folder = os.open(self._root, _FOLDER)
+            self._note_place(os.fstat(folder), made=made)
         try:
             for name in place.split("/"):
                 inner = _inner(name, folder, make=make)
                 os.close(folder)
                 folder = inner
-                if not _is_trusted(os.fstat(folder)):
+                if why_strange_folder(os.fstat(folder), may_share=True):
                     raise StrangeFolderError
             yield folder
         finally:
             os.close(folder)
+
+    def _note_place(self, facts: os.stat_result, *, made: bool) -> None:
+        """Say it if the root is another directory than before: all that was stored is not there."""
+        before, self._place = self._place, (facts.st_dev, facts.st_ino)
+        # A directory that was deleted and made again may have its old number.
+        if before is not None and (made or before != self._place):
+            self._tidied.clear()
+            self._lines.warning(
+                "place",
+                "file://%s is another directory than before: it was deleted, unmounted or mounted, and "
+                "blocks stored before are missing. New ones go where it leads now: see if a mount is away",
+                self._root,
+            )  # fmt: skip
 
     def _walk(self, folder: str) -> Iterator[Entry]:
         with contextlib.suppress(FileNotFoundError), os.scandir(folder) as found:
@@ -140,12 +162,15 @@ class LocalStore(Store):
                         yield Entry(each.path[len(self._root) + 1 :], facts.st_size, facts.st_mtime)
 
 
-def _make_root(root: Path) -> None:
+def _make_root(root: Path) -> bool:
+    """Make the root if it is not there, and say whether it was made."""
+    if root.exists():
+        return False
     # Path.mkdir(parents=True) makes the parents with the default mode.
-    if not root.exists():
-        for each in reversed((root, *root.parents)):
-            if not each.exists():
-                each.mkdir(mode=_DIRECTORY_MODE, exist_ok=True)
+    for each in reversed((root, *root.parents)):
+        if not each.exists():
+            each.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+    return True
 
 
 def _inner(name: str, folder: int, *, make: bool) -> int:
@@ -157,22 +182,12 @@ def _inner(name: str, folder: int, *, make: bool) -> int:
             if not make:
                 raise
         with contextlib.suppress(FileExistsError):
-            os.mkdir(name, _DIRECTORY_MODE, dir_fd=folder)
+            os.mkdir(name, DIRECTORY_MODE, dir_fd=folder)
         return os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
     except OSError as error:
         if error.errno in (errno.ENOTDIR, errno.ELOOP):
             raise StrangeFolderError from error
         raise
-
-
-def _is_trusted(facts: os.stat_result) -> bool:
-    """Say whether a folder is this user's, or was made for this user by root or for a group of its."""
-    if facts.st_uid == os.geteuid():
-        return True
-    if facts.st_mode & stat.S_IWOTH and not facts.st_mode & stat.S_ISVTX:
-        return False
-    ours = facts.st_mode & stat.S_IWGRP and facts.st_gid in (os.getegid(), *os.getgroups())
-    return facts.st_uid == 0 or bool(ours)
 
 
 def _plain_bytes(facts: os.stat_result) -> int:
@@ -200,7 +215,7 @@ def _tidy(folder: int) -> None:
 
 def _write(name: str, content: Buffer, folder: int) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    file = os.open(name, flags, _FILE_MODE, dir_fd=folder)
+    file = os.open(name, flags, FILE_MODE, dir_fd=folder)
     try:
         done = 0
         while done < len(content):

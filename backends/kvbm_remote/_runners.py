@@ -7,7 +7,6 @@ so it is run to its end in one step.
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -17,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from kvbm_core.block import BlockKey
+from kvbm_core.log_limit import Log
 from kvbm_core.tier import Op, Transfer
+from kvbm_remote._stores import UNSAID
 
 __all__ = ["Job", "LoopRunner", "Runner", "ThreadRunner"]
-
-_log = logging.getLogger("kvbm_remote")
 
 _END_WAIT_S: Final = 3.0
 """Cancelled jobs, and threads, have so long to end."""
@@ -34,15 +33,21 @@ class Job:
     """One operation under way."""
 
     key: BlockKey
-    """Empty for the first look at the store."""
+    """Empty for an errand."""
     transfer: Transfer | None
-    """None for a deletion."""
+    """None for a deletion or an errand."""
     give_up_s: float
     """On the clock of ``time.monotonic``."""
     overwrite: bool = False
+    errand: Callable[[], Coroutine[Any, Any, None]] | None = None
+    """What is done that is about no block."""
+    name: str = "delete"
+    """What a failure is called, if there is no transfer."""
     held: bool = False
     """The transfer's region is being read or written just now: do not give up."""
     ended: bool = False
+    nbytes: int = UNSAID
+    """Of the object, as soon as the store has said it."""
 
     @property
     def passes_stores(self) -> bool:
@@ -56,7 +61,8 @@ Handle = Callable[[Job], Coroutine[Any, Any, None]]
 class Runner(ABC):
     """Runs jobs, at most so many at once, loads and lookups first."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: Log) -> None:
+        self._log = log
         self._to_do = threading.Condition()
         self._ahead: deque[Job] = deque()
         self._behind: deque[Job] = deque()
@@ -90,7 +96,7 @@ class LoopRunner(Runner):
     """An event loop in a thread."""
 
     def __init__(
-        self, handle: Handle, expire: Callable[[Job], None], max_in_flight: int, timeout_s: float
+        self, handle: Handle, expire: Callable[[Job], None], max_in_flight: int, timeout_s: float, log: Log
     ) -> None:
         """Start the thread.
 
@@ -99,8 +105,9 @@ class LoopRunner(Runner):
             expire: Called on the loop for a job that was cancelled because its time was up.
             max_in_flight: Jobs at once.
             timeout_s: From a job's start to its end.
+            log: Where its lines go.
         """
-        super().__init__()
+        super().__init__(log)
         self._handle = handle
         self._expire = expire
         self._max_in_flight = max_in_flight
@@ -125,7 +132,7 @@ class LoopRunner(Runner):
         try:
             ended.result(max(0.0, finish_by_s - time.monotonic()) + 2 * _END_WAIT_S)
         except TimeoutError:
-            _log.error("a client library does not let go of its connections; leaving them open")
+            self._log.error("a client library does not let go of its connections; leaving them open")
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_END_WAIT_S)
 
@@ -175,14 +182,15 @@ class LoopRunner(Runner):
 class ThreadRunner(Runner):
     """A few threads, each with one job at a time."""
 
-    def __init__(self, handle: Handle, max_in_flight: int) -> None:
+    def __init__(self, handle: Handle, max_in_flight: int, log: Log) -> None:
         """Start the threads.
 
         Args:
             handle: Runs a job, and raises nothing.
             max_in_flight: Threads.
+            log: Where its lines go.
         """
-        super().__init__()
+        super().__init__(log)
         self._handle = handle
         self._closing = False
         names = [f"kvbm-remote-{number}" for number in range(max_in_flight)]
@@ -211,7 +219,7 @@ class ThreadRunner(Runner):
         for thread in self._threads:
             thread.join(max(0.0, give_up_s - time.monotonic()))
         if any(thread.is_alive() for thread in self._threads):
-            _log.error("a file system does not answer; leaving its threads behind")
+            self._log.error("a file system does not answer; leaving its threads behind")
 
     def _run(self) -> None:
         while True:

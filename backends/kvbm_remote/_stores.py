@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 __all__ = [
+    "FACTS",
     "LITTER_S",
     "TEMPORARY",
     "TOP",
@@ -40,10 +41,13 @@ TOP: Final = "v1"
 """Everything of ours lies below it; it names the version of the layout."""
 TEMPORARY: Final = f"{TOP}/tmp"
 """Files lie here until they are whole; in a local directory they lie beside the others, see `UNFINISHED`."""
+FACTS: Final = f"{TOP}/facts"
+"""What namespaces are made of lies here, see `_facts`."""
 UNFINISHED: Final = r"\.kvbm-[0-9a-f]{32}\.tmp"
 """What a file in a local directory is called until it is whole: a name that nobody else gives."""
 _LITTER: Final = re.compile(
-    rf"{TEMPORARY}/[0-9a-f]{{32}}|{TOP}/[0-9a-f]{{32}}/r\d+of\d+/[0-9a-f]{{2}}/{UNFINISHED}", re.ASCII
+    rf"{TEMPORARY}/[0-9a-f]{{32}}|({TOP}/[0-9a-f]{{32}}/r\d+of\d+/[0-9a-f]{{2}}|{FACTS}/r\d+)/{UNFINISHED}",
+    re.ASCII,
 )
 LITTER_S: Final = 3600.0
 """A temporary file of this age was left by a writer that died."""
@@ -81,10 +85,10 @@ class Store(ABC):
 
     @abstractmethod
     async def get(self, path: str, target: memoryview) -> Buffer:
-        """Give an object: bytes of its own, or `target`, filled.
+        """Give an object: bytes of its own, or the first bytes of `target`, filled.
 
         Raises:
-            WrongLengthError: If it knows that the object has another length than the target. Of a longer
+            WrongLengthError: If it knows that the object is longer than the target, or empty. Of a longer
                 one it reads a byte more than the target has, at most.
         """
 

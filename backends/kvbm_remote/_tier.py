@@ -1,36 +1,35 @@
-"""Blocks in a store that many engines share: an object store, a file server, a mounted directory.
+"""Objects in a store that many engines share: an object store, a file server, a mounted directory.
 
     caller ── submit ──► jobs ──► event loop, or threads ── get, put, size ──► store
     caller ◄── poll ── completions ◄──┘
 
     <url>/v1/<namespace>/r<rank>of<ranks>/<first two digits>/<key>    all in hexadecimal
+    <url>/v1/facts/r<rank>/<namespace>.json                           see `_facts`
 
 Nothing here waits for the store, also not at open: an engine starts while it is down.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
-from typing import Final
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any, Final
 
 from kvbm_core.block import BlockKey
 from kvbm_core.errors import QueueFullError, TierError
-from kvbm_core.log_limit import LogLimit
+from kvbm_core.log_limit import LogLimit, TierLog
 from kvbm_core.tier import Capabilities, Completion, Op, Outcome, Reason, Tier, TierContext, Transfer
-from kvbm_remote._clients import check, is_read_only, make_store
+from kvbm_remote._clients import WITHOUT_ROOT, check, is_read_only, make_store
 from kvbm_remote._config import RemoteConfig, shown_url
+from kvbm_remote._facts import RemoteFacts
 from kvbm_remote._faults import Fault, WrongLengthError, classify
 from kvbm_remote._kinds import BUCKET, MISSING
 from kvbm_remote._runners import Job, LoopRunner, Runner, ThreadRunner
 from kvbm_remote._stores import LITTER_S, TEMPORARY, TOP, UNSAID, is_temporary
 
 __all__ = ["RemoteTier"]
-
-_log = logging.getLogger("kvbm_remote")
 
 _QUEUE_FACTOR: Final = 4
 """Transfers taken, for each that is under way."""
@@ -59,23 +58,27 @@ class RemoteTier(Tier):
         self._context = context
         self._place = shown_url(config.url)
         self._read_only = is_read_only(config)
-        self._store = make_store(config)
+        self._log = TierLog("kvbm_remote", context.name)
+        self._store = make_store(config, self._log)
         self._depth = _QUEUE_FACTOR * config.max_in_flight
         self._capabilities = Capabilities(
-            capacity_blocks=None,
+            capacity_bytes=None,
             queue_depth=self._depth,
             durable=config.protocol != "memory",
             shared=True,
             remote_lookup=True,
             detail=f"{self._place} by {self._store.client}" + (", read only" if self._read_only else ""),
+            read_only=self._read_only,
         )
         self._folder = f"{TOP}/{context.namespace.hex()}/r{context.rank}of{context.world_size}"
-        self._log_limit = LogLimit(_log)
+        self._facts = RemoteFacts(self._store, context, self._place, self._log, read_only=self._read_only)
+        self._lines = LogLimit(self._log)
         self._lock = threading.Lock()
         self._open: dict[int, Job] = {}
         self._done: deque[Completion] = deque()
         self._unpolled = 0
-        self._seen: OrderedDict[BlockKey, tuple[float, bool]] = OrderedDict()
+        self._seen: OrderedDict[BlockKey, tuple[float, int | None]] = OrderedDict()
+        """Until when an answer counts, and how long the object is; `UNSAID` if unknown, None if absent."""
         self._gone: OrderedDict[BlockKey, None] = OrderedDict()
         self._deleting: dict[BlockKey, list[Job]] = {}
         self._next_expiry_s = 0.0
@@ -91,7 +94,7 @@ class RemoteTier(Tier):
         """See `Tier.capabilities`."""
         return self._capabilities
 
-    def inventory(self) -> Iterable[BlockKey]:
+    def inventory(self) -> Iterable[tuple[BlockKey, int]]:
         """See `Tier.inventory`. Empty: a shared store may hold millions, ask with LOOKUP."""
         return ()
 
@@ -102,13 +105,13 @@ class RemoteTier(Tier):
             TierError: If the tier is closed.
         """
         if self._closed:
-            raise TierError("the tier is closed", operation="submit", tier="remote")
+            raise TierError("the tier is closed", operation="submit", tier=self._context.name)
         if self._unpolled + len(transfers) > self._depth:
             raise QueueFullError(
                 f"{len(transfers)} transfers do not fit beside {self._unpolled} in flight; "
                 f"the queue takes {self._depth}",
                 operation="submit",
-                tier="remote",
+                tier=self._context.name,
             )
         self._unpolled += len(transfers)
         now_s = time.monotonic()
@@ -120,6 +123,9 @@ class RemoteTier(Tier):
                     answers.append(answer)
                 elif (job := self._accept(transfer, now_s)) is not None:
                     jobs.append(job)
+        if now_s >= self._facts.due_s and any(transfer.op is Op.STORE for transfer in transfers):
+            self._facts.begin()
+            jobs.append(self._errand(self._facts.write, "facts"))
         if jobs:
             self._runner.push(jobs)
         if answers:
@@ -166,18 +172,25 @@ class RemoteTier(Tier):
             closed = "the tier was closed"
             self._done.extend(Completion(ticket, Outcome.FAILED, Reason.DEADLINE, closed) for ticket in left)
             self._context.wake()
-        self._log_limit.close()
+        self._lines.close()
 
     def _start(self) -> Runner:
         limit = self._config.max_in_flight
         runner: Runner = (
-            LoopRunner(self._handle, self._time_is_up, limit, self._config.timeout_s)
+            LoopRunner(self._handle, self._time_is_up, limit, self._config.timeout_s, self._log)
             if self._store.asynchronous
-            else ThreadRunner(self._handle, limit)
+            else ThreadRunner(self._handle, limit, self._log)
         )
         # A first look, so that the log soon says what is wrong.
-        runner.push([Job(b"", None, time.monotonic() + self._config.timeout_s)])
+        errands = [self._errand(self._look, "open")]
+        # A file system without a root lists nothing.
+        if self._context.facts and self._config.protocol not in WITHOUT_ROOT:
+            errands.append(self._errand(self._facts.look, "facts"))
+        runner.push(errands)
         return runner
+
+    def _errand(self, do: Callable[[], Coroutine[Any, Any, None]], name: str) -> Job:
+        return Job(b"", None, self._latest_s(time.monotonic()), errand=do, name=name)
 
     def _latest_s(self, now_s: float) -> float:
         """Say when a job that is queued now is over at the latest: behind a full queue of slow ones."""
@@ -188,16 +201,17 @@ class RemoteTier(Tier):
     def _answer(self, transfer: Transfer, now_s: float) -> Completion | None:
         """Answer what needs no request."""
         ticket, key = transfer.ticket, transfer.key
-        expires_s, present = self._seen.get(key, (0.0, False))
+        expires_s, nbytes = self._seen.get(key, (0.0, None))
         fresh = expires_s > now_s
+        present = Completion(ticket, Outcome.DONE, nbytes=max(0, nbytes or 0))
         if transfer.op is Op.STORE:
             if self._read_only:
                 # Not an error: the tier works as it should.
                 return Completion(ticket, Outcome.FAILED, Reason.FULL)
-            return Completion(ticket, Outcome.DONE) if fresh and present else None
-        if key in self._gone or (transfer.op is Op.LOOKUP and fresh and not present):
+            return present if fresh and nbytes is not None else None
+        if key in self._gone or (transfer.op is Op.LOOKUP and fresh and nbytes is None):
             return Completion(ticket, Outcome.MISSING, Reason.MISSING)
-        return Completion(ticket, Outcome.DONE) if transfer.op is Op.LOOKUP and fresh else None
+        return present if transfer.op is Op.LOOKUP and fresh else None
 
     def _accept(self, transfer: Transfer, now_s: float) -> Job | None:
         """Open a transfer; its job, unless it waits for a deletion."""
@@ -211,11 +225,11 @@ class RemoteTier(Tier):
             return None
         return job
 
-    def _note(self, key: BlockKey, *, present: bool) -> None:
-        """Remember whether a block is there."""
-        if present:
+    def _note(self, key: BlockKey, nbytes: int | None) -> None:
+        """Remember how long an object is, `UNSAID` if it is there; or None, that it is not."""
+        if nbytes is not None:
             self._gone.pop(key, None)
-        self._seen[key] = (time.monotonic() + (_PRESENT_S if present else _ABSENT_S), present)
+        self._seen[key] = (time.monotonic() + (_ABSENT_S if nbytes is None else _PRESENT_S), nbytes)
         self._seen.move_to_end(key)
         if len(self._seen) > _MAX_SEEN:
             self._seen.popitem(last=False)
@@ -262,11 +276,14 @@ class RemoteTier(Tier):
 
     async def _perform(self, job: Job) -> None:
         transfer, path = job.transfer, self._path(job.key)
-        if transfer is None:
-            await (self._store.delete(path) if job.key else self._look())
+        if job.errand is not None:
+            await job.errand()
+        elif transfer is None:
+            await self._store.delete(path)
         elif transfer.op is Op.LOOKUP:
             job.held = False
-            if await self._store.nbytes(path) not in (self._context.block_bytes, UNSAID):
+            job.nbytes = await self._store.nbytes(path)
+            if job.nbytes != UNSAID and not 0 < job.nbytes <= self._context.max_bytes:
                 raise WrongLengthError
         elif transfer.op is Op.STORE:
             await self._write(job, path)
@@ -292,10 +309,12 @@ class RemoteTier(Tier):
         view = job.transfer.region.view()
         job.held = not self._store.abandonable
         content = await self._store.get(path, view)
-        if len(content) != len(view):
+        # The store says how long an object is, and nobody here has stored an empty one.
+        if not 0 < len(content) <= len(view):
             raise WrongLengthError
-        if content is not view and self._hold(job):
-            view[:] = content
+        job.nbytes = len(content)
+        if self._store.abandonable and self._hold(job):
+            view[: job.nbytes] = content
 
     async def _look(self) -> None:
         """Collect what dead writers left, and ask for something that is not there."""
@@ -320,20 +339,21 @@ class RemoteTier(Tier):
         transfer = job.transfer
         reason = Reason.NONE if fault is None else fault.kind.reason
         if fault is not None and fault.kind is not MISSING:
-            operation = transfer.op.value if transfer else "delete" if job.key else "open"
-            self._log_limit.warning(fault.kind, "%s: %s failed: %s", self._place, operation, fault)
+            operation = transfer.op.value if transfer else job.name
+            self._lines.warning(fault.kind, "%s: %s failed: %s", self._place, operation, fault)
         if transfer is None:
             self._end_deletion(job, reason)
             return
         missing = reason is Reason.MISSING
         with self._lock:
             if reason is Reason.NONE and not job.ended:
-                self._note(job.key, present=True)
+                self._note(job.key, job.nbytes)
             elif missing:
-                self._note(job.key, present=False)
+                self._note(job.key, None)
         outcome = Outcome.DONE if fault is None else Outcome.MISSING if missing else Outcome.FAILED
         detail = str(fault) if outcome is Outcome.FAILED else ""
-        self._complete(job, Completion(transfer.ticket, outcome, reason, detail))
+        nbytes = max(0, job.nbytes) if outcome is Outcome.DONE else 0
+        self._complete(job, Completion(transfer.ticket, outcome, reason, detail, nbytes))
 
     def _end_deletion(self, job: Job, reason: Reason) -> None:
         if not job.key:
@@ -343,7 +363,7 @@ class RemoteTier(Tier):
             waiting = self._deleting.pop(job.key, [])
             if reason in (Reason.NONE, Reason.MISSING):
                 self._gone.pop(job.key, None)
-                self._note(job.key, present=False)
+                self._note(job.key, None)
         if waiting:
             self._runner.push(waiting)
 
@@ -362,7 +382,7 @@ class RemoteTier(Tier):
         try:
             await self._store.close()
         except Exception as error:  # noqa: BLE001 - the edge to foreign libraries: nothing depends on it any more
-            _log.warning("%s: closing the connections failed: %s", self._place, classify(error).detail)
+            self._log.warning("%s: closing the connections failed: %s", self._place, classify(error).detail)
 
     def _time_is_up(self, job: Job) -> None:
         """Complete a job that took too long."""

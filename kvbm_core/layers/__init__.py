@@ -1,13 +1,23 @@
 """Layers: what cuts across all tiers, as wrappers with the same interface.
 
-transfer engine ──► DeadlineTier ──► CheckedTier ──► ReplicaTier ──► the backend's tier
-                    a thread a tier,    footer on store,   only where another rank
-                    a bound on time     proof on load      writes the same bytes
+transfer engine ──► DeadlineTier ──► ReplicaTier ──► SealTier ──► CodecTier ──► the backend's tier
+                    a thread a tier,  only where       seal on      compression,
+                    a bound on time   another rank     store, proof encryption
+                                      writes the same  on load
 """
 
+from kvbm_core.layers.codec_tier import CodecChain, CodecTier
 from kvbm_core.layers.deadline import DeadlineTier
 from kvbm_core.layers.forward import ForwardTier
 from kvbm_core.layers.replica import ReplicaTier
-from kvbm_core.layers.seal import FOOTER_BYTES, CheckedTier
+from kvbm_core.layers.seal import SEAL_BYTES, SealTier
 
-__all__ = ["FOOTER_BYTES", "CheckedTier", "DeadlineTier", "ForwardTier", "ReplicaTier"]
+__all__ = [
+    "SEAL_BYTES",
+    "CodecChain",
+    "CodecTier",
+    "DeadlineTier",
+    "ForwardTier",
+    "ReplicaTier",
+    "SealTier",
+]

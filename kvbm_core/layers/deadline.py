@@ -20,6 +20,11 @@ __all__ = ["DeadlineTier"]
 
 logger = logging.getLogger("kvbm_core")
 
+_LATE: Final = (
+    "no answer by the deadline: look whether its disk or its server hangs (dmesg), or is too slow for "
+    "store_deadline_s and load_deadline_s"
+)
+
 
 class DeadlineTier(ForwardTier):
     """Gives a tier a thread of its own, and every ticket exactly one outcome in time.
@@ -78,6 +83,11 @@ class DeadlineTier(ForwardTier):
         return f"<Deadline {self._inner!r} {len(self._open)} open {len(self._late)} late>"
 
     @property
+    def name(self) -> str:
+        """The tier's name, for the log."""
+        return self._name
+
+    @property
     def capabilities(self) -> Capabilities:
         """See `Tier.capabilities`."""
         return self._capabilities
@@ -97,7 +107,7 @@ class DeadlineTier(ForwardTier):
 
     def poll(self) -> Sequence[Completion]:
         """See `Tier.poll`."""
-        self._expire(time.monotonic())
+        self._expire(time.monotonic(), detail=_LATE)
         done = []
         while self._outbox:
             done.append(self._outbox.popleft())

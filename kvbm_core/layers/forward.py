@@ -28,7 +28,7 @@ class ForwardTier(Tier):
         """See `Tier.capabilities`."""
         return self._inner.capabilities
 
-    def inventory(self) -> Iterable[BlockKey]:
+    def inventory(self) -> Iterable[tuple[BlockKey, int]]:
         """See `Tier.inventory`."""
         return self._inner.inventory()
 

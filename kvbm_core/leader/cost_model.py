@@ -11,7 +11,7 @@ as arguments.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -40,7 +40,7 @@ class _Speed:
     ended_s: float = float("-inf")
     """When the last one ended. What waited for it before it began itself was not slow."""
 
-    def note(self, units: int, seconds: float, now_s: float) -> None:
+    def note(self, units: float, seconds: float, now_s: float) -> None:
         self.took_s = _MEMORY * self.took_s + now_s - max(now_s - seconds, self.ended_s)
         self.units = _MEMORY * self.units + units
         self.ended_s = now_s
@@ -82,8 +82,11 @@ class CostModel:
             self._computing.note(tokens, seconds, now_s)
         self._computing.ended_s = now_s
 
-    def loaded(self, tier: int, blocks: int, seconds: float, now_s: float) -> None:
-        """Take in that blocks have been loaded, this time after the plan's arrival."""
+    def loaded(self, tier: int, blocks: float, seconds: float, now_s: float) -> None:
+        """Take in that blocks have been loaded, this time after the plan's arrival.
+
+        Blocks of several KV groups are counted in blocks of the largest.
+        """
         if blocks >= _MIN_BLOCKS:
             self._loading[tier].note(blocks, seconds, now_s)
 
@@ -119,6 +122,31 @@ class CostModel:
             # Written out, because thousands of blocks are asked for.
             slowest_s = spent_s if spent_s > slowest_s else slowest_s
             if (saved_s := at * computing - slowest_s) > most_s:
+                best, most_s = at, saved_s
+        return best
+
+    def best_boundary(self, options: Sequence[tuple[int, Mapping[int, float]]], now_s: float) -> int:
+        """Choose one of several boundaries of a prefix.
+
+        Args:
+            options: For each boundary, the longest first, the tokens that it saves, and by tier the blocks
+                that it loads, counted in blocks of the largest KV group.
+            now_s: The time, as in `blocks_to_load`.
+
+        Returns:
+            Its position among the options; -1 if computing is expected to be faster than each.
+        """
+        computing = self._computing.seconds
+        if computing is None or not self._block_tokens or not options:
+            return 0 if options else -1
+        budget_s = _TRIAL_FRACTION * computing * options[0][0]
+        best, most_s = -1, 0.0
+        for at, (tokens, blocks) in enumerate(options):
+            slowest_s = 0.0
+            for tier, count in blocks.items():
+                seconds, most_blocks = self._cost(tier, budget_s, now_s)
+                slowest_s = max(slowest_s, count * seconds if count <= most_blocks else math.inf)
+            if (saved_s := tokens * computing - slowest_s) > most_s:
                 best, most_s = at, saved_s
         return best
 

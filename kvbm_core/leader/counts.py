@@ -11,10 +11,13 @@ __all__ = ["TierCounts", "TierLevels"]
 
 @dataclass(slots=True)
 class TierCounts:
-    """What has happened in one tier since the start, in blocks."""
+    """What has happened in one tier since the start, in blocks if nothing else is said."""
 
     stored: int = 0
+    stored_bytes: int = 0
+    """Of the blocks, over all ranks, as the engine has them; likewise `loaded_bytes`."""
     loaded: int = 0
+    loaded_bytes: int = 0
     evicted: int = 0
     declined: int = 0
     """Found here, and computed all the same, because that was expected to be faster."""
@@ -30,9 +33,13 @@ class TierLevels(NamedTuple):
 
     blocks: int
     """In it, those on their way in among them."""
+    used_bytes: int
+    """That they take of its capacity, over all ranks."""
     waiting_blocks: int
     """Being stored, or waiting for that."""
     usable: bool
-    """False from when it is left alone after failures until an operation of it works again."""
-    capacity_blocks: int | None
-    """That it holds now: fewer than configured while its medium has no room for more. None: no limit."""
+    """False from when it is left alone after failures until what failed works again."""
+    capacity_bytes: int | None
+    """As configured, over all ranks. None: no limit."""
+    capacity_now_bytes: int | None
+    """Less while its medium has no room for more."""

@@ -7,16 +7,17 @@ dropped from the tier.
 from __future__ import annotations
 
 import logging
-import time
+from collections.abc import Mapping, Sequence
 
-from kvbm_core.block import BlockState
+from kvbm_core.block import BlockKey
+from kvbm_core.leader.breaker import Breaker
 from kvbm_core.leader.cost_model import CostModel
 from kvbm_core.leader.in_flight import InFlight, LegEnded, Pending
 from kvbm_core.leader.shortage import Shortages
 from kvbm_core.leader.tier_state import Tiers, TierState
-from kvbm_core.log_limit import LogLimit
-from kvbm_core.plan import Load, Lookup, Store
-from kvbm_core.tier import Reason
+from kvbm_core.log_limit import LogLimit, clock_words
+from kvbm_core.plan import Fill, Load, Lookup, Probe, Store
+from kvbm_core.tier import Op, Reason
 
 __all__ = ["Endings"]
 
@@ -44,56 +45,99 @@ class Endings:
         self.took: list[tuple[str, str, float]] = []
         """Operations that have ended: ``store``, ``load`` or ``lookup``, the tier's name, and the seconds
         that the slowest rank took. The caller of `end` empties it."""
+        self.probes: list[Probe] = []
+        """That are to be planned. Whoever plans empties it."""
 
     def end(self, leg: LegEnded, now_s: float) -> None:
         """Take in the end of an operation in one tier, and with its last tier the end of all."""
         pending, position = leg.pending, leg.tier
         tier, op, failures = self._tiers[position], leg.pending.op, leg.pending.failures[leg.tier]
+        if isinstance(op, Probe):
+            self._end_probe(tier, pending.details.get(position, ""), now_s)
+            return
         asked = position == op.tier if isinstance(op, Load) else True
+        is_source = isinstance(op, Fill) and position == op.source
         if isinstance(op, Lookup):
-            kind = "lookup"
+            kind = Op.LOOKUP
             self._end_lookup(pending, op, now_s)
+        elif is_source:
+            kind = Op.LOAD
+            self._drop_unreadable(position, op.keys, failures)
         elif isinstance(op, Load) and asked:
-            kind = "load"
+            kind = Op.LOAD
             tier.counts.loaded += len(op.keys) - len(failures)
+            tier.counts.loaded_bytes += (len(op.keys) - len(failures)) * tier.block_bytes[op.group]
             if not failures:
-                self._cost_model.loaded(position, len(op.keys), pending.took_s[position], now_s)
+                blocks = len(op.keys) * tier.weight(op.group)
+                self._cost_model.loaded(position, blocks, pending.took_s[position], now_s)
             self._end_load(pending, op)
         else:
-            kind = "store"
+            kind = Op.STORE
             tier.counts.stored += len(op.keys) - len(failures)
-            self._end_store(pending, position)
-        absent = Reason.MISSING if kind == "lookup" else None  # An answer, not a failure.
-        tier.counts.failed.update((kind, why.value) for why in failures.values() if why is not absent)
-        worst = next(iter(failures.values()), Reason.NONE) if len(failures) == len(op.keys) else Reason.NONE
+            tier.counts.stored_bytes += (len(op.keys) - len(failures)) * tier.block_bytes[op.group]
+            self._end_store(pending, op, position)
+        absent = Reason.MISSING if kind is Op.LOOKUP else None  # An answer, not a failure.
+        tier.counts.failed.update((kind.value, why.value) for why in failures.values() if why is not absent)
+        worst = _worst(failures) if len(failures) == len(op.keys) else Reason.NONE
         if position in pending.full and self._shortages.note(leg, self._in_flight.latest, now_s):
             worst = Reason.ERROR if worst is Reason.FULL else worst
         # A copy that the host pool keeps of a load is no operation of its own, and no fault if that fails.
         if asked:
-            self.took.append((kind, tier.name, pending.took_s[position]))
-            self._judge(tier, kind, worst, pending.details.get(position, ""), now_s)
-        if leg.is_last and isinstance(op, Store) and not op.blocks:
-            self._tiers.unpin(self._tiers.host_pool, op.keys)
+            self.took.append((kind.value, tier.name, pending.took_s[position]))
+            # A store that finds its block gone from the host pool has not been in this tier.
+            if kind is not Op.STORE or worst is not Reason.MISSING:
+                self._judge(position, kind, worst, pending.details.get(position, ""), now_s)
+        if leg.is_last and isinstance(op, Fill):
+            self._tiers.unpin(op.source, op.keys)
 
-    def _judge(self, tier: TierState, kind: str, worst: Reason, detail: str, now_s: float) -> None:
+    def _judge(self, position: int, kind: Op, worst: Reason, detail: str, now_s: float) -> None:
         """Have the breaker learn of an end, and say when the tier is left alone and when it works again."""
-        breaker = tier.breaker
-        since_s, was_open = breaker.since_s, tier.is_left_alone
-        if breaker.note(worst, now_s):
+        tier = self._tiers[position]
+        breaker, since_s = tier.breaker, tier.breaker.since_s
+        if breaker.note(kind, worst, now_s):
             tier.is_left_alone = True
+            self._plan_probe(position)
             says = f" It says: {detail}." if detail else ""
-            self._lines.warning(
+            tier.says_left_alone |= self._lines.warning(
                 (tier.name, kind, worst),
                 "tier %s fails (%s: %s) and is left alone. It has failed since %s and is tried again "
                 "at %s.%s",
-                tier.name, kind, worst.value, _clock_words(breaker.since_s or now_s, now_s),
-                _clock_words(breaker.until_s, now_s), says,
+                tier.name, kind.value, worst.value, clock_words(breaker.since_s or now_s, now_s),
+                clock_words(breaker.until_s, now_s), says,
             )  # fmt: skip
-        elif was_open and since_s is not None and breaker.since_s is None:
-            tier.is_left_alone = False
+        elif tier.is_left_alone and breaker.since_s is None:
+            self._say_works(tier, since_s, now_s)
+
+    def _say_works(self, tier: TierState, since_s: float | None, now_s: float) -> None:
+        tier.is_left_alone = False
+        if tier.says_left_alone and since_s is not None:  # Else the line that it ends was left out.
             logger.warning(
-                "tier %s works again; it had failed since %s", tier.name, _clock_words(since_s, now_s)
+                "tier %s works again; it had failed since %s", tier.name, clock_words(since_s, now_s)
             )
+        tier.says_left_alone = False
+
+    def _plan_probe(self, position: int) -> None:
+        """Have the ranks try a tier, unless they do."""
+        tier = self._tiers[position]
+        # Host memory does not fail by itself, and is not behind a queue on the ranks.
+        if tier.is_probed or tier.is_host_pool:
+            return
+        tier.is_probed = True
+        if not tier.capabilities.shared:
+            self._tiers.make_room_for_probe(position)
+        number = self._in_flight.number()
+        op = Probe(number, position, Breaker.first_pause_s, Breaker.longest_pause_s)
+        self._in_flight.expect(op)
+        self.probes.append(op)
+
+    def _end_probe(self, tier: TierState, detail: str, now_s: float) -> None:
+        """Use a tier again that works on every rank; a detail says that a rank has logged it."""
+        tier.is_probed = False
+        since_s = tier.breaker.since_s
+        tier.breaker.close(now_s)
+        tier.says_left_alone &= not detail
+        if tier.is_left_alone:
+            self._say_works(tier, since_s, now_s)
 
     def _end_lookup(self, pending: Pending, op: Lookup, now_s: float) -> None:
         tier = self._tiers[op.tier]
@@ -101,8 +145,8 @@ class Endings:
         found = tier.probe.answer(op.op, pending.failures[op.tier], now_s)
         if pending.doomed:
             return
-        news = [key for key in found if tier.index.state(key) is BlockState.ABSENT]
-        known = self._tiers.reserve(op.tier, news, ())
+        news = tier.index.absent(found)
+        known = self._tiers.reserve(op.tier, news, (), op.group)
         for key in reversed(known):
             tier.index.stored(key)
         for key in news[len(known) :]:  # The index is full of pinned blocks.
@@ -111,26 +155,33 @@ class Endings:
     def _end_load(self, pending: Pending, op: Load) -> None:
         # The head of a prefix is unpinned last and so evicted last.
         self._tiers.unpin(op.tier, reversed(op.keys if pending.pinned else ()))
-        for at, reason in pending.failures[op.tier].items():
-            if reason in (Reason.CORRUPT, Reason.MISSING):
-                self._tiers.drop(op.tier, op.keys[at], corrupt=reason is Reason.CORRUPT)
+        self._drop_unreadable(op.tier, op.keys, pending.failures[op.tier])
 
-    def _end_store(self, pending: Pending, position: int) -> None:
-        op, tier = pending.op, self._tiers[position]
-        if isinstance(op, Store):
+    def _drop_unreadable(
+        self, position: int, keys: Sequence[BlockKey], failures: Mapping[int, Reason]
+    ) -> None:
+        """Forget blocks that a tier has not, or has damaged."""
+        for at, reason in failures.items():
+            if reason in (Reason.CORRUPT, Reason.MISSING):
+                self._tiers.drop(position, keys[at], corrupt=reason is Reason.CORRUPT)
+
+    def _end_store(self, pending: Pending, op: Store | Load | Fill, position: int) -> None:
+        tier = self._tiers[position]
+        if not isinstance(op, Load):
             tier.storing -= len(op.keys)
-        failures = pending.failures[position]
+        failures, charges = pending.failures[position], pending.charges.get(position)
         for at in reversed(range(len(op.keys))):
             if at in failures:
                 tier.index.not_stored(op.keys[at])
                 if self._in_flight.over_several_ranks:  # Other ranks may have it.
                     self._tiers.discard(position, [op.keys[at]])
             else:
-                tier.index.stored(op.keys[at])
+                tier.index.stored(op.keys[at], charges[at] if charges else None)
                 if pending.doomed:
                     self._tiers.drop(position, op.keys[at])
 
 
-def _clock_words(at_s: float, now_s: float) -> str:
-    """Write a moment of the planner's clock as the wall clock shows it, for people."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + at_s - now_s))
+def _worst(failures: Mapping[int, Reason]) -> Reason:
+    """Choose the reason that an operation failed for: one that speaks against the tier, if there is any."""
+    reasons = list(failures.values())
+    return next((why for why in reasons if why.is_fault), reasons[0] if reasons else Reason.NONE)

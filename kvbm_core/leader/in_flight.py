@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from kvbm_core.plan import Load, Lookup, Report, Store
+from kvbm_core.plan import Fill, Load, Lookup, Probe, Report, Store
 from kvbm_core.tier import Reason
 
 __all__ = ["InFlight", "LegEnded", "Pending"]
@@ -21,7 +21,7 @@ one that only has not the block, and a corrupt part must be dropped."""
 class Pending:
     """An operation whose reports have not all come."""
 
-    op: Store | Load | Lookup
+    op: Store | Load | Lookup | Fill | Probe
     waiting: dict[int, int]
     """Tier to ranks that have yet to report."""
     failures: dict[int, dict[int, Reason]] = field(default_factory=dict)
@@ -32,10 +32,20 @@ class Pending:
     """Tier to its own words for a failure."""
     took_s: dict[int, float] = field(default_factory=dict)
     """Tier to the seconds that the slowest rank so far took."""
+    charges: dict[int, list[int]] = field(default_factory=dict)
+    """Tier to the bytes that each object takes, on the rank where it takes most. Empty: as reserved."""
     doomed: bool = False
     """True if a reset came in between: the blocks that arrive are dropped again."""
     pinned: bool = True
     """True if the blocks of a load are pinned. False for blocks that had left their tier before."""
+
+    def take_charges(self, report: Report) -> None:
+        """Take in the bytes that a rank's objects take. A rank that says none has what was reserved."""
+        known = self.charges.get(report.tier)
+        if known is None or not report.charges:
+            self.charges[report.tier] = report.charges
+        elif known:
+            self.charges[report.tier] = list(map(max, known, report.charges))
 
 
 class LegEnded(NamedTuple):
@@ -59,14 +69,17 @@ class InFlight:
         self._world_size = world_size
         self._numbers = numbers or itertools.count(1)
         self._pending: dict[int, Pending] = {}
+        self._probes = 0
+        """Of them, those that nobody waits for."""
         self.latest = 0
         """The number drawn last."""
 
     def __repr__(self) -> str:
-        return f"<InFlight {len(self._pending)} operations>"
+        return f"<InFlight {len(self)} operations>"
 
     def __len__(self) -> int:
-        return len(self._pending)
+        """Count the operations that will end soon: a probe ends when its tier works again."""
+        return len(self._pending) - self._probes
 
     def __contains__(self, op: object) -> bool:
         """Return True if an operation, by its number, has not ended."""
@@ -82,8 +95,9 @@ class InFlight:
         self.latest = next(self._numbers)
         return self.latest
 
-    def expect(self, op: Store | Load | Lookup, *, pinned: bool = True) -> None:
+    def expect(self, op: Store | Load | Lookup | Fill | Probe, *, pinned: bool = True) -> None:
         """Wait for every rank's report of an operation in each of its tiers."""
+        self._probes += isinstance(op, Probe)
         self._pending[op.op] = Pending(op, dict.fromkeys(op.tiers, self._world_size), pinned=pinned)
 
     def take_in(self, reports: Iterable[Report]) -> Iterator[LegEnded]:
@@ -102,6 +116,7 @@ class InFlight:
                 pending.full.add(report.tier)
             if report.detail:
                 pending.details.setdefault(report.tier, report.detail)
+            pending.take_charges(report)
             pending.waiting[report.tier] -= 1
             pending.took_s[report.tier] = max(pending.took_s.get(report.tier, 0.0), report.seconds)
             if pending.waiting[report.tier]:
@@ -109,6 +124,7 @@ class InFlight:
             del pending.waiting[report.tier]
             if not pending.waiting:
                 del self._pending[report.op]
+                self._probes -= isinstance(pending.op, Probe)
             yield LegEnded(pending, report.tier, not pending.waiting)
 
     def doom(self) -> None:

@@ -14,7 +14,7 @@ from typing import Protocol
 from kvbm_core.block import BlockKey
 from kvbm_core.leader.tier_state import Tiers
 
-__all__ = ["Match", "Matcher", "Prefix"]
+__all__ = ["Match", "Matcher", "Prefix", "scan", "verdict"]
 
 
 class Prefix(Container[BlockKey], Protocol):
@@ -46,6 +46,47 @@ class Match:
     """When tiers are to be asked again for what is missing."""
 
 
+class _Finding(Protocol):
+    """What any finding rests on beside the objects themselves."""
+
+    start: int
+    stop: int
+    lookups: frozenset[int]
+    usable: tuple[bool, ...]
+    retry_s: float
+
+
+def scan(keys: Sequence[BlockKey], ready: Sequence[tuple[int, Container[BlockKey]]]) -> list[int]:
+    """Give for each of the leading keys that tiers have the first tier that has it.
+
+    Args:
+        keys: In the order of their prefix.
+        ready: Positions of tiers, fastest first, and what each has.
+    """
+    found: list[int] = []
+    for key in keys:
+        for position, there in ready:
+            if key in there:
+                found.append(position)
+                break
+        else:
+            break
+    return found
+
+
+def verdict(
+    finding: _Finding, tiers: Tiers, pending: Container[int], start: int, stop: int, now_s: float
+) -> bool | None:
+    """Say whether a finding holds, as far as the objects do not matter. None: they decide."""
+    if (finding.start, finding.stop) != (start, stop):
+        return False
+    if finding.lookups:
+        return any(op in pending for op in finding.lookups)
+    if now_s >= finding.retry_s or tiers.usable(now_s) != finding.usable:
+        return False
+    return None
+
+
 class Matcher:
     """Finds what tiers have of a prefix, and says whether a finding of before is still true.
 
@@ -56,21 +97,14 @@ class Matcher:
 
     def __init__(self, tiers: Tiers, pending: Container[int]) -> None:
         self._tiers = tiers
+        self._ready = [tier.index.ready for tier in tiers]
         self._departures = tiers.departures
         self._pending = pending
 
     def match(self, keys: Sequence[BlockKey], now_s: float) -> list[int]:
         """See `Planner.match`."""
-        usable = [(i, t.index) for i, t in enumerate(self._tiers) if t.breaker.closed(now_s)]
-        found: list[int] = []
-        for key in keys:
-            for position, index in usable:
-                if key in index:
-                    found.append(position)
-                    break
-            else:
-                break
-        return found
+        usable = [(at, tier.index.ready) for at, tier in enumerate(self._tiers) if tier.breaker.closed(now_s)]
+        return scan(keys, usable)
 
     def remember(
         self,
@@ -87,25 +121,19 @@ class Matcher:
             if tier.probe is not None:
                 absent_s = tier.probe.absent_until_s(rest[0])
                 retry_s = min(retry_s, absent_s if absent_s > now_s else now_s + tier.probe.absent_s)
-        return Match(start, stop, tiers, lookups, self._departures.count, self._usable(now_s), retry_s)
+        return Match(start, stop, tiers, lookups, self._departures.count, self._tiers.usable(now_s), retry_s)
 
     def holds(self, match: Match, prefix: Prefix, start: int, stop: int, now_s: float) -> bool:
         """Return False if another answer might be found now. Takes the same time for any length."""
-        if (match.start, match.stop) != (start, stop):
-            return False
-        if match.lookups:
-            return any(op in self._pending for op in match.lookups)
-        if now_s >= match.retry_s or self._usable(now_s) != match.usable:
-            return False
+        if (known := verdict(match, self._tiers, self._pending, start, stop, now_s)) is not None:
+            return known
         missed = match.start + len(match.tiers)
         if missed < match.stop:
             key = prefix[missed]
-            if any(ok and key in tier.index for ok, tier in zip(match.usable, self._tiers, strict=True)):
-                return False
+            for ok, ready in zip(match.usable, self._ready, strict=True):
+                if ok and key in ready:
+                    return False
         if self._departures.any_since(match.departures, prefix):
             return False
         match.departures = self._departures.count
         return True
-
-    def _usable(self, now_s: float) -> tuple[bool, ...]:
-        return tuple([tier.breaker.closed(now_s) for tier in self._tiers])

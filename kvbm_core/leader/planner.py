@@ -8,19 +8,24 @@ store ──────────┘
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Sequence
 
-from kvbm_core.block import BlockKey, BlockState
+from kvbm_core.block import BlockKey
+from kvbm_core.groups import KvGroup
+from kvbm_core.leader.boundaries import GroupPrefix, Part
 from kvbm_core.leader.cost_model import CostModel
 from kvbm_core.leader.counts import TierCounts, TierLevels
+from kvbm_core.leader.draft import Draft
 from kvbm_core.leader.endings import Endings
+from kvbm_core.leader.group_matches import GroupMatch, GroupMatcher
 from kvbm_core.leader.in_flight import InFlight
 from kvbm_core.leader.matches import Match, Matcher, Prefix
+from kvbm_core.leader.questions import Questions
 from kvbm_core.leader.shortage import Shortages
-from kvbm_core.leader.tier_state import Tiers
+from kvbm_core.leader.tier_state import MakePolicy, Tiers, make_lru
 from kvbm_core.leader.write_back import WriteBack
-from kvbm_core.plan import Load, Lookup, Plan, Report, Store, TierStatus, WriteOrder
-from kvbm_core.policy import EvictionPolicy, Lru
+from kvbm_core.plan import Load, Plan, Report, TierStatus, WriteOrder
 from kvbm_core.tier import Reason
 
 __all__ = ["Planner"]
@@ -32,7 +37,8 @@ class Planner:
     Args:
         ranks: What each worker says of its tiers, fastest first.
         max_store_blocks: Blocks on their way into a tier below the host pool, at once.
-        policy: Makes the eviction order of one tier.
+        groups: The engine's KV groups, in the order of its numbers for them.
+        policy: Makes the policy of each tier; by default least recently used.
         block_tokens: Tokens a block, where only what loads faster than the engine computes shall be loaded;
             the engine tells `cost_model` how fast it computes. 0: what a tier has is loaded.
         ops: Numbers for operations, where planners follow each other: no late report may fit another one.
@@ -46,20 +52,22 @@ class Planner:
         ranks: Sequence[Sequence[TierStatus]],
         *,
         max_store_blocks: int = 512,
-        policy: Callable[[], EvictionPolicy] = Lru,
+        groups: Sequence[KvGroup] = (KvGroup(1),),
+        policy: MakePolicy = make_lru,
         block_tokens: int = 0,
         ops: Iterator[int] | None = None,
     ) -> None:
-        self._tiers = Tiers(ranks, policy)
+        self._world_size = len(ranks)
+        self._tiers = Tiers(ranks, policy, groups)
         self._in_flight = InFlight(len(ranks), ops)
         self._matcher = Matcher(self._tiers, self._in_flight)
         self._write_back = WriteBack(self._tiers, max_store_blocks)
         self.cost_model = CostModel(len(self._tiers), block_tokens, self._tiers.host_pool)
         self._shortages = Shortages(self._tiers, len(ranks))
         self._endings = Endings(self._tiers, self._in_flight, self.cost_model, self._shortages)
-        self._stores: list[Store] = []
-        self._loads: list[Load] = []
-        self._lookups: list[Lookup] = []
+        self._draft = Draft(self._tiers, self._in_flight)
+        self._questions = Questions(self._tiers, self._in_flight, self._draft, self.cost_model)
+        self._group_matcher = GroupMatcher(self._tiers, groups, self._in_flight, self._questions)
         self.loading_blocks = 0
         """Blocks on their way to the device, for which requests wait. Of a load in-step, the device waits."""
 
@@ -89,19 +97,12 @@ class Planner:
 
     def levels(self, now_s: float) -> dict[str, TierLevels]:
         """Where each tier stands, by its name."""
-        return {
-            t.name: TierLevels(
-                len(t.index),
-                t.storing + len(t.write_back),
-                t.breaker.closed(now_s) and not t.is_left_alone,
-                t.index.capacity_blocks,
-            )
-            for t in self._tiers
-        }
+        return {tier.name: tier.levels(self._world_size, now_s) for tier in self._tiers}
 
     def busy(self, now_s: float) -> bool:
         """Return True if something is under way, or would be if `take` were called."""
-        return bool(self._in_flight or self._tiers.has_drops or self._write_back.is_due(now_s))
+        unsaid = self._tiers.has_drops or self._endings.probes
+        return bool(self._in_flight or unsaid or self._write_back.is_due(now_s))
 
     def match(self, keys: Sequence[BlockKey], now_s: float) -> list[int]:
         """Find the longest prefix that can be loaded.
@@ -132,8 +133,34 @@ class Planner:
         keys = prefix.slice(start, stop)
         tiers = self.match(keys, now_s)
         rest = keys[len(tiers) :]
-        lookups = self.lookup(rest, now_s) if rest else frozenset()
+        lookups = self.lookup(rest, now_s, head=prefix[0]) if rest else frozenset()
         return self._matcher.remember(start, stop, tiers, lookups, rest, now_s)
+
+    def find_boundaries(
+        self, prefix: GroupPrefix, start: int, stop: int, now_s: float, last: GroupMatch | None = None
+    ) -> GroupMatch:
+        """Find the boundaries at which every KV group can be restored, and ask the tiers that must be asked.
+
+        Args:
+            prefix: The keys of a prompt.
+            start: Tokens that the engine has already; a multiple of each group's block.
+            stop: Tokens behind which no boundary may lie.
+            now_s: The time, as in `match`.
+            last: The finding of before. It is given back, at the same cost for any length, as long as
+                nothing of the prompt has come or gone, and no new question is due.
+        """
+        return self._group_matcher.find(prefix, start, stop, now_s, last)
+
+    def choose_boundary(self, match: GroupMatch, now_s: float) -> tuple[int, list[Part]]:
+        """Choose the boundary whose load saves the most time, by what `cost_model` has measured.
+
+        Returns:
+            Its tokens, and by group the blocks to be loaded. 0 and none if computing is faster.
+        """
+        found = [(tokens, self._group_matcher.parts(match, tokens)) for tokens in match.tokens]
+        options = [(tokens - match.start, self._blocks_by_tier(parts)) for tokens, parts in found]
+        best = self.cost_model.best_boundary(options, now_s)
+        return found[best] if best >= 0 else (0, [])
 
     def is_ready(self, key: BlockKey, tier: int) -> bool:
         """Return True if a tier has a block."""
@@ -144,36 +171,21 @@ class Planner:
         for tier in tiers:
             self._tiers[tier].counts.declined += 1
 
-    def lookup(self, keys: Sequence[BlockKey], now_s: float) -> frozenset[int]:
+    def lookup(
+        self, keys: Sequence[BlockKey], now_s: float, group: int = 0, head: BlockKey = b""
+    ) -> frozenset[int]:
         """Plan to ask the tiers that cannot list their blocks for those that `match` did not find.
 
         Args:
             keys: Of the consecutive blocks after the last match; at least one.
             now_s: The time, as in `match`.
+            group: Number of the KV group.
+            head: The key of the prompt's first block in the group; empty if that is not known.
 
         Returns:
             The operations whose answers are on their way: match again when none is pending.
         """
-        asking: set[int] = set()
-        for position, tier in enumerate(self._tiers):
-            # A block that is on its way there needs no question, and is no hit yet.
-            absent = tier.index.state(keys[0]) is BlockState.ABSENT
-            if (
-                tier.probe is None
-                or not absent
-                or not tier.breaker.closed(now_s)
-                or self.cost_model.should_skip(position, now_s)
-            ):
-                continue
-            if (number := tier.probe.asking(keys[0])) is not None:
-                asking.add(number)
-            elif span := tier.probe.span(keys, now_s):
-                number = self._in_flight.number()
-                asking.add(number)
-                op = Lookup(number, position, tier.probe.ask(number, span))
-                self._lookups.append(op)
-                self._in_flight.expect(op)
-        return frozenset(asking)
+        return self._questions.ask(keys, now_s, group, head)
 
     def load(
         self,
@@ -183,6 +195,9 @@ class Planner:
         tiers: Sequence[int],
         *,
         in_step: bool = False,
+        group: int = 0,
+        head: BlockKey = b"",
+        prefix: Container[BlockKey] = (),
     ) -> None:
         """Plan to load blocks, and keep them from being evicted until that is done.
 
@@ -194,6 +209,10 @@ class Planner:
                 engine was told that they come, and hears from the load that they do not.
             in_step: The engine uses the blocks in this step; only from the host pool, and
                 of a match of this step.
+            group: Number of the KV group.
+            head: The key of the prompt's first block in the group; empty if that is not known.
+            prefix: The keys of the same prompt in all groups, as in `store`: what the host pool keeps of one
+                group must not push out what the request loads of another.
         """
         gone: set[BlockKey] = set()
         for position in set(tiers):
@@ -201,18 +220,22 @@ class Planner:
             gone.update(self._tiers[position].index.pin(there))
         assert not (gone and in_step), "a load in step cannot fail"
         pinned = [key not in gone for key in keys] if gone else [True] * len(keys)
-        fills = self._plan_fills(keys, tiers, gone)
+        fills = self._plan_fills(keys, tiers, gone, prefix, group)
         start = 0
         for (tier, fill, held), run in itertools.groupby(zip(tiers, fills, pinned, strict=True)):
             part = slice(start, start := start + len(list(run)))
             number = self._in_flight.number()
-            op = Load(number, request, tier, fill, list(keys[part]), list(blocks[part]), in_step)
-            self._loads.append(op)
-            self._in_flight.expect(op, pinned=held)
+            op = Load(number, request, tier, fill, list(keys[part]), list(blocks[part]), in_step, group, head)
+            self._draft.load(op, pinned=held)
         self.loading_blocks += 0 if in_step else len(keys)
 
     def store(
-        self, keys: Sequence[BlockKey], blocks: Sequence[int], prefix: Container[BlockKey], now_s: float
+        self,
+        keys: Sequence[BlockKey],
+        blocks: Sequence[int],
+        prefix: Container[BlockKey],
+        now_s: float,
+        group: int = 0,
     ) -> None:
         """Plan to write blocks through to every tier that has them not.
 
@@ -222,35 +245,59 @@ class Planner:
             prefix: The keys of the same prefix, those before and `keys`. It is asked, never listed, and
                 kept while blocks wait to be stored.
             now_s: The time, as in `match`.
+            group: Number of the KV group.
         """
-        targets: dict[BlockKey, list[int]] = {key: [] for key in keys}
+        targets: dict[BlockKey, tuple[int, ...]] = dict.fromkeys(keys, ())
         for position, tier in enumerate(self._tiers):
             # The head of a prefix is the most recently used, and so evicted last.
-            for key in reversed(keys):
-                tier.index.touch(key)
-            wanted = [key for key in keys if tier.index.state(key) is BlockState.ABSENT]
+            tier.index.touch(reversed(keys))
+            if tier.capabilities.read_only:
+                continue
+            wanted = keys
             if not tier.is_host_pool or not tier.breaker.closed(now_s):
-                wanted = self._write_back.admit(tier, wanted, prefix, now_s)
+                wanted = self._write_back.admit(tier, tier.index.absent(keys), prefix, now_s, group)
             # Some of `keys` may be there already: the others must not push these out.
-            for key in self._tiers.reserve(position, wanted, prefix):
-                targets[key].append(position)
-        self._group(targets, dict(zip(keys, blocks, strict=True)))
+            for key in self._tiers.reserve(position, wanted, prefix, group):
+                targets[key] += (position,)
+        self._draft.stores(targets, dict(zip(keys, blocks, strict=True)), group)
+
+    def fill(
+        self, source: int, target: int, keys: Sequence[BlockKey], now_s: float,
+        prefix: Container[BlockKey] = (), group: int = 0,
+    ) -> list[BlockKey]:  # fmt: skip
+        """Plan to copy blocks from one tier to another: to demote, promote or prefetch them.
+
+        Args:
+            source: Position of the tier that has them.
+            target: Position of the tier that shall have them.
+            keys: In the order of their prefix.
+            now_s: The time, as in `match`.
+            prefix: The keys of the same prefix, as in `store`.
+            group: Number of the KV group.
+
+        Returns:
+            Those that are planned: READY in the source, absent in the target, and it has room.
+        """
+        above, below = self._tiers[source], self._tiers[target]
+        if below.capabilities.read_only or not (above.breaker.closed(now_s) and below.breaker.closed(now_s)):
+            return []
+        there = [key for key in below.index.absent(keys) if key in above.index]
+        filling = self._tiers.reserve(target, there, prefix, group)
+        above.index.pin(filling)
+        if filling:
+            self._draft.fill(source, target, filling, group)
+        return filling
 
     def take(self, now_s: float, order: WriteOrder | None = None) -> Plan:
         """Take everything planned since the last call, with what the engine writes."""
         self._shortages.grow(now_s)
         if self.host_pool >= 0:
             for position in range(len(self._tiers)):
-                if keys := self._write_back.due(position, now_s):
-                    self._plan_store(keys, [], [position])
-        stores, self._stores = self._stores, []
-        loads, self._loads = self._loads, []
-        lookups, self._lookups = self._lookups, []
-        order = order or WriteOrder()
-        return Plan(
-            self._tiers.take_drops(), stores, loads, lookups,
-            order.overwrites, order.unordered, order.blocks_final,
-        )  # fmt: skip
+                for group, keys in self._write_back.due(position, now_s).items():
+                    if keys:
+                        self._draft.fill(self.host_pool, position, keys, group)
+        probes, self._endings.probes = self._endings.probes, []
+        return self._draft.take(order or WriteOrder(), probes)
 
     def report(self, reports: Iterable[Report], now_s: float) -> list[tuple[Load, dict[int, Reason]]]:
         """Take in what the ranks report. What is not expected is of a planner before, and ignored.
@@ -275,8 +322,9 @@ class Planner:
         self._tiers.drop_all()
 
     def _plan_fills(
-        self, keys: Sequence[BlockKey], tiers: Sequence[int], gone: Container[BlockKey]
-    ) -> list[int]:
+        self, keys: Sequence[BlockKey], tiers: Sequence[int], gone: Container[BlockKey],
+        prefix: Container[BlockKey], group: int,
+    ) -> list[int]:  # fmt: skip
         """Choose which blocks the host pool keeps as they pass through its memory."""
         host_pool = self.host_pool
         lower = [
@@ -286,22 +334,14 @@ class Planner:
         ]
         if not lower:
             return [-1] * len(keys)
-        # Their ancestors need no mention: `load` has pinned them.
-        kept = set(self._tiers.reserve(host_pool, lower, ()))
+        # Their ancestors in the group need no mention: `load` has pinned them.
+        kept = set(self._tiers.reserve(host_pool, lower, prefix, group))
         return [host_pool if key in kept else -1 for key in keys]
 
-    def _group(self, targets: dict[BlockKey, list[int]], blocks: dict[BlockKey, int]) -> None:
-        """Plan one store for each set of tiers."""
-        groups: dict[tuple[int, ...], list[BlockKey]] = {}
-        for key, tiers in targets.items():
-            if tiers:
-                groups.setdefault(tuple(tiers), []).append(key)
-        for group, keys in groups.items():
-            self._plan_store(keys, [blocks[key] for key in keys], list(group))
-
-    def _plan_store(self, keys: list[BlockKey], blocks: list[int], tiers: list[int]) -> None:
-        op = Store(self._in_flight.number(), keys, blocks, tiers)
-        self._stores.append(op)
-        for tier in tiers:
-            self._tiers[tier].storing += len(keys)
-        self._in_flight.expect(op)
+    def _blocks_by_tier(self, parts: Iterable[Part]) -> dict[int, float]:
+        """Count blocks by the tier that has them, in blocks of the largest group."""
+        sums: dict[int, float] = {}
+        for part in parts:
+            for tier, count in Counter(part.tiers).items():
+                sums[tier] = sums.get(tier, 0.0) + count * self._tiers[tier].weight(part.group)
+        return sums

@@ -5,6 +5,8 @@ Whoever stored a block stored those before it too, so a prefix is searched, not 
     span    k0 k1 k2 ... (consecutive blocks of one prompt that nobody here knows)
     probes  k0       k8       k16       k24      at most `max_probes`, evenly spread
     answer  there    there    missing   missing  k0 to k8 are taken as there; next span: k9 to k15
+
+Windows and states of a prefix may be there without those before them: of these each is asked for.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ class PrefixProbe:
         self._absent: OrderedDict[BlockKey, float] = OrderedDict()
         self._spans: dict[int, Sequence[BlockKey]] = {}
         self._heads: dict[BlockKey, int] = {}
+        self._singles: dict[BlockKey, int] = {}
+        """Objects asked for one by one, and the operation that does."""
 
     def __repr__(self) -> str:
         return f"<PrefixProbe {len(self._spans)} asked, {len(self._absent)} absent>"
@@ -58,6 +62,20 @@ class PrefixProbe:
         self._heads[span[0]] = op
         return list(span[:: self._step(span)])
 
+    def unknown(self, keys: Sequence[BlockKey], now_s: float) -> list[BlockKey]:
+        """Give the objects of which nothing is known, and for which no answer is on its way."""
+        return [k for k in keys if self._absent.get(k, 0.0) <= now_s and k not in self._singles]
+
+    def asking_each(self, keys: Sequence[BlockKey]) -> set[int]:
+        """Give the operations that ask for single objects among these."""
+        return {self._singles[key] for key in keys if key in self._singles}
+
+    def ask_each(self, op: int, keys: Sequence[BlockKey]) -> list[BlockKey]:
+        """Note that operation `op` asks for single objects, of which each may be there without the others."""
+        self._spans[op] = keys
+        self._singles.update(dict.fromkeys(keys, op))
+        return list(keys)
+
     def answer(self, op: int, failures: Mapping[int, Reason], now_s: float) -> Sequence[BlockKey]:
         """Take in the answer to operation `op`.
 
@@ -67,9 +85,15 @@ class PrefixProbe:
             now_s: The time, in seconds.
 
         Returns:
-            The leading blocks of the span that are there.
+            The leading blocks of the span that are there; of single objects those that are.
         """
         span = self._spans.pop(op)
+        if self._singles.pop(span[0], None) == op:
+            for key in span[1:]:
+                self._singles.pop(key, None)
+            for at in failures:
+                self.miss(span[at], now_s)
+            return [key for at, key in enumerate(span) if at not in failures]
         self._heads.pop(span[0], None)
         step = self._step(span)
         for at in failures:

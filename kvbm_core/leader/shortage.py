@@ -80,15 +80,15 @@ class Shortages:
         """
         position = leg.tier
         tier = self._tiers[position]
-        capacity = tier.index.capacity_blocks
+        capacity = tier.index.capacity_bytes
         if capacity is None or tier.capabilities.shared:
             return False
         known = self._short.get(position)
         evicted = known is not None and not known.has_grown and leg.pending.op.op > known.op
-        held = max(1, len(tier.index))
+        held = max(*tier.charges, tier.index.used_bytes)
         if held < capacity:
-            tier.index.capacity_blocks = held
-            if capacity == tier.capacity_blocks:
+            tier.index.capacity_bytes = held
+            if capacity == tier.capacity_bytes:
                 self._say_full(tier, held, leg.pending.details.get(position, ""))
         elif known is None:
             return False
@@ -102,17 +102,19 @@ class Shortages:
         """Let the tiers hold more whose turn it is. Costs nothing where none is short of room."""
         for position, short in list(self._short.items()):
             tier = self._tiers[position]
-            limit, most = tier.index.capacity_blocks, tier.capacity_blocks
+            limit, most = tier.index.capacity_bytes, tier.capacity_bytes
             assert limit is not None
             assert most is not None
-            if now_s < short.grows_s or len(tier.index) * _PARTS < limit * (_PARTS - 1):
+            used = tier.index.used_bytes
+            has_room = used * _PARTS < limit * (_PARTS - 1) and used + max(tier.charges) <= limit
+            if now_s < short.grows_s or has_room:
                 continue
             if limit == most:
                 del self._short[position]
                 self._lines.warning((tier.name, "room"), "tier %s holds its whole capacity again", tier.name)
                 continue
-            step = most if tier.is_host_pool else max(1, most // _PARTS)
-            tier.index.capacity_blocks = min(most, limit + step)
+            step = most if tier.is_host_pool else max(*tier.charges, most // _PARTS)
+            tier.index.capacity_bytes = min(most, limit + step)
             if short.has_grown:  # The room that it was given before was there.
                 short.pause_s = self._first_pause_s(tier)
             short.has_grown, short.grows_s = True, now_s + short.pause_s
@@ -124,9 +126,5 @@ class Shortages:
     def _say_full(self, tier: TierState, held: int, detail: str) -> None:
         says = f" It says: {detail}." if detail else ""
         message = _IN_USE if tier.is_host_pool else _FULL
-        sizes = [self._show(tier, blocks) for blocks in (held, tier.capacity_blocks or 0)]
+        sizes = [size_text(nbytes * self._world_size) for nbytes in (held, tier.capacity_bytes or 0)]
         self._lines.warning((tier.name, "full"), message, tier.name, *sizes, says)
-
-    def _show(self, tier: TierState, blocks: int) -> str:
-        nbytes = blocks * tier.block_bytes * self._world_size
-        return size_text(int(nbytes)) if nbytes else f"{blocks:,} blocks"

@@ -1,32 +1,33 @@
-"""What the leader knows of one tier: the state, the pins and the order of its blocks.
+"""What the leader knows of one tier: the state, the pins, the order and the room of its objects.
 
     ABSENT ─reserve─► FILLING ─stored─► READY ─doom─► LEAVING
       ▲                  │ not_stored     │ evict        │ released
       └──────────────────┴────────────────┴──────────────┘
 
-READY blocks without a pin stand in the policy's order and can be evicted; with a pin they cannot.
+READY objects stand in the policy's order; those with a pin are protected from eviction.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Final
 
 from kvbm_core.block import BlockEvent, BlockKey, BlockState, next_state
-from kvbm_core.policy import EvictionPolicy
+from kvbm_core.policies import Fifo
 
-__all__ = ["Departures", "TierIndex"]
+__all__ = ["LatestKeys", "TierIndex"]
 
-_SPARED_AT_ONCE: Final = 64
-"""Protected blocks passed over for one eviction, beside `_SPARED_EACH`; the next goes on behind them."""
-_SPARED_EACH: Final = 8
+_EXACT_CHARGES: Final = 4096
+"""Different charges that are counted as they are, each kept once: a number of its own takes 32 bytes an
+object. Of those beyond, the leading digits count, rounded up: 1/2048 more at most."""
+_LEADING_BITS: Final = 12
 
 
-class Departures:
-    """The latest blocks that have ceased to be READY, over all tiers.
+class LatestKeys:
+    """The latest objects that have ceased to be READY, or that have become it, over all tiers.
 
-    A match that was found before remains true as long as none of its blocks is among them.
+    A match that was found before remains true as long as none of its objects is among them.
     """
 
     max_remembered: Final = 1024
@@ -37,182 +38,200 @@ class Departures:
         self._latest: deque[BlockKey] = deque(maxlen=self.max_remembered)
 
     def __repr__(self) -> str:
-        return f"<Departures {self.count}>"
+        return f"<LatestKeys {self.count}>"
 
     def note(self, keys: Sequence[BlockKey]) -> None:
-        """Add blocks."""
+        """Add objects."""
         self.count += len(keys)
         self._latest.extend(keys)
 
     def any_since(self, count: int, family: Container[BlockKey]) -> bool:
-        """Return False if no block of a family has departed since `count`. True if one has, or may have."""
+        """Return False if no object of a family was noted since `count`; True if one may have been."""
         news = self.count - count
+        if not news:
+            return False
         if news > len(self._latest):
             return True
         return any(self._latest[-at] in family for at in range(1, news + 1))
 
 
 class TierIndex:
-    """The blocks of one tier, by key. No I/O, no bytes, no clock.
+    """The objects of one tier, by key. No I/O, no bytes, no clock.
 
     A move along an edge that `kvbm_core.block.TRANSITIONS` has not raises `TransitionError`: for `found`,
-    `stored`, `not_stored` and `unpin`. `reserve`, `pin` and `drop` choose among the blocks whose state allows
-    the move, and return which they are.
+    `stored`, `not_stored` and `unpin`. `reserve`, `pin` and `drop` choose among the objects whose state
+    allows the move, and return which they are.
 
     Args:
-        capacity_blocks: Blocks it holds at most. None: no limit.
-        policy: The order of eviction.
-        departures: Where blocks are noted that cease to be READY.
+        capacity_bytes: Bytes that its objects may take. None: no limit.
+        order: The policy, empty: it knows each READY object and the bytes that it takes.
+        departures: Where objects are noted that cease to be READY.
+        arrivals: Where objects are noted that become READY. None: nowhere.
     """
 
     def __init__(
-        self, capacity_blocks: int | None, policy: EvictionPolicy, departures: Departures | None = None
+        self,
+        capacity_bytes: int | None,
+        order: Fifo,
+        departures: LatestKeys | None = None,
+        arrivals: LatestKeys | None = None,
     ) -> None:
-        self.capacity_blocks = capacity_blocks
-        self._departures = departures or Departures()
-        self._idle = policy
+        self.capacity_bytes = capacity_bytes
+        self.ready: Container[BlockKey] = order
+        """The READY objects, for loops that ask thousands of times."""
+        self._departures = departures or LatestKeys()
+        self._arrivals = arrivals
+        self._order = order
         self._pins: dict[BlockKey, int] = {}
-        self._filling: set[BlockKey] = set()
+        self._filling: dict[BlockKey, int] = {}
+        """The bytes reserved for each."""
         self._leaving: dict[BlockKey, int] = {}
+        """The bytes that each takes."""
+        self._other_bytes = 0
+        """Of both."""
+        self._charges: dict[int, int] = {}
+        """The different ones, each to itself."""
 
     def __repr__(self) -> str:
         return (
-            f"<TierIndex {len(self)}/{self.capacity_blocks} blocks: {len(self._idle)} idle, "
+            f"<TierIndex {self.used_bytes}/{self.capacity_bytes} bytes: {len(self._order)} ready, "
             f"{len(self._pins)} pinned, {len(self._filling)} filling, {len(self._leaving)} leaving>"
         )
 
+    @property
+    def used_bytes(self) -> int:
+        """Bytes that all objects take, those on their way in and out among them."""
+        return self._order.nbytes + self._other_bytes
+
     def __len__(self) -> int:
-        return len(self._idle) + len(self._pins) + len(self._filling) + len(self._leaving)
+        return len(self._order) + len(self._filling) + len(self._leaving)
 
     def __contains__(self, key: object) -> bool:
-        """Say whether a block is READY."""
-        return key in self._idle or key in self._pins
+        """Say whether an object is READY."""
+        return key in self._order
+
+    def __iter__(self) -> Iterator[BlockKey]:
+        """List the READY objects."""
+        return iter(self._order)
 
     def state(self, key: BlockKey) -> BlockState:
-        """Say where a block stands."""
-        if key in self:
+        """Say where an object stands."""
+        if key in self._order:
             return BlockState.READY
         if key in self._filling:
             return BlockState.FILLING
         return BlockState.LEAVING if key in self._leaving else BlockState.ABSENT
 
-    def found(self, key: BlockKey) -> None:
-        """Take in a block that the tier had when it was opened."""
+    def found(self, key: BlockKey, charge: int) -> None:
+        """Take in an object that the tier had when it was opened, and the bytes that it takes."""
         self._move(key, BlockEvent.RESERVE)
-        self._idle.add(key)
+        self._order.insert(key, self.counted(charge))
 
-    def touch(self, key: BlockKey) -> None:
-        """Make a READY block the most recently used."""
-        if key in self._idle:
-            self._idle.add(key)
+    def absent(self, keys: Iterable[BlockKey]) -> list[BlockKey]:
+        """Give the keys that are ABSENT, each once."""
+        # `state`, written out: a lookup asks thousands of times.
+        order, filling, leaving = self._order, self._filling, self._leaving
+        return [key for key in dict.fromkeys(keys) if not (key in order or key in filling or key in leaving)]
+
+    def touch(self, keys: Iterable[BlockKey]) -> None:
+        """Note that objects were used, those that are READY."""
+        order = self._order
+        for key in keys:
+            if key in order:
+                order.touch(key)
 
     def pin(self, keys: Iterable[BlockKey]) -> list[BlockKey]:
-        """Keep READY blocks from being evicted until `unpin`; return those that are not READY."""
-        idle, pins, gone = self._idle, self._pins, []
+        """Keep READY objects from being evicted until `unpin`; return those that are not READY."""
+        order, pins, gone = self._order, self._pins, []
         for key in keys:
-            if key in pins:
-                pins[key] += 1
-            elif idle.remove(key):
-                pins[key] = 1
+            if key in order:
+                pins[key] = pins.get(key, 0) + 1
             else:
                 gone.append(key)
         return gone
 
-    def unpin(self, key: BlockKey) -> bool:
-        """Take one pin back. True if the block was LEAVING and is gone with it."""
-        if key in self._leaving:
-            self._leaving[key] -= 1
-            if self._leaving[key]:
-                return False
-            self._move(key, BlockEvent.RELEASED)
-            del self._leaving[key]
-            return True
-        left = self._pins.get(key, 0) - 1
-        if left > 0:
-            self._pins[key] = left
-            return False
-        if left < 0:
-            self._move(key, BlockEvent.RELEASED)
-        del self._pins[key]
-        self._idle.add(key)
-        return False
+    def unpin(self, keys: Iterable[BlockKey]) -> list[BlockKey]:
+        """Take one pin of each object back; return those that were LEAVING and are gone with it."""
+        pins, leaving, touch = self._pins, self._leaving, self._order.touch
+        gone: list[BlockKey] = []
+        for key in keys:
+            left = pins.get(key, 0) - 1
+            if left > 0:
+                pins[key] = left
+                continue
+            if left < 0 or key in leaving:
+                self._move(key, BlockEvent.RELEASED)
+                self._other_bytes -= leaving.pop(key)
+                gone.append(key)
+            else:
+                touch(key)
+            del pins[key]
+        return gone
 
     def reserve(
-        self, keys: Sequence[BlockKey], protected: Container[BlockKey] = ()
+        self, keys: Sequence[BlockKey], charge: int, protected: Container[BlockKey] = ()
     ) -> tuple[list[BlockKey], list[BlockKey]]:
-        """Set room aside for blocks about to be stored, evicting where needed.
+        """Set room aside for objects about to be stored, evicting where needed.
 
         Args:
             keys: In the order of their prefix.
-            protected: The blocks of the same prefix, which are not evicted for `keys`: a prefix without
+            charge: The bytes that each takes at most.
+            protected: The objects of the same prefix, which are not evicted for `keys`: a prefix without
                 its head is worth nothing. Asked for each candidate, so it should answer at once.
 
         Returns:
             The keys that are FILLING now: a leading part of those that were ABSENT; and the keys
             evicted for them.
         """
-        # `state`, written out: a lookup asks thousands of times.
-        idle, pins, filling, leaving = self._idle, self._pins, self._filling, self._leaving
-        wanted = [
-            key
-            for key in dict.fromkeys(keys)
-            if not (key in idle or key in pins or key in filling or key in leaving)
-        ]
+        wanted = self.absent(keys)
         evicted: list[BlockKey] = []
-        if self.capacity_blocks is not None:
-            missing = len(self) + len(wanted) - self.capacity_blocks
-            if missing > 0:
-                evicted = self._evict(missing, protected)
-                wanted = wanted[: max(0, self.capacity_blocks - len(self))]
-        self._filling.update(wanted)
+        if self.capacity_bytes is not None and charge:
+            order, room_bytes = self._order, self.capacity_bytes - self._other_bytes
+            if order.nbytes + len(wanted) * charge > room_bytes:
+                wanted = order.admitted(wanted, (room_bytes - order.nbytes) // charge, charge)
+            if (excess_bytes := order.nbytes + len(wanted) * charge - room_bytes) > 0:
+                evicted = order.evict(excess_bytes, protected, self._pins)
+                self._departures.note(evicted)
+                del wanted[max(0, room_bytes - order.nbytes) // charge :]
+        self._filling.update(dict.fromkeys(wanted, charge))
+        self._other_bytes += len(wanted) * charge
         return wanted, evicted
 
-    def _evict(self, count: int, protected: Container[BlockKey]) -> list[BlockKey]:
-        """Evict up to `count` blocks, protected ones excepted.
-
-        Protected blocks that stand first in the order go to its end, so that each is met once in a round.
-        Where nearly all are protected fewer are evicted than could be, so that the time is bounded.
-        """
-        idle = self._idle
-        victims: list[BlockKey] = []
-        spared = _SPARED_AT_ONCE + _SPARED_EACH * count
-        for _ in range(len(idle)):
-            if len(victims) == count or not spared:
-                break
-            key = idle.victim()
-            assert key is not None, "there are as many as it says"
-            if key in protected:
-                idle.add(key)
-                spared -= 1
-            else:
-                victims.append(key)
-        self._departures.note(victims)
-        return victims
-
-    def stored(self, key: BlockKey) -> None:
-        """Note that every rank has the block."""
+    def stored(self, key: BlockKey, charge: int | None = None) -> None:
+        """Note that every rank has the object, and the bytes that it takes. None: as many as reserved."""
         if key not in self._filling:  # Asked first, because thousands are stored at once.
             self._move(key, BlockEvent.STORED)
-        self._filling.remove(key)
-        self._idle.add(key)
+        nbytes = self._filling.pop(key)
+        self._other_bytes -= nbytes
+        if charge is not None and charge != nbytes:  # Rounded, but never for that above what was reserved.
+            nbytes = max(min(self.counted(charge), nbytes), charge)
+        self._order.insert(key, nbytes)
+        if self._arrivals is not None:
+            self._arrivals.note([key])
 
     def not_stored(self, key: BlockKey) -> None:
-        """Note that some rank has the block not."""
+        """Note that some rank has the object not."""
         self._move(key, BlockEvent.NOT_STORED)
-        self._filling.remove(key)
+        self._other_bytes -= self._filling.pop(key)
 
     def drop(self, key: BlockKey) -> bool:
-        """Forget a READY block: at once, or with its last pin. True if at once. Others stay as they are."""
+        """Forget a READY object: at once, or with its last pin. True if at once. Others stay as they are."""
         self._departures.note([key])
+        if key not in self._order:
+            return False
         if key in self._pins:
             self._move(key, BlockEvent.DOOM)
-            self._leaving[key] = self._pins.pop(key)
-            return False
-        return self._idle.remove(key)
+            self._leaving[key] = self._order[key]
+            self._other_bytes += self._order[key]
+        self._order.remove(key)
+        return key not in self._pins
 
-    def ready(self) -> list[BlockKey]:
-        """List the READY blocks, the next victim first, pinned ones last."""
-        return [*self._idle.keys(), *self._pins]
+    def counted(self, charge: int) -> int:
+        """Give the number that a charge is counted as: the same object each time, and few of them."""
+        if len(self._charges) >= _EXACT_CHARGES and charge not in self._charges:
+            unit = 1 << max(0, charge.bit_length() - _LEADING_BITS)
+            charge = -(-charge // unit) * unit
+        return self._charges.setdefault(charge, charge)
 
     def _move(self, key: BlockKey, event: BlockEvent) -> None:
         """Check that the table has this edge."""

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeAlias
 
-from kvbm_core.block import BlockKey
+from kvbm_core.block import PROBE_KEY, BlockKey
 from kvbm_core.errors import ConfigError
+from kvbm_core.groups import TAG_BYTES, KvGroup, is_plain
 from kvbm_core.leader.breaker import Breaker
-from kvbm_core.leader.counts import TierCounts
+from kvbm_core.leader.counts import TierCounts, TierLevels
 from kvbm_core.leader.prefix_probe import PrefixProbe
-from kvbm_core.leader.tier_index import Departures, TierIndex
+from kvbm_core.leader.tier_index import LatestKeys, TierIndex
 from kvbm_core.plan import TierStatus
-from kvbm_core.policy import EvictionPolicy
+from kvbm_core.policies import Fifo, Lru
+from kvbm_core.policy import PolicyContext
 from kvbm_core.tier import Capabilities, host_pool_of
 
-__all__ = ["TierState", "Tiers"]
+__all__ = ["MakePolicy", "TierState", "Tiers"]
 
-_MAX_KNOWN_BLOCKS: Final = 1 << 18
-"""Remembered of a shared tier; what is forgotten is looked up, or stored, once more."""
+_MAX_KNOWN_OBJECTS: Final = 1 << 18
+"""Remembered of a shared tier; the others are looked up, or stored, once more."""
+
+MakePolicy: TypeAlias = Callable[[int, PolicyContext], Fifo]
+"""Makes the policy of the tier at a position."""
+
+
+def make_lru(position: int, context: PolicyContext) -> Fifo:
+    """Make the policy of a tier that names none."""
+    return Lru()
 
 
 @dataclass(slots=True)
@@ -32,45 +44,81 @@ class TierState:
     """As rank 0 has them; every rank's traits are alike."""
     index: TierIndex
     is_host_pool: bool
-    capacity_blocks: int | None
-    """As configured; the index may hold fewer, see `Shortages`."""
-    block_bytes: int
-    """That a block takes on one rank; 0: not known."""
+    capacity_bytes: int | None
+    """As configured, of the rank with the smallest share; the index may hold less, see `Shortages`."""
+    charges: tuple[int, ...]
+    """For each KV group the bytes that an object takes at most, on the rank where it takes most."""
+    block_bytes: tuple[int, ...]
+    """For each KV group the bytes of a block over all ranks."""
     probe: PrefixProbe | None
     """For a tier that cannot list its blocks."""
     breaker: Breaker = field(default_factory=Breaker)
     counts: TierCounts = field(default_factory=TierCounts)
     is_left_alone: bool = False
-    """True from the line that says so until it has worked again."""
+    """True from when it is left alone until it has worked again."""
+    says_left_alone: bool = False
+    """True if a line says so and none has said since that it works."""
+    is_probed: bool = False
+    """True while the ranks try it, see `Probe`."""
     storing: int = 0
-    """Blocks on their way in."""
-    write_back: OrderedDict[BlockKey, Container[BlockKey]] = field(default_factory=OrderedDict)
-    """Blocks in the host pool that this tier gets when fewer are on their way, each with its prefix."""
+    """Objects on their way in."""
+    write_back: OrderedDict[BlockKey, tuple[Container[BlockKey], int]] = field(default_factory=OrderedDict)
+    """Blocks in the host pool that this tier gets when fewer are on their way, each with its prefix and its
+    KV group."""
+
+    def weight(self, group: int) -> float:
+        """Give the bytes of a block of a KV group as a part of those of the largest."""
+        largest = max(self.block_bytes)
+        return self.block_bytes[group] / largest if largest else 1.0
+
+    def levels(self, world_size: int, now_s: float) -> TierLevels:
+        """Say where the tier stands, over so many ranks."""
+        limits = (
+            [None, None] if self.capabilities.shared else [self.capacity_bytes, self.index.capacity_bytes]
+        )
+        return TierLevels(
+            len(self.index),
+            self.index.used_bytes * world_size,
+            self.storing + len(self.write_back),
+            self.breaker.closed(now_s) and not self.is_left_alone,
+            *[None if limit is None else limit * world_size for limit in limits],
+        )
 
 
 class Tiers:
-    """All tiers, fastest first. Begins with the blocks that every rank found; the others are dropped.
+    """All tiers, fastest first.
+
+    Begins with the objects that every rank found that has layers of their KV group; the others are dropped.
 
     Args:
         ranks: What each worker says of its tiers.
-        policy: Makes the eviction order of one tier.
+        policy: Makes the policy of each tier that has a capacity.
+        groups: The engine's KV groups. Where a hit is not just the longest prefix of one, the objects that
+            become READY are noted as well, for matches over them.
 
     Raises:
         ConfigError: If the ranks have different stacks; names rank and difference.
     """
 
-    def __init__(self, ranks: Sequence[Sequence[TierStatus]], policy: Callable[[], EvictionPolicy]) -> None:
+    def __init__(
+        self,
+        ranks: Sequence[Sequence[TierStatus]],
+        policy: MakePolicy = make_lru,
+        groups: Sequence[KvGroup] = (KvGroup(1),),
+    ) -> None:
         _refuse_different_stacks(ranks)
-        self.departures = Departures()
+        self.departures = LatestKeys()
+        self.arrivals = LatestKeys()
+        self._groups = groups
         self.host_pool = host_pool_of([status.capabilities for status in ranks[0]])
         """Position of the host pool; -1 for none."""
         self._drops: dict[int, list[BlockKey]] = {}
         self._states: list[TierState] = []
         for statuses in zip(*ranks, strict=True):
-            self._open(statuses, policy())
+            self._open(statuses, policy)
 
     def __repr__(self) -> str:
-        return ", ".join(f"{t.name} {len(t.index)}/{t.index.capacity_blocks}" for t in self._states)
+        return ", ".join(f"{t.name} {t.index.used_bytes}/{t.index.capacity_bytes}" for t in self._states)
 
     def __len__(self) -> int:
         return len(self._states)
@@ -80,6 +128,10 @@ class Tiers:
 
     def __iter__(self) -> Iterator[TierState]:
         return iter(self._states)
+
+    def usable(self, now_s: float) -> tuple[bool, ...]:
+        """Say which tiers may be used, by their breakers. Asked for each waiting request in each step."""
+        return tuple([tier.breaker.closed(now_s) for tier in self._states])
 
     @property
     def has_drops(self) -> bool:
@@ -91,21 +143,28 @@ class Tiers:
         drops, self._drops = self._drops, {}
         return list(drops.items())
 
-    def reserve(self, position: int, keys: Sequence[BlockKey], prefix: Container[BlockKey]) -> list[BlockKey]:
-        """Set room aside in a tier, see `TierIndex.reserve`, and have it forget the blocks evicted."""
+    def reserve(
+        self, position: int, keys: Sequence[BlockKey], prefix: Container[BlockKey], group: int = 0
+    ) -> list[BlockKey]:
+        """Set room aside in a tier, see `TierIndex.reserve`, and have it forget the objects evicted."""
         tier = self._states[position]
-        filling, evicted = tier.index.reserve(keys, prefix)
+        filling, evicted = tier.index.reserve(keys, tier.charges[group], prefix)
         if not tier.capabilities.shared:  # Else they are forgotten here and stay there.
             self.discard(position, evicted)
             tier.counts.evicted += len(evicted)
         return filling
 
+    def make_room_for_probe(self, position: int) -> None:
+        """Have a tier leave room for one block; its own bound does without where it is shared."""
+        index = self._states[position].index
+        self.drop(position, PROBE_KEY)  # Of an engine that was killed while it tried.
+        charges = self._states[position].charges
+        for key in self.reserve(position, [PROBE_KEY], (), charges.index(max(charges))):
+            index.not_stored(key)
+
     def unpin(self, position: int, keys: Iterable[BlockKey]) -> None:
         """Take one pin of each block back; a doomed block goes with its last."""
-        index = self._states[position].index
-        for key in keys:
-            if index.unpin(key):
-                self.discard(position, [key])
+        self.discard(position, self._states[position].index.unpin(keys))
 
     def drop(self, position: int, key: BlockKey, *, corrupt: bool = False) -> None:
         """Forget a READY block, as soon as nobody reads it."""
@@ -122,29 +181,51 @@ class Tiers:
         """Forget every block. In a shared tier they stay."""
         for position, tier in enumerate(self._states):
             tier.write_back.clear()
-            for key in tier.index.ready():
+            for key in list(tier.index):
                 self.drop(position, key)
 
-    def _open(self, statuses: Sequence[TierStatus], policy: EvictionPolicy) -> None:
-        """Start a tier's index with the blocks that every rank found, and have the others dropped."""
-        capabilities, position = statuses[0].capabilities, len(self._states)
-        limits = [status.capabilities.capacity_blocks for status in statuses]
-        limits.append(_MAX_KNOWN_BLOCKS if capabilities.shared else None)
-        bounded = [limit for limit in limits if limit is not None]
-        index = TierIndex(min(bounded) if bounded else None, policy, self.departures)
-        common = set.intersection(*(set(status.inventory) for status in statuses))
-        ordered = [key for key in statuses[0].inventory if key in common]
-        keep = ordered[-index.capacity_blocks :] if index.capacity_blocks is not None else ordered
-        for key in keep:
-            index.found(key)
-        probe = PrefixProbe() if capabilities.remote_lookup else None
+    def _open(self, statuses: Sequence[TierStatus], policy: MakePolicy) -> None:
+        """Start a tier's index with the objects that every rank found, and have the others dropped."""
+        first, position = statuses[0], len(self._states)
+        charges = tuple(max(each) for each in zip(*(status.charges for status in statuses), strict=True))
+        usual_bytes = max(charges)
+        limits = [status.capabilities.capacity_bytes for status in statuses]
+        limits.append(_MAX_KNOWN_OBJECTS * usual_bytes if first.capabilities.shared else None)
+        capacity_bytes = min((limit for limit in limits if limit is not None), default=None)
+        order: Fifo = Lru()
+        if capacity_bytes is not None:
+            order = policy(position, PolicyContext(capacity_bytes, usual_bytes, first.name))
+        index = TierIndex(
+            capacity_bytes, order, self.departures, None if is_plain(self._groups) else self.arrivals
+        )
         self._states.append(
             TierState(
-                statuses[0].name, capabilities, index, position == self.host_pool,
-                index.capacity_blocks, statuses[0].block_bytes, probe,
+                first.name, first.capabilities, index, position == self.host_pool, capacity_bytes, charges,
+                tuple(sum(each) for each in zip(*(status.block_bytes for status in statuses), strict=True)),
+                PrefixProbe() if first.capabilities.remote_lookup else None,
             )
         )  # fmt: skip
-        self.discard(position, set().union(*(status.inventory for status in statuses)).difference(keep))
+        found = [dict(status.inventory) for status in statuses]
+        without = [self._tags_without_layers(status) for status in statuses]
+        # The rank that lists most knows the order best.
+        listed = sorted((list(rank) for rank in found), key=len, reverse=True)
+        keep: dict[BlockKey, int] = {}
+        room = math.inf if capacity_bytes is None else capacity_bytes
+        for key in reversed(dict.fromkeys(itertools.chain(*listed))):
+            tag = key[-TAG_BYTES:]
+            if all(key in rank or tag in tags for rank, tags in zip(found, without, strict=True)):
+                keep[key] = index.counted(max(rank.get(key, 0) for rank in found))
+                room -= keep[key]
+                if room < 0:
+                    del keep[key]
+                    break
+        for key in reversed(keep):
+            index.found(key, keep[key])
+        self.discard(position, set().union(*found).difference(keep))
+
+    def _tags_without_layers(self, status: TierStatus) -> set[bytes]:
+        """Give the tags of the KV groups of which a rank keeps no objects: it has no layer of them."""
+        return {group.tag for group, charge in zip(self._groups, status.charges, strict=False) if not charge}
 
 
 def _refuse_different_stacks(ranks: Sequence[Sequence[TierStatus]]) -> None:

@@ -28,8 +28,10 @@ class WriteBack:
     def __init__(self, tiers: Tiers, max_store_blocks: int) -> None:
         self._tiers = tiers
         self._max_waiting = self._max_storing = max_store_blocks
-        if tiers.host_pool >= 0 and (slots := tiers[tiers.host_pool].capacity_blocks) is not None:
-            self._max_storing = min(max_store_blocks, max(_SMALL_SHARE, slots // _SHARES))
+        pool = tiers[tiers.host_pool] if tiers.host_pool >= 0 else None
+        if pool is not None and pool.capacity_bytes is not None:
+            objects = pool.capacity_bytes // max(pool.charges)
+            self._max_storing = min(max_store_blocks, max(_SMALL_SHARE, objects // _SHARES))
 
     def __repr__(self) -> str:
         return f"<WriteBack {sum(len(tier.write_back) for tier in self._tiers)} blocks>"
@@ -39,7 +41,7 @@ class WriteBack:
         return any(tier.write_back and tier.breaker.closed(now_s) for tier in self._tiers)
 
     def admit(
-        self, tier: TierState, keys: list[BlockKey], prefix: Container[BlockKey], now_s: float
+        self, tier: TierState, keys: list[BlockKey], prefix: Container[BlockKey], now_s: float, group: int
     ) -> list[BlockKey]:
         """Choose the blocks that are written from the device now.
 
@@ -51,39 +53,50 @@ class WriteBack:
         if self._tiers.host_pool < 0 or tier.is_host_pool:
             tier.counts.dropped["backlog" if usable else "unusable"] += len(keys[room:])
             return keys[:room]
-        there = self._tiers[self._tiers.host_pool].index
-        fresh = [key for key in keys if key not in there]
-        self._enqueue(tier, [*fresh[room:], *(key for key in keys if key in there)], prefix)
+        there = self._tiers[self._tiers.host_pool].index.ready
+        fresh: list[BlockKey] = []
+        later: list[BlockKey] = []
+        for key in keys:
+            (later if key in there else fresh).append(key)
+        self._enqueue(tier, [*fresh[room:], *later], (prefix, group))
         return fresh[:room]
 
-    def due(self, position: int, now_s: float) -> list[BlockKey]:
-        """Take the blocks that a tier gets now from the host pool, reserved there and pinned here."""
+    def due(self, position: int, now_s: float) -> dict[int, list[BlockKey]]:
+        """Take the blocks that a tier gets now from the host pool, reserved there and pinned here.
+
+        Returns:
+            The keys of each KV group.
+        """
         tier, host_pool = self._tiers[position], self._tiers[self._tiers.host_pool]
         if not tier.write_back or not tier.breaker.closed(now_s):
-            return []
-        due: list[tuple[BlockKey, Container[BlockKey]]] = []
+            return {}
+        due: list[tuple[BlockKey, tuple[Container[BlockKey], int]]] = []
         while tier.write_back and tier.storing + len(due) < self._max_storing:
-            key, prefix = next(iter(tier.write_back.items()))
+            key, whose = next(iter(tier.write_back.items()))
             state = host_pool.index.state(key)
             if state is BlockState.FILLING:
                 break
             del tier.write_back[key]
             if state is BlockState.READY:
-                due.append((key, prefix))
+                due.append((key, whose))
             elif key not in tier.index:
                 tier.counts.dropped["gone"] += 1
-        keys: list[BlockKey] = []
-        for _, run in itertools.groupby(due, key=lambda pair: id(pair[1])):
+        keys: dict[int, list[BlockKey]] = {}
+        for _, run in itertools.groupby(due, key=lambda pair: (id(pair[1][0]), pair[1][1])):
             together = list(run)
-            keys += self._tiers.reserve(position, [key for key, _ in together], together[0][1])
-        gone = host_pool.index.pin(keys)
-        assert not gone, "what the host pool has lost since is not due"
+            prefix, group = together[0][1]
+            filling = self._tiers.reserve(position, [key for key, _ in together], prefix, group)
+            gone = host_pool.index.pin(filling)
+            assert not gone, "what the host pool has lost since is not due"
+            keys.setdefault(group, []).extend(filling)
         return keys
 
-    def _enqueue(self, tier: TierState, keys: Iterable[BlockKey], prefix: Container[BlockKey]) -> None:
+    def _enqueue(
+        self, tier: TierState, keys: Iterable[BlockKey], whose: tuple[Container[BlockKey], int]
+    ) -> None:
         for key in keys:
             # Full: the end of a prefix is dropped, because its end without its head is worth nothing.
             if len(tier.write_back) < self._max_waiting:
-                tier.write_back[key] = prefix
+                tier.write_back[key] = whose
             elif key not in tier.write_back:
                 tier.counts.dropped["backlog"] += 1

@@ -5,6 +5,7 @@ the midst of stores. The conformance suite is `kvbm_core.testing.suite`: it need
 (the extra ``testing``), this module does not.
 """
 
+from kvbm_core.testing import _asserts as _asserts
 from kvbm_core.testing._child import KilledChild
 from kvbm_core.testing._device import MemoryDevice
 from kvbm_core.testing._faults import FaultyTier

@@ -1,7 +1,8 @@
-"""A process that stores blocks until it is killed: for backends that say they are durable."""
+"""A process that stores objects until it is killed: for backends that say they are durable."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -11,65 +12,71 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from kvbm_core.testing._rig import PATIENCE_S, Rig
-from kvbm_core.tier import Backend
+from kvbm_core.tier import Backend, Op, Outcome, Transfer
 
 __all__ = ["KilledChild"]
 
-_MOST_BLOCKS: Final = 4096
-
 
 class KilledChild:
-    """Stores numbered blocks in a process of its own, and dies by SIGKILL in the midst of it.
+    """Stores numbered objects in a process of its own, and dies by SIGKILL in the midst of it.
 
     Args:
         backend: The backend's name; a `Backend` itself is used by a forked process.
         settings: As an operator would write them.
-        block_bytes: Of every region.
+        max_bytes: Length of the longest object; see `TierContext.max_bytes`.
     """
 
-    def __init__(self, backend: str | Backend, settings: Mapping[str, Any], block_bytes: int) -> None:
+    def __init__(self, backend: str | Backend, settings: Mapping[str, Any], max_bytes: int) -> None:
         self._backend = backend
         self._settings = settings
-        self._block_bytes = block_bytes
+        self._max_bytes = max_bytes
 
-    def acknowledged(self, after: int) -> list[int]:
-        """Start it, kill it when it has said that `after` blocks are stored.
+    def acknowledged(
+        self, after: int, *, batch: int = 1, meanwhile: Callable[[], object] | None = None
+    ) -> list[int]:
+        """Start it, and have it killed when `after` objects are stored.
+
+        Args:
+            after: It dies as soon as `Tier.poll` has said so, before any other call.
+            batch: Objects that it has in flight at once, also when it dies.
+            meanwhile: Called again and again until then.
 
         Returns:
-            The numbers of the blocks that it had said are stored.
+            The numbers of the objects of which the tier had said that they are stored.
         """
+        job = {"settings": dict(self._settings), "max_bytes": self._max_bytes, "after": after, "batch": batch}
         with tempfile.TemporaryFile() as said:
-            process = self._fork(said) if isinstance(self._backend, Backend) else self._spawn(said)
+            process = self._fork(said, job) if isinstance(self._backend, Backend) else self._spawn(said, job)
             give_up_s = time.monotonic() + PATIENCE_S
             try:
-                while _lines(said) < after:
-                    assert process.poll() is None, "the child ended by itself; see the standard error"
+                while process.poll() is None:
                     assert time.monotonic() < give_up_s, "the child stores nothing"
+                    if meanwhile:
+                        meanwhile()
                     time.sleep(0.001)
             finally:
                 process.kill()
                 process.wait()
+            assert _lines(said) >= after, "the child ended by itself; see the standard error"
             said.seek(0)
             return [int(line) for line in said.read().split(b"\n")[:-1]]
 
-    def _spawn(self, said: Any) -> subprocess.Popen[bytes]:
-        job = json.dumps(
-            {"backend": self._backend, "settings": dict(self._settings), "nbytes": self._block_bytes}
-        )
+    def _spawn(self, said: Any, job: Mapping[str, Any]) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        command = [sys.executable, "-c", "from kvbm_core.testing._child import main; main()", job]
+        main = "from kvbm_core.testing._child import main; main()"
+        command = [sys.executable, "-c", main, json.dumps({"backend": self._backend, **job})]
         return subprocess.Popen(command, stdout=said, stdin=subprocess.DEVNULL, env=environment)
 
-    def _fork(self, said: Any) -> _Forked:
+    def _fork(self, said: Any, job: Mapping[str, Any]) -> _Forked:
         pid = os.fork()
         if pid == 0:
             try:
-                _live(self._backend, self._settings, self._block_bytes, said.fileno())
+                _live(self._backend, said.fileno(), **job)
             except BaseException:
                 traceback.print_exc()
                 raise
@@ -104,16 +111,31 @@ def _lines(said: Any) -> int:
     return os.pread(said.fileno(), 1 << 20, 0).count(b"\n")
 
 
-def _live(backend: str | Backend, settings: Mapping[str, Any], nbytes: int, out: int) -> None:
-    """Store one block after the other, as many as fit, and wait for the end."""
-    rig = Rig(backend, lambda folder: settings, Path(), nbytes)
+def _live(
+    backend: str | Backend, out: int, *, settings: Mapping[str, Any], max_bytes: int, after: int, batch: int
+) -> None:
+    """Store objects until enough are said to be stored, and die by that."""
+    rig = Rig(backend, lambda folder: settings, Path(), max_bytes)
     tier = rig.open()
-    capacity = tier.capabilities.capacity_blocks
-    for number in range(_MOST_BLOCKS if capacity is None else capacity):
-        rig.must_store(tier, number)
-        os.write(out, f"{number}\n".encode())
+    numbers = itertools.count()
+    flying: dict[int, Transfer] = {}
+    said = 0
     while True:
-        time.sleep(1)
+        new = {
+            number: rig.transfer(Op.STORE, number, rig.memory(number))
+            for number in itertools.islice(numbers, batch - len(flying))
+        }
+        flying |= new
+        tier.submit(list(new.values()))
+        stored = {completion.ticket for completion in tier.poll() if completion.outcome is Outcome.DONE}
+        ended = [number for number, transfer in flying.items() if transfer.ticket in stored]
+        os.write(out, "".join(f"{number}\n" for number in ended).encode())
+        said += len(ended)
+        if said >= after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        for number in ended:
+            del flying[number]
+        time.sleep(0.0002)
 
 
 def main() -> None:
@@ -122,4 +144,4 @@ def main() -> None:
     out = os.dup(1)
     os.dup2(2, 1)  # Libraries print there.
     threading.current_thread().name = "kvbm-child"
-    _live(job["backend"], job["settings"], job["nbytes"], out)
+    _live(job.pop("backend"), out, **job)

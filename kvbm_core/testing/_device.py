@@ -21,39 +21,60 @@ class _Done(Work):
 
 
 class MemoryDevice(Device):
-    """Blocks in one bytearray; a copy is complete when the call returns."""
+    """Blocks in one bytearray; a copy is complete when the call returns.
 
-    def __init__(self, num_blocks: int, block_bytes: int) -> None:
-        self._traits = DeviceTraits(block_bytes, num_blocks)
-        self._block_bytes = block_bytes
-        self._memory = (ctypes.c_ubyte * (num_blocks * block_bytes))()
+    As in an engine, all KV groups draw their blocks from one pool: a block is as long as the longest group
+    needs, and who writes it for one group overwrites what another had there::
+
+        block 0                     block 1
+        ┌───────────────────────────┬───────────────────────────┬── ─ ─
+        │ group 0: all of it        │                           │
+        │ group 1: ─────────►       │                           │
+
+    Args:
+        num_blocks: Number of blocks.
+        block_bytes: Bytes of one block: of each KV group, or of the only one. 0 for a group of which there
+            is no layer here.
+    """
+
+    def __init__(self, num_blocks: int, block_bytes: int | tuple[int, ...]) -> None:
+        groups = (block_bytes,) if isinstance(block_bytes, int) else tuple(block_bytes)
+        self._traits = DeviceTraits(groups, num_blocks)
+        self._step_bytes = max(groups)
+        self._memory = (ctypes.c_ubyte * (num_blocks * self._step_bytes))()
 
     @property
     def traits(self) -> DeviceTraits:
         """See `Device.traits`."""
         return self._traits
 
-    def read(self, block: int) -> bytes:
-        """Give a block's bytes."""
-        return bytes(self._view(block))
+    def read(self, block: int, group: int = 0) -> bytes:
+        """Give a block's bytes, as a KV group has them."""
+        return bytes(self._view(block, group))
 
-    def write(self, block: int, data: bytes) -> None:
-        """Set a block's bytes."""
-        self._view(block)[:] = data
+    def write(self, block: int, data: bytes, group: int = 0) -> None:
+        """Set a block's bytes, as a KV group has them."""
+        self._view(block, group)[:] = data
 
     def claim(self, blocks: Iterable[int], *, wait: bool = False) -> Fence:
         """See `Device.claim`."""
 
-    def gather(self, blocks: Sequence[int], regions: Sequence[Region], fence: Fence = None) -> Work:
+    def gather(
+        self, blocks: Sequence[int], regions: Sequence[Region], fence: Fence = None, group: int = 0
+    ) -> Work:
         """See `Device.gather`."""
         for block, region in zip(blocks, regions, strict=True):
-            region.view()[: self._block_bytes] = self._view(block)
+            source = self._view(block, group)
+            region.view()[: len(source)] = source
         return _Done()
 
-    def scatter(self, regions: Sequence[Region], blocks: Sequence[int], fence: Fence = None) -> Work:
+    def scatter(
+        self, regions: Sequence[Region], blocks: Sequence[int], fence: Fence = None, group: int = 0
+    ) -> Work:
         """See `Device.scatter`."""
         for block, region in zip(blocks, regions, strict=True):
-            self._view(block)[:] = region.view()[: self._block_bytes]
+            target = self._view(block, group)
+            target[:] = region.view()[: len(target)]
         return _Done()
 
     def stream_wait(self, work: Work) -> None:
@@ -62,7 +83,11 @@ class MemoryDevice(Device):
     def close(self) -> None:
         """See `Device.close`."""
 
-    def _view(self, block: int) -> memoryview:
-        assert 0 <= block < self._traits.num_blocks
-        start = block * self._block_bytes
-        return memoryview(self._memory).cast("B")[start : start + self._block_bytes]
+    def _view(self, block: int, group: int) -> memoryview:
+        groups = self._traits.block_bytes
+        if not 0 <= group < len(groups):
+            raise ValueError(f"there is no KV group {group}: the device has {len(groups)}")
+        if not 0 <= block < self._traits.num_blocks:
+            raise ValueError(f"there is no block {block}: the device has {self._traits.num_blocks}")
+        start = block * self._step_bytes
+        return memoryview(self._memory).cast("B")[start : start + groups[group]]

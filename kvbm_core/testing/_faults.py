@@ -87,7 +87,7 @@ class FaultyTier(ForwardTier):
                 self._held.append((now_s + self._late_s, completion))
                 continue
             if transfer and transfer.op is Op.LOAD and completion.outcome is Outcome.DONE:
-                self._damage(fault, transfer, before)
+                self._damage(fault, transfer, before, completion.nbytes)
             out += [completion] * (2 if fault == "twice" else 1)
         if self._reorder:
             self._random.shuffle(out)
@@ -96,13 +96,13 @@ class FaultyTier(ForwardTier):
             out = out[:kept]
         return out
 
-    def _damage(self, fault: str | None, transfer: Transfer, before: bytes) -> None:
+    def _damage(self, fault: str | None, transfer: Transfer, before: bytes, nbytes: int) -> None:
         assert transfer.region is not None
-        view = transfer.region.view()
+        view = transfer.region.view()[: nbytes or transfer.region.nbytes]
         if fault == "flip":
             view[self._random.randrange(len(view))] ^= 1 << self._random.randrange(8)
         if fault == "short":
-            view[len(view) // 2 :] = before[len(view) // 2 :]
+            view[len(view) // 2 :] = before[len(view) // 2 : len(view)]
 
 
 _END_AT_ONCE: Final[dict[tuple[str | None, Op | None], tuple[Outcome, Reason]]] = {

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from kvbm_core.device import Device, Work
-from kvbm_core.plan import Load, Lookup, Store
+from kvbm_core.plan import Load, Store
 from kvbm_core.tier import Region
 from kvbm_core.worker.jobs import Copy, Failed
 
@@ -40,22 +40,23 @@ class Copier:
         return min((copy.job.pause_s for copy in list(self._copies)), default=None)
 
     @property
-    def loading_blocks(self) -> int:
-        """Blocks that the device is told to scatter, and has not."""
-        return sum(len(copy.places) for copy in self._copies if isinstance(copy.job.op, Load))
+    def loading_bytes(self) -> int:
+        """Bytes that the device is told to scatter, and has not."""
+        loads = (copy for copy in self._copies if isinstance(copy.job.op, Load))
+        return sum(len(copy.places) * copy.job.object_bytes for copy in loads)
 
     def start(self, copy: Copy, regions: Sequence[Region]) -> Copy:
         """Have the device gather into regions, or scatter from them. May be called under the lock."""
         op = copy.job.op
-        assert not isinstance(op, Lookup)
+        assert isinstance(op, Store | Load)
         if not regions:
             return copy
         blocks = [op.blocks[at] for at in copy.places]
         try:
             if isinstance(op, Store):
-                copy.work = self._device.gather(blocks, regions, copy.job.fence)
+                copy.work = self._device.gather(blocks, regions, copy.job.fence, op.group)
             else:
-                copy.work = self._device.scatter(regions, blocks, copy.job.fence)
+                copy.work = self._device.scatter(regions, blocks, copy.job.fence, op.group)
         except Exception:  # A device's error is as foreign as a tier's: it becomes an outcome.
             logger.exception("a copy could not be started")
         self._copies.append(copy)

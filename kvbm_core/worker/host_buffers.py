@@ -13,8 +13,8 @@ from typing import Any, Final
 
 from kvbm_core.block import BlockKey
 from kvbm_core.device import Stageable
-from kvbm_core.tier import Region
-from kvbm_core.worker.staging import Staging
+from kvbm_core.staging import Staging
+from kvbm_core.tier import Capabilities, Region
 
 __all__ = ["BatchLease", "HostBuffers", "Lease"]
 
@@ -49,11 +49,13 @@ class HostBuffers:
     Args:
         host_pool: The tier that is both a `Tier` and `Addressable`, if there is one.
         staging: The pool for blocks that pass through no host pool.
+        longest_bytes: Length of the longest object.
     """
 
-    def __init__(self, host_pool: Any, staging: Staging | None) -> None:
+    def __init__(self, host_pool: Any, staging: Staging | None, longest_bytes: int) -> None:
         self._host_pool = host_pool
         self._staging = staging
+        self._longest_bytes = longest_bytes
         self._lent: dict[BlockKey, Lease] = {}
         self._batches: set[BatchLease] = set()
 
@@ -64,16 +66,18 @@ class HostBuffers:
     def tier_share(self) -> int | None:
         """Regions that one of several tiers may hold: it may hang, and the others need some. None: all."""
         if self._host_pool is not None:
-            count = self._host_pool.capabilities.capacity_blocks
+            pool: Capabilities = self._host_pool.capabilities
+            capacity_bytes = pool.capacity_bytes
+            count = None if capacity_bytes is None else capacity_bytes // pool.charge(self._longest_bytes)
         else:
             count = self._staging.count if self._staging else None
         return None if count is None else max(1, count // _SHARES)
 
-    def reserve(self, key: BlockKey) -> Lease | None:
+    def reserve(self, key: BlockKey, nbytes: int) -> Lease | None:
         """Use memory of the host pool that is about to be filled. None if it has none, or has the block."""
         if self._host_pool is None or key in self._lent:
             return None
-        return self._use_lent(key, self._host_pool.reserve(key))
+        return self._use_lent(key, self._host_pool.reserve(key, nbytes))
 
     def borrow(self, key: BlockKey) -> Lease | None:
         """Use the memory of a block that the host pool has. None if it has it not."""
@@ -81,13 +85,17 @@ class HostBuffers:
             return self.share(self._lent[key])
         return None if self._host_pool is None else self._use_lent(key, self._host_pool.view(key))
 
-    def lease_batch(self, keys: Sequence[BlockKey], *, fill: bool = False) -> BatchLease:
+    def lease_batch(self, keys: Sequence[BlockKey], *, fill_bytes: int = 0) -> BatchLease:
         """Use the memory of those of some blocks that the host pool has, until `end_batch`.
 
-        `fill`: of those it has not, as far as it has room; each is to be published or abandoned.
+        `fill_bytes`: of those it has not, as far as it has room for objects so long; each is to be published
+        or abandoned.
         """
-        take = self._host_pool.reserve if fill else self._host_pool.view
-        regions = {at: region for at, key in enumerate(keys) if (region := take(key))}
+        pool = self._host_pool
+        if fill_bytes:
+            regions = {at: region for at, key in enumerate(keys) if (region := pool.reserve(key, fill_bytes))}
+        else:
+            regions = {at: region for at, key in enumerate(keys) if (region := pool.view(key))}
         batch = BatchLease(regions, frozenset(keys[at] for at in regions))
         if regions:  # Else there is no copy that would end it.
             self._batches.add(batch)
@@ -99,22 +107,22 @@ class HostBuffers:
         for action in batch.when_free:
             action()
 
-    def stage(self) -> Lease | None:
+    def stage(self, nbytes: int) -> Lease | None:
         """Use memory of the staging pool. None if all is in use."""
         region = self._staging.take() if self._staging else None
         if self._staging is None or region is None:
             return None
-        return Lease(region, when_free=[partial(self._staging.give_back, region)])
+        return Lease(region.part(0, nbytes), when_free=[partial(self._staging.give_back, region)])
 
     def stage_on(self, device: Stageable, nbytes: int) -> Lease | None:
         """Use memory of the device. None if all that it sets aside is in use."""
         region = device.stage(nbytes)
         return None if region is None else Lease(region, when_free=[partial(device.unstage, region)])
 
-    def for_load(self, key: BlockKey, *, keep: bool) -> tuple[Lease | None, bool]:
+    def for_load(self, key: BlockKey, nbytes: int, *, keep: bool) -> tuple[Lease | None, bool]:
         """Use memory for a block that a load brings. True: the host pool's, which may keep it."""
-        lease = self.reserve(key) if keep else None
-        return (lease, True) if lease else (self.stage(), False)
+        lease = self.reserve(key, nbytes) if keep else None
+        return (lease, True) if lease else (self.stage(nbytes), False)
 
     def share(self, lease: Lease) -> Lease:
         """Add a user."""

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from kvbm_core.block import BlockKey
 from kvbm_core.device import Fence, Work
-from kvbm_core.plan import Load, Lookup, Report, Store
+from kvbm_core.plan import Fill, Load, Lookup, Report, Store
 from kvbm_core.tier import Completion, Op, Reason, Transfer
 from kvbm_core.worker.host_buffers import BatchLease, Lease
 
@@ -40,11 +40,13 @@ _OPS: Final = {Store: Op.STORE, Load: Op.LOAD, Lookup: Op.LOOKUP}
 class Job:
     """One operation of a plan."""
 
-    op: Store | Load | Lookup
+    op: Store | Load | Lookup | Fill
     began_s: float
     deadline_s: float
     left: dict[int, int]
     """Tier to blocks that have not ended there."""
+    object_bytes: int
+    """Length of each of its objects on this rank."""
     fence: Fence = None
     """Its place in the engine's order of work."""
     failures: dict[int, dict[int, Reason]] = field(default_factory=dict)
@@ -53,16 +55,22 @@ class Job:
     """Tiers that had no room themselves."""
     details: dict[int, str] = field(default_factory=dict)
     """Tier to its own words for a failure."""
+    charges: dict[int, dict[int, int]] = field(default_factory=dict)
+    """Tier to position to the bytes that its object takes there, where that is not what was reserved."""
+    reserved: dict[int, int] = field(default_factory=dict)
+    """Tier to the bytes reserved for each object, of the tiers in `charges`."""
+    ended: Callable[[Reason], None] | None = None
+    """Of a job of one block that no plan asked for: takes in how it ended."""
 
     @property
     def pause_s(self) -> float:
         """Seconds between two looks at the device's copies for it: they wake nobody when they end."""
         return _LOAD_PAUSE_S if isinstance(self.op, Load) else _STORE_PAUSE_S
 
-    def parts(self, block_bytes: int) -> list[range]:
+    def parts(self) -> list[range]:
         """Divide a load from the host pool: the first blocks are copied while the next are looked up."""
         count = len(self.op.keys)
-        first = min(count, max(1, min(_FIRST_BLOCKS, _FIRST_BYTES // block_bytes)))
+        first = min(count, max(1, min(_FIRST_BLOCKS, _FIRST_BYTES // self.object_bytes)))
         step = _TIMES_FIRST * first
         return [range(first), *(range(at, min(count, at + step)) for at in range(first, count, step))]
 
@@ -80,7 +88,21 @@ class Job:
         del self.left[tier]
         took_s = time.monotonic() - self.began_s
         failures, detail = self.failures.get(tier, {}), self.details.get(tier, "")
-        return Report(self.op.op, tier, failures, took_s, tier in self.full, detail)
+        return Report(
+            self.op.op, tier, failures, took_s, tier in self.full, detail, self._charges_of(tier)
+        )  # fmt: skip
+
+    def _charges_of(self, tier: int) -> list[int]:
+        if tier not in self.charges:
+            return []
+        charges, reserved = self.charges[tier], self.reserved[tier]
+        return [charges.get(at, reserved) for at in range(len(self.op.keys))]
+
+    def charge(self, tier: int, at: int, charge: int, reserved: int) -> None:
+        """Note the bytes that an object takes in a tier, and those that were reserved for it."""
+        if charge != reserved:
+            self.charges.setdefault(tier, {})[at] = charge
+            self.reserved[tier] = reserved
 
     def note(self, tier: int, completion: Completion) -> None:
         """Note what a tier says of a failure beside its reason."""
@@ -108,10 +130,25 @@ class Move:
         """The block."""
         return self.job.op.keys[self.at]
 
+    @property
+    def kind(self) -> Op:
+        """What its tier is asked to do."""
+        op = self.job.op
+        if isinstance(op, Fill):
+            return Op.LOAD if self.tier == op.source else Op.STORE
+        return _OPS[type(op)]
+
+    @property
+    def is_kept(self) -> bool:
+        """True if the host pool shall keep the block that its tier brings."""
+        op = self.job.op
+        return op.fill >= 0 if isinstance(op, Load) else isinstance(op, Fill) and op.target == op.host_pool
+
     def transfer(self, ticket: int) -> Transfer:
         """Make the transfer that a tier is asked for."""
         region = self.lease.region if self.lease else None
-        return Transfer(ticket, _OPS[type(self.job.op)], self.key, region, self.job.deadline_s)
+        head = getattr(self.job.op, "head", b"") or None
+        return Transfer(ticket, self.kind, self.key, region, self.job.deadline_s, head)
 
 
 class Failed(Work):
@@ -148,13 +185,26 @@ class Jobs:
     """The jobs under way, and the reports that nobody has taken yet.
 
     Args:
+        object_bytes: For each KV group the length of its objects on this rank; 0 where it has no layer of
+            the group.
         store_deadline_s: Seconds a store may take.
         load_deadline_s: Seconds a load may take.
         lookup_deadline_s: Seconds a lookup may take.
     """
 
-    def __init__(self, *, store_deadline_s: float, load_deadline_s: float, lookup_deadline_s: float) -> None:
-        self._limits_s = {Store: store_deadline_s, Load: load_deadline_s, Lookup: lookup_deadline_s}
+    def __init__(
+        self,
+        object_bytes: Sequence[int],
+        *,
+        store_deadline_s: float,
+        load_deadline_s: float,
+        lookup_deadline_s: float,
+    ) -> None:
+        self.object_bytes = tuple(object_bytes)
+        self._limits_s = {
+            Store: store_deadline_s, Fill: store_deadline_s,
+            Load: load_deadline_s, Lookup: lookup_deadline_s,
+        }  # fmt: skip
         self._jobs: set[Job] = set()
         self._reports: list[Report] = []
         self.lock = threading.Lock()
@@ -173,19 +223,34 @@ class Jobs:
         """True if `take_reports` has something to give."""
         return bool(self._reports)
 
-    def begin(self, op: Store | Load | Lookup) -> Job:
-        """Open a job. It fails at once after a bug."""
-        now_s = time.monotonic()
-        job = Job(op, now_s, now_s + self._limits_s[type(op)], dict.fromkeys(op.tiers, len(op.keys)))
+    def begin(self, op: Store | Load | Lookup | Fill) -> Job | None:
+        """Open a job. It fails at once after a bug. None: it has ended, because its objects have no bytes."""
+        job = self._make(op)
         with self.lock:
             if self.is_broken:
                 self._reports += [job.failed(tier) for tier in op.tiers]
+            elif not job.object_bytes:
+                nothing = [0] * len(op.keys)
+                self._reports += [Report(op.op, tier, charges=nothing) for tier in op.tiers]
+                return None
             else:
                 self._jobs.add(job)
         return job
 
+    def begin_own(self, op: Store | Load | Lookup, ended: Callable[[Reason], None]) -> Job:
+        """Open a job of one block that the leader knows nothing of."""
+        job = self._make(op)
+        job.ended = ended
+        return job
+
+    def report(self, report: Report) -> None:
+        """Tell the leader something. Under the lock."""
+        self._reports.append(report)
+
     def end(self, job: Job, places: Sequence[int], tier: int, reason: Reason) -> None:
         """Note how blocks of a job, by their positions, ended in one tier. Under the lock."""
+        if job.ended:
+            job.ended(reason)
         if job not in self._jobs or not places:
             return
         if report := job.end(places, tier, reason):
@@ -198,6 +263,8 @@ class Jobs:
         op = move.job.op
         if isinstance(op, Load) and op.fill >= 0:
             self.end(move.job, [move.at], op.fill, reason)
+        elif isinstance(op, Fill) and move.tier == op.source:
+            self.end(move.job, [move.at], op.target, Reason.MISSING)  # It has not been in that tier.
         self.end(move.job, [move.at], move.tier, reason)
 
     def take_reports(self) -> list[Report]:
@@ -213,3 +280,8 @@ class Jobs:
                 for tier in list(job.left):
                     self._reports.append(job.failed(tier))
             self._jobs.clear()
+
+    def _make(self, op: Store | Load | Lookup | Fill) -> Job:
+        now_s = time.monotonic()
+        left = dict.fromkeys(op.tiers, len(op.keys))
+        return Job(op, now_s, now_s + self._limits_s[type(op)], left, self.object_bytes[op.group])

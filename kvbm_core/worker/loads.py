@@ -60,7 +60,7 @@ class Loads:
         """Queue a load or a lookup where its blocks are. Under the lock."""
         assert isinstance(job.op, Load | Lookup)
         if job.op.tier == self._host_pool:
-            self._parts.extend((job, part) for part in job.parts(self._device.traits.block_bytes))
+            self._parts.extend((job, part) for part in job.parts())
             return
         waiting = self._queues[job.op.tier].loads
         moves = [Move(job, at, job.op.tier) for at in range(len(job.op.keys))]
@@ -71,10 +71,10 @@ class Loads:
 
     def start_parts(self) -> None:
         """Start loads from the host pool, as far as the device has not enough to copy. Outside the lock."""
-        ahead, block_bytes = self._copier.loading_blocks, self._device.traits.block_bytes
-        while self._parts and not self._jobs.is_broken and ahead * block_bytes < _AHEAD_BYTES:
+        ahead_bytes = self._copier.loading_bytes
+        while self._parts and not self._jobs.is_broken and ahead_bytes < _AHEAD_BYTES:
             job, part = self._parts.popleft()
-            ahead += len(part)
+            ahead_bytes += len(part) * job.object_bytes
             self._start_part(job, part)
 
     def start_in_step(self, job: Job) -> None:
@@ -83,7 +83,7 @@ class Loads:
         Raises:
             KvbmError: If a block is not there. The engine would compute with whatever is in its place.
         """
-        for part in job.parts(self._device.traits.block_bytes):
+        for part in job.parts():
             copy = self._start_part(job, part)
             if isinstance(copy.work, Failed) or len(copy.places) < len(part):
                 raise KvbmError("blocks that this step computes with cannot be loaded", operation="load")

@@ -2,19 +2,16 @@
 
 device ──gather──► host pool ──────► every other tier of the store
 device ──gather──► staging ────────► the same, of blocks that the host pool has no room for
-nothing     host pool ──────► the same, of blocks that it has already
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 from kvbm_core.plan import Store
 from kvbm_core.tier import Reason
 from kvbm_core.worker.copier import Copier
-from kvbm_core.worker.host_buffers import HostBuffers, Lease
-from kvbm_core.worker.jobs import Copy, Job, Jobs, Move
-from kvbm_core.worker.tier_queue import TierQueue
+from kvbm_core.worker.fills import Fills
+from kvbm_core.worker.host_buffers import HostBuffers
+from kvbm_core.worker.jobs import Copy, Job, Jobs
 
 __all__ = ["Stores"]
 
@@ -26,7 +23,7 @@ class Stores:
         jobs: Where ends are noted.
         copier: The device's copies.
         buffers: Where regions come from.
-        queues: By position in the stack, of every tier but the host pool.
+        fills: Forwards blocks from host memory to tiers.
         host_pool: Position of the host pool; -1 for none.
     """
 
@@ -35,24 +32,21 @@ class Stores:
         jobs: Jobs,
         copier: Copier,
         buffers: HostBuffers,
-        queues: Mapping[int, TierQueue],
+        fills: Fills,
         host_pool: int,
     ) -> None:
         self._jobs = jobs
         self._copier = copier
         self._buffers = buffers
-        self._queues = queues
+        self._fills = fills
         self._host_pool = host_pool
 
     def begin(self, job: Job) -> None:
         """Bring a store's blocks into host regions. Under the lock, so that a claim finds them queued."""
         op, rest = job.op, list(range(len(job.op.keys)))
         assert isinstance(op, Store)
-        if not op.blocks:
-            self._forward_from_host_pool(job, op, rest)
-            return
         if self._host_pool in op.tiers:
-            batch = self._buffers.lease_batch(op.keys, fill=True)
+            batch = self._buffers.lease_batch(op.keys, fill_bytes=job.object_bytes)
             rest = [at for at in rest if at not in batch.regions]
             if rest:  # Its memory is in use for longer than the leader knows.
                 job.full.add(self._host_pool)
@@ -60,7 +54,7 @@ class Stores:
             self._copier.start(Copy(job, list(batch.regions), batch=batch), list(batch.regions.values()))
         others = self._others(op)
         # What does not go into the host pool's memory.
-        leases = {at: lease for at in rest if others and (lease := self._buffers.stage())}
+        leases = {at: lease for at in rest if others and (lease := self._buffers.stage(job.object_bytes))}
         without = [at for at in rest if at not in leases]
         for tier in others:
             self._jobs.end(job, without, tier, Reason.FULL)
@@ -82,30 +76,13 @@ class Stores:
             for at in there:
                 self._buffers.publish(op.keys[at])
             self._jobs.end(copy.job, there, self._host_pool, Reason.NONE)
-            self._forward_from_host_pool(copy.job, op, there)
+            self._fills.forward_from_host_pool(copy.job, there, self._others(op))
             self._buffers.end_batch(copy.batch)
         else:
             for at in gone:
                 self._buffers.release(copy.leases[at])
-            self._forward(copy.job, op, {at: copy.leases[at] for at in there})
+            self._fills.forward(copy.job, {at: copy.leases[at] for at in there}, self._others(op))
 
     def _others(self, op: Store) -> list[int]:
         """Give the tiers of a store beside the host pool."""
         return [tier for tier in op.tiers if tier != self._host_pool]
-
-    def _forward_from_host_pool(self, job: Job, op: Store, places: Sequence[int]) -> None:
-        """Queue blocks of the host pool for every other tier of their store."""
-        others = self._others(op)
-        leases = {at: lease for at in places if others and (lease := self._buffers.borrow(op.keys[at]))}
-        missing = [at for at in places if at not in leases]
-        for tier in others:
-            self._jobs.end(job, missing, tier, Reason.MISSING)
-        self._forward(job, op, leases)
-
-    def _forward(self, job: Job, op: Store, leases: Mapping[int, Lease]) -> None:
-        """Queue blocks that lie in a host region for every other tier of their store."""
-        others = self._others(op)
-        for at, lease in leases.items():
-            for tier in others:
-                self._queues[tier].stores.append(Move(job, at, tier, self._buffers.share(lease)))
-            self._buffers.release(lease)

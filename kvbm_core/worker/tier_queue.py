@@ -11,8 +11,8 @@ from typing import Final
 from kvbm_core.block import BlockKey
 from kvbm_core.errors import QueueFullError, TierError
 from kvbm_core.layers import DeadlineTier
-from kvbm_core.plan import Load, Store
-from kvbm_core.tier import Completion, Outcome, Reason, Transfer
+from kvbm_core.plan import Load
+from kvbm_core.tier import Completion, Op, Outcome, Reason, Transfer
 from kvbm_core.worker.host_buffers import HostBuffers
 from kvbm_core.worker.jobs import Jobs, Move
 
@@ -33,6 +33,7 @@ class TierQueue:
         stage: Gives a move a region of the device's memory, False if none is free. None where the tier reads
             into host memory.
         share: Regions that its moves may hold: the others are for other tiers. None where there is no other.
+        charges: For each KV group the bytes of the tier's capacity that are reserved for an object.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class TierQueue:
         buffers: HostBuffers,
         stage: Callable[[Move], bool] | None,
         share: int | None = None,
+        charges: Sequence[int] = (),
     ) -> None:
         self.tier = tier
         self._tickets = tickets
@@ -51,9 +53,12 @@ class TierQueue:
         self._stage = stage
         depth = tier.capabilities.queue_depth
         self._share = share
+        self._charges = charges
         self._depth = depth if share is None else min(depth, share)
         self._moved_s = 0.0
         """When the tier ended something last, or had nothing to do."""
+        self.failing: dict[Op, float] = {}
+        """Kinds of operation that failed by its own fault, to when they did first since one worked last."""
         self.loads: deque[Move] = deque()
         """Not yet submitted: the tier's queue is full, or no region is free."""
         self.stores: deque[Move] = deque()
@@ -67,6 +72,11 @@ class TierQueue:
     def __repr__(self) -> str:
         return f"{len(self.open)} open {len(self.loads) + len(self.stores)} queued"
 
+    @property
+    def failing_since_s(self) -> float | None:
+        """Since when it has failed, by this process's clock. None: it has not, or has worked since."""
+        return min(self.failing.values(), default=None)
+
     def drop(self, keys: Sequence[BlockKey]) -> None:
         """Have the tier forget blocks; those still in use, as soon as they are not."""
         late = {move.key for move in self.late.values()}
@@ -78,7 +88,7 @@ class TierQueue:
         room = self._depth - len(self.open) - len(self.late)
         room -= self._feed_from(self.loads, room)
         in_tier = itertools.chain(self.open.values(), self.late.values())
-        stores = sum(isinstance(move.job.op, Store) for move in in_tier)
+        stores = sum(move.kind is Op.STORE for move in in_tier)
         self._feed_from(self.stores, min(room, max(1, self._depth // 2) - stores))
         if self._share is not None and len(self.open) + len(self.late) + len(self.stores) > self._share:
             self._shed(self._share)
@@ -91,12 +101,15 @@ class TierQueue:
         answers = any(completion.reason is not Reason.DEADLINE for completion in completions)
         if answers or released or not (self.open or self.late):
             self._moved_s = time.monotonic()
-        for completion in completions:
-            move = self.open.pop(completion.ticket)
-            if completion.outcome is Outcome.DONE and isinstance(move.job.op, Load):
+        for answer in completions:
+            move = self.open.pop(answer.ticket)
+            completion = _whole(move, answer)
+            self._judge(move, completion.reason)
+            if completion.outcome is Outcome.DONE and move.kind is Op.LOAD:
                 landed.append(move)
             elif completion.outcome is Outcome.DONE:
                 self.doomed.discard(move.key)
+                self._note_charge(move, completion.nbytes)
                 self._jobs.end(move.job, [move.at], move.tier, Reason.NONE)
                 self.let_go(move)
             else:
@@ -111,6 +124,7 @@ class TierQueue:
 
     def fail(self, move: Move, reason: Reason) -> None:
         """End a move whose region, if it has one, is ours again."""
+        self._judge(move, reason)
         self._jobs.end_move(move, reason)
         self.let_go(move, filled=False)
         self._forget_doomed(move.key)
@@ -121,6 +135,12 @@ class TierQueue:
             if move.fills and not filled:
                 self._buffers.abandon(move.lease, move.key)
             self._buffers.release(move.lease)
+
+    def _note_charge(self, move: Move, nbytes: int) -> None:
+        """Note the bytes that a stored object takes; `nbytes` is its length, 0: that of its region."""
+        if nbytes and move.kind is Op.STORE and self._charges:
+            charge = self.tier.capabilities.charge(nbytes)
+            move.job.charge(move.tier, move.at, charge, self._charges[move.job.op.group])
 
     def _shed(self, share: int) -> None:
         """Give up stores that wait for a tier that ends nothing: they hold regions that other tiers need."""
@@ -151,26 +171,28 @@ class TierQueue:
             self.tier.submit(batch)
         except TierError as error:
             reason = Reason.BUSY if isinstance(error, QueueFullError) else Reason.ERROR
-            for move in moves.values():
+            for ticket, move in moves.items():
+                move.job.note(move.tier, Completion(ticket, Outcome.FAILED, reason, str(error)))
                 self.fail(move, reason)
         else:
             self.open.update(moves)
 
     def _has_region(self, move: Move) -> bool:
         """Find the region that a load goes through, if it has none yet."""
-        op = move.job.op
-        if move.lease or not isinstance(op, Load):
+        if move.lease or move.kind is not Op.LOAD:
             return True
-        if self._stage is not None:
+        # A fill goes on from host memory.
+        if self._stage is not None and isinstance(move.job.op, Load):
             return self._stage(move)
-        move.lease, move.fills = self._buffers.for_load(move.key, keep=op.fill >= 0)
+        keep = move.is_kept
+        move.lease, move.fills = self._buffers.for_load(move.key, move.job.object_bytes, keep=keep)
         return move.lease is not None
 
     def _collect_failed(self, completion: Completion, move: Move) -> None:
         move.job.note(move.tier, completion)
         held = self.tier.holds(completion.ticket)
         # It may be there after all, and nobody would know. In a shared tier it may be another engine's.
-        unknown = isinstance(move.job.op, Store) and not self.tier.capabilities.shared
+        unknown = move.kind is Op.STORE and not self.tier.capabilities.shared
         if unknown and (held or completion.reason in (Reason.DEADLINE, Reason.ERROR)):
             self.doomed.add(move.key)
         if held:
@@ -181,10 +203,28 @@ class TierQueue:
 
     def _forget_doomed(self, key: BlockKey) -> None:
         """Have the tier forget a block that may be there and nobody knows, unless it is on its way again."""
-        if key in self.doomed and not self._is_busy_with(key):
+        if key in self.doomed and not self.is_busy_with(key):
             self.doomed.remove(key)
             self.tier.discard([key])
 
-    def _is_busy_with(self, key: BlockKey) -> bool:
+    def _judge(self, move: Move, reason: Reason) -> None:
+        """Note whether the tier works, by kind as the leader's breaker does; FULL and BUSY say neither."""
+        if move.job.ended:  # Of a try, which says itself what it shows.
+            return
+        if reason.is_fault:
+            self.failing.setdefault(move.kind, time.monotonic())
+        elif reason not in (Reason.FULL, Reason.BUSY):
+            self.failing.pop(move.kind, None)
+
+    def is_busy_with(self, key: BlockKey) -> bool:
+        """Return True if a block is on its way, or may be written to still."""
         moves = itertools.chain(self.open.values(), self.late.values(), self.loads, self.stores)
         return any(move.key == key for move in moves)
+
+
+def _whole(move: Move, completion: Completion) -> Completion:
+    """Fail a load of an object that has another length than the block."""
+    if completion.nbytes in (0, move.job.object_bytes) or move.kind is not Op.LOAD:
+        return completion
+    words = f"it is {completion.nbytes} bytes long, not {move.job.object_bytes}"
+    return Completion(completion.ticket, Outcome.FAILED, Reason.CORRUPT, words)

@@ -20,14 +20,17 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from kvbm_core.device import Device, Fence, Stageable
-from kvbm_core.layers import FOOTER_BYTES, DeadlineTier
-from kvbm_core.plan import Load, Plan, Report, Store
+from kvbm_core.layers import DeadlineTier
+from kvbm_core.plan import Fill, Load, Plan, Report, Store
+from kvbm_core.staging import Staging
 from kvbm_core.tier import Tier, host_pool_of
 from kvbm_core.worker.copier import Copier
+from kvbm_core.worker.fills import Fills
 from kvbm_core.worker.host_buffers import HostBuffers
 from kvbm_core.worker.jobs import Job, Jobs, Move
 from kvbm_core.worker.loads import Loads
-from kvbm_core.worker.staging import Staging
+from kvbm_core.worker.opening import OpenTier
+from kvbm_core.worker.probes import Probes
 from kvbm_core.worker.stores import Stores
 from kvbm_core.worker.tier_queue import TierQueue
 
@@ -41,29 +44,34 @@ class TransferEngine:
     """Carries out plans for one rank.
 
     Args:
-        tiers: Fastest first. The first that is `Addressable` is the host pool; every other one is a
-            `DeadlineTier`.
+        opened: The tiers, fastest first. The first that is `Addressable` is the host pool; every other one is
+            a `DeadlineTier`.
         device: The engine's blocks.
         staging: For blocks that pass through no host pool. None if the host pool is the only tier.
-        jobs: Knows the deadlines.
+        jobs: Knows the deadlines and the lengths of objects.
     """
 
-    def __init__(self, tiers: Sequence[Tier], device: Device, staging: Staging | None, jobs: Jobs) -> None:
-        self._tiers = list(tiers)
+    def __init__(
+        self, opened: Sequence[OpenTier], device: Device, staging: Staging | None, jobs: Jobs
+    ) -> None:
+        tiers = self._tiers = [each.tier for each in opened]
         self._device = device
         self._jobs = jobs
         host_pool = host_pool_of([tier.capabilities for tier in tiers])
-        self._buffers = HostBuffers(None if host_pool < 0 else tiers[host_pool], staging)
+        pool = None if host_pool < 0 else tiers[host_pool]
+        self._buffers = HostBuffers(pool, staging, max(jobs.object_bytes))
         self._copier = Copier(device)
         tickets = itertools.count(1)
         share = self._buffers.tier_share if len(tiers) > 1 else None
         self._queues = {
-            at: TierQueue(tier, tickets, jobs, self._buffers, self._stager(tier), share)
-            for at, tier in enumerate(tiers)
+            at: TierQueue(tier, tickets, jobs, self._buffers, self._stager(tier), share, each.charges)
+            for at, (tier, each) in enumerate(zip(tiers, opened, strict=True))
             if isinstance(tier, DeadlineTier)
         }
-        self._stores = Stores(jobs, self._copier, self._buffers, self._queues, host_pool)
+        self._fills = Fills(jobs, self._buffers, self._queues, host_pool)
+        self._stores = Stores(jobs, self._copier, self._buffers, self._fills, host_pool)
         self._loads = Loads(jobs, self._copier, device, self._buffers, self._queues, host_pool)
+        self._probes = Probes(jobs, self._queues)
         self._arrived: deque[Job] = deque()
         self._overwritten: Fence = None
         """Where the last plan that wrote over blocks came in the engine's order of work."""
@@ -81,7 +89,9 @@ class TransferEngine:
     @property
     def pause_s(self) -> float | None:
         """Seconds until `poll` must be called; None: until a plan comes, or a tier has ended something."""
-        return (self._copier.pause_s or _PAUSE_S) if self.active else None
+        if self.active:
+            return self._copier.pause_s or _PAUSE_S
+        return None if self._jobs.is_broken else self._probes.pause_s
 
     @property
     def has_reports(self) -> bool:
@@ -89,14 +99,15 @@ class TransferEngine:
         return self._jobs.has_reports
 
     def submit(self, plan: Plan) -> None:
-        """Start a plan: drops, then stores, then loads. In the engine's thread.
+        """Start a plan: drops, then stores, then loads and fills. In the engine's thread.
 
         Whatever the plan overwrites may be overwritten on return; without `async_gather` of a device, so may
         the blocks of its stores. Raises what `Loads.start_in_step` raises.
         """
         # All are noted before anything is done: whatever fails from here on, `fail_all` ends them.
-        stores, loads, lookups = (
-            [self._jobs.begin(op) for op in ops] for ops in (plan.stores, plan.loads, plan.lookups)
+        stores, loads, lookups, fills = (
+            [job for op in ops if (job := self._jobs.begin(op))]
+            for ops in (plan.stores, plan.loads, plan.lookups, plan.fills)
         )
         in_step = [job for job in loads if isinstance(job.op, Load) and job.op.in_step]
         claimed = {block for op in plan.loads for block in op.blocks}.union(plan.overwrites)
@@ -104,6 +115,8 @@ class TransferEngine:
             with self._jobs.lock:
                 for tier, keys in plan.drops:
                     self._queues.get(tier, self._buffers).drop(keys)
+                for probe in plan.probes:
+                    self._probes.begin(probe)
             self._take_stores(stores, claimed, blocks_final=plan.blocks_final)
         elif not in_step:
             return
@@ -114,7 +127,7 @@ class TransferEngine:
             job.fence = self._overwritten
         for job in in_step:
             self._loads.start_in_step(job)
-        self._arrived.extend([*lookups, *(job for job in loads if job not in in_step)])
+        self._arrived.extend([*lookups, *(job for job in loads if job not in in_step), *fills])
 
     def poll(self) -> None:
         """Bring everything forward as far as it goes without waiting."""
@@ -127,8 +140,13 @@ class TransferEngine:
         with self._jobs.lock:
             for queue in self._queues.values():
                 for move in queue.collect():
-                    landed.setdefault(move.job, []).append(move)
+                    if not self._probes.take(move):
+                        landed.setdefault(move.job, []).append(move)
+            self._probes.poll()
+            for queue in self._queues.values():
                 queue.feed()
+            for job in [job for job in landed if isinstance(job.op, Fill)]:
+                self._fills.landed(job, landed.pop(job))
         if landed:
             self._loads.scatter(landed)
             self._end_copies()
@@ -155,11 +173,11 @@ class TransferEngine:
         """Return the source of device regions for a tier that reads into device memory; None for others."""
         if not tier.capabilities.device_direct:
             return None
-        device, nbytes = self._device, self._device.traits.block_bytes + FOOTER_BYTES
+        device = self._device
         assert isinstance(device, Stageable)
 
         def stage(move: Move) -> bool:
-            move.lease = self._buffers.stage_on(device, nbytes)
+            move.lease = self._buffers.stage_on(device, move.job.object_bytes)
             return move.lease is not None
 
         return stage
@@ -184,7 +202,12 @@ class TransferEngine:
                 if not self._arrived:
                     return
                 job = self._arrived.popleft()
-                (self._stores if isinstance(job.op, Store) else self._loads).begin(job)
+                if isinstance(job.op, Store):
+                    self._stores.begin(job)
+                elif isinstance(job.op, Fill):
+                    self._fills.begin(job)
+                else:
+                    self._loads.begin(job)
 
     def _end_copies(self) -> None:
         with self._jobs.lock:

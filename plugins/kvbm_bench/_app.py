@@ -26,6 +26,7 @@ from kvbm_bench._errors import BenchError
 from kvbm_bench._plan import Plan
 from kvbm_bench._progress import watch
 from kvbm_bench._report import Run, make_table, read_json, remarks, summarise, write_csv, write_json
+from kvbm_core.printable import PROSE, printable
 
 INTERRUPTED = 130
 """The exit status that shells give to a command ended by Ctrl-C."""
@@ -43,7 +44,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         return chat(options, console) if options.command == "chat" else compare(options, console)
     except BenchError as error:
-        print(f"kvbm_bench {options.command}: {error}", file=sys.stderr)
+        print(printable(f"kvbm_bench {options.command}: {error}", PROSE), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -84,7 +85,9 @@ async def _talk(load: Load, options: argparse.Namespace, console: Console) -> No
     async with Client(options.url) as client:
         load.model, limit = await choose_model(client, options.model)
         script = await write_script(client, load, limit, text)
-        console.print(f"{load.model} at {options.url}: {_told(load.plan)}", markup=False, soft_wrap=True)
+        console.print(
+            printable(f"{load.model} at {options.url}: {_told(load.plan)}"), markup=False, soft_wrap=True
+        )
         with watch(console, load.plan) as tell:
             await run_load(load, client, script, tell)
 
@@ -97,7 +100,7 @@ def _show(result: Run, options: argparse.Namespace, console: Console) -> None:
         write_json(options.json, msgspec.structs.replace(result, summary=summary))
     console.print(make_table(result, summary))
     for line in remarks(result, summary):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def compare(options: argparse.Namespace, console: Console) -> int:
@@ -108,7 +111,7 @@ def compare(options: argparse.Namespace, console: Console) -> int:
     groups = group(runs)
     console.print(make_comparison(groups))
     for line in differences(runs):
-        console.print(line, soft_wrap=True)
+        console.print(printable(line), soft_wrap=True)
     if options.plot:
         draw(groups, options.plot)
         console.print(f"Drawn: {options.plot}", soft_wrap=True)

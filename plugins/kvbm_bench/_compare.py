@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvbm_bench._report import Run, percentile, summarise
+from kvbm_core.printable import printable
 
 Groups = Mapping[str, Sequence[Run]]
 """Runs by label, in the order of their first appearance."""
@@ -18,7 +19,7 @@ def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Put the runs of each label together: repetitions count as one long run."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(run.label, []).append(run)
+        groups.setdefault(printable(run.label), []).append(run)
     return groups
 
 

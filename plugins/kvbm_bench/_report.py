@@ -14,6 +14,7 @@ from rich.table import Table
 from kvbm_bench._client import Timing
 from kvbm_bench._errors import BenchError
 from kvbm_bench._plan import Plan
+from kvbm_core.printable import printable
 
 PERCENTILES = (50, 95, 99)
 CSV_COLUMNS = {
@@ -154,7 +155,9 @@ def _duration_s(requests: Sequence[Request]) -> float:
 
 def make_table(run: Run, summary: Summary) -> Table:
     """Draw the percentiles of one run."""
-    table = Table(title=f"{escape(run.label)}: {summary.requests} requests in {summary.duration_s:.1f} s")
+    table = Table(
+        title=f"{escape(printable(run.label))}: {summary.requests} requests in {summary.duration_s:.1f} s"
+    )
     for heading in ("", "mean", *(f"p{percent}" for percent in PERCENTILES)):
         table.add_column(heading, justify="right" if heading else "left")
     rows = [

@@ -19,6 +19,7 @@ from kvbm_cli._model import prepare_model
 from kvbm_cli._screen import Screen
 from kvbm_core.config import parse_size
 from kvbm_core.errors import KvbmError
+from kvbm_core.printable import PROSE, printable
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -207,5 +208,5 @@ def print_model() -> None:
     try:
         typer.echo(prepare_model())
     except KvbmError as error:
-        typer.echo(f"kvbm model: {error}", err=True)
+        typer.echo(printable(f"kvbm model: {error}", PROSE), err=True)
         raise typer.Exit(1) from error

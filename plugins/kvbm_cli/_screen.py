@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from kvbm_core.printable import PROSE, printable
+
 HEARTBEAT_S = 20.0
 """How often a log that nobody watches live is told that the demo still works."""
 PLAIN_WIDTH = 120
@@ -21,7 +23,7 @@ Tick = Callable[[str], None]
 
 
 class Screen:
-    """Write to one console."""
+    """Write to one console. What a server says is among it, so nothing of it commands the terminal."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -29,8 +31,8 @@ class Screen:
             console.width = PLAIN_WIDTH
 
     def say(self, line: str) -> None:
-        """Write a line as it stands."""
-        self.console.print(Text(line), soft_wrap=True)
+        """Write lines; see `printable`."""
+        self.console.print(Text(printable(line, PROSE)), soft_wrap=True)
 
     def heading(self, line: str) -> None:
         """Write the title of a part of the demo."""
@@ -54,7 +56,7 @@ class Screen:
 
             def show(piece: str) -> None:
                 waiting.close()
-                self.console.print(Text(piece, style="cyan"), end="", soft_wrap=True)
+                self.console.print(Text(printable(piece, PROSE), style="cyan"), end="", soft_wrap=True)
 
             yield show
         self.console.print()

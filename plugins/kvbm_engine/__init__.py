@@ -8,18 +8,21 @@
 An engine's connector translates its own values into these, and its own envelopes around them.
 """
 
-from kvbm_engine._keys import BlockKeys
+from kvbm_engine._keys import BlockKeys, hash_tokens
 from kvbm_engine._ledger import Ledger
 from kvbm_engine._parked import Parked
 from kvbm_engine._rank import Copies, CopyCounter, Progress, Rank
 from kvbm_engine._session import Session
-from kvbm_engine._values import EngineRequest, Outcome, Schedule, Scheduled, Step
+from kvbm_engine._sparse import SparseStores, sparse_stores
+from kvbm_engine._storing import Storing
+from kvbm_engine._values import EngineRequest, GroupBlocks, Outcome, Schedule, Scheduled, State, Step
 
 __all__ = [
     "BlockKeys",
     "Copies",
     "CopyCounter",
     "EngineRequest",
+    "GroupBlocks",
     "Ledger",
     "Outcome",
     "Parked",
@@ -28,5 +31,10 @@ __all__ = [
     "Schedule",
     "Scheduled",
     "Session",
+    "SparseStores",
+    "State",
     "Step",
+    "Storing",
+    "hash_tokens",
+    "sparse_stores",
 ]

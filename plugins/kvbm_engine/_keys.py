@@ -1,13 +1,20 @@
-"""The keys of one request's blocks."""
+"""The keys of one request's blocks, in each KV group."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 from kvbm_core import BlockKey, chain_keys
+from kvbm_core.groups import KvGroup, group_keys
 from kvbm_engine._values import EngineRequest
 
-__all__ = ["BlockKeys"]
+__all__ = ["BlockKeys", "hash_tokens"]
+
+
+def hash_tokens(groups: Sequence[KvGroup]) -> int:
+    """Give the tokens between two digests of a prefix, so that the blocks of every group end at one."""
+    return math.gcd(*(group.block_tokens for group in groups))
 
 
 class BlockKeys:
@@ -15,48 +22,77 @@ class BlockKeys:
 
     Args:
         request: Its tokens only grow.
-        block_tokens: Tokens a block.
+        groups: Of the engine.
         root: What the first block follows, see `kvbm_core.root_key`.
-        extras: Names what blocks hold beside their tokens. Given a first block and the one after the last, it
-            returns bytes by position after the first.
+        extras: Names what blocks of `hash_tokens` hold beside their tokens. Given a first block and the one
+            after the last, it returns bytes by position after the first.
     """
 
-    __slots__ = ("_block_tokens", "_extras", "_keys", "_members", "_noted", "_request", "_root")
+    __slots__ = (
+        "_digests",
+        "_extras",
+        "_groups",
+        "_keys",
+        "_last",
+        "_members",
+        "_noted",
+        "_request",
+        "_size",
+    )
 
     def __init__(
         self,
         request: EngineRequest,
-        block_tokens: int,
+        groups: Sequence[KvGroup],
         root: BlockKey,
         extras: Callable[[int, int], dict[int, bytes]],
     ) -> None:
         self._request = request
-        self._block_tokens = block_tokens
-        self._root = root
+        self._groups = groups
+        self._size = hash_tokens(groups)
         self._extras = extras
-        self._keys: list[BlockKey] = []
+        self._last = root
+        """The digest of all tokens that keys were made of."""
+        self._digests = 0
+        """Made so far."""
+        self._keys: list[list[BlockKey]] = [[] for _ in groups]
         self._members: set[BlockKey] = set()
-        """Of the first `_noted` keys: made only where somebody asks, for a tier that is full."""
-        self._noted = 0
+        """Of the first `_noted` keys of each group: made where somebody asks, for a tier that is full."""
+        self._noted = [0] * len(groups)
 
     def __repr__(self) -> str:
-        return f"<BlockKeys {len(self._keys)} of request {self._request.request_id}>"
+        return f"<BlockKeys {sum(map(len, self._keys))} of request {self._request.request_id}>"
 
     def __contains__(self, key: object) -> bool:
         """Return True for the key of a block whose key was made before."""
-        if self._noted < len(self._keys):
-            self._members.update(self._keys[self._noted :])
-            self._noted = len(self._keys)
+        for number, keys in enumerate(self._keys):
+            if self._noted[number] < len(keys):
+                self._members.update(keys[self._noted[number] :])
+                self._noted[number] = len(keys)
         return key in self._members
 
     def __getitem__(self, at: int, /) -> BlockKey:
-        return self._keys[at] if at < len(self._keys) else self.slice(at, at + 1)[0]
+        return self.at(at)
 
-    def slice(self, start: int, stop: int) -> list[BlockKey]:
-        """Give the keys of blocks `start` to `stop`, exclusive; all their tokens must be known."""
-        have, size = len(self._keys), self._block_tokens
-        if stop > have:
-            parent = self._keys[-1] if self._keys else self._root
-            tokens = self._request.all_token_ids[have * size : stop * size]
-            self._keys += chain_keys(parent, tokens, size, self._extras(have, stop))
-        return self._keys[start:stop]
+    def at(self, at: int, group: int = 0) -> BlockKey:
+        """Give the key of a group's block; all its tokens must be known."""
+        keys = self._keys[group]
+        return keys[at] if at < len(keys) else self.slice(at, at + 1, group)[0]
+
+    def slice(self, start: int, stop: int, group: int = 0) -> list[BlockKey]:
+        """Give the keys of a group's blocks `start` to `stop`, exclusive; all their tokens must be known."""
+        keys = self._keys[group]
+        if stop > len(keys):
+            self._extend(stop * self._groups[group].block_tokens // self._size)
+        return keys[start:stop]
+
+    def _extend(self, stop: int) -> None:
+        """Make digests up to the number `stop`, and the keys of the blocks that end there."""
+        have, size = self._digests, self._size
+        tokens = self._request.all_token_ids[have * size : stop * size]
+        digests = chain_keys(self._last, tokens, size, self._extras(have, stop))
+        for keys, group in zip(self._keys, self._groups, strict=True):
+            step = group.block_tokens // size
+            ends = digests if step == 1 else digests[(len(keys) + 1) * step - 1 - have :: step]
+            keys += group_keys(ends, group.tag)
+        self._digests, self._last = stop, digests[-1]

@@ -13,9 +13,15 @@ __all__ = ["Copies", "CopyCounter", "Progress", "Rank"]
 
 
 class Progress:
-    """What has ended on a rank and was not said yet. It outlives the tiers: what they owe has failed then."""
+    """What has ended on a rank and was not said yet. It outlives the tiers: what they owe has failed then.
 
-    def __init__(self) -> None:
+    Args:
+        whole_requests: True if a failure is that of a request, and not of its blocks: with several KV groups
+            a prefix is restored in all of them or in none.
+    """
+
+    def __init__(self, *, whole_requests: bool = False) -> None:
+        self._whole_requests = whole_requests
         self.begun: Step | None = None
         """The step that was begun last."""
         self.reported_step = 0
@@ -27,6 +33,10 @@ class Progress:
         self._finished: set[str] = set()
         """Requests whose loads have all ended."""
         self._failed_blocks: set[int] = set()
+        self._failing: set[str] = set()
+        """Requests of which a load has failed, and that were not named yet."""
+        self._failed_requests: set[str] = set()
+        """Of these, those whose loads have all ended."""
         self._reports: list[Report] = []
 
     def __repr__(self) -> str:
@@ -57,12 +67,18 @@ class Progress:
     def end(self, load: Load, failures: Iterable[int]) -> None:
         """Note that a load has ended, with the positions that failed."""
         del self._loads[load.op]
-        self._failed_blocks.update(load.blocks[at] for at in failures)
+        if not self._whole_requests:
+            self._failed_blocks.update(load.blocks[at] for at in failures)
+        elif any(True for _ in failures):
+            self._failing.add(load.request)
         still_open = self._open[load.request]
         still_open.discard(load.op)
         if not still_open:
             del self._open[load.request]
             self._finished.add(load.request)
+            if load.request in self._failing:
+                self._failing.discard(load.request)
+                self._failed_requests.add(load.request)
 
     def fail_all(self) -> None:
         """Have every load under way fail, of which no report will come."""
@@ -73,6 +89,11 @@ class Progress:
         """Take the requests whose loads have all ended, well or not. Each is named once."""
         finished, self._finished = self._finished, set()
         return finished
+
+    def take_failed_requests(self) -> set[str]:
+        """Take the requests that were not loaded as a whole. Each was named as finished no later."""
+        failed, self._failed_requests = self._failed_requests, set()
+        return failed
 
     def take_failed_blocks(self) -> set[int]:
         """Take the device blocks that were not loaded, of the requests named and to be named."""
@@ -92,8 +113,8 @@ class Progress:
 class CopyCounter(Protocol):
     """What a device counts."""
 
-    gathered_blocks: int
-    scattered_blocks: int
+    gathered_bytes: int
+    scattered_bytes: int
     staging_full_blocks: int
 
 
@@ -102,12 +123,10 @@ class Copies:
 
     Args:
         counts: What the device counts.
-        block_bytes: Bytes of this rank's part of a block.
     """
 
-    def __init__(self, counts: CopyCounter, block_bytes: int) -> None:
+    def __init__(self, counts: CopyCounter) -> None:
         self._counts = counts
-        self._block_bytes = block_bytes
         self._taken: dict[str, int] = {}
 
     def __repr__(self) -> str:
@@ -117,9 +136,7 @@ class Copies:
         """Give what was copied since the last call."""
         before, counts = self._taken, self._counts
         self._taken = device_readings(
-            counts.gathered_blocks * self._block_bytes,
-            counts.scattered_blocks * self._block_bytes,
-            counts.staging_full_blocks,
+            counts.gathered_bytes, counts.scattered_bytes, counts.staging_full_blocks
         )
         news = {key: value - before.get(key, 0) for key, value in self._taken.items()}
         return {key: value for key, value in news.items() if value}

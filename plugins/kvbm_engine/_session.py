@@ -13,8 +13,9 @@ from kvbm_core import Planner, Report, TierCounts
 from kvbm_core.plan import WriteOrder
 from kvbm_engine._ledger import Ledger, Writes
 from kvbm_engine._matching import Matching
+from kvbm_engine._sparse import SparseStores
 from kvbm_engine._storing import Storing
-from kvbm_engine._values import EngineRequest, Schedule, Step
+from kvbm_engine._values import EngineRequest, GroupBlocks, Schedule, Step
 from kvbm_metrics import Readings, Tally
 
 __all__ = ["Session"]
@@ -29,15 +30,23 @@ class Session:
         tally: Counts for metrics.
         max_load_blocks: Device blocks of requests that load, at once.
         joins: True if a step can wait for the load of its blocks, on every rank.
+        storing: Chooses what is stored. By default of windows those ahead of a prompt's end.
     """
 
     def __init__(
-        self, ledger: Ledger, planner: Planner, tally: Tally, max_load_blocks: int, *, joins: bool
+        self,
+        ledger: Ledger,
+        planner: Planner,
+        tally: Tally,
+        max_load_blocks: int,
+        *,
+        joins: bool,
+        storing: Storing | None = None,
     ) -> None:
         self.planner = planner
         self.ledger = ledger
         self.matching = Matching(ledger, planner, tally, max_load_blocks, joins=joins)
-        self._storing = Storing(ledger, planner)
+        self._storing = storing or Storing(ledger, planner, SparseStores(None))
         self._tally = tally
 
     def __repr__(self) -> str:
@@ -64,20 +73,21 @@ class Session:
         """
         return self.matching.match(request, computed_tokens, now_s, reads_cache=reads_cache)
 
-    def allocated(self, request: EngineRequest, blocks: list[int], load_tokens: int, now_s: float) -> None:
+    def allocated(self, request: EngineRequest, blocks: GroupBlocks, load_tokens: int, now_s: float) -> None:
         """Plan the load that was matched, into the blocks the engine has given to the request."""
         admission = self.ledger.admit(request, blocks)
         if (state := admission.state) is None:
             return
-        self.matching.count(state.finding)
+        self.matching.count(state)
         # The engine may have preempted it since the last step: what was computed for it is in the old blocks,
         # which are not overwritten before this step's plan is carried out.
         self._storing.offer(state, now_s)
-        state.begin_anew(list(blocks))
-        state.may_store |= admission.begins
         if load_tokens:
-            self.matching.load(state, admission.had_blocks, load_tokens // self.ledger.block_tokens, now_s)
-        state.finding.match = state.finding.judged = None
+            self.matching.load(state, admission, load_tokens, now_s)
+            self._tally.promised(request.request_id, load_tokens)
+        self.ledger.take_over(state, admission.tables)
+        state.may_store |= admission.begins
+        state.finding.clear()
 
     def step(self, schedule: Schedule, now_s: float) -> Step:
         """Plan one step, given what the engine has scheduled for it."""

@@ -24,13 +24,16 @@ class StepsUnderWay:
 
     Outcomes come in the order of the steps. A step that is passed over has failed: what it was to write is
     not in the blocks.
+
+    Args:
+        unit_tokens: Tokens of which the blocks of every KV group are a multiple.
     """
 
     max_steps: Final = 64
     """Under way at once; what is older was lost."""
 
-    def __init__(self, block_tokens: int) -> None:
-        self._block_tokens = block_tokens
+    def __init__(self, unit_tokens: int) -> None:
+        self._unit_tokens = unit_tokens
         self._steps: dict[int, _Step] = {}
         self.number = 0
         """Of the last step."""
@@ -59,9 +62,9 @@ class StepsUnderWay:
         """
         step = self._steps[self.number] = _Step(tokens, now_s, [])
         for state, total in writes:
-            complete = total // self._block_tokens
-            if complete > state.noted_blocks:
-                state.noted_blocks = complete
+            complete = total // self._unit_tokens
+            if complete > state.noted_units:
+                state.noted_units = complete
                 state.steps_under_way += 1
                 step.writes.append((state, total, state.life))
 
@@ -90,8 +93,8 @@ class StepsUnderWay:
         state.life += there < total
         state.computed_tokens = there
         certain = min(there, state.request.num_tokens - 1)
-        if certain // self._block_tokens < total // self._block_tokens:
-            state.noted_blocks = certain // self._block_tokens  # A later step completes the others.
+        if certain // self._unit_tokens < total // self._unit_tokens:
+            state.noted_units = certain // self._unit_tokens  # A later step completes the others.
         self.confirmed.append(state)
 
     def _lose(self, step: _Step) -> None:

@@ -12,11 +12,14 @@ interpreter would delay its first kernels; a moment later the accelerator has wo
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 
 from kvbm_core import Plan, Planner
+from kvbm_core.groups import Rule
 from kvbm_engine._ledger import Ledger
 from kvbm_engine._requests import RequestState
+from kvbm_engine._sparse import SparseStores, prompt_ends
+from kvbm_engine._values import EngineRequest
 
 __all__ = ["Storing"]
 
@@ -27,11 +30,21 @@ class Storing:
     Args:
         ledger: The requests.
         planner: Is offered the blocks.
+        stores: Chooses blocks of the KV groups of which a prefix does not need all.
+        junction: Says at how many tokens others have left a request's prompt, as far as the engine knows.
     """
 
-    def __init__(self, ledger: Ledger, planner: Planner) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        planner: Planner,
+        stores: SparseStores,
+        junction: Callable[[EngineRequest], int] = lambda _: 0,
+    ) -> None:
         self._ledger = ledger
         self._planner = planner
+        self._stores = stores
+        self._junction = junction
         self.blocks_final = True
         """True if every block offered since the last step was computed before the latest step that overwrites
         blocks."""
@@ -53,13 +66,43 @@ class Storing:
 
     def offer(self, state: RequestState, now_s: float, *, final: bool = False) -> None:
         """Offer the blocks that are complete now and were not offered before."""
-        complete, offered = state.complete_blocks(self._ledger.block_tokens), state.offered_blocks
-        if complete <= offered:
-            return
-        self.blocks_final &= final
-        keys = state.keys.slice(offered, complete)
-        self._planner.store(keys, state.blocks[offered:complete], state.keys, now_s)
-        state.offered_blocks = complete
+        ended = state.owes_end and state.has_ended
+        for at, group in enumerate(self._ledger.groups):
+            complete, offered = state.complete_blocks(at, group.block_tokens), state.offered[at]
+            if at in self._ledger.drafts:
+                # The last token is not certain, neither where the request was aborted.
+                certain = (state.complete_tokens() - 1) // group.block_tokens
+                complete = max(offered, min(complete - (not state.has_ended), certain))
+            if complete <= offered and not ended:
+                continue
+            state.offered[at] = max(complete, offered)
+            if at in self._ledger.sparse:
+                places = self._places(state, at, offered, complete, ended=ended)
+                first = places[0] if places else 0
+                run = state.keys.slice(first, places[-1] + 1, at) if places else []
+                keys = [run[place - first] for place in places]
+                blocks = [state.blocks[at][place] for place in places]
+            else:
+                keys, blocks = state.keys.slice(offered, complete, at), state.blocks[at][offered:complete]
+            if keys:
+                self.blocks_final &= final
+                self._planner.store(keys, blocks, state.keys, now_s, at)
+        state.owes_end &= not ended
+
+    def _places(self, state: RequestState, at: int, offered: int, complete: int, *, ended: bool) -> list[int]:
+        """Choose blocks of a group of which a prefix does not need all: those that some boundary needs."""
+        group, table = self._ledger.groups[at], state.blocks[at]
+        if group.coverage.rule is Rule.STATE:
+            return [place for place in range(offered, complete) if table[place]]
+        alignment = self._ledger.alignment
+        marks = [*prompt_ends(state.prompt_tokens, alignment), *state.junctions]
+        marks.append(self._junction(state.request))
+        first = offered
+        if ended:
+            marks.append(state.complete_tokens() // alignment * alignment)
+            first = min(offered, group.first_block(marks[-1]))
+        places = self._stores.wanted(group, first, complete, marks, alignment)
+        return [place for place in places if table[place]]
 
     def planned(self, plan: Plan) -> None:
         """Note that a step's plan was taken, and what it writes."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from kvbm_core import Plan, Report
 
-__all__ = ["EngineRequest", "Outcome", "Schedule", "Scheduled", "Step"]
+__all__ = ["EngineRequest", "GroupBlocks", "Outcome", "Schedule", "Scheduled", "State", "Step"]
 
 
 class EngineRequest(Protocol):
@@ -31,9 +31,18 @@ class EngineRequest(Protocol):
         """Of how many the KV is computed, or will be once the steps under way have ended."""
 
 
-Scheduled: TypeAlias = tuple[str, int, int, Sequence[int], bool]
+GroupBlocks: TypeAlias = Sequence[Sequence[int]]
+"""Device blocks by KV group: those of the groups that are stored, in their order, behind them those of
+the engine's other groups, which are only written. 0 stands for no block where not all of them are kept."""
+
+Scheduled: TypeAlias = tuple[str, int, int, GroupBlocks, bool]
 """One request of a step: its name, the tokens computed before and with the step, the blocks given to it, and
-True if these are all its blocks, False if they come after those it has. A plain tuple: there are many."""
+True if these are all its blocks, False if they come after those it has. Empty blocks: none in any group. A
+plain tuple: there are many."""
+
+State: TypeAlias = tuple[int, int, int]
+"""A recurrent state that an engine hands over: the KV group, the device block that it is in when the step has
+ended, and the tokens that it is of."""
 
 
 @dataclass(slots=True)
@@ -45,6 +54,10 @@ class Schedule:
     """Computed by the step, of all requests. 0: it computes nothing."""
     preempted: Iterable[str] = ()
     """Requests that have lost their blocks."""
+    states: Mapping[str, Sequence[State]] = field(default_factory=dict)
+    """States that the step writes, by request: the only ones that may be read."""
+    written: Sequence[int] = ()
+    """Other device blocks that the step writes."""
 
 
 @dataclass(slots=True)

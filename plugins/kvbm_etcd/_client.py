@@ -13,8 +13,8 @@ from typing import Any, Final
 import grpc
 from aetcd import rpc
 
+from kvbm_core.printable import printable
 from kvbm_etcd._config import Access
-from kvbm_etcd._roll import printable
 
 __all__ = ["AwayError", "Client", "EtcdError", "RefusedError"]
 

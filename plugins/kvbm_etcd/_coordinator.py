@@ -7,7 +7,8 @@
         └ key of another: TAKEN ── its lease ended: LISTED, or ADRIFT ────────┘
 
 A thread renews the lease three times in its life and claims the key each time, which changes nothing
-where the key is there. Each change of state is one line in the log.
+where the key is there. Each change of state, or of what etcd answers, is one line in the log, at most one of
+a kind a minute.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Final
 import msgspec
 
 from kvbm_core import Coordinator, CoordinatorError, Member
+from kvbm_core.log_limit import LogLimit
 from kvbm_etcd._client import AwayError, Client, EtcdError, RefusedError
 from kvbm_etcd._config import EtcdConfig, init_timeout_s, read_access
 from kvbm_etcd._roll import Entry, check_alike, engine_prefix, missing_ranks, read_entries
@@ -65,6 +67,9 @@ class EtcdCoordinator(Coordinator):
         self._lease: int | None = None
         self._state = _State.STARTING
         self._error: EtcdError | None = None
+        self._lines = LogLimit(logger)
+        self._says_listed = False
+        """True if the last line that was written says so."""
         self._changed = threading.Condition()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvbm-etcd", daemon=True)
@@ -154,6 +159,7 @@ class EtcdCoordinator(Coordinator):
                 client.revoke(self._lease)
             except EtcdError as error:
                 logger.info("%s; the lease ends by itself", self._said(_State.ADRIFT, error))
+        self._lines.close()
         client.close()
 
     def _tick(self, client: Client) -> float:
@@ -174,12 +180,19 @@ class EtcdCoordinator(Coordinator):
         return _RETRY_S
 
     def _enter(self, state: _State, error: EtcdError | None = None) -> None:
-        if state is not self._state:
-            level = logging.INFO if state is _State.LISTED else logging.WARNING
-            logger.log(level, self._said(state, error))
+        kind = (state, type(error))
+        if kind != (self._state, type(self._error)):
+            self._say(kind, self._said(state, error))
         with self._changed:
             self._state, self._error = state, error
             self._changed.notify_all()
+
+    def _say(self, kind: tuple[_State, type], text: str) -> None:
+        if kind[0] is not _State.LISTED:
+            self._says_listed &= not self._lines.warning(kind, "%s", text)
+        elif not self._says_listed:  # Else the line that it ends was left out.
+            self._says_listed = True
+            logger.info("%s", text)
 
     def _said(self, state: _State, error: EtcdError | None) -> str:
         assert self._entry is not None

@@ -10,13 +10,13 @@ from urllib.parse import quote
 import msgspec
 
 from kvbm_core import CoordinatorError, Member
+from kvbm_core.printable import printable
 
 __all__ = [
     "Entry",
     "check_alike",
     "engine_prefix",
     "missing_ranks",
-    "printable",
     "read_entries",
     "top_prefix",
 ]
@@ -56,11 +56,6 @@ def read_entries(values: Mapping[str, bytes]) -> list[Entry]:
         except (msgspec.DecodeError, RecursionError):
             continue
     return sorted(entries, key=lambda entry: (entry.engine, -1 if entry.rank is None else entry.rank))
-
-
-def printable(text: str) -> str:
-    """Write as an escape what a terminal would take for a command, or would not show."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _printable(value: Any) -> Any:

@@ -74,7 +74,7 @@ METRICS: Final[Mapping[str, Metric]] = {
         ),
         Metric(
             "tier_usable", _GAUGE,
-            "1; 0 from when the tier is left alone after failures until an operation of it works again.",
+            "1; 0 from when the tier is left alone after failures until what failed works again.",
             ("tier",),
         ),
         Metric("queued_blocks", _GAUGE, "Blocks on their way or waiting for it.", ("operation", "tier")),

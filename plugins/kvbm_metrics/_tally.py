@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from kvbm_core import Load, Plan, Planner, Reason, TierStatus
+from kvbm_core import Load, Plan, Planner, Reason
 from kvbm_metrics._table import Readings, device_readings, reading
 
 __all__ = ["Tally"]
@@ -27,6 +26,8 @@ class _Request:
     """The loads of one request."""
 
     blocks_left: int
+    tokens: int = 0
+    """That are saved if all is loaded. 0: each block saves its own."""
     ended: list[tuple[Load, Mapping[int, Reason]]] = field(default_factory=list)
 
 
@@ -35,29 +36,21 @@ class Tally:
 
     Args:
         planner: Whose counts these are.
-        ranks: What each worker says of its tiers, as the planner was told.
-        block_tokens: Tokens of a block.
-        block_bytes: Bytes of a block over all ranks.
+        block_tokens: Tokens of a block. 0: the engine has KV groups of which not all blocks are loaded, and a
+            request saves what was promised, or nothing.
         constants: Readings of gauges that do not change.
     """
 
     def __init__(
         self,
         planner: Planner,
-        ranks: Sequence[Sequence[TierStatus]],
         block_tokens: int,
-        block_bytes: int,
         constants: Mapping[str, int] | None = None,
     ) -> None:
         self._constants = dict(constants or {})
         self._planner = planner
         self._tiers = list(planner.counts)
-        self._capacities = {status.name: status.capabilities.capacity_blocks for status in ranks[0]}
-        for status in itertools.chain(*ranks):
-            limits = [self._capacities[status.name], status.capabilities.capacity_blocks]
-            self._capacities[status.name] = min((n for n in limits if n is not None), default=None)
         self._block_tokens = block_tokens
-        self._block_bytes = block_bytes
         self._requests: dict[str, _Request] = {}
         self._loading: Counter[str] = Counter()
         self._counted: Counter[str] = Counter()
@@ -67,19 +60,25 @@ class Tally:
     def __repr__(self) -> str:
         return f"<Tally {len(self._requests)} requests loading>"
 
-    def matched(self, asked_blocks: int, tiers: Sequence[int]) -> None:
+    def matched(self, asked_tokens: int, asked_blocks: int, tiers: Sequence[int]) -> None:
         """Count one request's question, asked of each tier for what those above have not.
 
         Args:
-            asked_blocks: Complete blocks that the engine's own cache had not.
+            asked_tokens: Tokens of complete blocks that the engine's own cache had not.
+            asked_blocks: Blocks of all KV groups that these need.
             tiers: For each block found the tier that has it.
         """
-        self._counted["asked_tokens"] += asked_blocks * self._block_tokens
+        self._counted["asked_tokens"] += asked_tokens
         found = Counter(tiers)
         for position, tier in enumerate(self._tiers):
             asked_blocks -= found[position]
             self._counted[reading("hit_blocks", tier)] += found[position]
             self._counted[reading("missed_blocks", tier)] += asked_blocks
+
+    def promised(self, request: str, tokens: int) -> None:
+        """Note that a request loads so many tokens."""
+        if not self._block_tokens:
+            self._requests.setdefault(request, _Request(0)).tokens = tokens
 
     def planned(self, plan: Plan) -> None:
         """Note a plan's loads, of which the ends will come."""
@@ -110,6 +109,9 @@ class Tally:
         if request.blocks_left:
             return
         del self._requests[load.request]
+        if not self._block_tokens:
+            self._save(request)
+            return
         # The engine computes everything after the first block that failed.
         for each, failed in sorted(request.ended, key=lambda pair: pair[0].op):
             good_blocks = min(failed, default=len(each.keys))
@@ -117,6 +119,20 @@ class Tally:
             self._counted[reading("saved_tokens", self._tiers[each.tier])] += tokens
             if failed:
                 break
+
+    def _save(self, request: _Request) -> None:
+        """Count the tokens of a request that was loaded in every KV group: for each tier by its blocks."""
+        if any(failures for _, failures in request.ended):
+            return
+        shares: Counter[str] = Counter()
+        for load, _ in request.ended:
+            shares[self._tiers[load.tier]] += len(load.keys)
+        whole, left = sum(shares.values()), request.tokens
+        for tier, share in shares.most_common()[1:]:
+            tokens = request.tokens * share // whole
+            self._counted[reading("saved_tokens", tier)] += tokens
+            left -= tokens
+        self._counted[reading("saved_tokens", shares.most_common(1)[0][0])] += left
 
     def finished(self, request: str) -> None:
         """Forget a request: what still loads for it saves nothing."""
@@ -141,9 +157,9 @@ class Tally:
         for tier, counts in self._planner.counts.items():
             yield f"declined_blocks|{tier}", counts.declined
             yield f"loaded_blocks|{tier}", counts.loaded
-            yield f"loaded_bytes|{tier}", counts.loaded * self._block_bytes
+            yield f"loaded_bytes|{tier}", counts.loaded_bytes
             yield f"stored_blocks|{tier}", counts.stored
-            yield f"stored_bytes|{tier}", counts.stored * self._block_bytes
+            yield f"stored_bytes|{tier}", counts.stored_bytes
             yield f"evicted_blocks|{tier}", counts.evicted
             for reason, count in counts.dropped.items():
                 yield f"dropped_blocks|{reason}|{tier}", count
@@ -153,15 +169,13 @@ class Tally:
     def _gauges(self, now_s: float) -> Iterator[tuple[str, int]]:
         yield from self._constants.items()
         for tier, levels in self._planner.levels(now_s).items():
-            yield f"tier_used_bytes|{tier}", levels.blocks * self._block_bytes
+            yield f"tier_used_bytes|{tier}", levels.used_bytes
             yield f"tier_usable|{tier}", int(levels.usable)
             yield f"queued_blocks|store|{tier}", levels.waiting_blocks
             yield f"queued_blocks|load|{tier}", self._loading[tier]
-            capacity = self._capacities[tier]
-            if capacity is not None:
-                yield f"tier_capacity_bytes|{tier}", capacity * self._block_bytes
-                now = capacity if levels.capacity_blocks is None else levels.capacity_blocks
-                yield f"tier_capacity_now_bytes|{tier}", now * self._block_bytes
+            if levels.capacity_bytes is not None and levels.capacity_now_bytes is not None:
+                yield f"tier_capacity_bytes|{tier}", levels.capacity_bytes
+                yield f"tier_capacity_now_bytes|{tier}", levels.capacity_now_bytes
 
     def _zeros(self) -> Iterator[str]:
         """Name the series that will be there: what appears with its first event has no rate."""

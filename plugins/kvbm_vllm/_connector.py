@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+from abc import ABCMeta
 from typing import Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
 from kvbm_core import TierCounts
 from kvbm_vllm._logging import share_log
+from kvbm_vllm._models import GROUPS_FROM, vllm_version
 from kvbm_vllm._scheduler import SchedulerHalf
 from kvbm_vllm._settings import read_settings
 from kvbm_vllm._stats import KvbmPromMetrics, KvbmStats
@@ -80,7 +83,7 @@ class KvbmConnector(KVConnectorBase_V1):
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Learn the blocks vLLM has given to a request, and plan its load."""
-        self._scheduler().allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+        self._scheduler().allocated(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepPlan:
         """Plan this step."""
@@ -89,6 +92,13 @@ class KvbmConnector(KVConnectorBase_V1):
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Note that what is left shall be stored. vLLM may free the blocks at once."""
+        self._scheduler().finished(request)
+        return False, None
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """As `request_finished`, where vLLM keeps KV in several groups."""
         self._scheduler().finished(request)
         return False, None
 
@@ -144,6 +154,13 @@ class KvbmConnector(KVConnectorBase_V1):
         """Name the requests whose loads have ended. Nothing is ever sent."""
         return None, self._worker().collect() or None
 
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """As `get_finished`, and name the requests that could not be restored in all KV groups."""
+        finished = self._worker().collect()
+        failed = self._worker().take_failed_requests()
+        results: Any = getattr(base, "KVConnectorTransferResults", None)  # Who calls has it.
+        return results(finished_sending=set(), finished_recving=finished, failed_recving=failed)
+
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Name the blocks that must be computed after all."""
         return self._worker().take_failed_blocks()
@@ -184,6 +201,11 @@ class KvbmConnector(KVConnectorBase_V1):
     def _worker(self) -> WorkerHalf:
         assert self._mover is not None, "only in a worker"
         return self._mover
+
+
+if vllm_version() >= GROUPS_FROM:
+    # vLLM then leaves its hybrid KV cache manager on. It asks the class, before there is a model.
+    ABCMeta.register(base.SupportsHMA, KvbmConnector)
 
 
 def _known_by_name() -> None:

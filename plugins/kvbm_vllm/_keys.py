@@ -7,13 +7,15 @@ and before 0.31 cannot tell a LoRA adapter named "x" from a cache salt "x".
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import msgspec
 
 from kvbm_core import root_key
-from kvbm_engine import BlockKeys
+from kvbm_core.groups import KvGroup
+from kvbm_engine import BlockKeys, hash_tokens
 from kvbm_vllm._weights import AdapterDigests
 
 __all__ = ["KeyMaker", "cacheable", "request_keys"]
@@ -31,24 +33,24 @@ class KeyMaker:
     """Makes the keys of requests, alike in every process until the caches are reset.
 
     Args:
-        block_tokens: Tokens a block.
+        groups: The engine's KV groups.
         adapters: Tells LoRA adapters apart by their files.
     """
 
-    def __init__(self, block_tokens: int, adapters: AdapterDigests) -> None:
-        self._block_tokens = block_tokens
+    def __init__(self, groups: Sequence[KvGroup], adapters: AdapterDigests) -> None:
+        self._groups = groups
         self._adapters = adapters
         self._epoch: bytes | None = None
         """Random since the caches were last reset in this process; None before."""
 
     def __repr__(self) -> str:
-        return f"<KeyMaker of {self._block_tokens} tokens a block, epoch {self._epoch!r}>"
+        return f"<KeyMaker of {len(self._groups)} groups, epoch {self._epoch!r}>"
 
     def __call__(self, request: Any) -> BlockKeys | None:
         """Make a request's keys. None: its KV is not named by its tokens."""
         if not cacheable(request):
             return None
-        return request_keys(request, self._block_tokens, self._adapters, self._epoch)
+        return request_keys(request, self._groups, self._adapters, self._epoch)
 
     def begin_epoch(self) -> None:
         """Make other keys from now on.
@@ -60,13 +62,13 @@ class KeyMaker:
 
 
 def request_keys(
-    request: Any, block_tokens: int, adapters: AdapterDigests, epoch: bytes | None = None
+    request: Any, groups: Sequence[KvGroup], adapters: AdapterDigests, epoch: bytes | None = None
 ) -> BlockKeys:
     """Make the keys of one request's blocks.
 
     Args:
         request: vLLM's request. Its tokens only grow.
-        block_tokens: Tokens a block.
+        groups: The engine's KV groups.
         adapters: Tells LoRA adapters apart by their files.
         epoch: What the keys depend on beside the request.
     """
@@ -76,7 +78,7 @@ def request_keys(
         salt=request.cache_salt,
         epoch=epoch,
     )
-    return BlockKeys(request, block_tokens, root, partial(_extras, request, block_tokens))
+    return BlockKeys(request, groups, root, partial(_extras, request, hash_tokens(groups)))
 
 
 def _extras(request: Any, block_tokens: int, start: int, stop: int) -> dict[int, bytes]:

@@ -8,19 +8,26 @@ from typing import Final
 __all__ = ["share_log"]
 
 _OURS: Final = (
-    "kvbm_core", "kvbm_cpu", "kvbm_device", "kvbm_engine", "kvbm_etcd", "kvbm_gds", "kvbm_lmdb",
-    "kvbm_metrics", "kvbm_remote", "kvbm_vllm",
+    "kvbm_core", "kvbm_cpu", "kvbm_crypt", "kvbm_device", "kvbm_engine", "kvbm_etcd", "kvbm_gds",
+    "kvbm_lmdb", "kvbm_metrics", "kvbm_remote", "kvbm_vllm",
 )  # fmt: skip
+_given: Final[set[logging.Handler]] = set()
+"""Handlers of vLLM's that our loggers have from here."""
 
 
 def share_log() -> None:
-    """Give our loggers vLLM's handlers; vLLM sets none on the root, so ours would be silent."""
+    """Give our loggers vLLM's handlers; vLLM sets none on the root, so ours would be silent.
+
+    A process that vLLM forks makes handlers of its own: each line would come twice with those of before.
+    """
     theirs = logging.getLogger("vllm")
     # vLLM may have taken the root's handlers too; those get our lines already.
     handlers = [each for each in theirs.handlers if each not in logging.getLogger().handlers]
     for name in _OURS:
         ours = logging.getLogger(name)
         ours.setLevel(theirs.level)
+        for handler in _given.difference(handlers):
+            ours.removeHandler(handler)
         for handler in handlers:
-            if handler not in ours.handlers:
-                ours.addHandler(handler)
+            ours.addHandler(handler)
+    _given.update(handlers)

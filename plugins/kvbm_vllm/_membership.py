@@ -12,6 +12,7 @@ import vllm
 from kvbm_core import Coordinator, Member, Namespace, Registry, StackConfig
 from kvbm_core.config import TierEntry
 from kvbm_metrics import read_address
+from kvbm_vllm._replicas import replicas_of
 from kvbm_vllm._stats import engine_index
 
 __all__ = ["join_as_leader", "join_as_worker"]
@@ -65,7 +66,9 @@ def _join(config: StackConfig, vllm_config: Any, **own: Any) -> Coordinator | No
             world_size=vllm_config.parallel_config.world_size,
             host=socket.gethostname(),
             pid=os.getpid(),
-            stack=tuple(map(_shown, config.tiers)),
+            stack=tuple(
+                _shown(tier, replicas_of(vllm_config.parallel_config).count) for tier in config.tiers
+            ),
             versions={"kvbm-core": version("kvbm-core"), "vllm": vllm.__version__},
             **own,
         )
@@ -73,8 +76,9 @@ def _join(config: StackConfig, vllm_config: Any, **own: Any) -> Coordinator | No
     return coordinator
 
 
-def _shown(tier: TierEntry) -> str:
+def _shown(tier: TierEntry, engines: int) -> str:
     kind = "" if tier.name == tier.backend else f" ({tier.backend})"
     # Other settings may name places that are nobody else's business.
     capacity = tier.settings.get("capacity")
-    return f"{tier.name}{kind}" + (f" {capacity}" if capacity is not None else "")
+    shares = f" over {engines} engines" if engines > 1 else ""
+    return f"{tier.name}{kind}" + (f" {capacity}{shares}" if capacity is not None else "")

@@ -1,7 +1,7 @@
-"""What can be served: models of which vLLM keeps every token's KV, where it is, and goes on after a prefix.
+"""What can be served: models with which vLLM goes on after a prefix, and says where what that needs is.
 
 There are two looks. `check_engine` is before the weights are read, and sees what vLLM's configuration says.
-`block_tokens` is when the layers are built, and sees how each of them keeps its KV: what is not known to be
+`engine_groups` is when the layers are built, and sees how each of them keeps its KV: what is not known to be
 right is refused.
 """
 
@@ -14,25 +14,21 @@ from typing import Any, Final
 
 from kvbm_core import ConfigError
 
-__all__ = ["block_tokens", "check_engine", "replicas"]
+__all__ = [
+    "GROUPS_FROM",
+    "STATES_FROM",
+    "check_engine",
+    "check_layers",
+    "has_unlike_layers",
+    "layer_specs",
+    "release",
+    "replicas",
+    "require_states",
+    "vllm_version",
+]
 
 logger = logging.getLogger("kvbm_vllm")
 
-_WHOLE: Final = ("FullAttentionSpec", "MLAAttentionSpec")
-"""How vLLM names the layouts whose blocks hold every token's KV and nothing else. No subclass is meant."""
-_REASONS: Final = {
-    "MambaSpec": "it keeps a state in place of the tokens' KV",
-    "SlidingWindowSpec": "it keeps the last tokens only",
-    "SlidingWindowMLASpec": "it keeps the last tokens only",
-    "ChunkedLocalAttentionSpec": "it keeps the last tokens only",
-    "CircularBufferSpec": "it keeps the last tokens only",
-    "RSWASpec": "it forgets tokens that were generated",
-    "CrossAttentionSpec": "it keeps what an encoder made of another input",
-    "EncoderOnlyAttentionSpec": "it keeps no KV",
-    "SinkFullAttentionSpec": "it keeps its sinks in blocks of their own",
-    "HiddenStateCacheSpec": "it keeps hidden states",
-}
-_UNKNOWN: Final = "nobody has compared its answers"
 _FEATURES: Final[tuple[tuple[str, str, object, str], ...]] = (
     (
         "model_config", "enable_sleep_mode", False,
@@ -52,15 +48,37 @@ _FEATURES: Final[tuple[tuple[str, str, object, str], ...]] = (
         "vLLM then goes on after a step that failed, and it is not proved on several GPUs that KvbmConnector "
         "stores nothing of that step",
     ),
+    (
+        "parallel_config", "enable_elastic_ep", False,
+        "an engine that is added later has no share of a tier's capacity: those that began have divided it",
+    ),
 )  # fmt: skip
 """Settings of vLLM under which KV is lost without our knowing: where they are, the value that is harmless,
 and why another is not. Some releases lack some."""
+GROUPS_FROM: Final = (0, 30)
+"""The release of vLLM that lets one request's load fail, and says which groups are to be stored."""
+STATES_FROM: Final = (0, 32)
+"""The release that does not clear blocks after they were loaded, and says how many tokens a state is for."""
+_LATENT: Final = ("MLAAttentionSpec", "SlidingWindowMLASpec")
+"""How vLLM names the layouts that have no heads to divide over ranks."""
 _ONE_WINDOW: Final = ((0, 26), (0, 27))
 """Releases of vLLM that compute all layers of a group with the window of some."""
 _SINKS: Final = ("GptOss", "MiMoV2", "Laguna")
 """How architectures begin whose attention has sinks beside windows."""
 _VARIANT: Final = ("FLASHINFER", "TRITON_MLA")
 """Attention whose bits vLLM does not hold alike after a prefix, where it shall."""
+
+
+def vllm_version() -> tuple[int, ...]:
+    """Give the release of vLLM that is installed, see `release`."""
+    import vllm
+
+    return release(vllm.__version__)
+
+
+def release(version: str) -> tuple[int, ...]:
+    """Give the release that a version of vLLM is of, as two numbers; less for one that has none."""
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
 
 
 def check_engine(vllm_config: Any) -> None:
@@ -84,71 +102,95 @@ def check_engine(vllm_config: Any) -> None:
     distrusted = _distrusted(vllm_config)
     if distrusted:
         raise ConfigError(f"{distrusted}. Serve this model without KvbmConnector")
+    if model.is_hybrid or model.is_attention_free:
+        require_states(vllm_config)
     _require_prefixes(vllm_config)
-    _require_one_window(vllm_config)
+    if vllm_version() < GROUPS_FROM:
+        _require_one_window(vllm_config)
     kinds = set(_layer_types(model))
-    if "sliding_attention" in kinds and len(kinds) > 1:
+    if "sliding_attention" in kinds and len(kinds) > 1 and _unified(vllm_config):
         names = getattr(model, "architectures", None) or ()
         _require_right_windows(any(name.startswith(_SINKS) for name in names))
 
 
-def block_tokens(vllm_config: Any, kv_cache_config: Any) -> int:
-    """Give the tokens of a block, of a model whose blocks can be stored.
+def check_layers(vllm_config: Any, whole: list[Any]) -> None:
+    """Refuse layers that vLLM computes wrongly, or otherwise than it promises.
 
-    Raises:
-        ConfigError: If a layer keeps its KV in a way that is not known to be right, if vLLM clears blocks
-            before they are read, or for what `check_engine` says: nobody else asks it where plug-ins are
-            switched off.
+    Args:
+        vllm_config: vLLM's configuration.
+        whole: The specifications of layers that keep all tokens.
     """
-    check_engine(vllm_config)
-    groups = kv_cache_config.kv_cache_groups
-    specs = [spec for group in groups for spec in _layer_specs(group.kv_cache_spec)]
-    _require_whole_blocks(specs)
-    if len(groups) != 1:
-        kinds = [type(group.kv_cache_spec).__name__ for group in groups]
-        raise ConfigError(
-            f"the layers of the model keep their KV in {len(groups)} groups ({', '.join(kinds)}), each with "
-            "blocks of its own; KvbmConnector supports one. Serve this model without it"
-        )
-    if getattr(kv_cache_config, "needs_kv_cache_zeroing", False) and getattr(
-        vllm_config, "use_v2_model_runner", False
-    ):
-        # Before the step's plan is carried out: what the blocks held would be stored as zeros.
-        raise ConfigError(
-            "VLLM_USE_V2_MODEL_RUNNER: vLLM clears new blocks of this model's KV cache, and its second model "
-            "runner does so before KvbmConnector has read what was in them. Set it to 0, or serve this model "
-            "without KvbmConnector"
-        )
     _require_like_bits(vllm_config)
-    if any(getattr(spec, "sliding_window", None) for spec in specs):
+    if any(getattr(spec, "sliding_window", None) for spec in whole):
         impls = (getattr(layer, "impl", None) for layer in _layers(vllm_config))
         _require_right_windows(any(getattr(impl, "sinks", None) is not None for impl in impls))
-    if any(map(_window, specs)):
+    if any(map(_window, whole)):
         _tell_cost(vllm_config)
-    return int(groups[0].kv_cache_spec.block_size)
+
+
+def require_states(vllm_config: Any) -> None:
+    """Refuse recurrent states where vLLM does not keep them at the ends of blocks, or hand them over."""
+    kept = "the model keep a state in place of every token's KV, as Mamba layers do"
+    cache, serve = vllm_config.cache_config, "or serve this model without KvbmConnector"
+    if vllm_version() < STATES_FROM:
+        raise ConfigError(
+            f"layers of {kept}; vLLM before 0.32 does not hand it over. Install vLLM 0.32 or newer, {serve}"
+        )
+    if not cache.enable_prefix_caching:
+        raise ConfigError(
+            f"enable_prefix_caching: False; layers of {kept}, of which vLLM then has the last only. Write "
+            f"enable_prefix_caching: True, {serve}"
+        )
+    if vllm_config.speculative_config is not None:
+        raise ConfigError(
+            f"speculative_config: layers of {kept}, which vLLM moves about while it speculates; nobody has "
+            f"compared its answers after a load. Leave it out, {serve}"
+        )
+    if getattr(cache, "use_replayssm", False):
+        raise ConfigError(
+            f"use_replayssm: True; layers of {kept}, and what they have read since is then beside it; nobody "
+            f"has compared its answers after a load. Leave it out, {serve}"
+        )
+    if vllm_config.model_config.is_hybrid and _unified(vllm_config):
+        raise ConfigError(
+            f"disable_hybrid_kv_cache_manager: layers of {kept}, which needs vLLM's hybrid KV cache manager, "
+            f"and that is off, by this setting or because of another connector. Leave those out, {serve}"
+        )
+
+
+def has_unlike_layers(vllm_config: Any) -> bool:
+    """Return True if vLLM may put the layers of the model into several KV groups, as far as is known yet."""
+    model = vllm_config.model_config
+    if model.is_hybrid or model.is_attention_free:
+        return True
+    chunks = getattr(model.hf_text_config, "attention_chunk_size", None)
+    unlike = len(set(_layer_types(model))) > 1 or bool(chunks) or _names_layers(model)
+    return unlike and not _unified(vllm_config)
 
 
 def replicas(vllm_config: Any, kv_cache_config: Any) -> int:
     """Say how many neighbouring ranks hold the same KV: of a model with MLA all that are tensor parallel.
 
     Models with fewer KV heads than ranks hold some heads several times, too. That is not used: nothing
-    in vLLM's configuration proves it for every layer.
+    in vLLM's configuration proves it for every layer of every release.
     """
-    [group] = kv_cache_config.kv_cache_groups
-    mla = type(group.kv_cache_spec).__name__ == "MLAAttentionSpec"
-    return int(vllm_config.parallel_config.tensor_parallel_size) if mla else 1
+    groups = kv_cache_config.kv_cache_groups
+    specs = [spec for group in groups for spec in layer_specs(group.kv_cache_spec)]
+    ranks = int(vllm_config.parallel_config.tensor_parallel_size)
+    # Of several groups, or of layers that differ, newer releases say whether it holds for all.
+    told = getattr(kv_cache_config, "kv_tp_replicas", ranks if len(groups) == len(specs) == 1 else 1)
+    return ranks if told == ranks and all(type(spec).__name__ in _LATENT for spec in specs) else 1
 
 
 def _distrusted(vllm_config: Any) -> str | None:
     """Say why a prefix of this model cannot stand for its tokens. None if it can, as far as is known."""
     model = vllm_config.model_config
-    if model.is_hybrid or model.is_attention_free:
-        return "layers of the model keep a state in place of every token's KV, as Mamba layers do"
     if getattr(model, "rswa_window", None):
         return f"rswa_window: {model.rswa_window}; the model forgets tokens that were generated"
     if getattr(vllm_config, "is_mm_encoder_only", False):
         return "mm_encoder_only: True; no layer keeps KV then"
-    if model.is_prefix_caching_supported:
+    # Of models without attention vLLM calls it an experiment, and keeps their states all the same.
+    if model.is_prefix_caching_supported or model.is_attention_free:
         return None
     # Not whether it is switched on: that may be the user's wish, and says nothing about the model.
     if model.attn_type == "encoder_only":
@@ -181,8 +223,7 @@ def _require_one_window(vllm_config: Any) -> None:
     model, window = vllm_config.model_config, getattr(vllm_config.cache_config, "sliding_window", None)
     # vLLM sets it unless the layers are named one by one. Models that name them in words of their own are
     # looked at when their layers are built.
-    words = ("pattern", "interleaved")
-    if window and not any(word in name for name in vars(model.hf_text_config) for word in words):
+    if window and not _names_layers(model):
         raise ConfigError(
             f"sliding_window: {window}, in all layers; vLLM keeps the KV of the last tokens only. Write "
             f"disable_sliding_window: True, which allows prompts of up to {window} tokens, or serve this "
@@ -196,7 +237,7 @@ def _require_right_windows(sinks: bool) -> None:
     from vllm import envs
     from vllm.platforms import current_platform
 
-    if tuple(int(part) for part in vllm.__version__.split(".")[:2] if part.isdecimal()) in _ONE_WINDOW:
+    if vllm_version() in _ONE_WINDOW:
         raise ConfigError(
             f"vLLM {vllm.__version__} computes all layers of this model with the sliding window of some when "
             "its hybrid KV cache manager is off, as it must be with KvbmConnector. Install vLLM 0.28 or "
@@ -205,29 +246,8 @@ def _require_right_windows(sinks: bool) -> None:
     if sinks and current_platform.is_cpu() and envs.VLLM_CPU_ATTN_SPLIT_KV:
         raise ConfigError(
             "VLLM_CPU_ATTN_SPLIT_KV: 1; on a CPU vLLM then computes other tokens for a model with attention "
-            "sinks and sliding windows when its hybrid KV cache manager is off, as it must be with "
-            "KvbmConnector. Set VLLM_CPU_ATTN_SPLIT_KV=0, or serve this model without KvbmConnector"
-        )
-
-
-def _require_whole_blocks(specs: list[Any]) -> None:
-    """Refuse what is not known to keep every token's KV in its blocks, and nothing else."""
-    refused = {}
-    for spec in specs:
-        kind, reason = type(spec).__name__, None
-        if kind not in _WHOLE:
-            reason = _REASONS.get(kind, _UNKNOWN)
-        elif getattr(spec, "non_causal", False):
-            reason = "its attention is not causal: the KV of a token depends on those behind it"
-        elif getattr(spec, "tokens_per_state", 1) != 1 or getattr(spec, "compress_ratio", 1) != 1:
-            reason = "it keeps one state for several tokens"
-        if reason:
-            refused[kind] = reason
-    if refused or not specs:
-        kinds = "; ".join(f"{kind}: {reason}" for kind, reason in refused.items())
-        raise ConfigError(
-            "the layers of the model keep their KV in ways that KvbmConnector does not support: "
-            f"{kinds or 'no layer keeps any'}. Serve this model without it"
+            "sinks and sliding windows when its hybrid KV cache manager is off. Set VLLM_CPU_ATTN_SPLIT_KV=0 "
+            "or leave disable_hybrid_kv_cache_manager out, with vLLM 0.30 or newer"
         )
 
 
@@ -247,10 +267,20 @@ def _require_like_bits(vllm_config: Any) -> None:
             )
 
 
-def _layer_specs(spec: Any) -> list[Any]:
+def layer_specs(spec: Any) -> list[Any]:
     """Give the specification of each layer of a group, where they differ, or the one for all."""
     each = getattr(spec, "kv_cache_specs", None)
     return [spec] if each is None else list(each.values())
+
+
+def _unified(vllm_config: Any) -> bool:
+    """Return True if vLLM keeps all tokens for layers with windows, in one group with the others."""
+    return vllm_config.scheduler_config.disable_hybrid_kv_cache_manager is not False
+
+
+def _names_layers(model: Any) -> bool:
+    """Return True if the model's configuration says in words of its own which layers have windows."""
+    return any(word in name for name in vars(model.hf_text_config) for word in ("pattern", "interleaved"))
 
 
 def _layer_types(model: Any) -> list[str]:
@@ -284,8 +314,8 @@ def _tell_cost(vllm_config: Any) -> None:
     _say(
         vllm_config.kv_transfer_config.engine_id,
         f"{len(local)} of {len(specs)} layers attend to {max(map(_window, local)):,} tokens at most. With "
-        "KvbmConnector vLLM keeps the KV of all tokens for them, too: a request of max_model_len tokens "
-        f"({length:,}) takes {whole / kept:.1f} times as much of its KV cache as without",
+        "its hybrid KV cache manager off vLLM keeps the KV of all tokens for them, too: a request of "
+        f"max_model_len tokens ({length:,}) takes {whole / kept:.1f} times as much of its KV cache as with",
     )
 
 

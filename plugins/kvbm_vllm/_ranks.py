@@ -6,7 +6,6 @@ configuration file or an environment variable may differ between machines, and s
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -16,6 +15,7 @@ import msgspec
 import vllm
 
 from kvbm_core import ConfigError, StackConfig
+from kvbm_vllm._namespace import shared_facts, told_facts
 from kvbm_vllm._values import Handshake
 
 __all__ = ["check_ranks", "rank_facts"]
@@ -37,16 +37,16 @@ def rank_facts(config: StackConfig, namespace: Mapping[str, Any]) -> dict[str, s
         namespace: The facts of this rank's namespace.
     """
     tensor_parallel, pipeline_parallel, _rank = namespace["ranks"]
-    alike = {key: value for key, value in namespace.items() if key not in ("ranks", "layers", "models")}
+    # A stage of a pipeline has layers of its own.
+    whole = namespace if pipeline_parallel == 1 else shared_facts(namespace)
+    alike = {key: value for key, value in whole.items() if key not in ("ranks", "models")}
     facts = {
         "version of": {"kvbm-core": metadata.version("kvbm-core"), "vllm": vllm.__version__},
         "configuration": msgspec.to_builtins(config, enc_hook=str),
         **alike,
-        "models": [{**model, "config": json.loads(model["config"])} for model in namespace["models"]],
+        "models": told_facts(namespace)["models"],
         "tensor_parallel_size": tensor_parallel,
         "pipeline_parallel_size": pipeline_parallel,
-        # A stage of a pipeline has layers of its own.
-        "layers": namespace["layers"] if pipeline_parallel == 1 else None,
     }
     return {name: _without_chance(value) for name, value in _flatten(facts)}
 

@@ -9,16 +9,19 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any, Final
 
 import vllm
 
 from kvbm_core import Coordinator, KvbmError, StackConfig, TierCounts
-from kvbm_engine import Ledger, Parked, Schedule, Scheduled, Session, Step
+from kvbm_engine import Ledger, Parked, Session, Step
 from kvbm_metrics import MetricsServer
+from kvbm_vllm._groups import engine_groups, tell_groups
 from kvbm_vllm._keys import KeyMaker
 from kvbm_vllm._membership import join_as_leader
-from kvbm_vllm._settings import block_tokens
+from kvbm_vllm._models import release
+from kvbm_vllm._schedule import ScheduleReader
 from kvbm_vllm._startup import NoTiers, RollCall, begin_session
 from kvbm_vllm._stats import KvbmStats, open_server
 from kvbm_vllm._values import Handshake, Outcomes
@@ -33,7 +36,7 @@ _TWO_QUEUES_SINCE: Final = (0, 31)
 
 def has_one_queue(version: str) -> bool:
     """Return True if vLLM keeps requests that hold blocks in one queue with those that wait for some."""
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdecimal()) < _TWO_QUEUES_SINCE
+    return release(version) < _TWO_QUEUES_SINCE
 
 
 class SchedulerHalf:
@@ -52,11 +55,15 @@ class SchedulerHalf:
         self._config = config
         self._vllm_config = vllm_config
         self._max_load_blocks = max(1, int(kv_cache_config.num_blocks * config.max_load_fraction))
-        tokens = block_tokens(vllm_config, kv_cache_config)
-        self._keys = KeyMaker(tokens, AdapterDigests())
+        self._groups = engine_groups(vllm_config, kv_cache_config)
+        tell_groups(kv_cache_config, self._groups)
+        self._reader = ScheduleReader(self._groups)
+        self._keys = KeyMaker(self._groups.groups, AdapterDigests())
         # vLLM keeps one block for itself.
         parked = Parked(kv_cache_config.num_blocks - 1, one_queue=has_one_queue(vllm.__version__))
-        self._stage: Session | NoTiers = NoTiers(Ledger(self._keys, tokens, parked))
+        self._stage: Session | NoTiers = NoTiers(
+            Ledger(self._keys, self._groups.groups, parked, self._groups.drafts)
+        )
         self._ops = itertools.count(1)
         self._roll = RollCall(vllm_config.parallel_config)
         self._coordinator: Coordinator | None = None
@@ -128,13 +135,13 @@ class SchedulerHalf:
             reads_cache=not request.skip_reading_prefix_cache,
         )
 
-    def allocated(self, request: Any, blocks: list[int], num_external_tokens: int) -> None:
-        """Plan the load that was matched, into the blocks vLLM has given to the request."""
-        self._stage.allocated(request, blocks, num_external_tokens, time.monotonic())
+    def allocated(self, request: Any, blocks: Sequence[list[int]], num_external_tokens: int) -> None:
+        """Plan the load that was matched, into the blocks vLLM has given to the request in each KV group."""
+        self._stage.allocated(request, self._reader.tables(blocks), num_external_tokens, time.monotonic())
 
     def step(self, output: Any) -> Step:
         """Plan one step, given what vLLM has scheduled for it."""
-        return self._stage.step(_schedule(output), time.monotonic())
+        return self._stage.step(self._reader.schedule(output), time.monotonic())
 
     def finished(self, request: Any) -> None:
         """Forget a request. What it has computed last is stored a little later."""
@@ -187,21 +194,3 @@ class SchedulerHalf:
         server, self._server = self._server, None
         if server:
             server.close()
-
-
-def _schedule(output: Any) -> Schedule:
-    """Translate what vLLM has scheduled."""
-    counts = output.num_scheduled_tokens
-    requests: list[Scheduled] = [
-        (new.req_id, new.num_computed_tokens, counts[new.req_id], new.block_ids[0], True)
-        for new in output.scheduled_new_reqs
-    ]
-    cached = output.scheduled_cached_reqs
-    resumed = cached.resumed_req_ids
-    requests += [
-        (name, computed, counts[name], groups[0] if groups else (), name in resumed)
-        for name, computed, groups in zip(
-            cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True
-        )
-    ]
-    return Schedule(requests, output.total_num_scheduled_tokens, output.preempted_req_ids or ())

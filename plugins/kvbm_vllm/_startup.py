@@ -12,8 +12,8 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from kvbm_core import ConfigError, Plan, Planner, Report, StackConfig, TierCounts
-from kvbm_engine import EngineRequest, Ledger, Schedule, Session, Step
+from kvbm_core import ConfigError, Plan, Planner, Registry, Report, StackConfig, TierCounts, TierStatus
+from kvbm_engine import EngineRequest, GroupBlocks, Ledger, Schedule, Session, Step, Storing, sparse_stores
 from kvbm_metrics import Readings, Tally
 from kvbm_vllm._ranks import check_ranks
 from kvbm_vllm._values import Handshake
@@ -124,7 +124,7 @@ class NoTiers:
         """Find nothing, see `Session.match`."""
         return (None if self.ledger.look_at(request, computed_tokens) else 0), False
 
-    def allocated(self, request: EngineRequest, blocks: list[int], load_tokens: int, now_s: float) -> None:
+    def allocated(self, request: EngineRequest, blocks: GroupBlocks, load_tokens: int, now_s: float) -> None:
         """Note which blocks a request has got."""
         self.ledger.admit(request, blocks)
 
@@ -176,17 +176,31 @@ def begin_session(
     """
     ranks = sorted(handshakes, key=lambda handshake: handshake.rank)
     status = [handshake.status for handshake in ranks]
+    block_tokens = _block_tokens(ledger, status)
     planner = Planner(
         status,
         max_store_blocks=config.max_store_blocks,
-        block_tokens=ledger.block_tokens if config.only_faster else 0,
+        groups=ledger.groups,
+        policy=Registry().policies(config),
+        block_tokens=block_tokens if config.only_faster else 0,
         ops=ops,
     )
     constants: dict[str, int] = {}
     for handshake in ranks:  # Of several ranks the slowest counts.
         for key, value in handshake.constants.items():
             constants[key] = min(value, constants.get(key, value))
-    block_bytes = sum(handshake.block_bytes for handshake in ranks)
-    tally = Tally(planner, status, ledger.block_tokens, block_bytes, constants)
+    tally = Tally(planner, block_tokens if ledger.is_plain else 0, constants)
     joins = all(handshake.joins for handshake in ranks)
-    return Session(ledger, planner, tally, max_load_blocks, joins=joins)
+    storing = Storing(ledger, planner, sparse_stores(config, ledger.groups), _junction)
+    return Session(ledger, planner, tally, max_load_blocks, joins=joins, storing=storing)
+
+
+def _block_tokens(ledger: Ledger, status: Sequence[Sequence[TierStatus]]) -> int:
+    """Give the tokens of a block of the KV group whose blocks are the largest: the measure of loads."""
+    sizes = [sum(rank[0].block_bytes[at] for rank in status) for at in range(len(ledger.groups))]
+    return ledger.groups[sizes.index(max(sizes))].block_tokens
+
+
+def _junction(request: Any) -> int:
+    """Give the tokens after which others have left a request's prompt, as far as vLLM knows; 0 for none."""
+    return getattr(request, "shared_prefix_boundary", None) or 0

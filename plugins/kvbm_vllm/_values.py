@@ -23,8 +23,6 @@ class Handshake(KVConnectorHandshakeMetadata):
 
     rank: int
     status: list[TierStatus]
-    block_bytes: int
-    """Of this rank's part of a block."""
     facts: dict[str, str]
     """What must be alike on every rank, see `kvbm_vllm._ranks`."""
     joins: bool = False

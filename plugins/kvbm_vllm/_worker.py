@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvbm_core import Coordinator, Device, KvbmError, StackConfig, Worker, make_namespace
+from kvbm_core import ConfigError, Coordinator, Device, KvbmError, StackConfig, Worker, make_namespace
+from kvbm_core.groups import is_plain
 from kvbm_device import CopyCounts, open_device
 from kvbm_engine import Copies, Progress, Rank
 from kvbm_metrics import rate_reading
+from kvbm_vllm._groups import engine_groups, group_facts
 from kvbm_vllm._membership import join_as_worker
-from kvbm_vllm._namespace import namespace_facts, shared_facts
+from kvbm_vllm._namespace import namespace_facts, shared_facts, told_facts
 from kvbm_vllm._ranks import rank_facts
-from kvbm_vllm._settings import block_tokens, replicas
+from kvbm_vllm._replicas import replicas_of
+from kvbm_vllm._settings import replicas
 from kvbm_vllm._values import Handshake, Outcomes, StepPlan
 
-__all__ = ["Opened", "WorkerHalf"]
+__all__ = ["Opened", "WorkerHalf", "layers_by_group"]
 
 
 @dataclass(slots=True)
@@ -52,14 +55,16 @@ class WorkerHalf:
     """
 
     def __init__(self, config: StackConfig, vllm_config: Any, kv_cache_config: Any) -> None:
-        block_tokens(vllm_config, kv_cache_config)
+        self._groups = engine_groups(vllm_config, kv_cache_config)
         self._replicas = replicas(vllm_config, kv_cache_config)
         self._config = config
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
         self._tensors: dict[str, tuple[Any, ...]] = {}
         """Where those lie that the tiers were opened over."""
-        self._progress = Progress()
+        # With several groups, stored or not, vLLM takes no failures of blocks: it ends the engine.
+        whole = self._groups.total > 1 or not is_plain(self._groups.groups)
+        self._progress = Progress(whole_requests=whole)
         self._opened: Opened | None = None
         self._rank: Rank | None = None
         self._incarnation, self._unsaid = "", False
@@ -96,8 +101,7 @@ class WorkerHalf:
     def attach(self, opened: Opened) -> None:
         """Move blocks through tiers that were opened for this half, and are to be told of to the leader."""
         self._opened = opened
-        copies = Copies(opened.counts, opened.device.traits.block_bytes)
-        self._rank = Rank(opened.worker, copies, self._progress)
+        self._rank = Rank(opened.worker, Copies(opened.counts), self._progress)
         self._incarnation, self._unsaid = os.urandom(8).hex(), True
 
     def handshake(self) -> Handshake | None:
@@ -114,7 +118,6 @@ class WorkerHalf:
         return Handshake(
             rank,
             opened.worker.status(),
-            opened.device.traits.block_bytes,
             opened.facts,
             opened.joins,
             rates,
@@ -148,6 +151,10 @@ class WorkerHalf:
             self._rank.collect()
         return self._progress.take_finished()
 
+    def take_failed_requests(self) -> set[str]:
+        """Take the requests, among those named, that were not loaded in every KV group."""
+        return self._progress.take_failed_requests()
+
     def take_failed_blocks(self) -> set[int]:
         """Take the device blocks that were not loaded, of the requests named and to be named."""
         return self._progress.take_failed_blocks()
@@ -176,7 +183,8 @@ class WorkerHalf:
     def _open(self, kv_caches: Mapping[str, Any]) -> Opened:
         parallel = self._vllm_config.parallel_config
         device = open_device(
-            kv_caches, self._kv_cache_config.num_blocks,
+            layers_by_group(kv_caches, self._kv_cache_config, self._groups.numbers),
+            self._kv_cache_config.num_blocks,
             copy=self._config.device_copy, staging_bytes=self._config.device_staging,
         )  # fmt: skip
         facts = namespace_facts(
@@ -185,18 +193,20 @@ class WorkerHalf:
             self._kv_cache_config.num_blocks,
             self._config.weights_id,
             self._replicas,
+            group_facts(self._kv_cache_config, self._groups),
         )
         namespace = make_namespace(facts)
         worker = Worker(
             self._config, device, namespace, rank=parallel.rank, world_size=parallel.world_size,
-            replicas=self._replicas,
+            peers=replicas_of(parallel).peers(parallel, self._replicas), facts=told_facts(facts),
         )  # fmt: skip
         try:
             # Asked when the tiers have page-locked their memory. Where several engines compute a step
             # together, one that waits for its load holds up the others; and vLLM would zero what is loaded
             # in the step.
             zeroes = getattr(self._kv_cache_config, "needs_kv_cache_zeroing", False)
-            joins = device.traits.stream_wait and parallel.data_parallel_size == 1 and not zeroes
+            alone = parallel.data_parallel_size == 1 and self._groups.total == 1
+            joins = device.traits.stream_wait and alone and not zeroes
             shared = make_namespace(shared_facts(facts))
             ranks = rank_facts(self._config, facts)
             coordinator = join_as_worker(self._config, self._vllm_config, namespace, shared)
@@ -204,6 +214,34 @@ class WorkerHalf:
             worker.close()
             raise
         return Opened(worker, device, ranks, joins, coordinator)
+
+
+def layers_by_group(
+    kv_caches: Mapping[str, Any], kv_cache_config: Any, numbers: Sequence[int]
+) -> list[Mapping[str, Any]]:
+    """Divide the tensors that vLLM registers over its KV groups, in the order in which it registers them.
+
+    A layer that vLLM puts into no group uses the memory of one that is in a group: it has no KV of its own.
+
+    Args:
+        kv_caches: Layer name to KV tensor (or tensors), as registered.
+        kv_cache_config: How vLLM keeps the KV of this model.
+        numbers: Of the groups that are stored; all if not given.
+
+    Raises:
+        ConfigError: If a layer that is in no group has memory of its own, which nothing would store.
+    """
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) == 1:
+        return [kv_caches]
+    held = {name: number for number, group in enumerate(groups) for name in group.layer_names}
+    known = set(_addresses({name: given for name, given in kv_caches.items() if name in held}).values())
+    for name, given in kv_caches.items():
+        if name not in held and not known.issuperset(_addresses({name: given}).values()):
+            raise ConfigError(f"layer {name!r} is in none of the {len(groups)} KV groups of the model")
+    return [
+        {name: given for name, given in kv_caches.items() if held.get(name) == number} for number in numbers
+    ]
 
 
 def _addresses(kv_caches: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:

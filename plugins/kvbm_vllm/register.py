@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import multiprocessing
+from collections.abc import Mapping
 from typing import Any, Final
 
 from kvbm_vllm.kvbm import NAMES, answer_module_paths, leads_here
@@ -60,8 +61,25 @@ def _children(transfer: Any) -> list[Any]:
     """Give the configurations of the connectors in a MultiConnector, as it will make them."""
     if transfer.kv_connector != _MULTI:
         return []
-    written = (transfer.kv_connector_extra_config or {}).get("connectors") or ()
+    extra = transfer.kv_connector_extra_config or {}
+    written = extra.get("connectors") or ()
+    if any(each.get("kv_connector") in NAMES for each in written):
+        _refuse_stray("kv_connector_extra_config of MultiConnector", extra)
+        for each in written:
+            if each.get("kv_connector") in NAMES:
+                _refuse_stray(f"{each['kv_connector']} in 'connectors'", each)
     return [type(transfer)(**{"engine_id": transfer.engine_id, **each}) for each in written]
+
+
+def _refuse_stray(where: str, written: Mapping[str, Any]) -> None:
+    """Refuse settings of ours where MultiConnector gives them to nobody."""
+    from kvbm_core import ConfigError, StackConfig
+
+    if stray := [key for key in (*StackConfig.__struct_fields__, "config") if key in written]:
+        raise ConfigError(
+            f"{where} has {', '.join(map(repr, stray))}, where no connector finds it; write it in the "
+            "'kv_connector_extra_config' of KvbmConnector within 'connectors'"
+        )
 
 
 def _ours(transfer: Any) -> list[Any]:
@@ -92,6 +110,9 @@ def _check(vllm_config: Any) -> None:
         return
     # Wherever vLLM makes a configuration: its scheduler reads this one, and not the one of a child.
     _recompute_failures(transfer)
+    from kvbm_vllm._replicas import note_replicas
+
+    note_replicas(vllm_config.parallel_config)
     if multiprocessing.parent_process() is not None:
         # An engine's process, where vLLM checks once more when the tiers are open already.
         return

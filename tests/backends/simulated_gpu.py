@@ -101,6 +101,8 @@ class SimulatedGpu(Streams, Events, Memory, Copies):
         """One block after the other, since flat addresses may lie anywhere."""
         pairs = np.ctypeslib.as_array((ctypes.c_int64 * (2 * count)).from_address(jobs)).reshape(count, 2)
         for pair in pairs.copy():
+            for pages in table.sets:  # A kernel faults at an address that is no multiple of its word.
+                assert all((int(pair[1]) + offset) % pages.word_bytes == 0 for offset in pages.offsets)
             self.mover(table, pair.ctypes.data, 1, int(pair[1]), gather=gather, programs=0)
 
     def pin(self, address, nbytes):

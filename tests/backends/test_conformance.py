@@ -21,6 +21,7 @@ class TestCpu(TierSuite):
 
 class TestLmdb(TierSuite):
     backend = "lmdb"
+    programs = 20  # Each opening starts a process, the keeper.
 
     def settings(self, folder):
         return {"capacity": "4MiB", "path": str(folder / "kv")}

@@ -3,15 +3,17 @@
 import ctypes
 import gc
 import hashlib
+import itertools
 import logging
 import mmap
 import os
+import re
 import time
 import weakref
 
 import pytest
 
-from kvbm_core.config import ByteSize, convert
+from kvbm_core.config import ByteSize, convert, parse_size
 from kvbm_core.errors import ConfigError, TierOpenError, TransitionError
 from kvbm_core.tier import Op, Outcome, Reason, Region, TierContext, Transfer
 from kvbm_cpu import CpuConfig, CpuTier
@@ -64,6 +66,11 @@ def lookup(tier, number):
     return run(tier, [Transfer(1, Op.LOOKUP, key(number))])[1].outcome
 
 
+def slots_of(tier):
+    """Count the longest objects that a tier holds."""
+    return tier.capabilities.capacity_bytes // tier.capabilities.charge(BLOCK)
+
+
 @pytest.fixture(params=["cpu", "lmdb"])
 def open_tier(request, tmp_path):
     opened = []
@@ -83,10 +90,13 @@ def open_tier(request, tmp_path):
 
 
 def test_a_capacity_below_one_block_is_refused_with_the_least_that_works(open_tier):
-    with pytest.raises(TierOpenError, match="capacity: 4096 bytes") as caught:
+    with pytest.raises(
+        TierOpenError, match=r"capacity: 4KiB over \d ranks? hold no object of 64.1KiB"
+    ) as caught:
         open_tier(4096)
-    least = int(str(caught.value).rsplit(" ", 1)[1])
-    assert open_tier(least).capabilities.capacity_blocks >= 1
+    least = parse_size(re.search(r"write at least (\S+)", str(caught.value))[1])
+    capabilities = open_tier(least).capabilities
+    assert capabilities.charge(BLOCK) <= capabilities.capacity_bytes
 
 
 @pytest.fixture
@@ -97,28 +107,61 @@ def cpu():
 
 
 def test_a_reserved_block_is_not_loadable_before_publish(cpu):
-    lent = cpu.reserve(key(1))
+    lent = cpu.reserve(key(1), BLOCK)
     assert lent.nbytes == BLOCK
     assert lent.address % 4096 == 0
-    assert cpu.reserve(key(1)) is None
+    assert cpu.reserve(key(1), BLOCK) is None
     assert cpu.view(key(1)) is None
     assert lookup(cpu, 1) is Outcome.MISSING
     assert store(cpu, 1).reason is Reason.BUSY
     lent.view()[:] = content(1)
     cpu.publish(key(1))
-    assert cpu.reserve(key(1)) is None
+    assert cpu.reserve(key(1), BLOCK) is None
     assert cpu.view(key(1)) == lent
     assert load(cpu, 1)[1] == content(1)
 
 
 def test_reserve_gives_none_when_full_and_abandon_gives_the_memory_back(cpu):
-    slots = cpu.capabilities.capacity_blocks
-    lent = [cpu.reserve(key(n)) for n in range(slots)]
+    slots = slots_of(cpu)
+    lent = [cpu.reserve(key(n), BLOCK) for n in range(slots)]
     assert len({r.address for r in lent}) == slots
-    assert cpu.reserve(key(slots)) is None
+    assert cpu.reserve(key(slots), BLOCK) is None
     cpu.abandon(key(3))
     # The memory freed last is the warmest.
-    assert cpu.reserve(key(slots)).address == lent[3].address
+    assert cpu.reserve(key(slots), BLOCK).address == lent[3].address
+
+
+def test_a_reserved_region_is_as_long_as_its_object_and_owns_its_pages(cpu):
+    lengths = {n: nbytes for n, nbytes in enumerate([1, 4096, 4097, BLOCK - 1, BLOCK])}
+    lent = {n: cpu.reserve(key(n), nbytes) for n, nbytes in lengths.items()}
+    for n, each in lent.items():
+        assert (each.nbytes, each.address % 4096) == (lengths[n], 0)
+        each.view()[:] = content(n, lengths[n])
+        cpu.publish(key(n))
+    for n, nbytes in lengths.items():
+        assert cpu.view(key(n)) == lent[n]
+        assert bytes(cpu.view(key(n)).view()) == content(n, nbytes)
+        assert load(cpu, n)[1][:nbytes] == content(n, nbytes)
+    addresses = sorted(each.address for each in lent.values())
+    assert all(after - before >= 69_632 for before, after in itertools.pairwise(addresses))
+
+
+def test_the_next_object_in_a_slot_has_a_length_of_its_own(cpu):
+    store(cpu, 1, nbytes=BLOCK)
+    where = cpu.view(key(1))
+    cpu.discard([key(1)])
+    lent = cpu.reserve(key(2), 700)
+    assert (lent.address, lent.nbytes) == (where.address, 700)
+    cpu.abandon(key(2))
+    assert store(cpu, 3, nbytes=900).nbytes == 900
+    assert (cpu.view(key(3)).address, cpu.view(key(3)).nbytes) == (where.address, 900)
+    assert where.nbytes == BLOCK
+
+
+@pytest.mark.parametrize("nbytes", [0, BLOCK + 1, 1 << 30])
+def test_no_memory_is_reserved_for_a_length_that_no_object_has(cpu, nbytes):
+    assert cpu.reserve(key(1), nbytes) is None
+    assert cpu.reserve(key(1), BLOCK).nbytes == BLOCK
 
 
 @pytest.mark.parametrize("call", ["publish", "abandon"])
@@ -131,6 +174,14 @@ def test_more_memory_than_there_is_is_refused_with_both_sizes():
     config = CpuConfig(capacity=ByteSize(1 << 50))
     with pytest.raises(TierOpenError, match=r"1024TiB.*are available .*; write a smaller capacity"):
         CpuTier(config, TierContext(NAMESPACE, BLOCK))
+
+
+def test_what_the_kernel_refuses_is_said_in_sizes(monkeypatch):
+    # The kernel itself promises more than there is, and what it has not is refused before.
+    monkeypatch.setattr("kvbm_cpu._tier.require_memory", lambda *_: None)
+    said = r"capacity: 1048576TiB over 1 ranks: the kernel refused 104857\d.*TiB of memory \(Cannot allocate"
+    with pytest.raises(TierOpenError, match=said):
+        CpuTier(CpuConfig(capacity=ByteSize(1 << 60)), TierContext(NAMESPACE, BLOCK))
 
 
 def test_available_memory_obeys_every_enclosing_cgroup(tmp_path):
@@ -203,7 +254,7 @@ def test_refused_pinning_is_said_loudly_and_the_tier_works(caplog):
 
     with caplog.at_level(logging.WARNING):
         tier = CpuTier(CpuConfig(capacity=ByteSize(1 << 20)), TierContext(NAMESPACE, BLOCK, pin=pin))
-    assert "cudaHostRegister: out of memory" in caplog.text
+    assert "cannot page-lock 1020KiB of host memory (RuntimeError: cudaHostRegister: out" in caplog.text
     assert "pageable" in repr(tier)
     assert store(tier, 1).outcome is Outcome.DONE
     tier.close()
@@ -212,7 +263,7 @@ def test_refused_pinning_is_said_loudly_and_the_tier_works(caplog):
 def test_the_memory_goes_with_close_but_not_under_a_lent_region():
     tier = CpuTier(CpuConfig(capacity=ByteSize(1 << 20)), TierContext(NAMESPACE, BLOCK))
     arena = weakref.ref(tier._arena)
-    lent = tier.reserve(key(1))
+    lent = tier.reserve(key(1), BLOCK)
     tier.close()
     lent.view()[:] = content(1)
     del lent
@@ -222,8 +273,8 @@ def test_the_memory_goes_with_close_but_not_under_a_lent_region():
 
 def test_the_state_in_one_line(cpu):
     store(cpu, 1)
-    cpu.reserve(key(2))
-    assert repr(cpu) == "<CpuTier 1/15 blocks, 1 reserved, pageable>"
+    cpu.reserve(key(2), BLOCK)
+    assert repr(cpu) == "<CpuTier 1/15 objects, 1 reserved, pageable>"
 
 
 def test_a_capacity_of_nothing_is_refused():

@@ -11,9 +11,11 @@ import subprocess
 import sys
 
 import damage
+import lmdb
 import pytest
 
 from kvbm_core import KvbmError
+from kvbm_lmdb._environment import DAMAGE
 
 CASES = int(os.environ.get("KVBM_DAMAGES", "30"))
 SOAK_CASES = 500
@@ -46,6 +48,22 @@ def test_a_damaged_medium_costs_hits_and_nothing_else(backend, cases, tmp_path):
             assert "directory" in row["damage"] or "link" in row["damage"], row
             assert str(tmp_path) in row["refused"], row
             assert len(row["refused"].split()) > 8, row
+
+
+def test_what_lmdb_calls_a_bad_transaction_is_damage(tmp_path):
+    """Every store failed, and the disk was blamed, until somebody deleted the file.
+
+    A noise page did that to files of format 1 (seed 192). The error is LMDB's own here, of a transaction in
+    which a call has failed before; the tier makes no such call.
+    """
+    env = lmdb.open(str(tmp_path), map_size=1 << 16)
+    txn = env.begin(write=True)
+    with contextlib.suppress(lmdb.MapFullError):
+        txn.put(b"long", bytes(1 << 20))
+    with pytest.raises(DAMAGE, match="MDB_BAD_TXN"):
+        txn.put(b"short", b"")
+    txn.abort()
+    env.close()
 
 
 @pytest.mark.parametrize("backend", damage.SETTINGS)

@@ -20,9 +20,7 @@ from kvbm_core.errors import KvbmError
 from kvbm_core.plan import Load, Plan, Store, WriteOrder
 from kvbm_core.worker import copier, jobs
 from kvbm_core.worker.copier import Copier
-from kvbm_device import StagedDevice
-from kvbm_device._pages import page_table
-from kvbm_device._views import page_views
+from kvbm_device import StagedDevice, layout_of
 
 KEYS = chain_keys(root_key(), range(16), 1)
 NOW = 1.0
@@ -40,13 +38,13 @@ class Engine:
         self.gpu = SimulatedGpu(seed, eager=eager)
         self.memory = torch.zeros(count, BYTES, dtype=torch.uint8)
         self.device = opened({"layer": self.memory}, self.gpu, count, 1, method)
-        self.device._out.piece_blocks = self.device._in.piece_blocks = 1
+        self.device._out.piece_blocks = self.device._in.piece_blocks = (1,)
         entries = [{"backend": tier, "capacity": blocks * 4096} for tier in tiers]
         self.worker = Worker(
             load_config({"tiers": entries, **options}), self.device, make_namespace({"a": 1})
         )
-        self.worker._thread.start = lambda: None
-        self.engine = self.worker._engine
+        self.engine = self.worker.take_over()
+        self.tiers = [opened.tier for opened in self.worker._tiers]
         self.rights = []
         """What the engine's reads have found so far."""
 
@@ -108,7 +106,7 @@ def test_what_is_overwritten_before_its_store_began_is_stored_as_it_was_or_not_a
         assert lost == {tier: {3, 6, 7} for tier in range(len(tiers))}
         assert {why for report in reports for why in report.failures.values()} == {Reason.FULL}
         stored = {key: at for at, key in enumerate(KEYS[:8]) if at not in {3, 6, 7}}
-        for tier in made.worker._tiers:
+        for tier in made.tiers:
             blocks = {key: tier.view(key) for key in KEYS[:8]} if hasattr(tier, "view") else None
             if blocks is not None:
                 assert {key for key, region in blocks.items() if region} == set(stored)
@@ -129,7 +127,7 @@ def test_who_does_not_keep_the_engines_order_writes_when_nothing_reads(seed, pol
         made.worker.submit(Plan(overwrites=blocks, unordered=blocks))
         made.memory[blocks] = 255
         [report] = made.end()
-        [tier] = made.worker._tiers
+        [tier] = made.tiers
         for at in set(range(8)).difference(report.failures):
             assert bytes(tier.view(KEYS[at]).view()[:BYTES]) == content(KEYS[at])
         assert set(report.failures) <= set(blocks)
@@ -173,7 +171,7 @@ def test_nothing_was_begun_before_the_first_plan_that_writes():
         made.writes(range(8), KEYS[:8])
         made.worker.submit(Plan(stores=[Store(1, KEYS[:4], [0, 1, 2, 3], [0])], blocks_final=True))
         assert [report.failures for report in made.end()] == [{}]
-        tier = made.worker._tiers[0]
+        tier = made.tiers[0]
         assert all(bytes(tier.view(key).view()[:BYTES]) == content(key) for key in KEYS[:4])
 
 
@@ -191,7 +189,7 @@ def test_a_load_into_blocks_whose_store_has_not_begun_comes_after_it():
         planner.report(made.end(), NOW)
         assert [bytes(made.memory[block].numpy()) for block in (2, 3)] == [content(k) for k in KEYS[:2]]
         for key in KEYS[:4]:
-            assert bytes(made.worker._tiers[0].view(key).view()[:BYTES]) == content(key)
+            assert bytes(made.tiers[0].view(key).view()[:BYTES]) == content(key)
         assert not planner.busy(NOW)
 
 
@@ -288,7 +286,7 @@ def test_a_block_is_forgotten_when_nobody_reads_it_any_more():
     """Two loads and a store to another tier read it from host memory."""
     with engine(8, tiers=("cpu", "memory")) as made:
         stored(made)
-        cpu, slots = made.worker._tiers[0], made.engine._buffers
+        cpu, slots = made.tiers[0], made.engine._buffers
         loads = [Load(op, "a", 0, -1, KEYS[1:3], blocks) for op, blocks in ((8, [4, 5]), (9, [6, 7]))]
         made.worker.submit(Plan(loads=loads))
         made.engine.poll()
@@ -324,7 +322,7 @@ def test_what_host_memory_has_not_of_a_load_is_said_and_the_rest_is_loaded():
 def test_what_was_refused_does_not_hold_back_a_drop_until_the_block_is_there_again(first):
     """The transfer engine's thread polls only while something is under way."""
     with engine(8, blocks=4) as made:
-        cpu = made.worker._tiers[0]
+        cpu = made.tiers[0]
         if first == "load":
             made.worker.submit(Plan(loads=[Load(1, "a", 0, -1, KEYS[:1], [0])]))
         else:
@@ -343,7 +341,7 @@ def test_what_was_refused_does_not_hold_back_a_drop_until_the_block_is_there_aga
 
 def test_a_block_that_the_lender_loses_at_once_is_said_to_be_missing_below(monkeypatch):
     with engine(8, tiers=("cpu", "memory")) as made:
-        cpu = made.worker._tiers[0]
+        cpu = made.tiers[0]
         view = cpu.view
         monkeypatch.setattr(cpu, "view", lambda key: None if key == KEYS[1] else view(key))
         made.worker.submit(Plan(stores=[Store(1, KEYS[:2], [0, 1], [0, 1])]))
@@ -362,16 +360,16 @@ def test_a_copy_of_no_blocks_is_done():
 def test_only_page_locked_memory_is_loaded_in_the_step(monkeypatch):
     """The driver waits for copies of other memory, in the thread that asks for them: the engine's."""
     with engine(8) as made:
-        assert made.device.traits == DeviceTraits(BYTES, 8, async_gather=True, stream_wait=True)
+        assert made.device.traits == DeviceTraits((BYTES,), 8, async_gather=True, stream_wait=True)
 
     def refuse(gpu, address, nbytes):
         raise KvbmError("no memory may be locked", operation="pin")
 
     monkeypatch.setattr(SimulatedGpu, "pin", refuse)
     memory = torch.zeros(8, BYTES, dtype=torch.uint8)
-    table = page_table(page_views({"layer": memory}, 8), 8)
-    monkeypatch.setattr("kvbm_device._link._Jobs.__init__", lambda jobs, gpu, most: None)
-    assert not StagedDevice(SimulatedGpu(), table, memory, 1).traits.stream_wait
+    layout = layout_of({"layer": memory}, 8)
+    monkeypatch.setattr("kvbm_device._jobs.Jobs.__init__", lambda jobs, gpu, most: None)
+    assert not StagedDevice(SimulatedGpu(), layout, 1).traits.stream_wait
 
 
 def test_blocks_that_the_device_does_not_load_are_not_computed_with(monkeypatch):

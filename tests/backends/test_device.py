@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from kvbm_core.device import DeviceTraits, Pinnable
 from kvbm_core.errors import ConfigError, KvbmError
 from kvbm_core.tier import Region
-from kvbm_device import HostDevice, PageView, open_device, page_views
+from kvbm_device import HostDevice, Layout, PageView, open_device, page_views
 
 BLOCKS = 7
 LAYERS = 3
@@ -95,7 +95,7 @@ SHAPES = {
 
 def regions_for(device, count, extra=0):
     """Host regions at odd distances, so that nothing is aligned by chance."""
-    nbytes = device.traits.block_bytes + extra
+    nbytes = device.traits.block_bytes[0] + extra
     pitch = nbytes + 13
     memory = np.full(count * pitch, 0xAB, dtype=np.uint8)
     start = memory.ctypes.data
@@ -238,7 +238,7 @@ def test_an_alias_of_another_type_is_one_page():
     assert len(page_views({"a": tensor, "b": alias, "c": tensor.transpose(1, 2)}, BLOCKS)) == 1
 
 
-def test_cache_groups_laid_over_each_other_are_kept_as_one_page():
+def test_layers_of_one_group_laid_over_each_other_are_kept_as_one_page():
     raw = buffer(BLOCKS * 96)
     attention = raw.as_strided((BLOCKS, 1, 4, 16), (96, 64, 16, 1))
     state = raw.as_strided((BLOCKS, 80), (96, 1), 8)
@@ -248,7 +248,7 @@ def test_cache_groups_laid_over_each_other_are_kept_as_one_page():
 def test_padding_between_pages_is_neither_read_nor_written():
     raw = buffer(BLOCKS * 64)
     device = open_device({"a": raw.as_strided((BLOCKS, 1, 1, 40), (64, 40, 40, 1))}, BLOCKS)
-    assert device.traits.block_bytes == 40
+    assert device.traits.block_bytes == (40,)
     before = raw.clone()
     _, regions = regions_for(device, 1)
     device.scatter(regions, [2])
@@ -317,15 +317,15 @@ class TestHostDevice:
         device = open_device(layered("LBHNC"), BLOCKS)
         memory, regions = regions_for(device, 2, extra=16)
         device.gather([1, 2], regions)
-        assert all(bytes(r.view())[device.traits.block_bytes :] == b"\xab" * 16 for r in regions)
-        assert (memory[: device.traits.block_bytes] != 0xAB).any()
+        assert all(bytes(r.view())[384:] == b"\xab" * 16 for r in regions)
+        assert (memory[:384] != 0xAB).any()
 
     def test_arguments_are_checked_before_anything_is_copied(self):
         layers = layered("LBHNC")
         device = open_device(layers, BLOCKS)
         before = content(layers, BLOCKS)
         memory, regions = regions_for(device, 2)
-        short = [regions[0], regions[1].part(0, device.traits.block_bytes - 1)]
+        short = [regions[0], regions[1].part(0, 383)]
         elsewhere = [regions[0], Region(regions[1].address, regions[1].nbytes, on_device=True)]
         for error, blocks, where in [
             (IndexError, [0, BLOCKS], regions),
@@ -364,7 +364,7 @@ class TestHostDevice:
         device = open_device(layered("LBHNC"), BLOCKS)
         assert device.gather([], []).done()
         assert not isinstance(device, Pinnable)
-        assert device.traits == DeviceTraits(384, BLOCKS)
+        assert device.traits == DeviceTraits((384,), BLOCKS)
 
     def test_other_threads_run_while_it_copies(self):
         layers = {f"l{i}": torch.zeros(2, 1, 1, 64 << 20, dtype=torch.uint8) for i in range(2)}
@@ -399,4 +399,4 @@ def test_host_and_accelerator_together_are_refused():
     with pytest.raises(KvbmError, match="in several places: cpu, meta"):
         open_device(layers, BLOCKS)
     with pytest.raises(KvbmError, match="not in host memory"):
-        HostDevice([PageView(0, 8, 8, on_device=True)], BLOCKS)
+        HostDevice(Layout(((PageView(0, 8, 8, on_device=True),),), BLOCKS))

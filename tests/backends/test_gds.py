@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -20,13 +21,14 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import xxhash
 from test_cpu import BLOCK, NAMESPACE, content, key, load, lookup, region, run, store
 from test_lmdb import du_bytes, small_disk
 
 from kvbm_core import Stack, chain_keys, localdir, root_key
 from kvbm_core.config import ByteSize, parse_size
 from kvbm_core.errors import ConfigError, QueueFullError, TierError, TierOpenError
-from kvbm_core.layers import FOOTER_BYTES, CheckedTier
+from kvbm_core.layers import SEAL_BYTES, SealTier
 from kvbm_core.testing import MemoryDevice
 from kvbm_core.tier import Op, Outcome, Reason, TierContext, Transfer
 from kvbm_gds import GdsConfig, GdsTier, _engines, _io, _layout, _machine, _probe, _slab, _tier, kvbm_backends
@@ -85,6 +87,15 @@ def open_plain(open_with):
     return lambda *args, **kwargs: open_with(*args, **{"engine": "threads", **kwargs})
 
 
+def slots_of(tier):
+    return tier.capabilities.capacity_bytes // tier.capabilities.unit_bytes
+
+
+def keys_in(tier):
+    """The keys of the inventory, in its order."""
+    return [name for name, _ in tier.inventory()]
+
+
 def stores(numbers, nbytes=BLOCK):
     return [Transfer(n, Op.STORE, key(n), region(content(n, nbytes), nbytes)) for n in numbers]
 
@@ -127,26 +138,26 @@ def messages(caplog, level=logging.WARNING):
 @pytest.mark.parametrize("nbytes", [1, 4096, 4097, 65_632, 100_000, 737_376])
 def test_blocks_of_any_length_come_back_as_they_were(open_tier, nbytes):
     tier = open_tier(nbytes=nbytes)
-    count = min(10, tier.capabilities.capacity_blocks)
+    count = min(10, slots_of(tier))
     assert fill(tier, range(count), nbytes) == [(Outcome.DONE, Reason.NONE)] * count
     assert_served(tier, range(count), nbytes)
 
 
 def test_blocks_survive_close_and_are_listed_oldest_first(open_tier):
     tier = open_tier()
-    assert list(tier.inventory()) == []
+    assert keys_in(tier) == []
     for n in (5, 3, 9, 1):
         store(tier, n)
     tier.discard([key(3)])
     store(tier, 4)
     tier.close()
     tier = open_tier()
-    assert list(tier.inventory()) == [key(n) for n in (5, 9, 1, 4)]
+    assert keys_in(tier) == [key(n) for n in (5, 9, 1, 4)]
     assert_served(tier, (5, 9, 1, 4))
     assert lookup(tier, 3) is Outcome.MISSING
-    assert repr(tier).endswith("kv/rank0 4/111 blocks, 0 in flight>")
+    assert repr(tier).endswith("kv/rank0 4/111 objects, 0 in flight>")
     tier.close()
-    assert repr(tier).endswith("kv/rank0 4/111 blocks, closed>")
+    assert repr(tier).endswith("kv/rank0 4/111 objects, closed>")
 
 
 def test_wake_is_called_when_there_is_something_to_poll(open_tier):
@@ -164,16 +175,16 @@ def test_wake_is_called_when_there_is_something_to_poll(open_tier):
 
 def test_other_namespaces_are_kept_until_their_room_is_needed_oldest_first(open_plain):
     tier = open_plain(namespace=OTHER)
-    most = tier.capabilities.capacity_blocks
+    most = slots_of(tier)
     fill(tier, range(10))
     tier.close()
     tier = open_plain()
-    assert list(tier.inventory()) == []
+    assert keys_in(tier) == []
     assert load(tier, 1)[0].outcome is Outcome.MISSING
     assert fill(tier, range(1000, 1000 + most - 8)) == [(Outcome.DONE, Reason.NONE)] * (most - 8)
     tier.close()
     tier = open_plain(namespace=OTHER)
-    assert list(tier.inventory()) == [key(n) for n in range(2, 10)]
+    assert keys_in(tier) == [key(n) for n in range(2, 10)]
     assert_served(tier, range(2, 10))
     tier.close()
     tier = open_plain()
@@ -181,20 +192,70 @@ def test_other_namespaces_are_kept_until_their_room_is_needed_oldest_first(open_
         (Outcome.FAILED, Reason.FULL)
     ]
     tier.close()
-    assert list(open_plain(namespace=OTHER).inventory()) == []
+    assert keys_in(open_plain(namespace=OTHER)) == []
 
 
-def test_blocks_of_another_length_are_kept_while_slots_have_the_same_size(open_plain):
+def test_the_inventory_gives_lengths_over_a_restart(open_tier):
+    tier = open_tier()
+    lengths = {n: 1 + n * 5003 % BLOCK for n in range(40)}
+    for n, nbytes in lengths.items():
+        assert store(tier, n, nbytes=nbytes).nbytes == nbytes
+    tier.discard([key(7)])
+    store(tier, 7, nbytes=777)
+    tier.close()
+    del lengths[7]
+    lengths[7] = 777
+    tier = open_tier()
+    assert list(tier.inventory()) == [(key(n), nbytes) for n, nbytes in lengths.items()]
+    for n, nbytes in lengths.items():
+        end, data = load(tier, n)
+        assert (end.outcome, end.nbytes) == (Outcome.DONE, nbytes)
+        assert data[:nbytes] == content(n, nbytes)
+
+
+def test_objects_longer_than_the_longest_are_kept_while_slots_have_the_same_size(open_plain):
     tier = open_plain()
     fill(tier, range(5))
     tier.close()
-    tier = open_plain(nbytes=BLOCK + 1)
+    tier = open_plain(nbytes=BLOCK - 1)
     assert list(tier.inventory()) == []
-    fill(tier, range(5), BLOCK + 1)
+    assert load(tier, 1)[0].outcome is Outcome.MISSING
+    fill(tier, range(5, 10), BLOCK - 1)
     tier.close()
-    tier = open_plain()
-    assert list(tier.inventory()) == [key(n) for n in range(5)]
+    tier = open_plain(nbytes=BLOCK + 1)
+    assert list(tier.inventory()) == [(key(n), BLOCK if n < 5 else BLOCK - 1) for n in range(10)]
     assert_served(tier, range(5))
+    assert_served(tier, range(5, 10), BLOCK - 1)
+
+
+def test_what_lies_on_the_disk_is_what_the_page_of_the_format_says(tmp_path, open_plain):
+    """An earlier release reads what this one has written, and the other way round."""
+    tier = open_plain(nbytes=10_000)
+    for n in range(3):
+        store(tier, n, nbytes=5000 + n)
+    tier.close()
+    index = (tmp_path / "kv/rank0/index").read_bytes()
+    assert index[:32] == struct.pack("<8sIIQQ", b"KVBMGDS\0", 1, 80, 12_288, (8 << 30) // 12_288)
+    slab = (tmp_path / "kv/rank0/slab.000").read_bytes()
+    for n in range(3):
+        entry = index[4096 + n * 80 : 4176 + n * 80]
+        assert entry[:72] == struct.pack("<16s32sQQQ", NAMESPACE, key(n), n + 1, 5000 + n, 0)
+        assert entry[72:] == xxhash.xxh3_64_digest(entry[:72])
+        assert slab[n * 12_288 :][: 5000 + n] == content(n, 5000 + n)
+
+
+@pytest.mark.parametrize("nbytes", [0, 12_288, 12_289, 1 << 62])
+def test_an_entry_whose_length_no_object_has_is_not_served(tmp_path, open_plain, nbytes):
+    open_plain(nbytes=10_000).close()
+    with open(tmp_path / "kv/rank0/index", "r+b") as index:
+        fields = struct.pack("<16s32sQQQ", NAMESPACE, key(1), 1, nbytes, 0)
+        index.seek(4096 + 5 * 80)
+        index.write(fields + xxhash.xxh3_64_digest(fields))
+    tier = open_plain(nbytes=10_000)
+    assert list(tier.inventory()) == []
+    assert load(tier, 1)[0].outcome is Outcome.MISSING
+    most = slots_of(tier)
+    assert fill(tier, range(most), 10_000) == [(Outcome.DONE, Reason.NONE)] * most, "its slot is of use"
 
 
 def test_slots_of_another_size_start_empty_with_one_line(tmp_path, open_plain, caplog):
@@ -203,28 +264,28 @@ def test_slots_of_another_size_start_empty_with_one_line(tmp_path, open_plain, c
     tier.close()
     tier = open_plain(nbytes=2 * BLOCK)
     assert len(messages(caplog)) == 1
-    assert "was made for other blocks" in caplog.text
-    assert list(tier.inventory()) == []
-    assert fill(tier, range(tier.capabilities.capacity_blocks), 2 * BLOCK)[-1][0] is Outcome.DONE
+    assert "was made for slots of another size" in caplog.text
+    assert keys_in(tier) == []
+    assert fill(tier, range(slots_of(tier)), 2 * BLOCK)[-1][0] is Outcome.DONE
     assert du_bytes(tmp_path / "kv") <= 8 * MIB
 
 
 def test_a_changed_capacity_keeps_what_still_fits(tmp_path, open_tier, caplog):
     tier = open_tier(8 * MIB)
-    most = tier.capabilities.capacity_blocks
+    most = slots_of(tier)
     fill(tier, range(most))
     tier.close()
     tier = open_tier(4 * MIB)
-    fewer = tier.capabilities.capacity_blocks
+    fewer = slots_of(tier)
     assert messages(caplog) == [
-        f"{tmp_path}/kv/rank0: the capacity was lowered; {most - fewer} blocks are forgotten"
+        f"{tmp_path}/kv/rank0: the capacity was lowered; {most - fewer} objects are forgotten"
     ]
-    assert list(tier.inventory()) == [key(n) for n in range(fewer)]
+    assert keys_in(tier) == [key(n) for n in range(fewer)]
     assert_served(tier, range(fewer))
     assert du_bytes(tmp_path / "kv") <= 4 * MIB
     tier.close()
     tier = open_tier(8 * MIB)
-    assert list(tier.inventory()) == [key(n) for n in range(fewer)]
+    assert keys_in(tier) == [key(n) for n in range(fewer)]
     assert_served(tier, range(fewer))
     assert set(fill(tier, range(fewer, most))) == {(Outcome.DONE, Reason.NONE)}
     assert len(messages(caplog)) == 1
@@ -233,7 +294,7 @@ def test_a_changed_capacity_keeps_what_still_fits(tmp_path, open_tier, caplog):
 def test_a_slab_of_several_files(tmp_path, open_tier, monkeypatch, caplog):
     monkeypatch.setattr(_layout, "_FILE_BYTES", MIB)
     tier = open_tier()
-    most = tier.capabilities.capacity_blocks
+    most = slots_of(tier)
     fill(tier, range(most))
     assert_served(tier, range(most))
     tier.close()
@@ -242,11 +303,11 @@ def test_a_slab_of_several_files(tmp_path, open_tier, monkeypatch, caplog):
     (tmp_path / "kv/rank0/slab.002").unlink()
     tier = open_tier()
     assert messages(caplog) == [
-        f"{tmp_path}/kv/rank0: 15 of {most} blocks lay in files that were cut short or deleted; "
+        f"{tmp_path}/kv/rank0: 15 of {most} objects lay in files that were cut short or deleted; "
         "they are forgotten"
     ]
     left = [n for n in range(most) if n // 15 != 2]
-    assert list(tier.inventory()) == [key(n) for n in left]
+    assert keys_in(tier) == [key(n) for n in left]
     assert_served(tier, left)
 
 
@@ -309,18 +370,18 @@ def test_check_names_a_path_that_is_no_directory(tmp_path):
 
 
 def test_check_names_a_file_system_with_too_little_room(tmp_path):
-    with pytest.raises(TierOpenError, match=r"capacity: 1048576TiB.*GiB free; write at most \d+"):
+    with pytest.raises(TierOpenError, match=r"capacity: 1048576TiB.*free; free some room, write at most \d+"):
         check(config(tmp_path, 1 << 60))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_capacity_below_one_block_says_how_much_it_takes(open_plain, world_size):
-    with pytest.raises(TierOpenError, match=r"capacity: 4KiB over \d ranks hold no block") as caught:
+    with pytest.raises(TierOpenError, match=r"capacity: 4KiB over \d ranks hold no object") as caught:
         open_plain(4096, world_size=world_size)
     least = parse_size(re.search(r"write at least (\S+)", str(caught.value))[1])
     exact = share_bytes(1, BLOCK) * world_size
     assert exact <= least < 1.001 * exact
-    assert open_plain(exact, world_size=world_size).capabilities.capacity_blocks == 1
+    assert slots_of(open_plain(exact, world_size=world_size)) == 1
     with pytest.raises(TierOpenError, match="write at least"):
         open_plain(exact - world_size, rank=1, world_size=world_size)
 
@@ -346,7 +407,7 @@ def test_a_tier_holds_as_many_blocks_as_its_share_was_asked_for(open_plain, bloc
     [backend] = kvbm_backends()
     share = backend.share_bytes(blocks, nbytes)
     tier = open_plain(2 * share, nbytes=nbytes, world_size=2)
-    assert tier.capabilities.capacity_blocks == blocks
+    assert slots_of(tier) == blocks
 
 
 @pytest.mark.parametrize("blocks", [1, 10, 1_000, 100_000, 10_000_000])
@@ -392,7 +453,7 @@ def test_du_is_never_above_the_capacity(tmp_path, open_with, ranks, capacity, nb
                 for rank in range(ranks)
             ]
             for tier in tiers:
-                most, live = tier.capabilities.capacity_blocks, list(tier.inventory())
+                most, live = slots_of(tier), keys_in(tier)
                 assert len(live) == (most if life else 0)
                 for _ in range(4):
                     gone = rng.sample(live, len(live) // 2)
@@ -413,7 +474,7 @@ def test_fewer_ranks_than_before_keep_to_the_capacity_and_keep_what_is_theirs(tm
         fill(tier, range(20))
         tier.close()
     tiers = [open_plain(rank=rank, world_size=2) for rank in range(2)]
-    dropped = f"{tmp_path}/kv/rank2: an engine of more ranks left it; dropping it"
+    dropped = f"{tmp_path}/kv/rank2: more ranks or replicas than there are now left it; dropping it"
     assert messages(caplog) == [dropped]
     assert du_bytes(tmp_path / "kv") <= 8 * MIB
     for tier in tiers:
@@ -445,7 +506,7 @@ def live(seed, number):
     tier, rng = open_for_kill({path!r}, {engine!r}, {checked!r}), random.Random(seed)
     log = os.open({log!r}, os.O_RDWR | os.O_APPEND)
     names = {{key(n): n for n in range(number)}}
-    stored = [names[k] for k in tier.inventory()]
+    stored = [names[k] for k in keys_in(tier)]
     while True:
         if len(stored) > 70:
             gone = rng.sample(stored, 40)
@@ -454,7 +515,8 @@ def live(seed, number):
             tier.discard([key(n) for n in gone])
         new = range(number, number + 16)
         number += 16
-        tier.submit(stores(new) + [Transfer(-n - 1, Op.LOAD, key(n), region()) for n in stored[:4]])
+        late = [Transfer(-n - 1, Op.LOAD, key(n), region(None, length_of(n))) for n in stored[:4]]
+        tier.submit([each for n in new for each in stores([n], length_of(n))] + late)
         left = 16 + len(stored[:4])
         while left:
             for c in tier.poll():
@@ -475,10 +537,15 @@ for line in sys.stdin:
 """
 
 
+def length_of(number):
+    """Each object has a length of its own, from one page to all of a slot."""
+    return SEAL_BYTES + 1 + number * 40_009 % (BLOCK - SEAL_BYTES)
+
+
 def open_for_kill(path, engine, checked):
     settings = config(path, engine="threads" if engine == "threads" else "posix", queue_depth=64)
     tier = GdsTier(settings, TierContext(NAMESPACE, BLOCK))
-    return CheckedTier(tier, NAMESPACE) if checked else tier
+    return SealTier(tier, NAMESPACE) if checked else tier
 
 
 @pytest.mark.parametrize(
@@ -491,7 +558,7 @@ def test_every_acknowledged_block_survives_kill_9(tmp_path, monkeypatch, engine,
     code = NURSERY.format(
         here=str(Path(__file__).parent), path=str(path), log=str(log), engine=engine, checked=checked
     )
-    rng, alive, number, length = random.Random(engine), set(), 0, BLOCK - checked * FOOTER_BYTES
+    rng, alive, number = random.Random(engine), set(), 0
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as nursery:
@@ -513,13 +580,15 @@ def test_every_acknowledged_block_survives_kill_9(tmp_path, monkeypatch, engine,
             number = max(number, *(n for _, n in said)) + 65
             with contextlib.closing(open_for_kill(path, engine, checked)) as tier:
                 names = {key(n): n for n in range(number)}
-                found = [names[k] for k in tier.inventory()]
+                found = [names[k] for k, _ in tier.inventory()]
+                assert [nbytes for _, nbytes in tier.inventory()] == [length_of(n) for n in found]
                 assert alive <= set(found)
                 # All that is listed is right, also what was not acknowledged.
-                transfers = loads(found)
+                transfers = [each for n in found for each in loads([n], length_of(n))]
                 assert set(in_turns(tier, transfers)) <= {(Outcome.DONE, Reason.NONE)}
                 for transfer in transfers:
-                    assert transfer.region.view()[:length] == content(transfer.ticket)[:length]
+                    length = length_of(transfer.ticket) - checked * SEAL_BYTES
+                    assert transfer.region.view()[:length] == content(transfer.ticket, length)
             alive = set(found)
         nursery.stdin.close()
     assert number > kills * 16
@@ -620,13 +689,11 @@ def test_files_taken_away_under_a_running_tier(tmp_path, open_tier, monkeypatch,
     tier.discard([key(39)])
     assert lookup(tier, 39) is Outcome.MISSING
     [said] = messages(caplog)
-    assert re.match(
-        r"tier gds is out for a while: in .*kv/rank0 (slab|the index).* by somebody else; keep", said
-    )
-    assert repr(tier).endswith("39/111 blocks, out>")
+    assert re.match(r"out for a while: in .*kv/rank0 (slab|the index).* by somebody else; keep", said)
+    assert repr(tier).endswith("39/111 objects, out>")
     tier.close()
     tier = open_tier()
-    assert list(tier.inventory()) == [key(n) for n in range(survive)]
+    assert keys_in(tier) == [key(n) for n in range(survive)]
     assert_served(tier, range(survive))
     assert fill(tier, range(50, 60)) == [(Outcome.DONE, Reason.NONE)] * 10
     assert_served(tier, range(50, 60))
@@ -635,9 +702,9 @@ def test_files_taken_away_under_a_running_tier(tmp_path, open_tier, monkeypatch,
 @pytest.mark.parametrize("harm", [cut_slab, delete_slab, delete_index])
 def test_a_stack_counts_what_files_that_are_taken_away_cost_and_gives_no_wrong_byte(tmp_path, harm):
     tier = {"backend": "gds", "capacity": 8 * MIB, "path": str(tmp_path / "kv"), "engine": "threads"}
-    keys, device = chain_keys(root_key(), range(40), 1), MemoryDevice(80, BLOCK - FOOTER_BYTES)
+    keys, device = chain_keys(root_key(), range(40), 1), MemoryDevice(80, BLOCK - SEAL_BYTES)
     for block in range(40):
-        device.write(block, content(block)[: BLOCK - FOOTER_BYTES])
+        device.write(block, content(block)[: BLOCK - SEAL_BYTES])
 
     def right(count):
         return all(device.read(40 + n) == device.read(n) for n in range(count))
@@ -678,12 +745,12 @@ def test_a_slab_cut_short_while_closed_loses_what_lay_behind_the_cut(tmp_path, o
     tier.close()
     cut_slab(tmp_path / "kv/rank0")
     tier = open_tier()
-    lost = "20 of 40 blocks lay in files that were cut short or deleted; they are forgotten"
+    lost = "20 of 40 objects lay in files that were cut short or deleted; they are forgotten"
     assert messages(caplog) == [f"{tmp_path}/kv/rank0: {lost}"]
-    assert list(tier.inventory()) == [key(n) for n in range(20)]
+    assert keys_in(tier) == [key(n) for n in range(20)]
     assert_served(tier, range(20))
     tier.close()
-    assert list(open_tier().inventory()) == [key(n) for n in range(20)]
+    assert keys_in(open_tier()) == [key(n) for n in range(20)]
     assert len(messages(caplog)) == 1
 
 
@@ -706,7 +773,7 @@ def test_an_engine_killed_while_it_mends_a_cut_slab_does_not_serve_the_hole(
     # It has its whole length again, and zeros behind the cut.
     assert (tmp_path / "kv/rank0/slab.000").stat().st_size == 111 * 69_632
     tier = open_plain()
-    assert list(tier.inventory()) == [key(n) for n in range(20)]
+    assert keys_in(tier) == [key(n) for n in range(20)]
 
 
 def test_a_damaged_index_never_gives_a_wrong_block(tmp_path, open_plain, monkeypatch):
@@ -727,7 +794,7 @@ def test_a_damaged_index_never_gives_a_wrong_block(tmp_path, open_plain, monkeyp
         (rank0 / "index").write_bytes(damaged)
         (rank0 / "slab.000").write_bytes(slab)
         tier = open_plain(512 * KIB, nbytes=nbytes)
-        found = [names[k] for k in tier.inventory()]
+        found = [names[k] for k in keys_in(tier)]
         assert found == [n for n in left if n in found], "oldest first"
         assert len(found) >= len(left) - 1 or place < 32
         assert_served(tier, found, nbytes)
@@ -744,7 +811,7 @@ def test_an_index_cut_short_gives_what_is_whole(tmp_path, open_plain, caplog, le
     os.truncate(tmp_path / "kv/rank0/index", length)
     tier = open_plain()
     whole = max(0, length - 4096) // 80
-    assert list(tier.inventory()) == [key(n) for n in range(whole)]
+    assert keys_in(tier) == [key(n) for n in range(whole)]
     assert_served(tier, range(whole))
     assert len(messages(caplog)) == (length < 4096), "nothing is said of entries that are not there"
     assert fill(tier, range(20, 30)) == [(Outcome.DONE, Reason.NONE)] * 10
@@ -867,9 +934,10 @@ def test_the_probes_child_dies_with_its_parent(tmp_path):
         "_probe._try = spin\n_probe.child()"
     )
     parent = (
-        "from pathlib import Path\nfrom kvbm_gds import _probe\nimport sys\n"
+        "from pathlib import Path\nfrom kvbm_core.log_limit import TierLog\n"
+        "from kvbm_gds import _probe\nimport sys\n"
         f"_probe._CHILD = (sys.executable, '-c', {program!r})\n"
-        "_probe.run_probe(Path('probe'), ['io_uring'], 4096, 1, 60)"
+        "_probe.run_probe(Path('probe'), ['io_uring'], 4096, 1, 60, TierLog('kvbm_gds'))"
     )
     note, give_up_s = tmp_path / "pid", time.monotonic() + 30
     with subprocess.Popen([sys.executable, "-c", parent], cwd=tmp_path) as process:
@@ -955,7 +1023,7 @@ def test_one_block_that_cannot_be_written_fails_alone_and_its_slot_is_free_again
     tmp_path, open_tier, monkeypatch, caplog
 ):
     tier = open_tier()
-    most = tier.capabilities.capacity_blocks
+    most = slots_of(tier)
     with open(tmp_path / "kv/rank0/slab.000", "rb") as file, monkeypatch.context() as patch:
         spoil(tier, patch, 7, fd=file.fileno())
         ends = in_turns(tier, stores(range(20)))
@@ -968,7 +1036,7 @@ def test_one_block_that_cannot_be_written_fails_alone_and_its_slot_is_free_again
     assert_served(tier, range(most))
     assert store(tier, most).reason is Reason.FULL
     tier.close()
-    assert set(open_tier().inventory()) == {key(n) for n in range(most)}
+    assert set(keys_in(open_tier())) == {key(n) for n in range(most)}
 
 
 def test_a_read_that_ends_short_fails_alone(tmp_path, open_tier, monkeypatch, caplog):
@@ -998,7 +1066,7 @@ def test_close_finishes_what_is_in_flight(open_tier):
     tier.discard([key(1)])
     with pytest.raises(TierError, match="closed"):
         tier.submit(loads([1]))
-    assert set(open_tier().inventory()) == {key(n) for n in (*range(20), *range(100, 150))}
+    assert set(keys_in(open_tier())) == {key(n) for n in (*range(20), *range(100, 150))}
 
 
 @pytest.fixture
@@ -1070,7 +1138,7 @@ def test_an_engine_that_never_ends_is_left_behind_and_the_directory_stays_locked
 
 def test_a_slot_is_not_written_while_a_late_load_still_reads_it(open_tier, hold):
     tier = open_tier(1 * MIB)
-    most = tier.capabilities.capacity_blocks
+    most = slots_of(tier)
     fill(tier, range(most))
     go_on = hold(tier, write=False)
     [late] = loads([3])
@@ -1092,7 +1160,7 @@ def test_a_slot_is_not_written_while_a_late_load_still_reads_it(open_tier, hold)
 def test_another_models_entry_is_gone_before_its_slot_is_written(tmp_path, open_plain, hold):
     """Else a kill in the middle of the write would leave an entry that vouches for half a block."""
     tier = open_plain(1 * MIB, namespace=OTHER)
-    most = tier.capabilities.capacity_blocks
+    most = slots_of(tier)
     fill(tier, range(most))
     tier.close()
 
@@ -1127,6 +1195,52 @@ def test_what_nixl_does_not_do_is_done_by_threads(open_with, monkeypatch, call):
         assert_served(tier, range(2))
         assert fill(tier, [10, 11]) == [(Outcome.DONE, Reason.NONE)] * 2
     assert_served(tier, [*range(4), 10, 11])
+
+
+def test_memory_that_nixl_is_told_of_never_overlaps(tmp_path, monkeypatch):
+    """cuFile registers no address twice. Its plug-in needs an accelerator: here NIXL's own agent is told
+    of host memory as it would be of the device's.
+    """
+    use_engine("io_uring", monkeypatch)
+    arrived = threading.Event()
+    moving = _io.open_engine("io_uring", arrived.set)
+    agent, told, said = moving._agent, {}, []
+    register, deregister = agent.register_memory, agent.deregister_memory
+
+    def registered(pieces, kind):
+        [(address, nbytes, *_)] = pieces
+        assert address not in told
+        told[address] = nbytes
+        said.append(nbytes)
+        return register(pieces, kind)
+
+    def deregistered(known):
+        del told[known[0][0]]
+        return deregister(known)
+
+    with open(tmp_path / "slab", "w+b") as file, monkeypatch.context() as patch:
+        os.truncate(file.fileno(), 1 * MIB)
+        moving.add_file(file.fileno(), 1 * MIB)
+        patch.setattr(agent, "register_memory", registered)
+        patch.setattr(agent, "deregister_memory", deregistered)
+        patch.setattr(moving, "_direct", True)
+        memory = region(content(1, 65_536), 65_536)
+        for nbytes in (8192, 4096, 16_384, 8192, 65_536, 4096):
+            for write in (True, False):
+                io = _io.Io(0, write, file.fileno(), 0, memory.address, nbytes)
+                moving.post([io])
+                done = []
+                while not done:
+                    assert arrived.wait(20)
+                    arrived.clear()
+                    done = moving.take()
+                assert not io.error
+            assert bytes(memory.view()) == content(1, 65_536)
+            file.seek(0)
+            assert file.read(nbytes) == content(1, nbytes)
+    assert told == {memory.address: 65_536}
+    assert said == [8192, 16_384, 65_536], "what it knows already it is not told again"
+    assert moving.close(20)
 
 
 def test_a_second_store_of_a_key_on_its_way_is_busy(open_tier, hold):

@@ -18,11 +18,13 @@ from test_gds import (  # noqa: F401 - fixtures
     engine,
     fill,
     in_turns,
+    keys_in,
     loads,
     messages,
     open_plain,
     open_tier,
     open_with,
+    slots_of,
     stores,
 )
 
@@ -38,7 +40,7 @@ def test_an_index_that_cannot_be_written_for_a_while_costs_nothing_afterwards(
 ):  # fmt: skip
     monkeypatch.setattr(_slots, "_MEND_EVERY_S", 0.0)
     tier = open_plain()
-    most = tier.capabilities.capacity_blocks
+    most = slots_of(tier)
     fill(tier, range(most - 1))
     index = os.dup(tier._slab._index)
     with open(tmp_path / "kv/rank0/index", "rb") as file:
@@ -55,7 +57,7 @@ def test_an_index_that_cannot_be_written_for_a_while_costs_nothing_afterwards(
     assert store(tier, most + 3).reason is Reason.FULL
     assert_served(tier, [0, 1, 2, *range(5, most - 1), most, most + 1, most + 2])
     tier.close()
-    assert len(list(open_plain().inventory())) == most
+    assert len(keys_in(open_plain())) == most
 
 
 @pytest.mark.parametrize(
@@ -74,13 +76,13 @@ def test_a_tier_whose_files_were_taken_away_comes_back_by_itself(
         assert time.monotonic() < give_up_s
         tier.poll()
         time.sleep(0.01)
-    assert messages(caplog)[-1].endswith(f"has {survive} of 40 blocks")
+    assert messages(caplog)[-1].endswith(f"has {survive} of 40 objects")
     assert_served(tier, range(survive))
     assert lookup(tier, 39) is Outcome.MISSING
     assert fill(tier, range(100, 120)) == [DONE] * 20
     assert_served(tier, range(100, 120))
     tier.close()
-    assert len(list(open_tier().inventory())) == survive + 20
+    assert len(keys_in(open_tier())) == survive + 20
 
 
 @contextlib.contextmanager

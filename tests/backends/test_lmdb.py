@@ -5,12 +5,14 @@ import fcntl
 import logging
 import os
 import random
+import re
 import signal
 import stat
 import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import lmdb
@@ -21,7 +23,7 @@ from kvbm_core.config import ByteSize
 from kvbm_core.errors import ConfigError, TierOpenError
 from kvbm_core.tier import Op, Outcome, Reason, TierContext, Transfer
 from kvbm_lmdb import LmdbConfig, LmdbTier, kvbm_backends
-from kvbm_lmdb._directory import check, plan_sizing
+from kvbm_lmdb._directory import OVERHEAD_BYTES, check, plan_sizing
 
 MIB = 1 << 20
 
@@ -42,6 +44,16 @@ def open_tier(tmp_path):
         yield open_
 
 
+def room(tier, nbytes=BLOCK):
+    """How many objects of one length it holds."""
+    found = tier.capabilities
+    return found.capacity_bytes // found.charge(nbytes)
+
+
+def listed(tier):
+    return [found for found, _ in tier.inventory()]
+
+
 def du_bytes(path):
     total = 0
     for file in (path, *path.rglob("*")):
@@ -57,10 +69,10 @@ def test_blocks_survive_close_and_are_listed_oldest_first(open_tier):
     tier.discard([key(3)])
     tier.close()
     tier = open_tier()
-    assert list(tier.inventory()) == [key(5), key(9), key(1)]
+    assert list(tier.inventory()) == [(key(5), BLOCK), (key(9), BLOCK), (key(1), BLOCK)]
     assert load(tier, 9)[1] == content(9)
     assert lookup(tier, 3) is Outcome.MISSING
-    assert repr(tier).endswith("kv/rank0 3/176 blocks, 0 in flight>")
+    assert repr(tier).endswith("kv/rank0 3 objects, 205.28KiB of 12.29MiB, 0 in flight>")
 
 
 CHILD = """
@@ -104,7 +116,7 @@ def test_every_acknowledged_block_survives_kill_9(tmp_path, open_tier, seed):
     gone = {int(line[1:]) for line in lines if line.startswith(b"-")}
     stored = {int(line[1:]) for line in lines if line.startswith(b"+")} - gone
     tier = open_tier(64 * MIB)
-    assert {key(n) for n in stored} <= set(tier.inventory())
+    assert {key(n) for n in stored} <= set(listed(tier))
     for n in stored:
         assert load(tier, n)[1] == content(n)
 
@@ -158,7 +170,7 @@ def test_check_names_a_path_that_cannot_be_written():
 
 
 def test_check_names_a_file_system_with_too_little_room(tmp_path):
-    with pytest.raises(TierOpenError, match=r"capacity: \d+TiB.*GiB free; write at most \d+"):
+    with pytest.raises(TierOpenError, match=r"capacity: \d+TiB.*GiB free; free some room, write at most \d+"):
         check(config(tmp_path, 1 << 60))
 
 
@@ -172,7 +184,7 @@ def test_a_foreign_namespace_is_kept_but_not_served(open_tier):
     assert load(tier, 1)[0].outcome is Outcome.MISSING
     store(tier, 1)
     tier.close()
-    assert list(open_tier().inventory()) == [key(n) for n in range(10)]
+    assert listed(open_tier()) == [key(n) for n in range(10)]
 
 
 @pytest.mark.parametrize(("first", "second"), [(BLOCK, 700_000), (700_000, BLOCK), (4096, 700_000)])
@@ -180,8 +192,8 @@ def test_two_models_take_turns_and_it_stays_bounded(tmp_path, open_tier, first, 
     full = 0
     for turn, (nbytes, namespace) in enumerate([(first, b"1" * 16), (second, b"2" * 16)] * 2):
         tier = open_tier(namespace=namespace, nbytes=nbytes)
-        tier.discard(list(tier.inventory()))
-        for n in range(tier.capabilities.capacity_blocks):
+        tier.discard(listed(tier))
+        for n in range(room(tier, nbytes)):
             full += store(tier, (turn, n), nbytes=nbytes).reason is Reason.FULL
             assert du_bytes(tmp_path / "kv") <= 16 * MIB
         tier.close()
@@ -195,12 +207,14 @@ def test_a_lowered_capacity_drops_a_file_that_is_too_large(tmp_path, open_tier, 
     tier.close()
     with caplog.at_level(logging.WARNING):
         tier = open_tier(8 * MIB)
-    assert "the capacity was lowered" in caplog.text
+    assert re.search(
+        r"rank0/data.mdb is [\d.]+MiB and may now be 7.\d+MiB: the capacity was lowered", caplog.text
+    )
     assert list(tier.inventory()) == []
     assert du_bytes(tmp_path / "kv") <= 8 * MIB
     store(tier, 1)
     tier.close()
-    assert list(open_tier(32 * MIB).inventory()) == [key(1)]
+    assert listed(open_tier(32 * MIB)) == [key(1)]
 
 
 def test_fewer_ranks_than_before_keep_to_the_capacity(tmp_path, caplog):
@@ -210,28 +224,48 @@ def test_fewer_ranks_than_before_keep_to_the_capacity(tmp_path, caplog):
 
     def fill_and_close(tiers):
         for tier in tiers:
-            for n in range(tier.capabilities.capacity_blocks):
+            for n in range(room(tier)):
                 assert store(tier, n).outcome is Outcome.DONE
             tier.close()
 
     fill_and_close(open_ranks(2))
     fill_and_close(open_ranks(1))
-    assert f"{tmp_path}/rank1: an engine of more ranks left it; dropping it" in caplog.text
+    assert f"{tmp_path}/rank1: more ranks or replicas than there are now left it; dropping it" in caplog.text
     assert du_bytes(tmp_path) <= 16 * MIB
 
 
 def test_a_capacity_lowered_a_little_keeps_the_newest(tmp_path, open_tier):
     tier = open_tier(32 * MIB)
-    count = tier.capabilities.capacity_blocks
+    count = room(tier)
     for n in range(count):
         store(tier, n)
     tier.close()
     size = (tmp_path / "kv/rank0/data.mdb").stat().st_size
-    tier = open_tier(size + 200 * 1024)
-    kept = list(tier.inventory())
-    assert 0 < len(kept) <= tier.capabilities.capacity_blocks < count
+    tier = open_tier(size + 512 * 1024)
+    kept = listed(tier)
+    assert 0 < len(kept) <= room(tier) < count
     assert kept == [key(n) for n in range(count - len(kept), count)]
     assert load(tier, count - 1)[1] == content(count - 1)
+
+
+@pytest.mark.parametrize("more_kib", [64, 128, 192, 256, 320, 384])
+def test_a_capacity_lowered_to_about_the_size_of_the_file_keeps_no_engine_from_starting(
+    tmp_path, open_tier, caplog, more_kib
+):
+    # A file that was never erased from has no free page, and giving objects up takes some.
+    tier = open_tier(32 * MIB)
+    for n in range(room(tier)):
+        store(tier, n)
+    tier.close()
+    size = (tmp_path / "kv/rank0/data.mdb").stat().st_size
+    tier = open_tier(size + more_kib * 1024)
+    assert bool(listed(tier)) is ("the capacity was lowered" not in caplog.text)
+    assert "damaged" not in caplog.text
+    for n in range(1000, 1005):
+        tier.discard(listed(tier)[n - 1000 : n - 999])
+        assert store(tier, n).outcome is Outcome.DONE
+    assert load(tier, 1004)[1] == content(1004)
+    assert du_bytes(tmp_path / "kv") <= size + more_kib * 1024
 
 
 def damage_meta_pages(data):
@@ -262,24 +296,37 @@ def test_a_damaged_file_is_dropped_with_a_warning(tmp_path, open_tier, caplog, d
     assert load(tier, 1)[1] == content(1)
 
 
-def test_a_short_block_is_never_done(tmp_path, open_tier):
-    tier = open_tier()
-    store(tier, 1)
-    tier.close()
-    env = lmdb.open(str(tmp_path / "kv/rank0"), max_dbs=2, map_size=8 * MIB)
-    with env.begin(write=True) as txn:
-        for n, nbytes in ((2, 100), (3, BLOCK)):
-            txn.put(NAMESPACE + key(n), b"short", db=env.open_db(b"blocks", txn))
-            row = struct.pack("<QQQ", n, nbytes, 4096 + 16)
-            txn.put(NAMESPACE + key(n), row, db=env.open_db(b"index", txn))
+def rewrite_rows(path, change):
+    """Change rows of the index, as damage may that LMDB does not see."""
+    env = lmdb.open(str(path / "kv/rank0"), max_dbs=2, map_size=8 * MIB, lock=False)
+    index = env.open_db(b"index")
+    with env.begin(write=True, db=index) as txn:
+        for full_key, row in [each for each in txn.cursor() if len(each[0]) == 48]:
+            txn.put(full_key, change(full_key[16:], row))
     env.close()
+
+
+def test_a_place_that_is_not_the_objects_is_never_done(tmp_path, open_tier):
     tier = open_tier()
-    assert list(tier.inventory()) == [key(1), key(3)]
+    for n in range(6):
+        store(tier, n)
+    tier.close()
+    rows = {
+        key(1): lambda row: row[:16] + struct.pack("<Q", 1 << 40 | 4096),  # Shorter than the object.
+        key(2): lambda row: row[:16] + struct.pack("<Q", 17 << 40 | 1 << 30),  # Behind the end of the file.
+        key(3): lambda row: row[:16] + struct.pack("<Q", 17 << 40 | 3),  # Pages of a tree.
+        key(4): lambda row: row[:-3],
+        key(5): lambda row: row[:8] + struct.pack("<Q", 1 << 50) + row[16:],
+    }
+    rewrite_rows(tmp_path, lambda name, row: rows.get(name, bytes)(row))
+    tier = open_tier()
+    assert listed(tier) == [key(0), key(3)]
     completion, _ = load(tier, 3)
     assert (completion.outcome, completion.reason) == (Outcome.FAILED, Reason.CORRUPT)
-    assert load(tier, 2)[0].outcome is Outcome.MISSING
-    assert store(tier, 2).outcome is Outcome.DONE
-    assert load(tier, 2)[1] == content(2)
+    for n in (1, 2, 4, 5):
+        assert load(tier, n)[0].outcome is Outcome.MISSING
+        assert store(tier, n).outcome is Outcome.DONE
+    assert all(load(tier, n)[1] == content(n) for n in (0, 1, 2, 4, 5))
 
 
 @contextlib.contextmanager
@@ -309,7 +356,7 @@ def test_a_full_disk_fails_stores_with_full_and_the_tier_works_on(tmp_path):
         assert again.count(Outcome.DONE) >= 15
         tier.close()
         tier = LmdbTier(config(tmp_path / "disk", 64 * MIB), TierContext(NAMESPACE, BLOCK))
-        assert {key(n) for n in stored[40:]} <= set(tier.inventory())
+        assert {key(n) for n in stored[40:]} <= set(listed(tier))
         tier.close()
 
 
@@ -320,7 +367,7 @@ def test_a_full_disk_fails_stores_with_full_and_the_tier_works_on(tmp_path):
 )
 def test_churn_at_capacity_never_runs_out_of_room(tmp_path, open_tier, nbytes, capacity, order):
     tier = open_tier(capacity, nbytes=nbytes)
-    rng, most = random.Random(7), tier.capabilities.capacity_blocks
+    rng, most = random.Random(7), room(tier, nbytes)
     source, target = region(content(1, nbytes), nbytes), region(None, nbytes)
     live, number, failed, step = [], 0, 0, min(32, max(1, most // 4))
     while number * nbytes < 10 * capacity:
@@ -349,7 +396,7 @@ def test_a_map_that_is_full_fails_stores_and_not_the_tier(open_tier, monkeypatch
 
     def wrong(share_bytes, nbytes):
         sizing = plan(share_bytes, nbytes)
-        return type(sizing)(sizing.map_bytes, sizing.block_pages, 3 * sizing.capacity_blocks, 8)
+        return replace(sizing, capacity_bytes=3 * sizing.capacity_bytes)
 
     monkeypatch.setattr(_tier, "plan_sizing", wrong)
     tier = open_tier(4 * MIB)
@@ -407,6 +454,7 @@ def test_a_setting_out_of_range_is_refused_with_what_to_write(setting, said):
 def test_a_tier_holds_as_many_blocks_as_its_share_was_asked_for(open_tier, blocks, nbytes):
     [backend] = kvbm_backends()
     share = backend.share_bytes(blocks, nbytes)
-    assert plan_sizing(share, nbytes).capacity_blocks >= blocks
+    assert plan_sizing(share, nbytes).capacity_bytes // (nbytes + OVERHEAD_BYTES) == blocks
+    assert plan_sizing(share - 1, nbytes) is None or blocks > 1
     if blocks < 500:
-        assert open_tier(share, nbytes=nbytes).capabilities.capacity_blocks >= blocks
+        assert room(open_tier(share, nbytes=nbytes), nbytes) == blocks

@@ -22,8 +22,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from test_cpu import BLOCK, NAMESPACE, content, key, load, lookup, region, run, store
 
-from kvbm_core.config import convert
+from kvbm_core.config import convert, size_text
 from kvbm_core.errors import ConfigError, TierError, TierOpenError
+from kvbm_core.log_limit import TierLog
 from kvbm_core.tier import Op, Outcome, Reason, TierContext, Transfer
 from kvbm_remote import RemoteConfig, RemoteTier, _runners
 from kvbm_remote._clients import check
@@ -112,8 +113,43 @@ def test_the_layout_on_the_store_and_who_may_read_it(tmp_path, open_tier):
     assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o700}
 
 
-@pytest.mark.parametrize("length", [0, 100, BLOCK - 1, BLOCK + 1])
-def test_an_object_of_another_length_is_corrupt_and_is_mended(url, open_tier, length):
+LENGTHS = (1, 100, 4096, 4097, BLOCK - 1, BLOCK)
+
+
+def test_an_object_has_a_length_of_its_own_and_a_load_leaves_what_is_behind_it(url, open_tier):
+    writer = open_tier(url)
+    for nbytes in LENGTHS:
+        assert store(writer, nbytes, nbytes=nbytes).outcome is Outcome.DONE
+    for tier in (writer, open_tier(url)):
+        for nbytes in LENGTHS:
+            end, got = load(tier, nbytes)
+            assert (end.outcome, end.nbytes) == (Outcome.DONE, nbytes)
+            assert got == content(nbytes, nbytes) + b"\xaa" * (BLOCK - nbytes)
+
+
+def test_a_lookup_says_how_long_an_object_is_once_the_store_has_said_it(url, open_tier):
+    tier = open_tier(url)
+    store(tier, 1, nbytes=100)
+    other = open_tier(url)
+    # The second is answered from memory.
+    assert [run(other, [Transfer(1, Op.LOOKUP, key(1))])[1].nbytes for _ in range(2)] == [100, 100]
+    # Another engine may have been first, with another length.
+    assert run(tier, [Transfer(1, Op.LOOKUP, key(1))])[1].nbytes == 0
+    load(tier, 1)
+    assert run(tier, [Transfer(1, Op.LOOKUP, key(1))])[1].nbytes == 100
+
+
+def test_an_object_longer_than_the_region_is_corrupt_and_leaves_it_as_it_was(url, open_tier):
+    tier = open_tier(url)
+    store(tier, 1, nbytes=4097)
+    end, got = load(tier, 1, nbytes=4096)
+    assert (end.outcome, end.reason, end.nbytes) == (Outcome.FAILED, Reason.CORRUPT, 0)
+    assert got == b"\xaa" * 4096
+    assert load(tier, 1, nbytes=4097)[1] == content(1, 4097)
+
+
+@pytest.mark.parametrize("length", [0, BLOCK + 1])
+def test_an_object_that_is_empty_or_too_long_is_corrupt_and_is_mended(url, open_tier, length):
     store(open_tier(url), 1)
     fs, root = fsspec.core.url_to_fs(url)
     (file,) = fs.find(root)
@@ -169,7 +205,7 @@ def alternating(make_store, rounds=150, nbytes=1 << 18):
 
 
 def test_nobody_reads_half_a_block_that_is_overwritten(tmp_path):
-    assert alternating(lambda: LocalStore(tmp_path)) == []
+    assert alternating(lambda: LocalStore(tmp_path, TierLog("kvbm_remote"))) == []
     fs = fsspec.filesystem("file")
     assert alternating(lambda: ThreadStore(lambda: fs, str(tmp_path), atomic=False)) == []
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
@@ -336,7 +372,24 @@ def test_the_state_in_one_line(tmp_path, open_tier):
     assert tier.capabilities.shared
     assert tier.capabilities.durable
     assert tier.capabilities.remote_lookup
-    assert tier.capabilities.capacity_blocks is None
+    assert tier.capabilities.capacity_bytes is None
+    assert tier.capabilities.read_only
+    assert not open_tier(f"file://{tmp_path}").capabilities.read_only
+
+
+def test_a_line_in_the_log_begins_with_the_tier_s_name(tmp_path, caplog):
+    config = RemoteConfig(url=f"file://{tmp_path}/kv")
+    tier = RemoteTier(config, TierContext(NAMESPACE, BLOCK, name="shared-kv"))
+    store(tier, 1)
+    (file,) = (path for path in tmp_path.rglob("*/*") if path.is_file())
+    file.write_bytes(b"")
+    assert load(tier, 1)[0].reason is Reason.CORRUPT
+    tier.close()
+    [line] = caplog.messages
+    assert line.startswith(f"tier shared-kv: file://{tmp_path}/kv: load failed: corrupt (WrongLengthError): ")
+    with pytest.raises(TierError) as caught:
+        tier.submit([])
+    assert caught.value.tier == "shared-kv"
 
 
 def test_a_full_disk_ends_stores_with_full(tmp_path, open_tier):
@@ -537,7 +590,7 @@ def test_the_collector_deletes_by_age(aged, open_tier, capsys):
     said = json.loads(capsys.readouterr().out)
     assert said == {
         "found_blocks": 10, "found_bytes": 10 * BLOCK, "deleted_blocks": 3, "deleted_bytes": 3 * BLOCK,
-        "deleted_litter": 0, "failed": 0, "dry_run": False,
+        "deleted_litter": 0, "deleted_facts": 0, "failed": 0, "dry_run": False,
     }  # fmt: skip
     assert left(aged, open_tier) == list(range(7))
 
@@ -545,7 +598,9 @@ def test_the_collector_deletes_by_age(aged, open_tier, capsys):
 def test_the_collector_deletes_the_oldest_until_it_fits(aged, open_tier):
     command = [sys.executable, "-m", "kvbm_remote", "gc", f"file://{aged}/kv", "--max-bytes", str(4 * BLOCK)]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert said.startswith(f"10 blocks found, {10 * BLOCK} bytes; 6 deleted, {6 * BLOCK} bytes; 0 unfinished")
+    assert said.startswith(
+        f"10 blocks found, {size_text(10 * BLOCK)}; 6 deleted, {size_text(6 * BLOCK)}; 0 unfinished"
+    )
     assert left(aged, open_tier) == [0, 1, 2, 3]
 
 

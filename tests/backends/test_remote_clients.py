@@ -6,11 +6,13 @@ real store is needed, see `test_remote_s3.py`.
 """
 
 import contextlib
+import gc
 import http.server
 import importlib.util
 import os
 import re
 import threading
+import warnings
 
 import pytest
 from test_cpu import BLOCK, NAMESPACE, key, load, run, store
@@ -18,7 +20,7 @@ from test_cpu import BLOCK, NAMESPACE, key, load, run, store
 from kvbm_core.tier import Op, Outcome, Reason, TierContext, Transfer
 from kvbm_remote import RemoteConfig, RemoteTier
 
-# Three of the libraries are not in `make test`; s3fs leaves a session open behind a planted object.
+# Three of the libraries are not in `make test`.
 pytestmark = pytest.mark.soak
 
 LARGE = 256 << 20
@@ -26,6 +28,8 @@ LARGE = 256 << 20
 MUCH = 16 << 20
 """Bytes that are too many to be what lies in buffers between a server and a client that asked for a block."""
 TOKEN = "s3cr3t-t0k3n"
+LISTING = re.compile(r"[?&](list-type|comp|delimiter|prefix)=")
+"""In a request for what a folder has in it."""
 
 NEEDS = {"s3fs": "s3fs", "obstore": "obstore", "http": "aiohttp", "gcsfs": "gcsfs", "adlfs": "adlfs"}
 
@@ -43,13 +47,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers.get("content-length") or 0))
         server.seen.append((self.command, self.path, str(self.headers)))
         status, headers, body = server.answer
+        if isinstance(body, int) and LISTING.search(self.path):
+            # A planted object is not what its folder has in it: a client would read it for hours as XML.
+            status, headers, body = 404, {}, b""
         length = body if isinstance(body, int) else len(body)
         first, last = 0, length - 1
         asked = self.headers.get("x-ms-range") or self.headers.get("range")
         if asked and server.ranges and status == 200:
             first, end = re.fullmatch(r"bytes=(\d+)-(\d*)", asked).groups()
             first, last = int(first), min(int(end or last), last)
-            status, headers = 206, {**headers, "content-range": f"bytes {first}-{last}/{length}"}
+            if first > last:  # Nothing has bytes in that range: RFC 9110, 15.5.17.
+                status, headers, body = 416, {**headers, "content-range": f"bytes */{length}"}, b""
+                first, last = 0, -1
+            else:
+                status, headers = 206, {**headers, "content-range": f"bytes {first}-{last}/{length}"}
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -150,10 +161,24 @@ def test_a_planted_object_is_corrupt_and_is_not_read(server, open_tier, ranges):
     assert end.reason in ends
     assert got == b"\xaa" * BLOCK
     assert server.sent_bytes < MUCH
+    if tier.by == "adlfs" and not ranges:
+        # azure-core forgets the answer that it refuses, and its connection says so when it is collected.
+        tier.close()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
 
 
-@pytest.mark.parametrize("length", [0, BLOCK - 1, BLOCK + 1])
-def test_an_object_of_another_length_is_corrupt(server, open_tier, length):
+@pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK])
+def test_a_load_learns_the_length_of_an_object(server, open_tier, length):
+    server.answer = 200, FACTS, b"x" * length
+    end, got = load(open_tier(), 1)
+    assert (end.outcome, end.nbytes) == (Outcome.DONE, length)
+    assert got == b"x" * length + b"\xaa" * (BLOCK - length)
+
+
+@pytest.mark.parametrize("length", [0, BLOCK + 1])
+def test_an_object_that_is_empty_or_too_long_is_corrupt(server, open_tier, length):
     server.answer = 200, FACTS, b"x" * length
     end, got = load(open_tier(), 1)
     assert (end.outcome, end.reason) == (Outcome.FAILED, Reason.CORRUPT)

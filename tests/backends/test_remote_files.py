@@ -9,7 +9,7 @@ import pytest
 from test_cpu import BLOCK, NAMESPACE, content, key, load, lookup, region, run, store
 
 from kvbm_core.tier import Op, Outcome, Reason, TierContext, Transfer
-from kvbm_remote import RemoteConfig, RemoteTier
+from kvbm_remote import RemoteConfig, RemoteTier, _local_store
 from kvbm_remote._gc import main
 from kvbm_remote._local_store import LocalStore
 
@@ -110,6 +110,36 @@ def test_the_root_itself_may_be_a_link_to_a_mount(tmp_path, open_tier):
     tier = open_tier()
     assert store(tier, 1).outcome is Outcome.DONE
     assert load(tier, 1)[1] == content(1)
+
+
+@pytest.mark.parametrize("again", ["by us", "by others"])
+def test_a_directory_that_was_taken_away_is_said_once_and_stores_go_on(tmp_path, open_tier, caplog, again):
+    tier = open_tier()
+    store(tier, 1)
+    (tmp_path / "kv").rename(tmp_path / "away")
+    if again == "by others":
+        (tmp_path / "kv").mkdir()
+    for n in (2, 3):
+        assert store(tier, n).outcome is Outcome.DONE
+    [line] = caplog.messages
+    assert f"file://{tmp_path}/kv is another directory than before" in line
+    assert "see if a mount is away" in line
+
+
+def test_a_directory_that_several_threads_make_at_once_was_no_other_before(
+    tmp_path, open_tier, caplog, monkeypatch
+):
+    make = _local_store._make_root
+
+    def make_slowly(root):
+        made = make(root)
+        time.sleep(0.2 * made)  # The others see it meanwhile.
+        return made
+
+    monkeypatch.setattr(_local_store, "_make_root", make_slowly)
+    stores = [Transfer(n, Op.STORE, key(n), region(content(n))) for n in range(16)]
+    assert {end.outcome for end in run(open_tier(), stores).values()} == {Outcome.DONE}
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize(

@@ -148,12 +148,27 @@ def test_nobody_reads_half_a_block_that_is_overwritten(open_tier, client):
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_an_object_of_another_length_is_corrupt_and_is_mended_for_all(server, open_tier, client):
+def test_objects_of_many_lengths_are_loaded_into_regions_that_are_longer(server, open_tier, client):
+    writer = open_tier(client=client)
+    lengths = (1, 100, 4096, 4097, BLOCK - 1, BLOCK)
+    for nbytes in lengths:
+        assert store(writer, nbytes, nbytes=nbytes).outcome is Outcome.DONE
+    tier = open_tier(client=client)
+    for nbytes in lengths:
+        end, got = load(tier, nbytes)
+        assert (end.outcome, end.nbytes) == (Outcome.DONE, nbytes)
+        assert got == content(nbytes, nbytes) + b"\xaa" * (BLOCK - nbytes)
+        assert run(open_tier(client=client), [Transfer(1, Op.LOOKUP, key(nbytes))])[1].nbytes == nbytes
+    assert load(tier, 4097, nbytes=4096)[0].reason is Reason.CORRUPT
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_an_object_that_is_too_long_is_corrupt_and_is_mended_for_all(server, open_tier, client):
     tier = open_tier(client=client)
     store(tier, 1)
     path = f"{tier._config.url.split('/', 3)[3]}/{tier._path(key(1))}"
     with contextlib.closing(server._client()) as bare:
-        bare.put_object(Bucket=server.bucket, Key=path, Body=b"short")
+        bare.put_object(Bucket=server.bucket, Key=path, Body=b"l" * (BLOCK + 1))
     end, _ = load(tier, 1)
     assert (end.outcome, end.reason) == (Outcome.FAILED, Reason.CORRUPT)
     tier.discard([key(1)])
@@ -169,7 +184,7 @@ def test_a_corrupt_block_that_could_not_be_deleted_is_written_again(server, open
     tier = open_tier(proxy.endpoint, client=client)
     path = f"{tier._config.url.split('/', 3)[3]}/{tier._path(key(1))}"
     with contextlib.closing(server._client()) as bare:
-        bare.put_object(Bucket=server.bucket, Key=path, Body=b"short")
+        bare.put_object(Bucket=server.bucket, Key=path, Body=b"")
     assert load(tier, 1)[0].reason is Reason.CORRUPT
     proxy.mode = "refuse"
     tier.discard([key(1)])

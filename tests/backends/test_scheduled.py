@@ -74,8 +74,8 @@ class Vllm:
         )
         self.scheduler = _scheduler.SchedulerHalf(*told)
         joins = chance.random() < 0.7
-        self.scheduler.start([Handshake(0, self.engine.worker.status(), test_deferred.BYTES, {}, joins)])
-        copies = Copies(CopyCounts(), test_deferred.BYTES)
+        self.scheduler.start([Handshake(0, self.engine.worker.status(), {}, joins)])
+        copies = Copies(CopyCounts())
         self.rank = Rank(self.engine.worker, copies, Progress(), load_wait_s=0, store_wait_s=0)
         self.free = deque(range(16))
         self.waiting, self.running, self.aborted = [], [], {}
@@ -181,7 +181,7 @@ class Vllm:
         if self.grow(request, start + count) is None:
             return None
         request.computed, request.loading = start, bool(found and later)
-        self.scheduler.allocated(request, list(request.blocks), found)
+        self.scheduler.allocated(request, (list(request.blocks),), found)
         return count
 
     def start(self, counts, cached, new):
@@ -267,7 +267,7 @@ class Vllm:
         return bool(self.waiting or self.running or self.aborted or self.preempted or self.scheduler.busy())
 
     def assert_tiers_hold_their_keys_bytes(self):
-        for tier in self.engine.worker._tiers:
+        for tier in self.engine.tiers:
             if hasattr(tier, "view"):
                 for key, data in self.known.items():
                     region = tier.view(key)

@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import os
 import random
 import subprocess
 import sys
@@ -16,11 +17,11 @@ from test_device import BLOCKS, SHAPES, content, same
 from kvbm_core import Stack, chain_keys, make_namespace, root_key
 from kvbm_core.errors import ConfigError, KvbmError
 from kvbm_core.tier import Region
+from kvbm_device import layout_of
 from kvbm_device._calibration import calibrate
 from kvbm_device._link import Method, PinnedMemory, Way, _runs
-from kvbm_device._pages import make_page_mover, page_table
+from kvbm_device._pages import make_page_mover
 from kvbm_device._staged import StagedDevice
-from kvbm_device._views import page_views
 
 METHODS = [Method(Way.STAGED), Method(Way.DMA), Method(Way.KERNEL, 8)]
 
@@ -44,7 +45,7 @@ def paged(count, nbytes):
 
 
 def opened(layers, gpu, num_blocks=BLOCKS, staging_bytes=0, method=METHODS[0]):
-    device = StagedDevice(gpu, page_table(page_views(layers, num_blocks), num_blocks), layers, staging_bytes)
+    device = StagedDevice(gpu, layout_of(layers, num_blocks), staging_bytes)
     device.pin(0, 1 << 60)  # All host memory counts as page-locked.
     device.use(method, method)
     return device
@@ -66,11 +67,12 @@ def test_a_block_moves_bit_for_bit_and_its_neighbours_stay(name, method):
     before, goal = content(source, BLOCKS), content(target, BLOCKS)
     reader, writer = opened(source, gpu, method=method), opened(target, gpu, method=method)
     pairs = [(5, 1), (0, 6), (3, 3), (1, 0)]
-    regions = paged(len(pairs), reader.traits.block_bytes)
+    regions = paged(len(pairs), reader.traits.block_bytes[0])
     random.Random(1).shuffle(regions)
     assert not wait(gpu, reader.gather([b for b, _ in pairs], regions)).given_up
     wait(gpu, writer.scatter(regions, [b for _, b in pairs]))
-    assert (reader.counts.gathered_blocks, writer.counts.scattered_blocks) == (len(pairs), len(pairs))
+    moved_bytes = len(pairs) * reader.traits.block_bytes[0]
+    assert (reader.counts.gathered_bytes, writer.counts.scattered_bytes) == (moved_bytes, moved_bytes)
     for read, written in pairs:
         goal[written] = before[read]
     assert all(same(a, b) for a, b in zip(content(source, BLOCKS), before, strict=True))
@@ -88,7 +90,7 @@ def test_an_engine_that_goes_on_never_mixes_old_and_new(seed):  # noqa: C901 - a
     gpu = SimulatedGpu(seed, eager=chance.choice((0.0, 0.2, 0.6)))
     method = chance.choice(METHODS)
     device = opened({"layer": memory}, gpu, count, 1, method)
-    device._out.piece_blocks = device._in.piece_blocks = 1 if method.way is Way.STAGED else 3
+    device._out.piece_blocks = device._in.piece_blocks = (1 if method.way is Way.STAGED else 3,)
     stored = []  # (work, regions, what they must hold)
     kept = {}  # content to region, of stores that are complete
     loading = {}  # block to (work, region, which must live as long)
@@ -150,8 +152,8 @@ def test_what_is_claimed_before_it_was_read_is_given_up_and_says_so():
     memory = torch.arange(8 * 4096, dtype=torch.int32).view(8, -1)
     gpu = SimulatedGpu(1, eager=0)
     device = opened({"layer": memory}, gpu, 8, 1)
-    device._out.piece_blocks = 1
-    regions = paged(8, device.traits.block_bytes)
+    device._out.piece_blocks = (1,)
+    regions = paged(8, device.traits.block_bytes[0])
     work = device.gather(range(8), regions, device.claim(()))
     device.claim(range(8))  # Nothing was read yet: two pieces of staging, one block each.
     memory_before = memory.clone()
@@ -174,7 +176,7 @@ def test_a_claim_reads_blocks_of_several_stores_behind_all_their_fences(seed, me
     early = device.claim(())
     gpu.put(gpu.engine, lambda: memory[2].fill_(7))
     late = device.claim(())
-    regions = paged(2, device.traits.block_bytes)
+    regions = paged(2, device.traits.block_bytes[0])
     works = [device.gather([2], regions[:1], late), device.gather([1], regions[1:], early)]
     device.claim([1, 2])
     assert not any(wait(gpu, work).given_up for work in works)
@@ -202,7 +204,7 @@ def test_the_calibration_measures_each_way_and_leaves_the_blocks_as_they_were(ca
     memory = torch.randint(0, 255, (16, 4096), dtype=torch.uint8)
     before = memory.clone()
     gpu = SimulatedGpu(2)
-    device = StagedDevice(gpu, page_table(page_views({"layer": memory}, 16), 16), memory, 1)
+    device = StagedDevice(gpu, layout_of({"layer": memory}, 16), 1)
     rates = calibrate(gpu, device, "auto")
     assert [str(rate.method) for rate in rates] == ["staged", "dma", "kernel:8", "kernel:16", "kernel:32"]
     assert torch.equal(memory, before)
@@ -270,7 +272,7 @@ def test_a_copy_that_fails_halfway_is_not_under_way_any_more(way, monkeypatch):
     memory = torch.zeros(8, 4096, dtype=torch.uint8)
     gpu = SimulatedGpu(1, eager=0)
     device = opened({"layer": memory}, gpu, 8, 1)
-    regions, calls = paged(2, device.traits.block_bytes), []
+    regions, calls = paged(2, device.traits.block_bytes[0]), []
     for region in regions:
         region.view()[:] = b"\1" * region.nbytes
 
@@ -308,16 +310,19 @@ def test_an_accelerator_without_enough_memory_leaves_nothing_page_locked(allowed
 
     monkeypatch.setattr(gpu, "allocate", full)
     with pytest.raises(MemoryError):
-        StagedDevice(gpu, page_table(page_views({"layer": memory}, 8), 8), memory, 1)
+        StagedDevice(gpu, layout_of({"layer": memory}, 8), 1)
     assert len(taken) == allowed
     assert gpu.pinned == []
 
 
-@pytest.mark.parametrize("room", [64, 17, 0])
-def test_a_device_direct_tier_makes_do_with_what_memory_there_is(room, monkeypatch):
+@pytest.mark.parametrize(
+    ("room", "staging", "count"),
+    [(64, 1 << 20, 64), (17, 1 << 20, 16), (0, 1 << 20, 0), (64, 8 * 8192, 8), (64, 1, 4)],
+)
+def test_a_device_direct_tier_makes_do_with_what_memory_there_is(room, staging, count, monkeypatch):
     memory = torch.zeros(8, 4096, dtype=torch.uint8)
     gpu = SimulatedGpu(0)
-    device, take = opened({"layer": memory}, gpu, 8, 1), gpu.allocate
+    device, take = opened({"layer": memory}, gpu, 8, staging), gpu.allocate
 
     def full(nbytes):
         if nbytes > room * 8192:
@@ -326,7 +331,6 @@ def test_a_device_direct_tier_makes_do_with_what_memory_there_is(room, monkeypat
 
     monkeypatch.setattr(gpu, "allocate", full)
     places = [device.stage(4192) for _ in range(65)]
-    count = {64: 64, 17: 16, 0: 0}[room]
     assert [place is not None for place in places] == [True] * count + [False] * (65 - count)
     assert len({place.address for place in places if place}) == count
 
@@ -334,7 +338,7 @@ def test_a_device_direct_tier_makes_do_with_what_memory_there_is(room, monkeypat
 def test_the_calibration_goes_on_where_memory_cannot_be_page_locked(monkeypatch, caplog):
     memory = torch.randint(0, 255, (16, 4096), dtype=torch.uint8)
     before, gpu = memory.clone(), SimulatedGpu(2)
-    device = StagedDevice(gpu, page_table(page_views({"layer": memory}, 16), 16), memory, 1)
+    device = StagedDevice(gpu, layout_of({"layer": memory}, 16), 1)
 
     def refuse(address, nbytes):
         raise KvbmError("cuMemHostRegister failed: CUDA_ERROR_NOT_SUPPORTED (801)")
@@ -348,7 +352,7 @@ def test_the_calibration_goes_on_where_memory_cannot_be_page_locked(monkeypatch,
 def test_a_way_that_needs_a_kernel_is_refused_where_there_is_none():
     memory = torch.zeros(4, 4096, dtype=torch.uint8)
     gpu = SimulatedGpu(2, has_kernel=False)
-    device = StagedDevice(gpu, page_table(page_views({"layer": memory}, 4), 4), memory, 1)
+    device = StagedDevice(gpu, layout_of({"layer": memory}, 4), 1)
     with pytest.raises(ConfigError, match=r"device_copy: 'kernel'.*triton"):
         calibrate(gpu, device, "kernel")
 
@@ -356,7 +360,7 @@ def test_a_way_that_needs_a_kernel_is_refused_where_there_is_none():
 def test_a_kernel_is_not_sent_to_memory_that_is_not_page_locked():
     memory = torch.randint(0, 255, (4, 4096), dtype=torch.uint8)
     gpu = SimulatedGpu(2)
-    device = StagedDevice(gpu, page_table(page_views({"layer": memory}, 4), 4), memory, 1)
+    device = StagedDevice(gpu, layout_of({"layer": memory}, 4), 1)
     device.use(METHODS[2], METHODS[2])
     regions = paged(4, 4096)
     addresses = np.array([region.address for region in regions])
@@ -370,13 +374,13 @@ def test_regions_in_any_order_are_copied_with_few_calls(seed, monkeypatch):
     memory = torch.randint(0, 2**31, (64, 1000), dtype=torch.int32)
     gpu, calls = SimulatedGpu(1), []
     device = opened({"layer": memory}, gpu, 64, 1 << 20)
-    assert device.links[0].piece_blocks >= 32
+    assert device.links[0].piece_blocks[0] >= 32
     for name in ("copy_rows", "copy_batch"):
         real = getattr(gpu, name)
         monkeypatch.setattr(
             gpu, name, lambda *a, name=name, real=real, **k: (calls.append(name), real(*a, **k))
         )
-    regions = paged(32, device.traits.block_bytes)
+    regions = paged(32, device.traits.block_bytes[0])
     if seed is not None:
         random.Random(seed).shuffle(regions)
     wait(gpu, device.gather(range(32), regions))
@@ -429,7 +433,7 @@ def test_the_kernel_moves_the_pages_of_every_shape(request):
     code = KERNEL.format(here=str(request.path.parent))
     run = subprocess.run(
         [sys.executable, "-c", code],
-        env={"TRITON_INTERPRET": "1", "PATH": "/usr/bin:/bin", "HOME": "/tmp"},
+        env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert run.stdout.strip() == "all shapes", run.stderr[-3000:]
@@ -479,8 +483,8 @@ def test_long_copies_let_the_engines_own_in_between(method, way, monkeypatch):
     monkeypatch.setattr("kvbm_device._link._PIECE_BYTES", 4096)
     device = opened({"layer": memory}, gpu, 64, 12 << 12, method)
     link = device._out if way == "out" else device._in
-    assert (link.pieces, link.piece_blocks) == (6, 1)
-    regions, copy, batch = paged(6, device.traits.block_bytes), gpu.copy_rows, gpu.copy_batch
+    assert (link.pieces, link.piece_blocks) == (6, (1,))
+    regions, copy, batch = paged(6, device.traits.block_bytes[0]), gpu.copy_rows, gpu.copy_batch
     for at, region in enumerate(regions):
         (memory[at] if way == "out" else torch.frombuffer(region.view(), dtype=torch.uint8)).fill_(at + 1)
     turns = [link._copies, link._other_copies]

@@ -72,7 +72,7 @@ def medians_s(runs: int, calls: list[Callable[[], object]]) -> list[float]:
 
 def measure(case: Case, runs: int) -> None:
     device = open_device(layers_of(case), case.blocks)
-    block_bytes = device.traits.block_bytes
+    [block_bytes] = device.traits.block_bytes
     nbytes = MOVED_BLOCKS * block_bytes
     memory = np.zeros(nbytes, dtype=np.uint8)
     start = memory.ctypes.data

@@ -24,9 +24,8 @@ import time
 from dataclasses import dataclass
 
 from kvbm_core import Planner, Worker, chain_keys, load_config, make_namespace, root_key
-from kvbm_device import StagedDevice
+from kvbm_device import Layout, PageView, StagedDevice
 from kvbm_device._gpu import Copies, Events, Memory, Streams
-from kvbm_device._pages import PageGroup, PageTable
 
 SHAPES = {"Llama 3.1 8B": (32, 64 << 10), "Llama 3 70B, a rank of 8": (80, 8 << 10)}
 """Views, and bytes of a page."""
@@ -96,19 +95,17 @@ class ClockGpu(Streams, Events, Memory, Copies):
 
 
 class Bench:
-    """A worker over host memory, whose mover's thread is this one."""
+    """A worker over host memory, whose transfer engine this thread drives."""
 
     def __init__(self, views: int, page_bytes: int, blocks: int) -> None:
-        places = tuple(at * page_bytes for at in range(views))
-        bases = tuple((1 << 44) + (at << 36) for at in range(views))
-        group = PageGroup(bases, places, page_bytes, page_bytes, 16)
+        bases = ((1 << 44) + (at << 36) for at in range(views))
+        pages = tuple(PageView(base, page_bytes, page_bytes, on_device=True) for base in bases)
         self.gpu, self.blocks = ClockGpu(), blocks
-        table = PageTable((group,), views * page_bytes, 2 * blocks)
         slot_bytes = views * page_bytes + 4096
         tier = {"backend": "cpu", "capacity": (blocks + 1) * slot_bytes}
-        device = StagedDevice(self.gpu, table, None, 256 << 20)
+        device = StagedDevice(self.gpu, Layout((pages,), 2 * blocks), 256 << 20)
         self.worker = Worker(load_config({"tiers": [tier]}), device, make_namespace({}))
-        self.worker._thread.start = lambda: None  # type: ignore[method-assign]
+        self.engine = self.worker.take_over()
         self.planner = Planner([self.worker.status()])
 
     def submit(self) -> float:
@@ -117,10 +114,10 @@ class Bench:
 
     def finish(self) -> float:
         """Poll as the transfer engine's thread does, until all has ended."""
-        mover, took_s = self.worker._engine, 0.0
-        while mover.active:
-            took_s += spent(mover.poll)
-            time.sleep(mover.pause_s or 0)
+        took_s = 0.0
+        while self.engine.active:
+            took_s += spent(self.engine.poll)
+            time.sleep(self.engine.pause_s or 0)
         self.planner.report(self.worker.reports(), time.monotonic())
         return took_s
 

@@ -33,15 +33,17 @@ def keys_of(count: int, seed: int = 0) -> list[bytes]:
 def planner_of(host: list[bytes], disk: list[bytes], host_blocks: int, disk_blocks: int) -> Planner:
     """Two tiers, the first of which lends its memory; the blocks given are in them."""
     tiers = [
-        TierStatus("host", Capabilities(capacity_blocks=host_blocks, addressable=True), host),
-        TierStatus("disk", Capabilities(capacity_blocks=disk_blocks), disk),
+        TierStatus(
+            "host", Capabilities(capacity_bytes=host_blocks, addressable=True), [(key, 1) for key in host]
+        ),
+        TierStatus("disk", Capabilities(capacity_bytes=disk_blocks), [(key, 1) for key in disk]),
     ]
     return Planner([tiers])
 
 
 def settle(planner: Planner, plan: Plan) -> None:
     """Report everything of a plan as done."""
-    reports = [Report(store.op, tier) for store in plan.stores for tier in store.tiers]
+    reports = [Report(store.op, tier) for store in [*plan.stores, *plan.fills] for tier in store.tiers]
     for load in plan.loads:
         reports += [Report(load.op, tier) for tier in {load.tier, load.fill} - {-1}]
     planner.report(reports, 0.0)

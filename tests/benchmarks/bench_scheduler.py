@@ -25,6 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from kvbm_core import Capabilities, Planner, Report, TierStatus, load_config
+from kvbm_core.groups import KvGroup
 from kvbm_vllm._keys import request_keys
 from kvbm_vllm._scheduler import SchedulerHalf
 from kvbm_vllm._values import Handshake, Outcomes
@@ -67,11 +68,12 @@ def make_half(inventory: list[bytes]) -> SchedulerHalf:
             num_blocks=ENGINE_BLOCKS, kv_cache_groups=[SimpleNamespace(kv_cache_spec=FullAttentionSpec())]
         ),
     )  # fmt: skip
+    found = [(key, 1) for key in inventory]
     status = [
-        TierStatus("host", Capabilities(capacity_blocks=TIER_BLOCKS, addressable=True), inventory),
-        TierStatus("disk", Capabilities(capacity_blocks=TIER_BLOCKS), inventory),
+        TierStatus("host", Capabilities(capacity_bytes=TIER_BLOCKS, addressable=True), found),
+        TierStatus("disk", Capabilities(capacity_bytes=TIER_BLOCKS), found),
     ]
-    half.start([Handshake(0, status, 4096, {})])
+    half.start([Handshake(0, status, {})])
     return half
 
 
@@ -81,7 +83,9 @@ class Engine:
     def __init__(self, running: int, waiting: int, tokens: int, *, full: bool) -> None:
         self.book = list(range(tokens + 4096))
         blocks = tokens // BLOCK_TOKENS
-        found = request_keys(self.request("probe", tokens), BLOCK_TOKENS, AdapterDigests()).slice(0, blocks)
+        found = request_keys(self.request("probe", tokens), (KvGroup(BLOCK_TOKENS),), AdapterDigests()).slice(
+            0, blocks
+        )
         others = [hashlib.sha256(b"%d" % at).digest() for at in range(TIER_BLOCKS - blocks if full else 0)]
         self.half = half = make_half([*others, *reversed(found)])
         self.running = [self.request(f"running {at}", tokens, salt=str(at)) for at in range(running)]
@@ -90,9 +94,9 @@ class Engine:
             request.num_tokens += 1
             state = half.ledger.state(request)
             state.keys.slice(0, blocks)
-            state.blocks = list(range(blocks + 1))
+            state.blocks = [list(range(blocks + 1))]
             state.computed_tokens = request.num_computed_tokens
-            state.offered_blocks = state.noted_blocks = blocks
+            state.offered, state.noted_units = [blocks], blocks
         # A request that loads holds all blocks that may be parked.
         half.ledger.parked.add("loads", ENGINE_BLOCKS)
         self.waiting = [self.request(f"waiting {at}", tokens) for at in range(waiting)]
@@ -128,7 +132,7 @@ class Engine:
         for request in self.running:
             request.num_computed_tokens += 1
             request.num_tokens += 1
-        reports = [Report(op.op, tier) for op in told.plan.stores for tier in op.tiers]
+        reports = [Report(op.op, tier) for op in [*told.plan.stores, *told.plan.fills] for tier in op.tiers]
         half.outcomes(Outcomes(reports, told.number))
 
     def measure(self, steps: int) -> tuple[float, float]:
@@ -176,7 +180,7 @@ def print_growth(requests: int) -> None:
             request = Request(str(at), book, 20, str(at))
             half.arrived(request)
             half.match(request, 0)
-            half.allocated(request, [1, 2], 0)
+            half.allocated(request, ([1, 2],), 0)
             new = SimpleNamespace(req_id=request.request_id, num_computed_tokens=0, block_ids=([1, 2],))
             told = half.step(
                 SimpleNamespace(
@@ -190,7 +194,9 @@ def print_growth(requests: int) -> None:
             )  # fmt: skip
             request.num_computed_tokens, request.num_tokens = 20, 21
             half.finished(request)
-            reports = [Report(op.op, tier) for op in told.plan.stores for tier in op.tiers]
+            reports = [
+                Report(op.op, tier) for op in [*told.plan.stores, *told.plan.fills] for tier in op.tiers
+            ]
             half.outcomes(Outcomes(reports, told.number))
             half.take_stats()
 
@@ -217,7 +223,9 @@ def print_collections() -> None:
     began_s = time.thread_time()
     gc.collect()
     without_ms = (time.thread_time() - began_s) * 1e3
-    status = [TierStatus("host", Capabilities(capacity_blocks=count, addressable=True), keys)]
+    status = [
+        TierStatus("host", Capabilities(capacity_bytes=count, addressable=True), [(key, 1) for key in keys])
+    ]
     planner = Planner([status])
     del keys, status
     gc.collect()

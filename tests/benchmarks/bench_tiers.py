@@ -27,7 +27,7 @@ from kvbm_core.config import ByteSize
 from kvbm_core.tier import Op, Outcome, Region, TierContext, Transfer
 from kvbm_cpu import CpuConfig, CpuTier
 from kvbm_lmdb import LmdbConfig, LmdbTier
-from kvbm_lmdb._directory import plan_sizing
+from kvbm_lmdb._directory import plan_sizing, slot_bytes
 
 
 def drive(tier, wake: threading.Event, op: Op, keys: list[bytes], regions: list[Region]) -> float:
@@ -81,7 +81,8 @@ def bench_lmdb(nbytes: int, total_bytes: int, repeats: int, root: Path) -> list[
     # A flush in the middle would measure the disk; bare py-lmdb is not flushed either.
     config = LmdbConfig(path=str(root / "tier"), capacity=ByteSize(capacity), sync_interval_s=3600.0)
     tier = LmdbTier(config, context)
-    batch = plan_sizing(capacity, nbytes).batch_blocks
+    sizing = plan_sizing(capacity, nbytes)
+    batch = min(sizing.most_stored, sizing.half_bytes // slot_bytes(nbytes))
     env = lmdb.open(str(root / "bare"), map_size=capacity, sync=False)
     names = ("bare16 store", "bare store", "tier store", "bare load", "tier load")
     seconds = {name: [] for name in names}

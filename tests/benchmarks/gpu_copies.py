@@ -52,7 +52,7 @@ def host_memory(device, nbytes: int) -> CpuTier:
 
 def reserved(arena: CpuTier, count: int) -> list[Region]:
     """Room for so many blocks."""
-    return [arena.reserve(bytes([at % 256, at // 256]) * 16) for at in range(count)]
+    return [arena.reserve(bytes([at % 256, at // 256]) * 16, BLOCK + 96) for at in range(count)]
 
 
 def timed(run) -> float:

@@ -27,6 +27,7 @@ import torch
 from bench_gds import SIZES, Memory, bench
 
 from kvbm_core import Stack, chain_keys, make_namespace, root_key
+from kvbm_core.log_limit import TierLog
 from kvbm_device import open_device
 from kvbm_gds._probe import DIRECT, HOST, run_probe
 
@@ -140,7 +141,9 @@ def main() -> None:
     print(f"python {platform.python_version()}, Linux {platform.release()}, {os.cpu_count()} CPUs")
     print(f"nvidia-fs: {'loaded' if Path('/proc/driver/nvidia-fs').exists() else 'not loaded'}")
     for piece in () if arguments.stack_only else (256 << 10, 2 << 20):
-        for finding in run_probe(folder / "probe", [*HOST, *DIRECT], piece, (64 << 20) // piece, 60):
+        for finding in run_probe(
+            folder / "probe", [*HOST, *DIRECT], piece, (64 << 20) // piece, 60, TierLog("kvbm_gds")
+        ):
             print(f"probe {piece >> 10} KiB: {finding}", flush=True)
     for nbytes in () if arguments.stack_only else SIZES:
         for depth in (8, 32):

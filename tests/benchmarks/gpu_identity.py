@@ -1,17 +1,19 @@
 """Whether restored prompts are answered as vLLM's own prefix cache answers them, on a GPU.
 
-    python tests/benchmarks/gpu_identity.py [--prompts 50] [--graphs] [--v2]
+    python tests/benchmarks/gpu_identity.py [--prompts 50] [--graphs] [--v2] [--mla]
 
-A Llama of about 1B parameters with random weights: with them the output depends on the whole context. Each
-prompt is asked alone: computed; from vLLM's prefix cache; restored from host memory after that cache was
-emptied; and once more while one load in three is made to fail. Tokens and log-probabilities of the restored
-must equal those of the prefix cache, bit for bit, with as many cached tokens; after a failed load those of
-computing. Blocks loaded are counted. Then all KV pages of one prompt are compared, before and after.
+A Llama of about 1B parameters, or with --mla a DeepSeek, with random weights: with them the output depends
+on the whole context. Each prompt is asked alone: computed; from vLLM's prefix cache; restored from host
+memory after that cache was emptied; and once more while one load in three is made to fail. Tokens and
+log-probabilities of the restored must equal those of the prefix cache, bit for bit, with as many cached
+tokens; after a failed load those of computing. Blocks loaded are counted. Then all KV pages of some prompts
+are compared, before and after.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -22,19 +24,32 @@ import time
 from gpu_serve import prepare
 
 
-def model_in(folder: str, layers: int, hidden: int, on_gpu: bool) -> None:
+def model_in(folder: str, arguments: argparse.Namespace) -> None:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
+    hidden, on_gpu = arguments.hidden, torch.cuda.is_available()
+    shape = {
+        "hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": arguments.layers,
+        "vocab_size": 32000, "num_attention_heads": hidden // 64, "max_position_embeddings": 8192,
+        "initializer_range": 0.05,
+    }  # fmt: skip
+    if arguments.mla:  # No layer has experts: their kernels are not what is looked at.
+        family = "DeepseekV2"
+        shape |= {
+            "num_attention_heads": 16, "num_key_value_heads": 16, "kv_lora_rank": 512, "q_lora_rank": None,
+            "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "n_routed_experts": 2,
+            "n_shared_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 64,
+            "first_k_dense_replace": arguments.layers,
+        }  # fmt: skip
+    else:
+        family = "Llama"
+        shape |= {"num_key_value_heads": max(1, hidden // 256), "head_dim": 64}
     torch.manual_seed(7)
-    config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, vocab_size=32000,
-        num_attention_heads=hidden // 64, num_key_value_heads=max(1, hidden // 256), head_dim=64,
-        max_position_embeddings=8192, initializer_range=0.05,
-    )  # fmt: skip
+    config = getattr(transformers, f"{family}Config")(**shape)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if on_gpu else "cpu"):
-        model = LlamaForCausalLM(config)
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
     torch.set_default_dtype(torch.float32)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f}B parameters")
     model.save_pretrained(folder)
@@ -46,6 +61,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--longest", type=int, default=6000)
+    parser.add_argument("--mla", action="store_true", help="a model with latent attention, as DeepSeek's")
     parser.add_argument("--graphs", action="store_true", help="full CUDA graphs for decoding")
     parser.add_argument("--v2", action="store_true", help="vLLM's second model runner")
     parser.add_argument("--capacity", default="8GiB")
@@ -60,7 +76,7 @@ def main() -> int:
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
-        model_in(folder, arguments.layers, arguments.hidden, torch.cuda.is_available())
+        model_in(folder, arguments)
         torch.cuda.empty_cache()
         return run(arguments, folder)
 
@@ -144,11 +160,11 @@ def run(arguments: argparse.Namespace, folder: str) -> int:
     mover = _connector()._mover.rank.worker._engine
     real, fails, fences = mover._device.scatter, random.Random(3), {}
 
-    def scatter(regions, blocks, fence=None):
+    def scatter(regions, blocks, fence=None, group=0):
         # All parts of a load have its fence, and fail or succeed together.
         if fences.setdefault(id(fence), (fence, fails.random() < 0.33))[1]:
             raise RuntimeError("made to fail")
-        return real(regions, blocks, fence)
+        return real(regions, blocks, fence, group)
 
     # A load that fails in the step that computes with it ends the engine, so these come in a step before.
     connector._leader.session.matching.joins = False
@@ -191,16 +207,21 @@ def compare_pages(llm, core, connector, worker, prompts, ask, settle) -> bool:
         """The pages of a prompt that vLLM has in its prefix cache now, through its own block table."""
         tokens = len(p["prompt_token_ids"])
         taken: list[int] = []
-        original = core.scheduler.connector.request_finished
+        # vLLM calls the second from 0.30 on, with the blocks of each KV group.
+        originals = {
+            each: getattr(connector, each) for each in ("request_finished", "request_finished_all_groups")
+        }
 
-        def note(request, block_ids):
-            taken[:] = block_ids
-            return original(request, block_ids)
+        def note(name, request, block_ids):
+            taken[:] = block_ids if name == "request_finished" else block_ids[0]
+            return originals[name](request, block_ids)
 
-        core.scheduler.connector.request_finished = note
+        for name in originals:
+            setattr(connector, name, functools.partial(note, name))
         ask([p])
-        core.scheduler.connector.request_finished = original
-        ids = torch.tensor(taken[: (tokens - 1) // size])
+        for name, original in originals.items():
+            setattr(connector, name, original)
+        ids = torch.tensor(taken[: (tokens - 1) // size], dtype=torch.int64)
         caches = worker.model_runner.kv_caches
         return [cache[ids.to(cache.device)].clone() for cache in caches]
 

@@ -1,4 +1,7 @@
 import io
+import os
+import subprocess
+import sys
 import traceback
 from typing import Literal
 
@@ -51,6 +54,11 @@ def test_a_file_and_its_mapping_are_the_same(tmp_path):
             "max_load_fraction: 1.5; write a number above 0, at most 1",
         ),
         ({"tiers": [CPU], "max_store_blocks": 0}, "max_store_blocks: 0; write at least 1"),
+        ({"tiers": [CPU], "sparse_stores": "all"}, "sparse_stores: not one of boundaries, dense .got 'all'"),
+        (
+            {"tiers": [CPU], "sparse_stores_every_tokens": -1},
+            "sparse_stores_every_tokens: -1; write tokens, like 2048, or 0",
+        ),
         ({"tiers": [CPU], "load_deadline_s": "soon"}, "load_deadline_s: .*'soon'"),
         ({"tiers": [CPU], "staging": "big"}, "staging: 'big' is not a size"),
     ],
@@ -75,7 +83,7 @@ def test_a_backends_own_settings_are_strict():
         ConfigError, match=r"tiers\[0\] \(memory\): unknown key 'capcity'; did you mean 'capacity'"
     ):
         convert({"capcity": 1}, MemoryConfig, "tiers[0] (memory)")
-    with pytest.raises(ConfigError, match="capacity"):
+    with pytest.raises(ConfigError, match=r"^here: missing key 'capacity': "):
         convert({}, MemoryConfig, "here")
     with pytest.raises(ConfigError, match=r"here: capacity: 'x' is not a size"):
         convert({"capacity": "x"}, MemoryConfig, "here")
@@ -183,6 +191,72 @@ def test_a_secret_in_the_wrong_place_is_not_told(config):
     assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 
+class Ranged(TierConfig, frozen=True):
+    """Looks at its range itself, as backends do."""
+
+    most: int
+
+    def __post_init__(self):
+        if self.most < 1:
+            raise ConfigError(f"most: {self.most}; write 1 or more")
+
+
+def test_a_range_that_a_backend_looks_at_names_the_tier():
+    with pytest.raises(ConfigError, match=r"^tiers\[1\] \(toy\): most: 0; write 1 or more$"):
+        convert({"most": 0}, Ranged, "tiers[1] (toy)")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "tiers: []\nload_deadline_s: 1\ntiers: []\n",
+            "'tiers' is written twice, in lines 1 and 3; take one away",
+        ),
+        ("tiers:\n  - backend: cpu\n    capacity: 1\n    capacity: 2\n", "'capacity' .* lines 3 and 4"),
+        ("tiers: [{backend: cpu, capacity: 1, capacity: 2}]", "'capacity' .* lines 1 and 1"),
+        (
+            "tiers:\n  - storage_options:\n      secret: S3CRET\n      secret: S3CRET\n",
+            "'secret' .* lines 3 and 4",
+        ),
+    ],
+)
+def test_a_key_written_twice_is_named_with_both_lines(tmp_path, text, words):
+    (tmp_path / "stack.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"stack\.yaml: key {words}") as caught:
+        load_config(tmp_path / "stack.yaml")
+    assert "S3CRET" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_merged_key_may_be_overridden(tmp_path):
+    text = "tiers:\n  - &a {backend: cpu, capacity: 1GiB}\n  - {<<: *a, name: b, capacity: 2GiB}\n"
+    (tmp_path / "stack.yaml").write_text(text)
+    config = load_config(tmp_path / "stack.yaml")
+    assert [tier.settings["capacity"] for tier in config.tiers] == ["1GiB", "2GiB"]
+
+
+def test_a_path_below_home_without_a_home_says_so():
+    """In a process of its own whose user has no entry in the password file."""
+    program = (
+        "import os; os.environ.pop('HOME', None); os.setuid(54321)\n"
+        "from kvbm_core import ConfigError, load_config\n"
+        "try: load_config('~/stack.yaml')\n"
+        "except ConfigError as error: print(error)\n"
+    )
+    if os.getuid() != 0:
+        pytest.skip("only root may become a user that is not known")
+    done = subprocess.run(
+        [sys.executable, "-c", "import kvbm_core\n" + program], capture_output=True, text=True, check=True
+    )
+    assert "configuration file ~/stack.yaml: HOME is not set" in done.stdout
+    assert "write the whole path" in done.stdout
+
+
+def test_a_variable_in_a_path_is_said_not_to_be_replaced():
+    with pytest.raises(ConfigError, match=r"\$HOME/x: No such file or directory; variables are not replaced"):
+        load_config("$HOME/x")
+
+
 def test_a_file_that_is_not_text_is_named(tmp_path):
     (tmp_path / "model.bin").write_bytes(b"\xff\xfe\x00\x80 tiers")
     with pytest.raises(ConfigError, match=r"model\.bin is not YAML"):
@@ -202,3 +276,39 @@ def test_defaults_and_names():
 def test_seconds_that_are_none_are_refused(value):
     with pytest.raises(ConfigError, match=r"load_deadline_s: .*write seconds above 0"):
         load_config({"tiers": [CPU], "load_deadline_s": value})
+
+
+def test_codecs_and_policies_are_read_as_a_name_or_a_mapping():
+    tier = {**CPU, "codecs": ["aes", {"name": "zstd", "element_bytes": 4}], "policy": "fifo"}
+    entry = load_config({"tiers": [tier]}).tiers[0]
+    assert [(part.name, part.settings) for part in entry.codecs] == [
+        ("aes", {}),
+        ("zstd", {"element_bytes": 4}),
+    ]
+    assert (entry.policy.name, entry.policy.settings) == ("fifo", {})
+    assert entry.settings == {"capacity": "1GiB"}
+    assert load_config({"tiers": [CPU]}).tiers[0].policy is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (
+            {"codecs": "zstd"},
+            r"tiers\[0\]: codecs: 'zstd'; write a list, .* like \[{name: zstd, element_bytes: 4}\]",
+        ),
+        ({"codecs": [3]}, r"codecs\[0\]: 3; write its name, or a mapping with a 'name'"),
+        ({"codecs": [{"element_bytes": 4}]}, r"codecs\[0\]: a mapping; write its name"),
+        ({"codecs": ["zstd", {"name": "zstd"}]}, r"codecs: 'zstd' is written twice; take one away"),
+        ({"policy": ["fifo"]}, r"policy: a list of 1; write its name, .* like {name: fifo}"),
+        ({"policy": None}, r"policy: None; write its name"),
+    ],
+)
+def test_mistakes_in_codecs_and_policies_say_what_to_write(keys, words):
+    with pytest.raises(ConfigError, match=words):
+        load_config({"tiers": [{**CPU, **keys}]})
+
+
+def test_what_a_codec_is_given_is_not_shown():
+    tier = {**CPU, "codecs": [{"name": "aes", "password": "secret"}]}
+    assert "secret" not in repr(load_config({"tiers": [tier]}))

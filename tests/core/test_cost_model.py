@@ -108,9 +108,9 @@ def test_steps_of_a_few_tokens_and_loads_of_a_few_blocks_say_nothing():
 
 
 def test_the_planner_measures_its_loads_and_counts_what_it_declines():
-    ready = Capabilities(capacity_blocks=200, queue_depth=64, durable=True)
+    ready = Capabilities(capacity_bytes=200, queue_depth=64, durable=True)
     keys = chain_keys(root_key(), range(100), 1)
-    planner = Planner([[TierStatus("disk", ready, keys)]], block_tokens=TOKENS)
+    planner = Planner([[TierStatus("disk", ready, [(key, 1) for key in keys])]], block_tokens=TOKENS)
     tiers = planner.match(keys, 1.0)
     assert planner.cost_model.blocks_to_load(tiers, 1.0) == 100
     planner.load("a", keys, range(100), tiers)
@@ -125,9 +125,9 @@ def test_the_planner_measures_its_loads_and_counts_what_it_declines():
 
 
 def test_a_load_on_several_ranks_is_measured_once_and_by_the_slowest():
-    ready = Capabilities(capacity_blocks=200, queue_depth=64, durable=True)
+    ready = Capabilities(capacity_bytes=200, queue_depth=64, durable=True)
     keys = chain_keys(root_key(), range(100), 1)
-    planner = Planner([[TierStatus("disk", ready, keys)]] * 4, block_tokens=TOKENS)
+    planner = Planner([[TierStatus("disk", ready, [(key, 1) for key in keys])]] * 4, block_tokens=TOKENS)
     planner.load("a", keys, range(100), planner.match(keys, 1.0))
     (op,) = planner.take(1.0).loads
     planner.cost_model.computed(1600, 1.0, 3.0)
@@ -136,7 +136,7 @@ def test_a_load_on_several_ranks_is_measured_once_and_by_the_slowest():
 
 
 def test_a_slow_tier_that_must_be_asked_is_asked_again_when_a_try_is_due():
-    remote = Capabilities(capacity_blocks=None, durable=True, shared=True, remote_lookup=True)
+    remote = Capabilities(capacity_bytes=None, durable=True, shared=True, remote_lookup=True)
     keys = chain_keys(root_key(), range(1000), 1)
     planner = Planner([[TierStatus("remote", remote, [])]], block_tokens=TOKENS)
     planner.cost_model.computed(1600, 1.0, 3.0)

@@ -41,7 +41,7 @@ def store(stack, tiers, start, stop):
 
 def queue_of(stack, name):
     engine = stack._worker._engine
-    return next(each for at, each in engine._queues.items() if stack._worker._names[at].startswith(name))
+    return next(each for at, each in engine._queues.items() if stack._worker._tiers[at].name.startswith(name))
 
 
 def held(queue):

@@ -15,12 +15,12 @@ from kvbm_core import (
     TierError,
     Transfer,
 )
-from kvbm_core.layers import FOOTER_BYTES, CheckedTier, DeadlineTier
+from kvbm_core.layers import SEAL_BYTES, DeadlineTier, SealTier
 from kvbm_core.memory import MemoryConfig, MemoryTier
 from kvbm_core.testing import FaultyTier
 
 PAYLOAD = 100
-NBYTES = PAYLOAD + FOOTER_BYTES
+NBYTES = PAYLOAD + SEAL_BYTES
 NAMESPACE, KEY, OTHER = b"n" * 16, b"k" * 32, b"o" * 32
 
 
@@ -41,7 +41,7 @@ def run(tier, op, key, place=None):
 
 def stored(namespace=NAMESPACE, key=KEY):
     inner = memory_tier()
-    tier = CheckedTier(inner, namespace)
+    tier = SealTier(inner, namespace)
     assert run(tier, Op.STORE, key, region(b"x" * PAYLOAD)) == [(Outcome.DONE, Reason.NONE)]
     return inner, tier
 
@@ -58,26 +58,39 @@ def test_checked_gives_back_what_was_stored():
     assert run(tier, Op.LOOKUP, KEY) == [(Outcome.DONE, Reason.NONE)]
 
 
+def test_a_damaged_block_is_said_once_with_the_tier_and_what_to_do(caplog):
+    inner, _ = stored()
+    inner._objects[KEY] = bytes(NBYTES)
+    tier = SealTier(inner, NAMESPACE, name="disk")
+    for _ in range(3):
+        assert run(tier, Op.LOAD, KEY) == CORRUPT
+    [line] = caplog.messages
+    assert line.startswith("tier disk: block ")
+    assert "smartctl" in line
+    tier.close()
+    assert caplog.messages[-1].startswith("2 more in the last")
+
+
 def test_every_flipped_bit_is_found():
     inner, tier = stored()
-    good = inner._blocks[KEY]
+    good = inner._objects[KEY]
     for byte in range(NBYTES):
-        inner._blocks[KEY] = good[:byte] + bytes([good[byte] ^ (1 << (byte % 8))]) + good[byte + 1 :]
+        inner._objects[KEY] = good[:byte] + bytes([good[byte] ^ (1 << (byte % 8))]) + good[byte + 1 :]
         assert run(tier, Op.LOAD, KEY) == CORRUPT, byte
 
 
 def test_another_keys_or_namespaces_block_is_found():
     inner, tier = stored()
-    inner._blocks[OTHER] = inner._blocks[KEY]
+    inner._objects[OTHER] = inner._objects[KEY]
     assert run(tier, Op.LOAD, OTHER) == CORRUPT
     foreign, _ = stored(namespace=b"m" * 16)
-    inner._blocks[KEY] = foreign._blocks[KEY]
+    inner._objects[KEY] = foreign._objects[KEY]
     assert run(tier, Op.LOAD, KEY) == CORRUPT
 
 
 def test_a_block_of_zeros_is_found():
     inner, tier = stored()
-    inner._blocks[KEY] = bytes(NBYTES)
+    inner._objects[KEY] = bytes(NBYTES)
     assert run(tier, Op.LOAD, KEY) == CORRUPT
 
 
@@ -126,7 +139,9 @@ def test_transfers_pass_through(deadline):
 def test_a_transfer_that_hangs_fails_at_its_deadline(deadline):
     deadline.fault = "hang"
     deadline.submit(1, within_s=0.05)
-    assert deadline.wait(1) == [Completion(1, Outcome.FAILED, Reason.DEADLINE)]
+    [end] = deadline.wait(1)
+    assert end == Completion(1, Outcome.FAILED, Reason.DEADLINE, end.detail)
+    assert "look whether its disk or its server hangs" in end.detail
     assert deadline.tier.holds(1)
 
 
@@ -193,31 +208,31 @@ def test_a_full_queue_refuses_the_whole_batch(deadline):
 
 
 @pytest.mark.parametrize(
-    "field", ["magic", "version", "footer bytes", "payload bytes", "namespace", "key", "checksum", "padding"]
+    "field", ["magic", "version", "seal bytes", "payload bytes", "namespace", "key", "checksum", "padding"]
 )
-def test_every_field_of_the_footer_is_proved(field):
-    starts = {"magic": 0, "version": 8, "footer bytes": 12, "payload bytes": 16, "namespace": 24, "key": 40}
+def test_every_field_of_the_seal_is_proved(field):
+    starts = {"magic": 0, "version": 8, "seal bytes": 12, "payload bytes": 16, "namespace": 24, "key": 40}
     at = PAYLOAD + {**starts, "checksum": 72, "padding": 88}[field]
     inner, tier = stored()
-    good = inner._blocks[KEY]
+    good = inner._objects[KEY]
     for bit in range(8):
-        inner._blocks[KEY] = good[:at] + bytes([good[at] ^ (1 << bit)]) + good[at + 1 :]
+        inner._objects[KEY] = good[:at] + bytes([good[at] ^ (1 << bit)]) + good[at + 1 :]
         assert run(tier, Op.LOAD, KEY) == CORRUPT
 
 
 def test_a_block_of_another_length_is_found():
-    """The payload is longer, the footer at its end is whole."""
+    """The payload is longer, the seal at its end is whole."""
     inner, tier = stored()
     shorter = (ctypes.c_ubyte * (NBYTES - 4))()
     place = Region(ctypes.addressof(shorter), NBYTES - 4, owner=shorter)
     tier.submit([Transfer(1, Op.STORE, OTHER, place)])
     tier.poll()
-    inner._blocks[OTHER] = bytes(4) + inner._blocks[OTHER]
+    inner._objects[OTHER] = bytes(4) + inner._objects[OTHER]
     assert run(tier, Op.LOAD, OTHER) == CORRUPT
 
 
 def test_a_tier_that_says_done_and_reads_nothing_is_found():
-    tier = CheckedTier(FaultyTier(stored()[0], lambda transfer: "lie"), NAMESPACE)
+    tier = SealTier(FaultyTier(stored()[0], lambda transfer: "lie"), NAMESPACE)
     assert run(tier, Op.LOAD, KEY, region(b"y" * NBYTES)) == CORRUPT
 
 

@@ -41,9 +41,10 @@ def test_the_line_has_the_mediums_words_and_the_wall_clock_and_another_says_that
         for at in range(3, 5):
             stack.store(KEYS[at : at + 1], [at])
             stack.wait()
-        assert [message for message in caplog.messages if "works again" in message] == [
-            f"tier test0 works again; it had failed since {since}"
-        ]
+        # Of the engine, or of a rank that tries it beside the engine: whichever comes first.
+        [line] = [message for message in caplog.messages if "works again" in message]
+        assert line.startswith("tier test0 works again")
+        assert line.endswith(f"; it had failed since {since}")
 
 
 def test_what_a_tier_raises_is_named_in_the_line(caplog):

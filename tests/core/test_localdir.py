@@ -18,6 +18,7 @@ from kvbm_core.config import parse_size, size_text
 from kvbm_core.errors import TierOpenError
 from kvbm_core.localdir import LocalDirectory
 from kvbm_core.remedies import remedy
+from kvbm_core.trust import why_strange_folder
 
 STRANGER = 54321
 GIB = 1 << 30
@@ -156,6 +157,31 @@ def test_a_ranks_folder_of_a_stranger_is_refused_with_what_to_run(tmp_path):
         said = refusal(call, tmp_path / "kv")
         assert f"kv/rank0 belongs to uid {STRANGER}" in said
         assert "run `chown 0` on it" in said
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("owner", "group", "mode", "why"),
+    [
+        (STRANGER, STRANGER, 0o755, f"belongs to uid {STRANGER}"),
+        (STRANGER, STRANGER, 0o777, f"belongs to uid {STRANGER} and everybody may write to it"),
+        (STRANGER, os.getegid(), 0o2775, ""),
+        (STRANGER, os.getegid(), 0o2777, f"belongs to uid {STRANGER} and everybody may write to it"),
+        (STRANGER, os.getegid(), 0o2755, f"belongs to uid {STRANGER}"),
+        (os.geteuid(), STRANGER, 0o777, ""),
+    ],
+)
+def test_a_folder_is_trusted_by_owner_group_and_mode(tmp_path, owner, group, mode, why):
+    os.chown(tmp_path, owner, group)
+    tmp_path.chmod(mode)
+    assert why_strange_folder(tmp_path.stat(), may_share=True) == why
+
+
+@needs_root
+def test_the_folder_of_a_rank_is_not_shared_with_a_group(tmp_path):
+    os.chown(tmp_path, STRANGER, os.getegid())
+    tmp_path.chmod(0o770)
+    assert why_strange_folder(tmp_path.stat()) == f"belongs to uid {STRANGER}"
 
 
 @needs_root
@@ -413,3 +439,15 @@ def test_a_size_is_written_as_it_is_read_and_rounded_to_the_safe_side(nbytes, up
     assert written >= nbytes if up else written <= nbytes
     assert abs(written - nbytes) <= nbytes / 100
     assert size_text(8 * GIB, up=up) == "8GiB"
+
+
+def test_a_file_that_others_may_read_is_made_private_when_it_is_opened_for_writing(tmp_path):
+    held = localdir.HeldFolder(tmp_path / "rank0", "gds")
+    (tmp_path / "rank0/index").write_bytes(b"x")
+    modes = []
+    for flags in (os.O_RDONLY, os.O_RDWR):
+        (tmp_path / "rank0/index").chmod(0o664)
+        os.close(held.open("index", flags))
+        modes.append(stat.S_IMODE((tmp_path / "rank0/index").stat().st_mode))
+    assert modes == [0o664, 0o600]
+    held.release()

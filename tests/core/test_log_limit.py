@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from kvbm_core.log_limit import LogLimit
+from kvbm_core.log_limit import LogLimit, TierLog
 
 
 class Clock:
@@ -82,3 +82,15 @@ def test_threads_write_one_line_together(limit, clock, caplog):
     clock.now_s += 60
     limit.error("disk", "fails")
     assert caplog.messages == ["fails", "fails (and 3999 more in the last 60 s)"]
+
+
+def test_a_tiers_lines_begin_with_its_name_and_come_from_where_they_are_written(clock, caplog):
+    log = TierLog("kvbm_core", "100 %s")
+    log.warning("%d of %d", 1, 2)
+    log.error("no arguments")
+    LogLimit(log, 60.0, clock).error("key", "limited: %s", "full")
+    TierLog("kvbm_core").warning("%s", "of no tier")
+    assert caplog.messages == [
+        "tier 100 %s: 1 of 2", "tier 100 %s: no arguments", "tier 100 %s: limited: full", "of no tier",
+    ]  # fmt: skip
+    assert {record.filename for record in caplog.records} == {"test_log_limit.py"}

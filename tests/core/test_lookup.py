@@ -18,6 +18,7 @@ from kvbm_core import (
     chain_keys,
     root_key,
 )
+from kvbm_core.leader.breaker import Breaker
 from kvbm_core.leader.prefix_probe import PrefixProbe
 from kvbm_core.memory import MemoryConfig, MemoryTier
 from kvbm_core.testing import FaultyTier, MemoryDevice
@@ -27,7 +28,7 @@ NOW = 100.0
 BLOCK = 4000
 NAMESPACE = b"n" * 16
 KEYS = chain_keys(root_key(), range(1000), 1)
-REMOTE = Capabilities(capacity_blocks=None, durable=True, shared=True, remote_lookup=True)
+REMOTE = Capabilities(capacity_bytes=None, durable=True, shared=True, remote_lookup=True)
 
 
 def planner(ranks=1, above=()):
@@ -70,6 +71,26 @@ def test_a_prefix_is_found_exactly_with_few_questions(length, present):
     found, asked = search(planner(), KEYS[:length], set(KEYS[:present]))
     assert found == min(length, present)
     assert asked <= 3 * PrefixProbe.max_probes
+
+
+@pytest.mark.parametrize("reason", [Reason.DEADLINE, Reason.ERROR])
+def test_a_tier_that_answers_questions_and_cannot_load_is_left_alone(reason):
+    made = planner()
+    for at in range(Breaker.threshold):
+        assert made.levels(NOW)["remote"].usable
+        assert search(made, KEYS[at : at + 1], {KEYS[at]}) == (1, 1), "each load comes after a good answer"
+        made.load("r", KEYS[at : at + 1], [at], [0])
+        [op] = made.take(NOW).loads
+        made.report([Report(op.op, 0, {0: reason})], NOW)
+    assert not made.levels(NOW)["remote"].usable
+    assert search(made, KEYS[9:10], {KEYS[9]}) == (0, 0)
+    # It answers again when its pause is over; that does not say that it loads.
+    assert search(made, KEYS[9:10], {KEYS[9]}, NOW + 1) == (1, 1)
+    assert not made.levels(NOW + 1)["remote"].usable
+    made.load("r", KEYS[9:10], [9], [0])
+    [op] = made.take(NOW + 1).loads
+    made.report([Report(op.op, 0)], NOW + 1)
+    assert made.levels(NOW + 1)["remote"].usable
 
 
 def test_what_was_found_or_missing_is_not_asked_again():
@@ -141,7 +162,7 @@ def test_a_shared_tier_is_told_to_forget_only_what_is_corrupt():
 
 
 def test_what_is_known_of_a_shared_tier_is_bounded(monkeypatch):
-    monkeypatch.setattr("kvbm_core.leader.tier_state._MAX_KNOWN_BLOCKS", 8)
+    monkeypatch.setattr("kvbm_core.leader.tier_state._MAX_KNOWN_OBJECTS", 8)
     made = planner()
     assert search(made, KEYS[:30], set(KEYS[:30]))[0] == 8
     assert made.occupancy["remote"] == 8
@@ -162,7 +183,7 @@ class Store(MemoryTier):
 
     def __init__(self, config, context, blocks):
         super().__init__(config, context)
-        self._blocks = blocks
+        self._objects = blocks
 
     @property
     def capabilities(self):
@@ -175,7 +196,7 @@ def open_stack(blocks, *, fault=None, **options):
         return FaultyTier(tier, fault) if fault else tier
 
     registry = Registry()
-    registry._loaded["store"] = Backend("store", MemoryConfig, open_tier)
+    registry._loaded["store"] = Backend("store", MemoryConfig, open_tier, shared=True)
     tiers = [{"backend": "memory", "capacity": "1MiB"}, {"backend": "store", "capacity": "1GiB"}]
     device = MemoryDevice(400, BLOCK)
     for block in range(200):

@@ -23,16 +23,17 @@ from kvbm_core import (
     load_config,
     root_key,
 )
-from kvbm_core.layers import FOOTER_BYTES
+from kvbm_core.layers import SEAL_BYTES
 from kvbm_core.memory import MemoryConfig, MemoryTier
 from kvbm_core.testing import FaultyTier, MemoryDevice
 from kvbm_core.worker.copier import Copier
+from kvbm_core.worker.fills import Fills
 from kvbm_core.worker.loads import Loads
 from kvbm_core.worker.stores import Stores
 from kvbm_core.worker.tier_queue import TierQueue
 from kvbm_core.worker.transfer_engine import TransferEngine
 
-BLOCK = 4096 - FOOTER_BYTES
+BLOCK = 4096 - SEAL_BYTES
 NAMESPACE = b"n" * 16
 KEYS = chain_keys(root_key(), range(16), 1)
 PATIENCE_S = 30
@@ -171,7 +172,7 @@ def test_a_block_dropped_while_a_late_load_reads_it_is_forgotten_afterwards():
         stack.store(KEYS[2:3], [2])
         stack.wait()
         assert stack.load(KEYS[2:3], [20]) == 1
-        assert len(tier._blocks) == 1
+        assert len(tier._objects) == 1
 
 
 def test_a_load_does_not_wait_for_stores_that_hang():
@@ -244,7 +245,7 @@ def test_a_tier_behind_its_layers_lends_nothing():
 @pytest.mark.parametrize(
     ("part", "method"),
     [
-        (Stores, "_forward"),
+        (Fills, "forward"),
         (TransferEngine, "_take_stores"),
         (Stores, "begin"),
         (TransferEngine, "_end_copies"),
@@ -305,7 +306,7 @@ def test_tiers_are_closed_again_when_another_raises_what_it_should_not():
         return Held(config, context)
 
     registry = Offered(second_raises)
-    with pytest.raises(OSError, match="no such device"):
+    with pytest.raises(TierOpenError, match=r"tier test1: .* OSError: no such device"):
         Stack.open(config("test", "test"), device(), NAMESPACE, registry=registry)
     assert [tier.closed for tier in registry.tiers] == [1]
 
@@ -320,7 +321,7 @@ def test_a_tier_that_hangs_at_close_does_not_hang_the_engine(monkeypatch, caplog
 
     registry = Offered(Hanging)
     worker = Worker(load_config(config("test")), device(), NAMESPACE, registry=registry)
-    thread = worker._tiers[0]._thread
+    thread = worker._tiers[0].tier._thread
     join = thread.join
     monkeypatch.setattr(thread, "join", lambda timeout: join(0.05))
     worker.close()
@@ -350,7 +351,7 @@ def test_a_tier_in_trouble_comes_back_by_itself(monkeypatch):
 class Silent(Tier, Addressable):
     """Lends memory, which it says, but not where a block goes."""
 
-    capabilities = Capabilities(capacity_blocks=4, addressable=True)
+    capabilities = Capabilities(capacity_bytes=1 << 20, addressable=True)
 
     def __init__(self, config, context):
         pass
@@ -370,7 +371,7 @@ class Silent(Tier, Addressable):
     def close(self):
         pass
 
-    def reserve(self, key):
+    def reserve(self, key, nbytes=0):
         return None
 
     publish = abandon = view = reserve

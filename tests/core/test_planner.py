@@ -1,6 +1,6 @@
 import pytest
 
-from kvbm_core import Capabilities, ConfigError, Planner, Reason, Report, TierStatus
+from kvbm_core import Capabilities, ConfigError, Op, Planner, Reason, Report, TierStatus
 
 NOW = 100.0
 
@@ -14,7 +14,9 @@ def keys(*numbers):
 
 
 def status(name, capacity, lends=False, found=()):
-    return TierStatus(name, Capabilities(capacity_blocks=capacity, addressable=lends), keys(*found))
+    return TierStatus(
+        name, Capabilities(capacity_bytes=capacity, addressable=lends), [(each, 1) for each in keys(*found)]
+    )
 
 
 def planner(*tiers, ranks=1, **options):
@@ -24,7 +26,7 @@ def planner(*tiers, ranks=1, **options):
 def end(made, plan, failures=None, tiers=None, rank_count=1):
     """Report every operation of a plan, well unless `failures` says (tier → positions → reason)."""
     finished = []
-    for op in [*plan.stores, *plan.loads]:
+    for op in [*plan.stores, *plan.loads, *plan.fills]:
         legs = op.tiers if hasattr(op, "tiers") else [op.tier, *([op.fill] if op.fill >= 0 else [])]
         for leg in legs:
             if tiers is None or leg in tiers:
@@ -140,7 +142,7 @@ def test_what_is_too_much_at_once_is_owed_and_paid_from_the_lender():
     end(made, plan)
     assert made.busy(NOW)
     plan = made.take(NOW)
-    assert [(op.keys, op.blocks, op.tiers) for op in plan.stores] == [(keys(3), [], [1])]
+    assert [(op.keys, op.source, op.tiers) for op in plan.fills] == [(keys(3), 0, [1])]
     end(made, plan)
     assert made.occupancy == {"cpu": 3, "disk": 3}
     assert not made.busy(NOW)
@@ -237,7 +239,8 @@ def test_a_store_to_a_tier_whose_breaker_is_open_goes_to_the_others():
     assert [op.tiers for op in store(made, 7).stores] == [[0]]
     made.store(keys(8), [8], [], NOW + 1)
     # And what it was owed meanwhile is copied from the host pool.
-    assert [(op.tiers, op.keys) for op in made.take(NOW + 1).stores] == [([0, 1], keys(8)), ([1], keys(7))]
+    plan = made.take(NOW + 1)
+    assert [(op.tiers, op.keys) for op in [*plan.stores, *plan.fills]] == [([0, 1], keys(8)), ([1], keys(7))]
 
 
 def test_what_a_tier_is_owed_waits_for_its_breaker_and_keeps_nobody_busy():
@@ -245,11 +248,11 @@ def test_what_a_tier_is_owed_waits_for_its_breaker_and_keeps_nobody_busy():
     made.store(keys(1, 2), [1, 2], [], NOW)
     plan = made.take(NOW)
     for _ in range(3):
-        made._tiers[1].breaker.note(Reason.ERROR, NOW)
+        made._tiers[1].breaker.note(Op.STORE, Reason.ERROR, NOW)
     end(made, plan)
     assert not made.busy(NOW + 0.5)
     assert made.busy(NOW + 1)
-    assert [op.keys for op in made.take(NOW + 1).stores] == [keys(2)]
+    assert [op.keys for op in made.take(NOW + 1).fills] == [keys(2)]
 
 
 def test_what_is_owed_is_dropped_if_the_lender_has_it_no_more():
@@ -274,7 +277,7 @@ def test_a_block_that_is_being_copied_to_another_tier_is_not_evicted():
     end(made, made.take(NOW), {1: {0: Reason.FULL}})
     made.store(keys(1), [1], [], NOW)  # The host pool has it: it is copied from there.
     copy = made.take(NOW)
-    assert [(op.blocks, op.tiers) for op in copy.stores] == [([], [1])]
+    assert [(op.source, op.tiers) for op in copy.fills] == [(0, [1])]
     assert store(made, 2).drops == []
     end(made, copy)
     assert store(made, 2).drops == [(0, keys(1))]

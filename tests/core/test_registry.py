@@ -4,7 +4,9 @@ from importlib.metadata import EntryPoint, entry_points
 
 import pytest
 
-from kvbm_core import BackendError, Registry
+from kvbm_core import BackendError, PolicyContext, Registry
+from kvbm_core.config import load_config
+from kvbm_core.leader.guarded_policy import GuardedPolicy
 
 MODULE = """
 from kvbm_core import Backend, hookimpl
@@ -47,6 +49,24 @@ def test_a_stranger_is_found_by_name(install):
     assert Registry().backend("toy").name == "toy"
 
 
+POLICY = """
+from kvbm_core import Lru, Policy, PolicyConfig, hookimpl
+class Mine(Lru):
+    pass
+@hookimpl
+def kvbm_policies():
+    return [Policy("mine", PolicyConfig, lambda config, context: Mine())]
+"""
+
+
+@pytest.mark.parametrize(("name", "watched"), [("lru", False), ("fifo", False), ("mine", True)])
+def test_a_strangers_policy_is_watched_even_if_it_is_made_from_ours(install, name, watched):
+    install("stranger", "mine", "mine_policy", POLICY)
+    config = load_config({"tiers": [{"backend": "memory", "capacity": "1MiB", "policy": name}]})
+    made = Registry().policies(config)(0, PolicyContext(1 << 20, 1 << 10, "memory"))
+    assert isinstance(made, GuardedPolicy) is watched
+
+
 def test_a_broken_neighbour_does_no_harm(install):
     install("broken", "broken", "broken_backend", "raise RuntimeError('broken')")
     assert Registry().backend("memory")
@@ -69,7 +89,7 @@ def test_two_of_a_name_are_refused_naming_both(install):
         ('Backend("other", MemoryConfig, MemoryTier)', "offers no such backend"),
         (
             'Backend("toy", MemoryConfig, MemoryTier, contract_version=99)',
-            "contract version 99, this .* has 1",
+            "contract version 99, this .* has 2",
         ),
         ('Backend("toy", dict, MemoryTier)', "config_type must be a kvbm_core.TierConfig"),
     ],
@@ -107,4 +127,27 @@ def test_entry_points_can_be_given():
 def test_a_hook_that_fails_or_gives_no_list_is_named(install, body):
     install("odd", "toy", "odd_backend", MODULE.replace("return [{offer}]", body))
     with pytest.raises(BackendError, match=r"'toy' of odd 1\.0: kvbm_backends\(\) failed"):
+        Registry().backend("toy")
+
+
+@pytest.mark.parametrize("hook", ["kvbm_backends()", "kvbm_coordinator(settings)"])
+def test_a_hook_without_its_marker_is_named(install, hook):
+    install("odd", "toy", "odd_backend", f"def {hook}:\n    return []\n")
+    name = hook.partition("(")[0]
+    words = rf"'toy' of odd 1\.0: odd_backend has a function {name}\(\) that is no hook; write @hookimpl"
+    with pytest.raises(BackendError, match=words):
+        Registry().backend("toy")
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("None", "open must be a function"),
+        ("MemoryTier, check=3", "check must be"),
+        ("MemoryTier, shared='no'", "shared is 'no'"),
+    ],
+)
+def test_a_backend_of_wrong_parts_is_refused(install, more, words):
+    install("odd", "toy", "odd_backend", MODULE.format(offer=f"Backend('toy', MemoryConfig, {more})"))
+    with pytest.raises(BackendError, match=rf"'toy' of odd 1\.0: {words}"):
         Registry().backend("toy")

@@ -1,11 +1,11 @@
-"""Ranks that hold the same bytes: in a shared tier one of them writes, and all read what it wrote."""
+"""Ranks that hold the same bytes, of which one writes to a shared tier; engines that divide a capacity."""
 
 import time
 from dataclasses import replace
 
 import pytest
 
-from kvbm_core import Backend, Op, Planner, Registry, Worker, chain_keys, load_config, root_key
+from kvbm_core import Backend, Op, Peers, Planner, Registry, Worker, chain_keys, load_config, root_key
 from kvbm_core.memory import MemoryConfig, MemoryTier
 from kvbm_core.testing import FaultyTier, MemoryDevice
 
@@ -17,15 +17,16 @@ KEYS = chain_keys(root_key(), range(8), 1)
 class Engine:
     """A leader and its workers, in one process."""
 
-    def __init__(self, tiers, ranks, replicas, registry=None):
+    def __init__(self, tiers, ranks, replicas, registry=None, engine=0, engines=1):
         config = load_config({"tiers": tiers, "lookup_deadline_s": 5})
         self.devices = [MemoryDevice(16, BLOCK) for _ in range(ranks)]
         self.workers = [
             Worker(
-                config, device, NAMESPACE, rank=rank, world_size=ranks, replicas=replicas, registry=registry
+                config, device, NAMESPACE, rank=rank, world_size=ranks, registry=registry,
+                peers=Peers(replicas, engine, engines),
             )
             for rank, device in enumerate(self.devices)
-        ]
+        ]  # fmt: skip
         self.planner = Planner([worker.status() for worker in self.workers])
 
     def settle(self):
@@ -139,3 +140,47 @@ def test_a_tier_of_its_own_is_written_by_every_rank(start):
     assert contexts == [(0, 2), (1, 2)]
     assert engine.load(3) == 3
     assert [device.read(9)[:1] for device in engine.devices] == [b"\2", b"\2"]
+
+
+# Engines of one configuration.
+
+
+@pytest.mark.parametrize(
+    ("shared", "told"), [(False, [(2, 4), (3, 4)]), (True, [(0, 1), (0, 1)])], ids=["own", "shared"]
+)
+def test_ranks_of_engines_are_numbered_through_in_tiers_that_are_not_shared(start, shared, told):
+    contexts = []
+    registry = registry_of(shared, lambda _: None, contexts)
+    engine = start([{"backend": "odd", "capacity": "1MiB"}], 2, 2, registry, engine=1, engines=2)
+    assert contexts == told
+    [status] = engine.workers[0].status()
+    assert status.capabilities.capacity_bytes == (1 << 20) // told[0][1]
+
+
+@pytest.mark.parametrize("backend", ["gds", "lmdb"])
+def test_the_first_of_several_engines_finds_what_was_one_engines_and_the_other_way_round(
+    start, tmp_path, backend, caplog
+):
+    tiers = [{"backend": backend, "path": str(tmp_path), "capacity": "16MiB"}]
+    if backend == "gds":
+        tiers[0]["engine"] = "threads"
+    alone = start(tiers, 1, 1)
+    alone.store(3)
+    room = [status.capabilities.capacity_bytes for status in alone.workers[0].status()]
+    alone.close()
+
+    first, second = (start(tiers, 1, 1, engine=number, engines=2) for number in range(2))
+    assert (first.load(4), second.load(4)) == (3, 0)
+    assert first.devices[0].read(10)[:1] == b"\3"
+    second.store(4)
+    assert [len(list(tmp_path.glob(f"rank{number}"))) for number in range(3)] == [1, 1, 0]
+    for engine in (first, second):
+        [status] = engine.workers[0].status()
+        assert status.capabilities.capacity_bytes <= room[0] / 2
+        engine.close()
+
+    alone = start(tiers, 1, 1)
+    assert alone.load(4) == 3
+    assert not (tmp_path / "rank1").exists()
+    dropped = f"{tmp_path}/rank1: more ranks or replicas than there are now left it; dropping it"
+    assert sum(dropped in line for line in caplog.messages) == 1

@@ -21,7 +21,7 @@ class Small(Held):
     room = 4
 
     def _run(self, transfer):
-        if transfer.op is Op.STORE and transfer.key not in self._blocks and len(self._blocks) >= self.room:
+        if transfer.op is Op.STORE and transfer.key not in self._objects and len(self._objects) >= self.room:
             return Completion(transfer.ticket, Outcome.FAILED, Reason.FULL, NO_SPACE)
         return super()._run(transfer)
 
@@ -48,9 +48,9 @@ def test_a_tier_whose_medium_is_full_below_its_capacity_keeps_what_is_new(stack,
     counts = stack.counts[stack.tier_name]
     assert counts.stored >= 590
     assert counts.failed[("store", "full")] <= 10
-    assert len(stack.tier._blocks) == stack.tier.room
+    assert len(stack.tier._objects) == stack.tier.room
     [key] = chain_keys(root_key(salt=b"599"), range(1), 1)
-    assert key in stack.tier._blocks, "the newest is there, the oldest made room"
+    assert key in stack.tier._objects, "the newest is there, the oldest made room"
     [line] = [message for message in caplog.messages if "full" in message]
     assert stack.tier_name in line
     assert "16KiB of the 64KiB configured" in line
@@ -67,9 +67,9 @@ def test_it_grows_again_when_the_medium_has_room(stack, caplog, monkeypatch):
     for step in range(20, 40):
         passed_s += LONGEST_PAUSE_S
         fill(stack, step, step + 1)
-    assert len(stack.tier._blocks) == 16
+    assert len(stack.tier._objects) == 16
     assert "whole capacity" in caplog.text
-    assert stack._planner.levels(real() + passed_s)[stack.tier_name].capacity_blocks == 16
+    assert stack._planner.levels(real() + passed_s)[stack.tier_name].capacity_now_bytes == 16 * 4096
 
 
 def full(made, plan, tier, positions, detail=""):
@@ -88,7 +88,7 @@ def test_full_shrinks_to_what_is_held_and_what_is_on_its_way_may_still_arrive():
     made = planner(status("disk", 8, found=(1, 2, 3)))
     first, second = stored(made, 4, 5), stored(made, 6)
     full(made, first, 0, [1])
-    assert made.levels(NOW)["disk"].capacity_blocks == 5
+    assert made.levels(NOW)["disk"].capacity_now_bytes == 5
     assert repr(made._tiers) == "disk 5/5"
     end(made, second)
     plan = stored(made, 7)
@@ -100,7 +100,7 @@ def test_full_shrinks_to_what_is_held_and_what_is_on_its_way_may_still_arrive():
 def test_it_grows_by_a_sixteenth_and_only_what_is_used():
     made = planner(status("disk", 32, found=range(1, 17)))
     full(made, stored(made, 17), 0, [0])
-    capacity = lambda: made.levels(NOW)["disk"].capacity_blocks  # noqa: E731 - one line, asked six times.
+    capacity = lambda: made.levels(NOW)["disk"].capacity_now_bytes  # noqa: E731 - one line, asked six times.
     made.take(LATER - 0.1)
     assert capacity() == 16
     made.take(LATER)
@@ -119,7 +119,7 @@ def test_the_pause_doubles_as_long_as_there_is_no_more_room():
     now_s, pauses = NOW, []
     for number in range(20, 30):
         began_s = now_s
-        while made.levels(now_s)["disk"].capacity_blocks == 16:
+        while made.levels(now_s)["disk"].capacity_now_bytes == 16:
             now_s += 0.5
             made.take(now_s)
         pauses.append(now_s - began_s)
@@ -133,22 +133,22 @@ def test_it_never_grows_above_the_capacity():
     full(made, stored(made, 3), 0, [0])
     for step in range(1, 10):
         made.take(NOW + step * LONGEST_PAUSE_S)
-    assert made.levels(NOW)["disk"].capacity_blocks == 3
+    assert made.levels(NOW)["disk"].capacity_now_bytes == 3
 
 
 def test_full_of_staging_is_not_the_mediums():
     made = planner(status("disk", 8, found=(1, 2, 3)))
     [op] = stored(made, 4).stores
     made.report([Report(op.op, 0, {0: Reason.FULL})], NOW)
-    assert made.levels(NOW)["disk"].capacity_blocks == 8
+    assert made.levels(NOW)["disk"].capacity_now_bytes == 8
 
 
 @pytest.mark.parametrize("capabilities", [Capabilities(None), Capabilities(8, shared=True)])
 def test_a_tier_that_keeps_its_own_bound_is_left_as_it_is(capabilities):
-    made = Planner([[TierStatus("remote", capabilities, keys(1, 2))]])
-    before = made.levels(NOW)["remote"].capacity_blocks
+    made = Planner([[TierStatus("remote", capabilities, [(each, 1) for each in keys(1, 2)])]])
+    before = made.levels(NOW)["remote"].capacity_now_bytes
     full(made, stored(made, 3), 0, [0])
-    assert made.levels(NOW)["remote"].capacity_blocks == before
+    assert made.levels(NOW)["remote"].capacity_now_bytes == before
 
 
 def test_a_medium_that_stays_full_after_evicting_is_left_alone_before_all_is_gone():
@@ -167,7 +167,7 @@ def test_stores_of_the_same_wave_are_no_fault_of_the_tier():
     for plan in plans:
         full(made, plan, 0, [0])
     assert made.levels(NOW)["disk"].usable
-    assert made.occupancy["disk"] == made.levels(NOW)["disk"].capacity_blocks == 32
+    assert made.occupancy["disk"] == made.levels(NOW)["disk"].capacity_now_bytes == 32
 
 
 def test_pins_keep_a_full_medium_from_evicting_only_while_they_last():

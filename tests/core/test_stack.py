@@ -1,5 +1,6 @@
 import itertools
 import random
+import threading
 import time
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from kvbm_core import (
     ConfigError,
     Device,
+    Registry,
     Stack,
     TierOpenError,
     Work,
@@ -15,7 +17,8 @@ from kvbm_core import (
     load_config,
     root_key,
 )
-from kvbm_core.layers import FOOTER_BYTES
+from kvbm_core.layers import SEAL_BYTES
+from kvbm_core.plan import Plan, Store
 from kvbm_core.testing import MemoryDevice
 
 BLOCK = 5000
@@ -24,8 +27,8 @@ KEYS = chain_keys(root_key(), range(64), 1)
 
 
 def tier(name, blocks, tmp_path):
-    slot = -(-(BLOCK + FOOTER_BYTES) // 4096) * 4096
-    capacity = {"cpu": slot * blocks, "memory": (BLOCK + FOOTER_BYTES) * blocks, "lmdb": 4 << 20}[name]
+    slot = -(-(BLOCK + SEAL_BYTES) // 4096) * 4096
+    capacity = {"cpu": slot * blocks, "memory": (BLOCK + SEAL_BYTES) * blocks, "lmdb": 4 << 20}[name]
     path = {"path": str(tmp_path / "lmdb")} if name == "lmdb" else {}
     return {"backend": name, "capacity": capacity, **path}
 
@@ -86,7 +89,7 @@ def test_a_small_upper_tier_still_lets_everything_through(tmp_path):
 
 
 def test_a_capacity_below_one_block_is_refused(tmp_path):
-    with pytest.raises(TierOpenError, match=r"memory.*holds no block.*5,096 bytes"):
+    with pytest.raises(TierOpenError, match=r"memory.*holds no block.*4.98KiB"):
         Stack.open({"tiers": [{"backend": "memory", "capacity": "1KiB"}]}, device(), NAMESPACE)
 
 
@@ -113,27 +116,27 @@ class Slow(MemoryDevice):
         def given_up(self):
             return frozenset()
 
-    def gather(self, blocks, regions, fence=None):
-        super().gather(blocks, regions)
+    def gather(self, blocks, regions, fence=None, group=0):
+        super().gather(blocks, regions, fence, group)
         return self.Later()
 
-    def scatter(self, regions, blocks, fence=None):
-        super().scatter(regions, blocks)
+    def scatter(self, regions, blocks, fence=None, group=0):
+        super().scatter(regions, blocks, fence, group)
         return self.Later()
 
 
 class Broken(MemoryDevice):
     broken = False
 
-    def scatter(self, regions, blocks, fence=None):
+    def scatter(self, regions, blocks, fence=None, group=0):
         if self.broken:
             raise RuntimeError("no")
-        return super().scatter(regions, blocks)
+        return super().scatter(regions, blocks, fence, group)
 
-    def gather(self, blocks, regions, fence=None):
+    def gather(self, blocks, regions, fence=None, group=0):
         if self.broken:
             raise RuntimeError("no")
-        return super().gather(blocks, regions)
+        return super().gather(blocks, regions, fence, group)
 
 
 @pytest.mark.parametrize("order", [("cpu",), ("cpu", "memory"), ("memory",)], ids="-".join)
@@ -182,6 +185,50 @@ def test_a_worker_may_be_closed_twice_and_before_anything_was_done(tmp_path):
     worker.close()
 
 
+def test_a_worker_that_is_taken_over_goes_on_when_it_is_polled_and_not_before(tmp_path):
+    worker = Worker(load_config({"tiers": [tier("memory", 4, tmp_path)]}), device(), NAMESPACE)
+    engine = worker.take_over()
+    threads = set(threading.enumerate())
+    worker.submit(Plan(stores=[Store(1, KEYS[:2], [0, 1], [0])]))
+    assert not set(threading.enumerate()) - threads
+    assert engine.active
+    assert worker.reports() == []
+    while engine.active:
+        engine.poll()
+    [report] = worker.reports()
+    assert (report.op, report.failures) == (1, {})
+    worker.close()
+
+
+def test_a_worker_whose_thread_polls_is_not_taken_over(tmp_path):
+    worker = Worker(load_config({"tiers": [tier("memory", 4, tmp_path)]}), device(), NAMESPACE)
+    worker.submit(Plan())
+    with pytest.raises(RuntimeError, match="before the first plan"):
+        worker.take_over()
+    worker.close()
+
+
 def test_a_device_is_abstract():
     with pytest.raises(TypeError):
         Device()
+
+
+class Refuses(Registry):
+    """Installed backends, and policies that cannot be made."""
+
+    def policies(self, config):
+        def make(position, context):
+            raise ConfigError("too small for this policy")
+
+        return make
+
+
+def test_a_stack_that_cannot_be_opened_leaves_nothing_open(tmp_path):
+    """Threads are counted by a fixture; the directory is free again."""
+    wrong = {**tier("lmdb", 8, tmp_path), "policy": {"name": "lru", "size": 1}}
+    with pytest.raises(ConfigError, match=r"policy lru: unknown key 'size'"):
+        Stack.open({"tiers": [wrong]}, device(), NAMESPACE)
+    config = {"tiers": [tier("lmdb", 8, tmp_path)]}
+    with pytest.raises(ConfigError, match="too small"):
+        Stack.open(config, device(), NAMESPACE, registry=Refuses())
+    Stack.open(config, device(), NAMESPACE).close()

@@ -1,30 +1,36 @@
 """The suite proves itself: it finds every tier that is broken on purpose, and passes the sound ones."""
 
+import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+from broken_habits import BROKEN
+from broken_tiers import SOUND, FolderConfig, FolderTier, _fill, _settings
 from hypothesis import Phase
 
 from kvbm_core import Backend
-from kvbm_core.testing._rig import Rig
-from kvbm_core.testing.broken import BROKEN, SOUND, FolderConfig, FolderTier, _settings
+from kvbm_core.testing import FaultyTier, MemoryDevice
+from kvbm_core.testing._rig import Memory, Rig
 from kvbm_core.testing.suite import TierSuite
+from kvbm_core.tier import Op
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.backend.open.__name__)
 def test_a_broken_tier_is_found_by_the_test_named_for_its_fault(broken, tmp_path, monkeypatch):
     monkeypatch.setattr("kvbm_core.testing._rig.PATIENCE_S", 0.3)
     monkeypatch.setattr("kvbm_core.testing._child.PATIENCE_S", 5)
+    monkeypatch.setattr("kvbm_core.testing.suite.PATIENCE_S", 2)
+    monkeypatch.setattr("kvbm_core.testing.suite.CALL_S", 0.09)
+    monkeypatch.setattr("kvbm_core.testing.suite.CLOSE_S", 0.09)
     monkeypatch.setattr("kvbm_core.testing._machine._PHASES", (Phase.generate,))  # Nobody reads it.
-    monkeypatch.setattr("threading.Event.wait", lambda event, timeout=None: event.is_set())
     # The first random program that fails ends the search: many programs cost nothing, and none is missed.
     members = {"backend": broken.backend, "settings": lambda self, f: broken.settings(f), "programs": 500}
     suite = type("Suite", (TierSuite,), members)
     test = getattr(suite(), broken.found_by)
-    rig = Rig(broken.backend, broken.settings, tmp_path, suite.block_bytes)
+    rig = Rig(broken.backend, broken.settings, tmp_path, suite.max_bytes, _fill)
     _, having = getattr(test, "needs", ("", lambda capabilities: True))
     assert having(rig.capabilities()), "the suite would leave this test out"
     try:
@@ -54,13 +60,31 @@ class TestSoundLending(SoundFolder):
     backend = SOUND[2]
 
 
+class TestSoundMemory(SoundFolder):
+    backend = SOUND[3]
+
+
+class TestSoundReadOnly(SoundFolder):
+    backend = SOUND[4]
+
+    def fill(self, folder, namespace, objects):
+        _fill(folder, namespace, objects)
+
+
+class TestSoundShort(SoundFolder):
+    """Where no object is longer than a page."""
+
+    backend = SOUND[3]
+    max_bytes = 1000
+
+
 def test_every_test_of_the_suite_is_named_by_a_broken_tier():
     """Those that are left out are listed with the reason."""
     untried = {
         "test_check_accepts_what_can_be_opened_and_changes_nothing": "a check is no tier; tried below",
         "test_close_ends_the_tiers_threads": "tried below",
-        "test_a_discarded_block_can_be_stored_again_at_once": "what fails it fails its neighbours too",
-        "test_a_capacity_of_less_than_a_block_is_refused": "the core refuses it as well",
+        "test_a_discarded_object_can_be_stored_again_at_once": "what fails it fails its neighbours too",
+        "test_a_capacity_of_less_than_an_object_is_refused": "the core refuses it as well",
         "test_a_new_tier_lists_nothing": "as with its namespace",
     }
     tests = {name for name in vars(TierSuite) if name.startswith("test_")}
@@ -131,7 +155,7 @@ def test_a_waiver_needs_a_test_and_a_reason(name, reason, said):
 
 
 WAIVED = """
-from kvbm_core.testing.broken import BROKEN, SOUND
+from broken_tiers import BROKEN, SOUND
 from kvbm_core.testing.suite import TierSuite
 
 broken = next(b for b in BROKEN if b.backend.name == "closesonce")
@@ -150,13 +174,35 @@ class TestStale(TierSuite):
 """
 
 
-def test_a_waived_test_must_fail_and_the_mark_is_its_class_own(tmp_path):
-    (tmp_path / "test_waived.py").write_text(WAIVED)
+def run_strangers(text, chosen, tmp_path):
+    """Run a stranger's file of tests in a process of its own; give what pytest prints."""
+    (tmp_path / "test_waived.py").write_text(text)
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "-c", "/dev/null"]
-    result = subprocess.run(
-        [*command, "--rootdir", tmp_path, "test_waived.py", "-k", "close_may or submit_after"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    return subprocess.run(
+        [*command, "-W", "error", "--rootdir", tmp_path, "test_waived.py", "-k", chosen],
+        cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths},
     )  # fmt: skip
+
+
+STRANGERS = """
+from broken_tiers import BROKEN
+from kvbm_core.testing.suite import TierSuite
+
+class TestBroken(TierSuite):
+    backend = next(b for b in BROKEN if b.backend.name == "%s").backend
+    def settings(self, folder):
+        return {"capacity": "400KiB"}
+"""
+
+
+def test_a_test_that_fails_shows_the_values(tmp_path):
+    shown = run_strangers(STRANGERS % "changesitsmind", "capabilities_are_the_same", tmp_path).stdout
+    assert "capacity_bytes: 409267 != 409600" in shown
+
+
+def test_a_waived_test_must_fail_and_the_mark_is_its_class_own(tmp_path):
+    result = run_strangers(WAIVED, "close_may or submit_after", tmp_path)
     name = "test_close_may_be_called_twice"
     assert (
         f"XFAIL test_waived.py::TestBroken::{name} - waived: the vendor's library cannot (RuntimeError)"
@@ -164,3 +210,38 @@ def test_a_waived_test_must_fail_and_the_mark_is_its_class_own(tmp_path):
     )
     assert f"FAILED test_waived.py::TestStale::{name}" in result.stdout, "a waiver out of date is found"
     assert "2 passed" in result.stdout
+
+
+def test_a_memory_device_has_one_pool_of_blocks_for_all_groups():
+    device = MemoryDevice(3, (8, 0, 5))
+    assert device.traits.block_bytes == (8, 0, 5)
+    device.write(1, b"abcdefgh")
+    device.write(2, b"12345", group=2)
+    memory = Memory(100)
+    device.gather([2, 1], [memory.region.part(0, 20), memory.region.part(50, 20)], group=2)
+    assert (memory.read()[:6], memory.read()[50:56]) == (b"12345Z", b"abcdeZ")
+    device.gather([1], [memory.region], group=1)
+    assert memory.read()[:6] == b"12345Z"
+    device.scatter([memory.region], [1], group=2)
+    assert device.read(1) == b"12345fgh"
+    assert device.read(1, group=1) == b""
+    assert MemoryDevice(1, 7).traits.block_bytes == (7,)
+
+
+def test_a_memory_device_refuses_what_it_has_not():
+    device = MemoryDevice(3, (8, 5))
+    with pytest.raises(ValueError, match="no KV group 2: the device has 2"):
+        device.read(0, group=2)
+    with pytest.raises(ValueError, match="no block 3: the device has 3"):
+        device.gather([3], [Memory(8).region])
+
+
+@pytest.mark.parametrize("fault", ["flip", "short"])
+def test_a_fault_concerns_the_object_and_not_the_region_behind_it(fault, tmp_path):
+    rig = Rig(SOUND[3], lambda folder: _settings(SOUND[3], folder), tmp_path, 16480)
+    tier = FaultyTier(rig.stocked(1), lambda transfer: fault if transfer.op is Op.LOAD else None)
+    for _ in range(50):
+        completion, memory = rig.load(tier, 1)
+        assert completion.nbytes == rig.length(1)
+        assert memory.read()[: completion.nbytes] != rig.content(1)
+        assert memory.untouched_behind(completion.nbytes)

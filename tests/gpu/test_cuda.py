@@ -8,20 +8,20 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "backends"))
-from test_device import BLOCKS, SHAPES, content, same, tensors_of
+from test_device import BLOCKS, SHAPES, content, same
 from test_staged import METHODS, paged
 
 from kvbm_core import Stack, chain_keys, make_namespace, root_key
-from kvbm_device import StagedDevice, open_device, page_views
+from kvbm_device import StagedDevice, layout_of, open_device
 from kvbm_device._cuda import open_cuda
-from kvbm_device._pages import TorchMover, page_table
+from kvbm_device._pages import TorchMover
 
 pytestmark = pytest.mark.gpu
 
 
-def on_gpu(layers):
-    """The same geometry and bytes in GPU memory; tensors of one allocation stay of one."""
-    moved = {}
+def on_gpu(layers, moved=None):
+    """The same geometry and bytes in GPU memory; tensors of one allocation stay of one, see `moved`, too."""
+    moved = {} if moved is None else moved
 
     def move(tensor):
         storage = tensor.untyped_storage()
@@ -38,8 +38,8 @@ def on_cpu(layers):
 
 def opened(layers, method, fallback=False):
     gpu = open_cuda(0, TorchMover("cuda") if fallback else None)
-    table = page_table(page_views(layers, BLOCKS), BLOCKS)
-    device = StagedDevice(gpu, table, tensors_of(layers), 2 * table.block_bytes)
+    layout = layout_of(layers, BLOCKS)
+    device = StagedDevice(gpu, layout, 2 * layout.block_bytes[0])
     device.use(method, method)
     return device
 
@@ -59,7 +59,7 @@ def test_a_block_moves_bit_for_bit_and_its_neighbours_stay(name, method):
     fallback, method = method == "torch", METHODS[0] if method == "torch" else method
     reader, writer = opened(source, method, fallback), opened(target, method, fallback)
     pairs = [(5, 1), (0, 6), (3, 3), (1, 0)]
-    regions = paged(len(pairs), reader.traits.block_bytes)
+    regions = paged(len(pairs), reader.traits.block_bytes[0])
     unpin = [reader.pin(r.address, -(-r.nbytes // 4096) * 4096) for r in regions]
     for r in regions:
         writer._pinned.add(r.address, r.nbytes)
@@ -80,12 +80,11 @@ def test_an_engine_that_goes_on_never_mixes_old_and_new(method):  # noqa: C901 -
     """The engine's stream is kept busy, so that a copy that did not wait would see other bytes."""
     chance, count, words = random.Random(5), 64, 16_384
     memory = torch.zeros(count, words, dtype=torch.int32, device="cuda")
-    table = page_table(page_views({"layer": memory}, count), count)
-    device = StagedDevice(open_cuda(0), table, memory, 8 * words * 4)
+    device = StagedDevice(open_cuda(0), layout_of({"layer": memory}, count), 8 * words * 4)
     device.use(method, method)
-    regions = paged(512, device.traits.block_bytes)
+    regions = paged(512, device.traits.block_bytes[0])
     base = min(r.address for r in regions)
-    unpin = device.pin(base, max(r.address for r in regions) - base + 2 * device.traits.block_bytes // 2)
+    unpin = device.pin(base, max(r.address for r in regions) - base + device.traits.block_bytes[0])
     free, now, stored, kept, loading = list(range(512)), [0] * count, [], {}, []
     lost = 0
 

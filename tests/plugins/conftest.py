@@ -1,6 +1,7 @@
 import gc
 import importlib
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +16,7 @@ claims = []    # set by the test: keys the inventory lists although they are not
 
 class Liar(FaultyTier):
     def inventory(self):
-        return list(claims)
+        return [(key, 1) for key in claims]
 
 
 def open_faulty(config, context):
@@ -36,11 +37,11 @@ class SharedTier(MemoryTier):
     def __init__(self, config, context):
         super().__init__(config, context)
         self._capabilities = Capabilities(
-            capacity_blocks=None, queue_depth=64, durable=True, shared=True, remote_lookup=True
+            capacity_bytes=None, queue_depth=64, durable=True, shared=True, remote_lookup=True
         )
 
     def _run(self, transfer):
-        bounds, self._capabilities = self._capabilities, Capabilities(capacity_blocks=1 << 40)
+        bounds, self._capabilities = self._capabilities, Capabilities(capacity_bytes=1 << 40)
         try:
             return super()._run(transfer)
         finally:
@@ -49,7 +50,7 @@ class SharedTier(MemoryTier):
 
 @hookimpl
 def kvbm_backends():
-    return [Backend("shared", MemoryConfig, SharedTier)]
+    return [Backend("shared", MemoryConfig, SharedTier, shared=True)]
 """
 
 
@@ -114,3 +115,28 @@ def start():
 
     yield start
     stop()
+
+
+@pytest.fixture
+def drive(llama, shared, faulty, monkeypatch):
+    """Run a random engine with a seed; give what happened, or the error that says what was wrong."""
+    import random_engine
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core.kv_cache_utils import init_none_hash
+
+    from kvbm_vllm import _scheduler
+
+    init_none_hash(sha256)
+
+    def run(seed, mix="full", steps=400):
+        engine = random_engine.Engine(llama, seed, mix, faulty=faulty)
+        monkeypatch.setattr(_scheduler, "time", SimpleNamespace(monotonic=lambda: engine.clock_s))
+        try:
+            engine.run(steps)
+        except AssertionError as error:
+            raise AssertionError(f"{mix}, seed {seed}: {error}") from error
+        finally:
+            engine.close()
+        return engine.happened()
+
+    return run

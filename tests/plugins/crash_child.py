@@ -1,7 +1,8 @@
 """Lives of an engine that is killed: forked from a process that has vLLM imported, one after another.
 
-Protocol on stdin and stdout, one JSON line each: ``go`` starts a life; the life says its process
-and how many committed blocks it does not find; when it was killed, how many answers were wrong.
+Protocol on stdin and stdout, one JSON line each: ``go`` starts a life, ``last`` one that ends by itself when
+it has loaded something; the life says its process and how many committed blocks it does not find; when it
+has ended, how many answers were wrong.
 """
 
 import json
@@ -12,7 +13,7 @@ import sys
 from engines import connector, drain, forget, generate, loaded, make_engine
 
 
-def live(job, life, pipe):
+def live(job, life, pipe, *, is_last):
     def say(words):
         pipe.write(json.dumps(words) + "\n")
         pipe.flush()
@@ -29,8 +30,11 @@ def live(job, life, pipe):
         rng = random.Random(life)
         while True:
             number = rng.randrange(len(job["prompts"]))
-            right = generate(llm, [job["prompts"][number]], 16)[0] == tuple(job["answers"][number])
-            say({"right": right, "loaded": sum(loaded(llm).values())})
+            right = generate(llm, [job["prompts"][number]])[0] == tuple(job["answers"][number])
+            restored = sum(loaded(llm).values())
+            say({"right": right, "loaded": restored})
+            if is_last and restored:
+                return
             if rng.random() < 0.3:
                 forget(llm)
                 drain(llm)
@@ -40,14 +44,14 @@ def watch(planner, at, log):
     """Write down every block that the tier says it has stored."""
     end_store = planner._endings._end_store
 
-    def end(pending, position):
+    def end(pending, op, position):
         if position == at:
             failed = pending.failures[position]
-            for i, key in enumerate(pending.op.keys):
+            for i, key in enumerate(op.keys):
                 if i not in failed:
                     log.write(key.hex() + "\n")
             log.flush()
-        end_store(pending, position)
+        end_store(pending, op, position)
 
     planner._endings._end_store = end
 
@@ -59,12 +63,13 @@ def main():
     os.dup2(2, 1)  # vLLM prints to stdout.
     import vllm  # noqa: F401 - imported once, for every life.
 
-    for life, _ in enumerate(sys.stdin):
+    for life, order in enumerate(sys.stdin):
         read, write = os.pipe()
         pid = os.fork()
         if pid == 0:
             os.close(read)
-            live(job, life, os.fdopen(write, "w"))
+            live(job, life, os.fdopen(write, "w"), is_last=order.strip() == "last")
+            os._exit(0)
         os.close(write)
         wrong = count = 0
         with os.fdopen(read) as pipe:

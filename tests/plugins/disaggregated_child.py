@@ -1,14 +1,16 @@
-"""One engine of a pair, prefill or decode: vLLM's NixlConnector and ours, in a MultiConnector.
+"""Engines of pairs, prefill and decode: vLLM's NixlConnector and ours, in a MultiConnector.
 
-    python disaggregated_child.py MODEL ORDER
+    python disaggregated_child.py MODEL SOCKET
 
-Reads lines like ``{"prompt": […], "max_tokens": 1, "params": {…}}`` or ``{"forget": true}``, and answers
-each.
+Imports vLLM once. Each connection to the socket is an engine in a process of its own. Its first line is the
+order of the connectors and a file for the engine's log; then come lines like ``{"prompt": […],
+"max_tokens": 1, "params": {…}}`` or ``{"forget": true}``, and it answers each.
 """
 
 import importlib
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -71,12 +73,33 @@ def watch(connector_cls, seen):
 
 
 def main():
-    model, order, talk = sys.argv[1], sys.argv[2].split("-"), sys.stdout
-    # vLLM prints to where answers are read.
-    sys.stdout = sys.stderr
+    model, address = sys.argv[1:]
     os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = "127.0.0.1"
-    os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_port())
     allow_amx()
+    import vllm  # noqa: F401 - imported once, for every engine.
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # Nobody waits for an engine.
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        while True:
+            connection, _ = listener.accept()
+            if os.fork() == 0:
+                listener.close()
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                with connection, connection.makefile("rw") as talk:
+                    live(model, talk)
+                os._exit(0)
+            connection.close()
+
+
+def live(model, talk):
+    """Be an engine until the other side hangs up."""
+    order, log = json.loads(talk.readline())
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_port())
     find_nixl()
     from engines import connector, make_engine
     from vllm import SamplingParams
@@ -93,11 +116,11 @@ def main():
     transfer = KVTransferConfig(
         kv_connector="MultiConnector", kv_role="kv_both", kv_load_failure_policy="recompute",
         kv_buffer_device="cpu",
-        kv_connector_extra_config={"connectors": [children[name] for name in order]},
+        kv_connector_extra_config={"connectors": [children[name] for name in order.split("-")]},
     )  # fmt: skip
     llm = make_engine(Path(model), None, kv_transfer_config=transfer)
     print(json.dumps({"ready": True}), file=talk, flush=True)
-    for line in sys.stdin:
+    for line in talk:
         asked = json.loads(line)
         if asked.get("forget"):
             until = time.monotonic() + 60

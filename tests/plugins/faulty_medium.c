@@ -4,6 +4,7 @@
  *   KVBM_FAULTY_SWITCH  a file of one byte, read at each call:
  *                         R  reads fail with EIO         E  both fail with EIO
  *                         W  writes fail with EIO        S  writes fail with ENOSPC
+ *                         H  both hang until it is turned
  *
  *   cc -shared -fPIC -o faulty_medium.so faulty_medium.c -ldl
  */
@@ -42,12 +43,14 @@ static int error_of(int fd, int kind) {
               : now == 'R' ? (kind & READ ? EIO : 0)
               : now == 'W' ? (kind & WRITE ? EIO : 0) : 0;
     const char *folder = getenv("KVBM_FAULTY_FOLDER");
-    if (!error || !folder) return 0;
+    if ((!error && now != 'H') || !folder) return 0;
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     ssize_t length = readlink(link, path, sizeof path - 1);
     if (length < 0) return 0;
     path[length] = 0;
-    return strncmp(path, folder, strlen(folder)) ? 0 : error;
+    if (strncmp(path, folder, strlen(folder))) return 0;
+    while (mode() == 'H') usleep(1000);
+    return error;
 }
 
 #define CALL(type, name, kind, parameters, arguments)                          \

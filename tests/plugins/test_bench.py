@@ -286,6 +286,23 @@ def test_a_server_that_does_not_count_tokens_is_refused(server, capsys):
     assert "does not count tokens in a stream" in capsys.readouterr().err
 
 
+def test_what_a_server_says_cannot_command_the_terminal(server, capsys):
+    owned = "\x1b]0;owned\x07"
+    server.models[:] = [{"id": f"a{owned}"}, {"id": "b"}]
+    assert chat(server) == 1
+    assert r"the server has a\x1b]0;owned\x07, b" in capsys.readouterr().err
+
+    def fail(user, number):
+        raise RuntimeError(f"no{owned}")
+
+    server.before = fail
+    server.models[:] = [{"id": f"a{owned}"}]
+    assert chat(server) == 1
+    shown = capsys.readouterr()
+    assert r"(500): no\x1b]0;owned\x07" in shown.err
+    assert not {"\x1b", "\x07"} & set(shown.out + shown.err)
+
+
 # ---- whole runs
 
 
@@ -484,6 +501,7 @@ def real_server(tmp_path):
         yield url
 
 
+@pytest.mark.early
 @pytest.mark.engine
 def test_a_real_engine_is_asked_what_was_planned_and_counts_the_same(real_server, tmp_path):
     file: Path = tmp_path / "run.json"

@@ -87,6 +87,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.early
 def test_nor_where_the_engine_is_a_process_of_its_own(llama, tmp_path):
     """The setting is corrected in the process that the user started, and travels to vLLM's scheduler."""
     script = tmp_path / "engine.py"

@@ -1,5 +1,6 @@
 """The demo command, without a server: options, counters, commands, the table, the child process."""
 
+import io
 import json
 import os
 import subprocess
@@ -227,6 +228,26 @@ def test_a_stream_gives_its_text_and_skips_what_has_none():
         "data: [DONE]",
     ]
     assert [_text_of(event) for event in _events(iter(lines))] == ["", "Tides", ""]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_a_server_says_cannot_command_the_terminal(terminal):
+    written = io.StringIO()
+    screen = Screen(Console(file=written, force_terminal=terminal, color_system=None))
+    owned = "\x1b]0;owned\x07\x9b2J\u202e"
+    screen.say(f"the server refused the request (400): {owned}\nsecond line")
+    with screen.answer() as show:
+        # A command may come in pieces.
+        for piece in ("a\x1b", "[2Jb", "\u5b57\u3000\u5b57\n"):
+            show(piece)
+    said = written.getvalue()
+    assert r"(400): \x1b]0;owned\x07\x9b2J\u202e" in said
+    assert "\nsecond line\n" in said
+    assert r"a\x1b[2Jb" in said
+    assert "\u5b57\u3000\u5b57\n" in said, "what an answer is written with stays"
+    # On a terminal the spinner's own commands are there.
+    assert not {"\x07", "\x9b", "\u202e"} & set(said)
+    assert terminal or "\x1b" not in said
 
 
 def test_an_error_inside_a_stream_ends_the_demo():

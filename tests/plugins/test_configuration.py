@@ -42,7 +42,7 @@ def configure(model, tiers, *, engine=None, **transfer):
         ([{"backend": "cpu", "capacity": "1Gigabyte"}], ["capacity", "1Gigabyte", "like 8GiB"]),
         (
             [{"backend": "cpu", "capacity": "4KiB"}],
-            ["capacity '4KiB'", "smaller than one block of 24,576 bytes"],
+            ["capacity '4KiB'", "smaller than one block of 24KiB"],
         ),
         ([CPU, {"backend": "lmdb", "capacity": "1GiB", "path": "/dev/null/kv"}], ["/dev/null"]),
         ([CPU, CPU], ["two tiers are called 'cpu'", "'name'"]),
@@ -91,6 +91,55 @@ def test_a_file_is_read_and_nothing_beside_it(llama, tmp_path):
         configure(llama, None, kv_connector_extra_config={"config": str(file), "tiers": [CPU]})
 
 
+def test_a_mistake_in_a_file_names_the_file(llama, tmp_path):
+    file = tmp_path / "stack.yaml"
+    for text, words in (
+        ("{backend: cpu, capcity: 64MiB}", "unknown key 'capcity'"),
+        ("{backend: cpu, capacity: 4KiB}", "smaller than one block"),
+        ("{backend: cpu}", "missing key 'capacity'"),
+        (
+            "{backend: gds, path: /x, capacity: 1GiB, engine: fast}",
+            "engine: not one of auto, gds, posix, threads",
+        ),
+    ):
+        file.write_text(f"tiers:\n  - {text}\n")
+        with pytest.raises(Exception, match=rf"stack\.yaml: .*{words}"):
+            configure(llama, None, kv_connector_extra_config={"config": str(file)})
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"confg": "stack.yaml"}, "unknown key 'confg'; did you mean 'config'"),
+        (
+            {"config": "stack.yaml", "load_deadlin_s": 3},
+            "unknown key 'load_deadlin_s'; did you mean 'load_deadline_s'",
+        ),
+    ],
+)
+def test_an_unknown_key_beside_config_names_the_nearest(llama, extra, words):
+    with pytest.raises(Exception, match=f"kv_connector_extra_config: {words}"):
+        configure(llama, None, kv_connector_extra_config=extra)
+
+
+@pytest.mark.parametrize(("hosts", "refused"), [(1, True), (2, False)])
+def test_memory_of_several_hosts_is_checked_by_each_hosts_share(llama, monkeypatch, hosts, refused):
+    """vLLM makes no configuration of two hosts on one without the second, so its number is put there."""
+    from kvbm_cpu._memory import available_memory
+    from kvbm_vllm._settings import check_settings
+
+    config = configure(llama, [CPU])
+    monkeypatch.setattr(config.parallel_config, "nnodes", hosts)
+    capacity = available_memory()[0] * 3 // 2
+    extra = {"tiers": [{"backend": "cpu", "capacity": capacity}]}
+    monkeypatch.setattr(config.kv_transfer_config, "kv_connector_extra_config", extra)
+    if refused:
+        with pytest.raises(Exception, match="all ranks together"):
+            check_settings(config)
+    else:
+        check_settings(config)
+
+
 def test_a_stack_where_a_files_path_belongs_is_told_where_to_write_it_and_not_shown(llama):
     tier = {**CPU, "password": "S3CRET"}
     with pytest.raises(Exception, match="'config': a dict; write the path of a YAML file") as caught:
@@ -126,6 +175,14 @@ def several(*connectors):
             ["did you mean 'load_deadline_s'"],
         ),
         ([{**ours(tiers=[CPU]), "kv_role": "kv_producer"}, THEIRS], ['write "kv_both"']),
+        (
+            [{**ours(tiers=[CPU]), "load_deadline_s": 3}, THEIRS],
+            ["KvbmConnector in 'connectors' has 'load_deadline_s'"],
+        ),
+        (
+            [{"kv_connector": "KvbmConnector", "kv_role": "kv_both", "tiers": [CPU]}, THEIRS],
+            ["KvbmConnector in 'connectors' has 'tiers'", "write it in the 'kv_connector_extra_config'"],
+        ),
         ([ours(tiers=[CPU]), ours(tiers=[CPU])], ["2 of them are KvbmConnector", "write one"]),
     ],
 )
@@ -134,6 +191,15 @@ def test_ours_among_several_is_checked_as_one_that_is_alone(llama, children, wor
         configure(llama, None, **several(*children))
     for word in words:
         assert word in str(caught.value)
+
+
+def test_settings_of_ours_beside_connectors_are_refused(llama):
+    transfer = several(ours(tiers=[CPU]), THEIRS)
+    transfer["kv_connector_extra_config"]["load_deadline_s"] = 3
+    with pytest.raises(
+        Exception, match="of MultiConnector has 'load_deadline_s', where no connector finds it"
+    ):
+        configure(llama, None, **transfer)
 
 
 def test_a_model_is_refused_for_ours_among_several_too(tmp_path):
@@ -184,3 +250,20 @@ def test_what_the_pair_is_told_to_write_is_accepted(llama, monkeypatch):
     path = "kvbm.vllm_integration.connector"
     dynamo = {"kv_connector": "DynamoConnector", "kv_role": "kv_both", "kv_connector_module_path": path}
     configure(llama, None, **several(dynamo, THEIRS))
+
+
+def test_a_line_comes_once_where_vllm_makes_its_handlers_anew(monkeypatch):
+    """As it does in a process that it forks."""
+    from kvbm_vllm._logging import share_log
+
+    theirs, ours = logging.getLogger("vllm"), logging.getLogger("kvbm_core")
+    share_log()
+    before = list(ours.handlers)
+    anew, own = logging.NullHandler(), logging.NullHandler()
+    monkeypatch.setattr(theirs, "handlers", [anew])
+    monkeypatch.setattr(ours, "handlers", [*before, own])
+    share_log()
+    assert ours.handlers == [own, anew]
+    monkeypatch.undo()
+    share_log()
+    assert anew not in ours.handlers

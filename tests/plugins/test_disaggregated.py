@@ -1,65 +1,83 @@
 """Prefill and decode on two engines: vLLM's own NixlConnector hands over, ours keeps what both computed."""
 
+import contextlib
 import importlib.util
 import json
+import socket
 import subprocess
 import sys
-from pathlib import Path
+import time
 
 import pytest
 
 pytest.importorskip("vllm")
 import disaggregated_child
-from engines import BLOCK_TOKENS, generate, make_engine, make_prompts
+from engines import ANSWER_TOKENS, BLOCK_TOKENS, generate, make_engine, make_prompts
 
 pytestmark = pytest.mark.engine
 
 if not any(importlib.util.find_spec(name) for name in ("nixl", "nixl_cu13")):
     pytest.skip("NIXL is not installed: install the extra gds", allow_module_level=True)
 
+PATIENCE_S = 300
 TO_PREFILL = {
     "do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None, "remote_block_ids": None,
     "remote_host": None, "remote_port": None,
 }  # fmt: skip
 
 
-class Engine:
-    """One of the two, in a process of its own."""
+@pytest.fixture(scope="module")
+def begin(llama, tmp_path_factory):
+    """Give a function that begins an engine in a process of its own."""
+    folder = tmp_path_factory.mktemp("engines")
+    address, log = folder / "socket", folder / "log"
+    program = [sys.executable, "-X", "faulthandler", disaggregated_child.__file__, str(llama), str(address)]
+    with log.open("w") as file, subprocess.Popen(program, stdout=file, stderr=file) as parent:
 
-    def __init__(self, model, order, log):
-        self._log = log.open("w")
-        self._process = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", disaggregated_child.__file__, str(model), order],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-        )  # fmt: skip
+        def begin(order, said):
+            until = time.monotonic() + PATIENCE_S
+            while parent.poll() is None and time.monotonic() < until:
+                with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                    return Engine(address, order, said)
+                time.sleep(0.1)
+            raise AssertionError(log.read_text()[-4000:])
+
+        yield begin
+        parent.kill()
+
+
+class Engine:
+    """One of the two, at the other end of a connection."""
+
+    def __init__(self, address, order, log):
+        self._log = log
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(address))
+            self._talk = connection.makefile("rw")
+        self._write([order, str(log)])
 
     def ready(self):
         assert self._read() == {"ready": True}
 
-    def ask(self, prompt, *, max_tokens=32, params=None):
-        return self._tell({"prompt": prompt, "max_tokens": max_tokens, "params": params})
-
-    def forget(self):
-        return self._tell({"forget": True})
-
-    def close(self):
-        self._process.stdin.close()
-        try:
-            self._process.wait(timeout=60)
-        finally:
-            self._process.kill()
-            self._process.stdout.close()
-            self._log.close()
-
-    def _tell(self, asked):
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
+    def ask(self, prompt, *, max_tokens=ANSWER_TOKENS, params=None):
+        self._write({"prompt": prompt, "max_tokens": max_tokens, "params": params})
         return self._read()
 
+    def forget(self):
+        self._write({"forget": True})
+        return self._read()
+
+    def close(self):
+        """Hang up; the process ends by that."""
+        self._talk.close()
+
+    def _write(self, asked):
+        self._talk.write(json.dumps(asked) + "\n")
+        self._talk.flush()
+
     def _read(self):
-        line = self._process.stdout.readline()
-        said = Path(self._log.name).read_text()[-4000:]
-        assert line, f"an engine has ended ({self._process.wait()}): {said}"
+        line = self._talk.readline()
+        assert line, f"an engine has ended: {self._log.read_text()[-4000:]}"
         return json.loads(line)
 
 
@@ -73,9 +91,10 @@ def cold(llama):
     return list(zip(prompts, answers, strict=True))
 
 
+@pytest.mark.early
 @pytest.mark.parametrize("order", ["nixl-kvbm", "kvbm-nixl"])
-def test_nixl_hands_over_and_ours_restores_in_either_order(llama, cold, tmp_path, order):
-    engines = [Engine(llama, order, tmp_path / f"{name}.log") for name in ("prefill", "decode")]
+def test_nixl_hands_over_and_ours_restores_in_either_order(begin, cold, tmp_path, order):
+    engines = [begin(order, tmp_path / f"{name}.log") for name in ("prefill", "decode")]
     prefill, decode = engines
     try:
         for each in engines:

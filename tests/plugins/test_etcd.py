@@ -270,6 +270,24 @@ def test_a_rank_that_is_cut_off_is_listed_no_more_and_comes_back(join, etcd_serv
         assert "worker 1 (" in log.messages[1]
 
 
+def test_an_etcd_that_comes_and_goes_is_one_line_a_minute_with_a_count(join, etcd_server, log):
+    with FaultProxy(etcd_server) as proxy:
+        worker = join(0, settings={"endpoints": [proxy.endpoint]})
+        log.clear()
+        for _ in range(3):
+            proxy.mode = "refuse"
+            until(lambda: "adrift" in repr(worker))
+            proxy.mode = "pass"
+            until(lambda: "listed" in repr(worker))
+        gone, back = log.messages
+        assert "does not list worker 0 (" in gone
+        assert "lists worker 0 (" in back
+        worker.close()
+        [count] = log.messages[2:]
+        assert count.startswith("2 more in the last ")
+        assert gone in count
+
+
 def test_a_worker_cut_off_from_the_start_is_missed(join, etcd_server):
     with FaultProxy(etcd_server) as proxy:
         proxy.mode = "stall"

@@ -51,6 +51,7 @@ def make_stack(tmp_path, request):
     return lambda names: [tier(name) for name in names.split("+")]
 
 
+@pytest.mark.early
 @pytest.mark.parametrize(
     "names",
     [
@@ -84,12 +85,13 @@ def seconds_of(call):
     return result, time.perf_counter() - start_s
 
 
+@pytest.mark.early
 def test_an_s3_server_that_fails_in_every_way_costs_hits_and_comes_back(s3, start, llama, tmp_path, capsys):
     """float32, so that a restored prompt answers as a computed one does, whatever was loaded."""
     prompts = [p for p in make_prompts(60, seed=41, longest=900) if len(p) > 300][:6]
     extra = {"lookup_deadline_s": 0.5, "load_deadline_s": 2.0, "store_deadline_s": 3.0}
     options = {"dtype": "float32", "max_model_len": 2048, "extra": extra}
-    reference = [generate(llm, [p], 16)[0] for llm in [start(llama, None, **options)] for p in prompts]
+    reference = [generate(llm, [p])[0] for llm in [start(llama, None, **options)] for p in prompts]
     with FaultProxy(s3) as proxy:
         llm = start(llama, [remote(proxy.endpoint, tmp_path.name, timeout_s=1.0)], **options)
 
@@ -98,7 +100,7 @@ def test_an_s3_server_that_fails_in_every_way_costs_hits_and_comes_back(s3, star
             waits = []
             for prompt, answer in zip(prompts, reference, strict=True):
                 assert llm.reset_prefix_cache()
-                got, seconds = seconds_of(lambda prompt=prompt: generate(llm, [prompt], 16)[0])
+                got, seconds = seconds_of(lambda prompt=prompt: generate(llm, [prompt])[0])
                 assert got == answer
                 waits.append(seconds)
             return max(waits)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("vllm")
-from engines import connector, drain, forget, generate, loaded, make_prompts
+from engines import ANSWER_TOKENS, connector, drain, forget, generate, loaded, make_prompts
 from prometheus import free_port
 
 from kvbm_core import (
@@ -44,7 +44,7 @@ CACHE = SimpleNamespace(
 
 def engine(world_size=1):
     """vLLM's configuration, as far as it is asked for."""
-    parallel = SimpleNamespace(world_size=world_size, rank=0)
+    parallel = SimpleNamespace(world_size=world_size, rank=0, tensor_parallel_size=1)
     model = SimpleNamespace(
         use_mla=False, served_model_name="m", is_hybrid=False, is_attention_free=False,
         is_prefix_caching_supported=True, hf_text_config=SimpleNamespace(),
@@ -57,8 +57,8 @@ def leader(world_size=1):
 
 
 def said(rank=0, incarnation="a", found=(), **other):
-    status = TierStatus("cpu", Capabilities(capacity_blocks=64, addressable=True), list(found))
-    return Handshake(rank, [status], 4096, {}, incarnation=incarnation, **other)
+    status = TierStatus("cpu", Capabilities(capacity_bytes=64, addressable=True), [(key, 1) for key in found])
+    return Handshake(rank, [status], {}, incarnation=incarnation, **other)
 
 
 def empty_step():
@@ -136,7 +136,7 @@ def test_workers_that_opened_their_tiers_anew_are_planned_for_anew():
     made.session.planner.load("r", KEYS[:2], [1, 2], [0, 0])
     [late] = made.session.planner.take(0.0).loads
     state = made.ledger.state(request())
-    state.blocks = [5, 6, 7]
+    state.blocks = [[5, 6, 7]]
     made.outcomes(Outcomes([], handshakes=[said(incarnation="b", found=KEYS[2:4])]))
     assert made.session.planner.occupancy == {"cpu": 2}
     assert not state.may_store  # What it has computed may have gone.
@@ -194,7 +194,7 @@ def test_calls_before_the_handshake_after_the_end_and_twice_do_nothing():
     made.outcomes(Outcomes([Report(9, 0)]))
     assert made.reset()
     made.finished(request("unknown"))
-    made.allocated(request(), [1, 2, 3], 0)
+    made.allocated(request(), ([1, 2, 3],), 0)
     made.finished(request())
     made.finished(request())
     assert made.take_stats() is None
@@ -213,7 +213,7 @@ def test_what_another_connector_did_not_load_in_a_step_is_not_stored(monkeypatch
     made.start([said()])
     running, ended, loading = (made.ledger.state(request(name)) for name in ("a", "b", "c"))
     for state, blocks in ((running, [1, 2, 3]), (ended, [4, 5, 6]), (loading, [2, 8, 9])):
-        state.blocks = blocks
+        state.blocks = [blocks]
     running.computed_tokens = ended.computed_tokens = 9
     made.finished(ended.request)
     made.lost({2, 5})
@@ -250,7 +250,7 @@ def test_a_roll_call_knows_who_is_new():
 
 
 def test_a_planner_ignores_reports_of_operations_that_it_does_not_know():
-    planner = Planner([[TierStatus("cpu", Capabilities(8, addressable=True), KEYS[:1])]])
+    planner = Planner([[TierStatus("cpu", Capabilities(8, addressable=True), [(KEYS[0], 1)])]])
     assert planner.report([Report(1, 0), Report(77, 0), Report(77, 5)], 0.0) == []
     planner.load("r", KEYS[:1], [1], [0])
     [load] = planner.take(0.0).loads
@@ -294,7 +294,7 @@ def worker():
 
 
 def opened():
-    return Opened(Still(), SimpleNamespace(traits=DeviceTraits(4096, 4)), {})
+    return Opened(Still(), SimpleNamespace(traits=DeviceTraits((4096,), 4)), {})
 
 
 def loads(*ops):
@@ -409,7 +409,7 @@ def begin_to_load(llm, prompt):
     from vllm import SamplingParams
 
     forget(llm)
-    params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, detokenize=False)
+    params = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, ignore_eos=True, detokenize=False)
     llm.llm_engine.add_request("waits", {"prompt_token_ids": prompt}, params)
     for _ in range(10):
         llm.llm_engine.step()

@@ -4,9 +4,13 @@ A restored prompt is compared with what the same engine answers when its own pre
 same prefix, and page by page with what was computed.
 """
 
+import json
+import logging
+
 import pytest
 import xxhash
 from engines import (
+    ANSWER_TOKENS,
     BLOCK_TOKENS,
     assert_restored,
     connector,
@@ -55,8 +59,8 @@ class Pages:
         import ctypes
 
         device = rank.worker._engine._device
-        memory = (ctypes.c_ubyte * device.traits.block_bytes)()
-        region = Region(ctypes.addressof(memory), device.traits.block_bytes, owner=memory)
+        memory = (ctypes.c_ubyte * device.traits.block_bytes[0])()
+        region = Region(ctypes.addressof(memory), device.traits.block_bytes[0], owner=memory)
         digests = []
         for block in blocks:
             assert device.gather([block], [region]).done()
@@ -71,6 +75,7 @@ def stack(tmp_path):
     ]
 
 
+@pytest.mark.early
 def test_a_hundred_prompts_from_host_memory_and_after_a_restart_from_lmdb(
     llama, start, tmp_path, monkeypatch, capsys
 ):
@@ -127,9 +132,7 @@ def test_preempted_requests_restore_and_answer_as_without_the_connector(llama, s
 
     prompts = [p for p in make_prompts(60, seed=9, longest=1200) if len(p) > 300][:12]
     options = {"dtype": "float32", "max_model_len": 2048}
-    reference = [
-        generate(start_llm, [p], 150)[0] for start_llm in [start(llama, None, **options)] for p in prompts
-    ]
+    reference = generate(start(llama, None, **options), prompts, 150)
     preempted = []
     original = Scheduler._preempt_request
     monkeypatch.setattr(
@@ -173,7 +176,7 @@ def test_requests_preempted_between_steps_store_what_they_have_computed_and_noth
     llm = start(llama, stack(tmp_path), **options)
     engine, scheduler = llm.llm_engine, llm.llm_engine.engine_core.engine_core.scheduler
     for number, prompt in enumerate(prompts):
-        params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, detokenize=False)
+        params = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, ignore_eos=True, detokenize=False)
         engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
     answers, steps = {}, 0
     while engine.has_unfinished_requests():
@@ -190,3 +193,23 @@ def test_requests_preempted_between_steps_store_what_they_have_computed_and_noth
     assert [answer for answer, _ in restored] == reference
     assert pages.compared > 0
     assert pages.different == 0
+
+
+def test_an_engine_that_was_configured_otherwise_says_what_was_changed(llama, start, tmp_path, caplog):
+    prompts = make_prompts(2, seed=9)
+    caplog.set_level(logging.INFO, "kvbm_lmdb")
+    generate(start(llama, stack(tmp_path)), prompts)
+    assert "starts empty" not in caplog.text
+    generate(start(llama, stack(tmp_path), block_size=2 * BLOCK_TOKENS), prompts)
+    [said] = [line for line in caplog.messages if "starts empty" in line]
+    assert said.startswith(f"tier lmdb: starts empty; {tmp_path}/lmdb/rank0 was used with 1 other conf")
+    assert f"block_tokens ({2 * BLOCK_TOKENS} here, {BLOCK_TOKENS} there)" in said
+    first, second = sorted(
+        (tmp_path / "lmdb/rank0/namespaces").iterdir(), key=lambda each: each.stat().st_mtime
+    )
+    for file, tokens in ((first, BLOCK_TOKENS), (second, 2 * BLOCK_TOKENS)):
+        facts = json.loads(file.read_text())["facts"]
+        assert facts["block_tokens"] == tokens
+        assert facts["models"][0]["config"]["model_type"] == "llama"
+        # The digest of the weights, and not where they lie.
+        assert str(llama) not in file.read_text()

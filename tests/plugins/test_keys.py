@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("vllm")
+from kvbm_core.groups import Coverage, KvGroup, Rule
 from kvbm_vllm._keys import cacheable, request_keys
 from kvbm_vllm._weights import AdapterDigests, digest_files, find_files, weights_digest
 
@@ -19,7 +20,7 @@ def request(tokens, lora=None, salt=None, features=()):
 
 
 def keys(*args, **kwargs):
-    return request_keys(request(*args, **kwargs), 4, AdapterDigests()).slice(0, 2)
+    return request_keys(request(*args, **kwargs), ONE, AdapterDigests()).slice(0, 2)
 
 
 def image(name, offset, length=3):
@@ -31,28 +32,57 @@ def lora(name, path):
 
 
 TOKENS = [5, 6, 7, 8, 9, 10, 11, 12]
+ONE = (KvGroup(4),)
 
 
 def test_keys_are_the_same_in_every_process():
     program = (
         "from types import SimpleNamespace as N; from kvbm_vllm._keys import request_keys; "
+        "from kvbm_core.groups import KvGroup; "
         "from kvbm_vllm._weights import AdapterDigests; "
         f"r = N(all_token_ids={TOKENS}, lora_request=None, cache_salt='s', mm_features=()); "
-        "print(request_keys(r, 4, AdapterDigests()).slice(0, 2)[1].hex())"
+        "print(request_keys(r, (KvGroup(4),), AdapterDigests()).slice(0, 2)[1].hex())"
     )
-    seen = {
-        subprocess.run(
-            [sys.executable, "-c", program], check=True, capture_output=True, text=True,
-            env={**os.environ, "PYTHONHASHSEED": seed},
-        ).stdout.strip()
-        for seed in ("1", "2")
-    }  # fmt: skip
-    assert seen == {keys(TOKENS, salt="s")[1].hex()}
+    # This process has another seed.
+    seen = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True,
+        env={**os.environ, "PYTHONHASHSEED": "1"},
+    ).stdout.strip()  # fmt: skip
+    assert seen == keys(TOKENS, salt="s")[1].hex()
+
+
+def test_groups_share_digests_and_never_keys():
+    groups = (
+        KvGroup(4),
+        KvGroup(2, Coverage(Rule.WINDOW, 3), b"wind"),
+        KvGroup(8, Coverage(Rule.STATE), b"stat"),
+    )
+    made = request_keys(request(TOKENS), groups, AdapterDigests())
+    window, state, whole = made.slice(0, 4, 1), made.slice(0, 1, 2), made.slice(0, 2)
+    assert [key[28:] for key in [*window, *state]] == [b"wind"] * 4 + [b"stat"]
+    # What ends at the same token has the same digest, whatever the length of its block.
+    assert [window[1][:28], window[3][:28]] == [key[:28] for key in whole]
+    assert state[0][:28] == whole[1][:28]
+    assert all(key in made for key in [*window, *state, *whole])
+    assert bytes(32) not in made
+
+
+def test_keys_of_groups_made_as_tokens_come_equal_keys_made_at_once():
+    groups = (KvGroup(4), KvGroup(2, tag=b"wind"))
+    tokens = TOKENS[:2]
+    growing = request_keys(request(tokens), groups, AdapterDigests())
+    growing.slice(0, 1, 1)
+    for token in TOKENS[2:]:
+        tokens.append(token)
+        growing.slice(0, len(tokens) // 2, 1)
+    at_once = request_keys(request(TOKENS), groups, AdapterDigests())
+    for group, count in ((0, 2), (1, 4)):
+        assert growing.slice(0, count, group) == at_once.slice(0, count, group)
 
 
 def test_keys_made_as_tokens_come_equal_keys_made_at_once():
     tokens = TOKENS[:5]
-    growing = request_keys(request(tokens), 4, AdapterDigests())
+    growing = request_keys(request(tokens), ONE, AdapterDigests())
     first = growing.slice(0, 1)
     tokens += TOKENS[5:]
     assert growing.slice(0, 2) == [*first, keys(TOKENS)[1]] == keys(TOKENS)

@@ -1,6 +1,7 @@
 """KVBM's environment variables: each does what the table says, and the documentation shows the table."""
 
 import importlib
+import math
 import os
 import re
 import sys
@@ -45,9 +46,9 @@ OF_THE_WHEEL = re.findall(
 SIZES = {"DYN_KVBM_CPU_CACHE_GB": "4", "DYN_KVBM_DISK_CACHE_GB": "8"}
 
 
-def tiers(environ, world_size=1, block_bytes=BLOCK_BYTES):
+def tiers(environ, world_size=1, block_bytes=BLOCK_BYTES, engines=1):
     check_environment(environ)
-    return read_tiers(environ, lambda: block_bytes, world_size)
+    return read_tiers(environ, lambda: block_bytes, world_size, engines)
 
 
 def test_the_table_has_every_variable_of_the_wheel_once():
@@ -139,23 +140,27 @@ def test_every_variable_that_makes_the_stack_has_a_row():
 
 
 @pytest.mark.parametrize("blocks", [1, 37, 1000])
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(("world_size", "engines"), [(1, 1), (2, 1), (1, 4), (2, 2)])
 @pytest.mark.parametrize("medium", ["CPU", "DISK"])
-def test_a_number_of_blocks_is_what_the_tier_says_it_holds(medium, world_size, blocks, tmp_path):
+def test_a_number_of_blocks_is_what_the_tiers_of_all_engines_hold(
+    medium, world_size, engines, blocks, tmp_path
+):
     from kvbm_core import TierContext
     from kvbm_core.config import convert
-    from kvbm_core.layers import FOOTER_BYTES
+    from kvbm_core.layers import SEAL_BYTES
     from kvbm_core.registry import Registry
 
     name = f"DYN_KVBM_{medium}_CACHE_OVERRIDE_NUM_BLOCKS"
     environ = {name: str(blocks), "DYN_KVBM_DISK_CACHE_DIR": str(tmp_path)}
-    [entry] = load_config({"tiers": tiers(environ, world_size, 3 * 32768)}).tiers
+    [entry] = load_config({"tiers": tiers(environ, world_size, 3 * 32768, engines)}).tiers
     backend = Registry().backend(entry.backend)
     settings = convert(entry.settings, backend.config_type, "tiers[0]")
-    context = TierContext(bytes(16), 3 * 32768 // world_size + FOOTER_BYTES, world_size=world_size)
+    nbytes = 3 * 32768 // world_size + SEAL_BYTES
+    context = TierContext(bytes(16), nbytes, world_size=world_size * engines)
     tier = backend.open(settings, context)
     try:
-        assert tier.capabilities.capacity_blocks == blocks
+        capabilities = tier.capabilities
+        assert capabilities.capacity_bytes // capabilities.charge(nbytes) == math.ceil(blocks / engines)
     finally:
         tier.close()
 

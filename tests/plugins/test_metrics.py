@@ -114,16 +114,20 @@ def test_what_was_measured_at_the_start_is_told_once():
 
 
 def make(ranks=1, tiers=(("cpu", 4, True), ("disk", 9, False)), constants=None, **options):
-    status = [TierStatus(name, Capabilities(blocks, addressable=lends), []) for name, blocks, lends in tiers]
+    nbytes = BLOCK_BYTES // ranks
+    status = [
+        TierStatus(name, Capabilities(blocks * nbytes, addressable=lends), [], (nbytes,), (nbytes,))
+        for name, blocks, lends in tiers
+    ]
     planner = Planner([status] * ranks, **options)
-    return planner, Tally(planner, [status] * ranks, BLOCK_TOKENS, BLOCK_BYTES, constants)
+    return planner, Tally(planner, BLOCK_TOKENS, constants)
 
 
 def carry_out(planner, tally, failures=None, seconds=(0.5,), now_s=0):
     """Plan and report on every rank; `failures` by tier."""
     plan = planner.take(now_s)
     tally.planned(plan)
-    legs = [(op, tier) for op in plan.stores for tier in op.tiers]
+    legs = [(op, tier) for op in [*plan.stores, *plan.fills] for tier in op.tiers]
     legs += [(op, tier) for op in plan.loads for tier in {op.tier, op.fill} - {-1}]
     reports = [
         Report(op.op, tier, (failures or {}).get(tier, {}), rank_s) for op, tier in legs for rank_s in seconds
@@ -160,7 +164,7 @@ def test_at_first_every_series_is_there_and_then_only_what_has_changed():
 def test_a_tier_is_asked_for_what_those_above_have_not():
     _, tally = make()
     tally.take(0)
-    tally.matched(10, [0, 0, 1, 0, 1])
+    tally.matched(10 * BLOCK_TOKENS, 10, [0, 0, 1, 0, 1])
     assert tally.take(0) == {
         "asked_tokens": 10 * BLOCK_TOKENS, "hit_blocks|cpu": 3, "missed_blocks|cpu": 7,
         "hit_blocks|disk": 2, "missed_blocks|disk": 5,

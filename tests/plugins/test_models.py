@@ -11,7 +11,9 @@ from test_configuration import CPU, configure
 pytest.importorskip("vllm")
 from kvbm_core import ConfigError
 from kvbm_vllm import _models
-from kvbm_vllm._models import block_tokens, check_engine
+from kvbm_vllm._groups import engine_groups
+from kvbm_vllm._models import check_engine
+from kvbm_vllm._settings import _block_bytes
 
 pytestmark = pytest.mark.vllm
 
@@ -30,14 +32,17 @@ def pooling(**pooler):
 
 # Before the weights are read: the models of these have none.
 
+UNIFIED = {"disable_hybrid_kv_cache_manager": True}
+"""All layers in one group, windows too."""
+STATES = {"block_size": 32, "enable_prefix_caching": True}
+
 
 @pytest.mark.parametrize(
     ("kind", "engine", "words"),
     [
-        ("mamba2", {"block_size": None}, ["keep a state", "without KvbmConnector"]),
+        ("mamba2", {"block_size": 32}, ["enable_prefix_caching: False", "Write enable_prefix_caching: True"]),
         ("bert", {"max_model_len": 512, "runner": "pooling"}, ["not causal", "without KvbmConnector"]),
-        ("mistral", {}, [f"sliding_window: {WINDOW}", "disable_sliding_window: True"]),
-        ("gpt_oss", {}, ["Set VLLM_CPU_ATTN_SPLIT_KV=0"]),
+        ("gpt_oss", UNIFIED, ["Set VLLM_CPU_ATTN_SPLIT_KV=0"]),
         ("llama4", pooling(seq_pooling_type="MEAN"), ["seq_pooling_type: MEAN"]),
         ("llama4", pooling(seq_pooling_type="CLS"), ["seq_pooling_type: CLS"]),
     ],
@@ -48,9 +53,50 @@ def test_a_model_is_refused_before_its_weights_are_read(tmp_path, kind, engine, 
         assert word in said
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "llama4"])
-def test_windows_beside_full_attention_pass(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["gemma3", "gpt_oss", "llama4", "mistral"])
+def test_windows_pass(tmp_path, kind):
     configure(write_config(tmp_path, kind), [CPU])
+
+
+def test_a_blocks_bytes_are_estimated_where_there_is_one_length(tmp_path, llama):
+    for kind, engine in (("gemma3", {}), ("llama4", {}), ("mamba2", STATES)):
+        assert _block_bytes(configure(write_config(tmp_path / kind, kind), [CPU], engine=engine)) is None
+    assert _block_bytes(configure(llama, [CPU])) == 24 << 10
+    unified = configure(write_config(tmp_path / "unified", "gemma3"), [CPU], engine=UNIFIED)
+    assert _block_bytes(unified) == 2 * 6 * 2 * 32 * 2 * 32
+
+
+def test_windows_in_all_layers_are_refused_with_a_vllm_that_tells_too_little(tmp_path, monkeypatch):
+    monkeypatch.setattr("vllm.__version__", "0.29.0")
+    said = refusal(write_config(tmp_path, "mistral"), [CPU])
+    assert f"sliding_window: {WINDOW}" in said
+    assert "disable_sliding_window: True" in said
+
+
+def test_states_pass_from_the_version_on_that_hands_them_over(tmp_path, monkeypatch):
+    folder = write_config(tmp_path, "mamba2")
+    configure(folder, [CPU], engine=STATES)
+    monkeypatch.setattr("vllm.__version__", "0.31.2")
+    said = refusal(folder, [CPU], engine=STATES)
+    assert "keep a state" in said
+    assert "Install vLLM 0.32 or newer" in said
+
+
+def test_states_are_refused_with_what_moves_or_splits_them(tmp_path):
+    config = configure(write_config(tmp_path, "mamba2"), [CPU], engine=STATES)
+    check_engine(config)
+    config.cache_config.use_replayssm = True
+    with pytest.raises(ConfigError, match=r"use_replayssm: True.*Leave it out"):
+        check_engine(config)
+    config.cache_config.use_replayssm = False
+    config.speculative_config = SimpleNamespace(method="mtp")
+    with pytest.raises(ConfigError, match=r"speculative_config: .*while it speculates.*Leave it out"):
+        check_engine(config)
+    config.speculative_config = None
+    config.model_config = SimpleNamespace(is_hybrid=True)
+    config.scheduler_config.disable_hybrid_kv_cache_manager = True
+    with pytest.raises(ConfigError, match=r"disable_hybrid_kv_cache_manager: .*Leave those out"):
+        _models.require_states(config)
 
 
 def test_what_the_refusals_say_to_write_is_accepted(tmp_path, monkeypatch):
@@ -60,7 +106,7 @@ def test_what_the_refusals_say_to_write_is_accepted(tmp_path, monkeypatch):
         engine={"disable_sliding_window": True, "max_model_len": WINDOW},
     )
     monkeypatch.setenv("VLLM_CPU_ATTN_SPLIT_KV", "0")
-    configure(write_config(tmp_path / "gpt_oss", "gpt_oss"), [CPU])
+    configure(write_config(tmp_path / "gpt_oss", "gpt_oss"), [CPU], engine=UNIFIED)
     configure(write_config(tmp_path / "llama4", "llama4"), [CPU], engine=pooling(seq_pooling_type="LAST"))
 
 
@@ -68,7 +114,7 @@ def test_what_the_refusals_say_to_write_is_accepted(tmp_path, monkeypatch):
 def test_windows_are_refused_with_a_vllm_that_computes_all_layers_with_one(tmp_path, monkeypatch, version):
     monkeypatch.setattr("vllm.__version__", version)
     folder = write_config(tmp_path, "gemma3")
-    assert f"vLLM {version} computes all layers" in refusal(folder, [CPU])
+    assert f"vLLM {version} computes all layers" in refusal(folder, [CPU], engine=UNIFIED)
     configure(write_config(tmp_path / "llama4", "llama4"), [CPU])
 
 
@@ -130,7 +176,7 @@ def late(*specs):
     """What a connector is told when it is made."""
     config = SimpleNamespace(model_config=None, parallel_config=SimpleNamespace())
     groups = [SimpleNamespace(kv_cache_spec=each) for each in specs]
-    return block_tokens(config, SimpleNamespace(kv_cache_groups=groups))
+    return engine_groups(config, SimpleNamespace(kv_cache_groups=groups)).groups[0].block_tokens
 
 
 def test_layouts_that_keep_every_token_are_accepted():
@@ -139,21 +185,22 @@ def test_layouts_that_keep_every_token_are_accepted():
     promoted = spec("FullAttentionSpec", sliding_window=64)
     chunked = spec("FullAttentionSpec", attention_chunk_size=64)
     latent = spec("MLAAttentionSpec")
-    for each in (full, latent, promoted, chunked, uniform(a=full, b=wide), uniform(a=full, b=promoted)):
+    compressed = spec("MLAAttentionSpec", tokens_per_state=4)
+    for each in (full, latent, compressed, promoted, chunked):
+        assert late(each) == 16
+    for each in (uniform(a=full, b=wide), uniform(a=full, b=promoted)):
         assert late(each) == 16
 
 
 def test_layouts_that_do_not_are_refused_by_name_and_reason():
     window = spec("SlidingWindowSpec", sliding_window=64)
-    wider = spec("SlidingWindowSpec", sliding_window=64, head_size_v=128)
     for each, words in [
         (spec("FullAttentionSpec", non_causal=True), "FullAttentionSpec: its attention is not causal"),
         (spec("RSWASpec", rswa_window=64), "RSWASpec: it forgets tokens"),
-        (uniform(a=window, b=wider), "SlidingWindowSpec: it keeps the last tokens only"),
-        (spec("ChunkedLocalAttentionSpec", attention_chunk_size=64), "it keeps the last tokens only"),
+        (uniform(a=window, b=spec("FullAttentionSpec")), "a prefix needs other blocks of one layer"),
         (spec("HiddenStateCacheSpec"), "HiddenStateCacheSpec: it keeps hidden states"),
         (spec("SinkFullAttentionSpec", sink_len=4), "SinkFullAttentionSpec"),
-        (spec("MLAAttentionSpec", tokens_per_state=4), "one state for several tokens"),
+        (spec("MLAAttentionSpec", tokens_per_state=32), "one state for 32 tokens, and 16 are a block"),
         (uniform(a=spec("FullAttentionSpec"), b=spec("RSWASpec", rswa_window=64)), "RSWASpec"),
     ]:
         with pytest.raises(ConfigError, match=words):
@@ -173,13 +220,22 @@ def test_where_plug_ins_are_switched_off_the_model_is_looked_at_all_the_same(lla
     config.model_config.pooler_config = pooling(seq_pooling_type="MEAN")["pooler_config"]
     groups = [SimpleNamespace(kv_cache_spec=spec("FullAttentionSpec"))]
     with pytest.raises(ConfigError, match="seq_pooling_type: MEAN"):
-        block_tokens(config, SimpleNamespace(kv_cache_groups=groups))
+        engine_groups(config, SimpleNamespace(kv_cache_groups=groups))
 
 
-def test_several_groups_and_none_are_refused_in_words():
+def test_what_a_version_tells_too_little_of_is_refused_in_words(monkeypatch):
     full = spec("FullAttentionSpec")
-    with pytest.raises(ConfigError, match=r"in 2 groups .*FullAttentionSpec.*supports one"):
+    assert late(full, full) == 16
+    monkeypatch.setattr("vllm.__version__", "0.29.1")
+    with pytest.raises(ConfigError, match=r"in 2 groups .*FullAttentionSpec.*Install vLLM 0.30 or newer"):
         late(full, full)
+    with pytest.raises(ConfigError, match=r"SlidingWindowSpec.*Install vLLM 0.30 or newer"):
+        late(spec("SlidingWindowSpec", sliding_window=64))
+    with pytest.raises(ConfigError, match=r"MLAAttentionSpec: .* one state for several tokens; vLLM 0.32"):
+        late(spec("MLAAttentionSpec", tokens_per_state=4))
+
+
+def test_a_model_without_kv_is_refused():
     with pytest.raises(ConfigError, match="no layer keeps any"):
         late()
 
@@ -194,7 +250,10 @@ def test_batch_invariance_is_kept_where_vllm_keeps_it(monkeypatch):
     _models._require_like_bits(config)
 
 
-# With engines: equal answers, and blocks that were really loaded.
+# With engines: equal answers, and blocks that were really loaded. All layers are in one group, as where vLLM
+# serves windows in no other way. For groups of their own see test_hybrid.py.
+
+ONE_GROUP = {"disable_hybrid_kv_cache_manager": True}
 
 
 def restored(start, folder, tmp_path, **options):
@@ -206,7 +265,7 @@ def restored(start, folder, tmp_path, **options):
         for llm in [start(folder, None, enable_prefix_caching=False, **options)]
         for p in prompts
     ]
-    llm = start(folder, [{"backend": "cpu", "capacity": "512MiB"}], **options)
+    llm = start(folder, [{"backend": "cpu", "capacity": "512MiB"}], **ONE_GROUP, **options)
     assert [generate(llm, [p])[0] for p in prompts] == cold
     assert restore(llm, prompts) == [(a, (len(p) - 1) // 32) for a, p in zip(cold, prompts, strict=True)]
     return llm
@@ -235,7 +294,7 @@ def test_sinks_beside_windows_are_restored_where_vllm_computes_them_rightly(star
 def test_sinks_are_found_in_the_layers_when_the_name_says_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(_models, "_SINKS", ("Nothing",))
     with pytest.raises(Exception, match="VLLM_CPU_ATTN_SPLIT_KV"):
-        make_engine(write_model(tmp_path, "gpt_oss"), [CPU], max_model_len=1024)
+        make_engine(write_model(tmp_path, "gpt_oss"), [CPU], max_model_len=1024, **ONE_GROUP)
 
 
 @pytest.mark.engine

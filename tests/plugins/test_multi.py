@@ -133,6 +133,7 @@ def test_vllm_up_to_0_29_reads_statistics_as_if_they_had_been_sent():
     assert KvbmStats(data={"asked_tokens": 4})["data"] == {"asked_tokens": 4}
 
 
+@pytest.mark.ranks
 def test_two_ranks_answer_when_they_are_asked(begin, monkeypatch):
     # Two workers and the scheduler share the machine; threads that spin would take all of it.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -6,19 +6,14 @@ seed of a failure is in the test's output.
 
 import itertools
 import os
-from types import SimpleNamespace
+from collections import Counter
 
 import pytest
 
-pytest.importorskip("vllm")
-import random_engine
-from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import init_none_hash
-
+pytest.importorskip("vllm", minversion="0.32")
 from kvbm_engine import Ledger, Session
 from kvbm_engine._requests import RequestState
 from kvbm_engine._steps import StepsUnderWay
-from kvbm_vllm import _scheduler
 
 pytestmark = pytest.mark.vllm
 
@@ -28,32 +23,10 @@ FIRST_SEED = int(os.environ.get("KVBM_RANDOM_SEED", "0"))
 PARTS = 4
 
 
-@pytest.fixture
-def drive(llama, shared, monkeypatch):
-    """Run an engine with a seed; give what happened, or the error that says what was wrong."""
-    init_none_hash(sha256)
-
-    def run(seed, steps=400):
-        engine = random_engine.Engine(llama, seed)
-        monkeypatch.setattr(_scheduler, "time", SimpleNamespace(monotonic=lambda: engine.clock_s))
-        try:
-            engine.run(steps)
-        except AssertionError as error:
-            raise AssertionError(f"seed {seed}: {error}") from error
-        finally:
-            engine.close()
-        counts = engine.world.counts
-        for tier in engine.ours.counts.values():
-            counts["loaded"] += tier.loaded
-        return counts
-
-    return run
-
-
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("slots", [SLOTS, pytest.param(SOAK_SLOTS, marks=pytest.mark.soak)])
 def test_whoever_reads_a_slot_finds_the_kv_of_its_tokens_and_weights(drive, part, slots):
-    seen = random_engine.Counter()
+    seen = Counter()
     for seed in itertools.count(FIRST_SEED + part, PARTS):
         seen.update(drive(seed))
         if seen["slots"] >= slots // PARTS:
@@ -75,7 +48,7 @@ def blocks_of_loads_alone(monkeypatch):
     forgotten = set()
 
     def notes(self, request, blocks, load_tokens, now_s):
-        (forgotten.difference_update if load_tokens else forgotten.update)(blocks)
+        (forgotten.difference_update if load_tokens else forgotten.update)(blocks[0])
         allocated(self, request, blocks, load_tokens, now_s)
 
     def forgets(self, schedule):
@@ -129,5 +102,5 @@ def kv_that_outlives_a_reset(monkeypatch):
 def test_without_any_of_the_rules_some_seed_reads_wrong_kv(drive, monkeypatch, fault, first):
     fault(monkeypatch)
     with pytest.raises(AssertionError, match="reads wrong KV") as found:
-        sum((drive(seed) for seed in [first, *range(200)]), random_engine.Counter())
+        sum((drive(seed) for seed in [first, *range(200)]), Counter())
     print(fault.__name__, found.value)

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("vllm")
-from kvbm_core import Capabilities, ConfigError, Reason, Report, TierStatus, load_config
+from kvbm_core import Capabilities, ConfigError, Op, Reason, Report, TierStatus, load_config
+from kvbm_core.groups import KvGroup
 from kvbm_engine._requests import RequestState
 from kvbm_metrics import rate_reading
 from kvbm_vllm import _scheduler
@@ -55,13 +56,13 @@ def bare(*, runner_v2=False, zeroes=False, world_size=1, most_loads=32):
     )  # fmt: skip
 
 
-CPU = Capabilities(capacity_blocks=64, addressable=True)
+CPU = Capabilities(capacity_bytes=64, addressable=True)
 
 
 def half(*tiers, joins=False, most_loads=32):
     """A leader over these tiers, or an empty one in host memory."""
     made = bare(most_loads=most_loads)
-    made.start([Handshake(0, [*tiers] or [TierStatus("cpu", CPU, [])], 4096, {}, joins)])
+    made.start([Handshake(0, [*tiers] or [TierStatus("cpu", CPU, [])], {}, joins)])
     return made
 
 
@@ -72,14 +73,18 @@ PROMPT = [*range(10)]
 def keys_of(tokens):
     """The keys of all complete blocks."""
     asked = request("found", tokens)
-    return request_keys(asked, TOKENS, AdapterDigests()).slice(0, len(tokens) // TOKENS)
+    return request_keys(asked, (KvGroup(TOKENS),), AdapterDigests()).slice(0, len(tokens) // TOKENS)
 
 
 def idle(*tiers, joins=True, most_loads=32):
     """An engine that does nothing, whose device joins, over tiers that hold so many blocks of the prompt."""
     keys = keys_of(PROMPT)
     made = (
-        TierStatus(name, Capabilities(capacity_blocks=64, addressable=name == "cpu"), keys[:count])
+        TierStatus(
+            name,
+            Capabilities(capacity_bytes=64, addressable=name == "cpu"),
+            [(key, 1) for key in keys[:count]],
+        )
         for name, count in tiers or [("cpu", 2)]
     )
     return half(*made, joins=joins, most_loads=most_loads)
@@ -122,12 +127,12 @@ def step_plan(made, scheduled=None, *, new=(), cached=(), resumed=(), preempted=
 def begin(made, name, tokens, computed, blocks):
     asked = request(name, tokens)
     made.match(asked, computed)
-    made.allocated(asked, list(blocks), 0)
+    made.allocated(asked, (list(blocks),), 0)
     return asked, step(made, {name: len(tokens) - computed}, new=[(name, computed, blocks)])
 
 
 def end(made, plan):
-    made.outcomes(Outcomes([Report(op.op, tier) for op in plan.stores for tier in op.tiers]))
+    made.outcomes(Outcomes([Report(op.op, tier) for op in [*plan.stores, *plan.fills] for tier in op.tiers]))
 
 
 @pytest.mark.parametrize(
@@ -168,14 +173,14 @@ def test_a_preempted_requests_blocks_are_stored_in_the_step_that_gives_them_away
     made.outcomes(Outcomes([], 1))
     other = request("b", [*range(50, 60)])
     made.match(other, 0)
-    made.allocated(other, [7, 6, 5], 0)
+    made.allocated(other, ([7, 6, 5],), 0)
     plan = step(made, {"b": 10}, new=[("b", 0, [7, 6, 5])], preempted=["a"])
     assert [op.blocks for op in plan.stores] == [[5, 6]]
     assert plan.overwrites == [7, 6, 5]
     end(made, plan)
     # It comes back with one block found in vLLM's cache: the whole list is given, its head is not written.
     made.match(asked, TOKENS)
-    made.allocated(asked, [20, 21, 22], 0)
+    made.allocated(asked, ([20, 21, 22],), 0)
     plan = step(made, {"a": 6}, cached=[("a", TOKENS, [20, 21, 22])], resumed=["a"])
     assert plan.overwrites == [21, 22]
 
@@ -198,7 +203,7 @@ def test_a_loaded_prefix_is_overwritten_by_the_load_alone():
     end(made, step(made))
     again = request("b", tokens)
     assert made.match(again, 0) == (2 * TOKENS, True)
-    made.allocated(again, [10, 11], 2 * TOKENS)
+    made.allocated(again, ([10, 11],), 2 * TOKENS)
     plan = step(made)
     assert [op.blocks for op in plan.loads] == [[10, 11]]
     assert plan.overwrites == []
@@ -211,7 +216,7 @@ def test_a_request_whose_blocks_are_not_stored_overwrites_all_the_same():
     asked = request("a", [*range(10)])
     asked.prompt_embeds = object()
     assert made.match(asked, 0) == (0, False)
-    made.allocated(asked, [5, 6, 7], 0)
+    made.allocated(asked, ([5, 6, 7],), 0)
     assert step(made, {"a": 10}, new=[("a", 0, [5, 6, 7])]).overwrites == [5, 6, 7]
     plan = step(made, {"a": 3}, cached=[("a", 10, [8])])
     assert plan.overwrites == [8]
@@ -221,8 +226,8 @@ def test_a_request_whose_blocks_are_not_stored_overwrites_all_the_same():
 def test_a_request_that_must_wait_for_room_is_judged_once():
     """vLLM asks in every step until it has blocks for it: a try is not used up by asking."""
     tokens = [*range(100 * TOKENS + 1)]
-    capabilities = Capabilities(capacity_blocks=200, durable=True)
-    made = half(TierStatus("disk", capabilities, keys_of(tokens)))
+    capabilities = Capabilities(capacity_bytes=200, durable=True)
+    made = half(TierStatus("disk", capabilities, [(key, 1) for key in keys_of(tokens)]))
     made.session.planner.cost_model.computed(1600, 4.0, 1.0)  # 10 ms a block
     made.session.planner.cost_model.loaded(0, 100, 4.0, 1.0)  # 40 ms a block
     asked = request("b", tokens)
@@ -230,7 +235,7 @@ def test_a_request_that_must_wait_for_room_is_judged_once():
     assert tried == (1 * TOKENS, True)
     for _ in range(3):
         assert made.match(asked, 0) == tried
-    made.allocated(asked, list(range(101)), TOKENS)
+    made.allocated(asked, (list(range(101)),), TOKENS)
     assert made.counts["disk"].declined == 99
     assert [op.blocks for op in step(made).loads] == [[0]]
     assert made.match(request("c", tokens), 0) == (0, False)
@@ -241,7 +246,7 @@ def load(made, name, blocks, count=2):
     asked = request(name, PROMPT)
     found, later = made.match(asked, 0)
     assert found == count * TOKENS
-    made.allocated(asked, list(blocks), found)
+    made.allocated(asked, (list(blocks),), found)
     return later
 
 
@@ -284,7 +289,7 @@ def another_load_is_under_way(made):
 def another_was_given_blocks(made):
     other = request("other", [*range(50, 60)])
     made.match(other, 0)
-    made.allocated(other, [1, 2, 3], 0)
+    made.allocated(other, ([1, 2, 3],), 0)
 
 
 def another_has_come(made):
@@ -355,8 +360,8 @@ def test_a_request_that_finds_no_room_may_be_loaded_otherwise_later():
 @pytest.mark.parametrize("joins", [(True, True), (True, False), (False, True)])
 def test_a_load_is_part_of_a_step_where_every_ranks_device_joins(joins):
     made = bare(world_size=2)
-    status = [TierStatus("cpu", CPU, keys_of(PROMPT))]
-    made.start([Handshake(rank, status, 4096, {}, each) for rank, each in enumerate(joins)])
+    status = [TierStatus("cpu", CPU, [(key, 1) for key in keys_of(PROMPT)])]
+    made.start([Handshake(rank, status, {}, each) for rank, each in enumerate(joins)])
     assert load(made, "a", [5, 6, 7]) is not all(joins)
 
 
@@ -364,7 +369,7 @@ def test_of_what_ranks_have_measured_the_slowest_is_told():
     made = bare(world_size=2)
     status = [TierStatus("cpu", CPU, [])]
     measured = [{rate_reading("staged", "host_to_device", chosen=True): speed} for speed in (50, 40)]
-    made.start([Handshake(rank, status, 4096, {}, False, each) for rank, each in enumerate(measured)])
+    made.start([Handshake(rank, status, {}, False, each) for rank, each in enumerate(measured)])
     assert measured[1].items() <= made.take_stats().data.items()
 
 
@@ -403,7 +408,7 @@ def test_what_no_outcome_has_confirmed_is_given_up_with_its_blocks(gone):
     told = {"new": [("b", 0, [7, 6, 5])], "preempted": ["a"] if gone == "preempted" else []}
     other = request("b", [*range(50, 60)])
     made.match(other, 0)
-    made.allocated(other, [7, 6, 5], 0)
+    made.allocated(other, ([7, 6, 5],), 0)
     plans = [step(made, {"b": 10}, **told)]
     made.outcomes(Outcomes([], 1))
     pass_time()
@@ -558,7 +563,7 @@ def test_a_request_that_is_not_cached_is_not_delayed_by_a_load():
     made = idle()
     other = request("other", [*range(50, 60)], resumable=True)
     made.match(other, 0)
-    made.allocated(other, [1, 2, 3], 0)
+    made.allocated(other, ([1, 2, 3],), 0)
     step(made, {"other": 10}, new=[("other", 0, [1, 2, 3])])
     made.outcomes(Outcomes([], made.ledger.steps.number))
     assert load(made, "a", [5, 6, 7])  # In a later step: this one is the other's, too.
@@ -636,7 +641,11 @@ def test_what_has_loaded_and_does_not_run_counts_as_what_loads(end):
 
 def remote(*keys):
     """A tier that cannot list its blocks, and of which nothing is known."""
-    return TierStatus("remote", Capabilities(capacity_blocks=None, shared=True, remote_lookup=True), [*keys])
+    return TierStatus(
+        "remote",
+        Capabilities(capacity_bytes=None, shared=True, remote_lookup=True),
+        [(key, 1) for key in keys],
+    )
 
 
 def counted(made, monkeypatch):
@@ -712,7 +721,7 @@ def test_a_finding_is_remembered_until_another_one_would_be_made(change):
         end(made, step(made))
     else:
         for _ in range(3):
-            planner._tiers[0].breaker.note(Reason.ERROR, time.monotonic())
+            planner._tiers[0].breaker.note(Op.STORE, Reason.ERROR, time.monotonic())
     assert made.match(asked, 0)[0] == {"evicted": TOKENS, "stored": 2 * TOKENS, "failing": 0}[change]
 
 
@@ -735,13 +744,13 @@ def test_blocks_that_another_connector_may_load_into_are_stored_before():
     finish(made, "a", PROMPT, [5, 6, 7])
     other = request("b", [*range(50, 62)])
     made.match(other, 0)
-    made.allocated(other, [7, 6, 5], 0)
+    made.allocated(other, ([7, 6, 5],), 0)
     plan = step(made)  # It waits for its load.
     assert [op.blocks for op in plan.stores] == [[5, 6]]
     assert sorted(plan.overwrites) == sorted(plan.unordered) == [5, 6, 7]
     end(made, plan)
     # When it is scheduled vLLM names the blocks once more, with one for the rest.
-    made.allocated(other, [7, 6, 5, 9], 0)
+    made.allocated(other, ([7, 6, 5, 9],), 0)
     plan = step(made, {"b": 1}, new=[("b", 11, [7, 6, 5, 9])])
     assert (plan.overwrites, plan.unordered) == ([5, 9], [])
 
@@ -751,7 +760,7 @@ def test_what_vllms_own_cache_has_is_not_overwritten_when_it_is_given_again():
     finish(made, "a", PROMPT, [5, 6, 7])
     again = request("b", [*PROMPT, *range(90, 95)])
     made.match(again, 2 * TOKENS)
-    made.allocated(again, [5, 6, 8, 9], 0)
+    made.allocated(again, ([5, 6, 8, 9],), 0)
     plan = step(made, {"b": 7}, new=[("b", 2 * TOKENS, [5, 6, 8, 9])])
     assert plan.overwrites == [8, 9]
     assert not plan.stores
@@ -782,7 +791,7 @@ def test_a_request_that_ran_at_a_reset_is_stored_again_when_it_began_anew():
     made.outcomes(Outcomes([], 1))
     assert not step(made, preempted=["a"]).stores
     made.match(asked, 0)
-    made.allocated(asked, [8, 9, 10], 0)
+    made.allocated(asked, ([8, 9, 10],), 0)
     step(made, {"a": 10}, cached=[("a", 0, [8, 9, 10])], resumed=["a"])
     made.outcomes(Outcomes([], 3))
     [op] = step(made).stores
@@ -814,7 +823,7 @@ def test_what_vllm_was_promised_and_is_gone_when_it_gives_the_blocks_is_computed
         assert made.reset()
     elif between == "evicted":
         made.session.planner._tiers.drop(0, keys[1])
-    made.allocated(asked, [5, 6, 7], 2 * TOKENS)
+    made.allocated(asked, ([5, 6, 7],), 2 * TOKENS)
     plan = step(made)
     gone = {"reset": [5, 6], "evicted": [6], "nothing": []}[between]
     assert sorted(block for op in plan.loads for block in op.blocks) == [5, 6]
@@ -878,7 +887,7 @@ def test_blocks_of_a_request_that_was_aborted_while_it_loads_are_parked_until_th
 def test_a_block_in_a_tier_that_is_left_alone_does_not_make_a_finding_untrue(monkeypatch):
     made = idle(("cpu", 1), ("disk", 2), joins=False)
     for _ in range(3):
-        made.session.planner._tiers[1].breaker.note(Reason.ERROR, time.monotonic())
+        made.session.planner._tiers[1].breaker.note(Op.STORE, Reason.ERROR, time.monotonic())
     times, asked = counted(made, monkeypatch), request("a", PROMPT)
     assert [made.match(asked, 0) for _ in range(5)] == [(TOKENS, True)] * 5
     assert len(times) == 1

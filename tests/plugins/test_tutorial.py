@@ -30,6 +30,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
+@pytest.mark.early
 def test_every_command_of_the_tutorial(tmp_path):
     for name in ("Makefile", "tools", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -60,10 +61,10 @@ def test_every_command_of_the_tutorial(tmp_path):
             assert line in output.splitlines(), output + log
     # What the prose says of the log's second lines.
     prose = PAGE.read_text()
-    rooms = re.findall(r"tier (\w+) is open: ([\d,]+) blocks of (\d+) bytes", output)
+    rooms = re.findall(r"tier (\w+) is open: (\S+) for blocks of (\d+) bytes", output)
     assert len(rooms) == 2
     for tier, room, nbytes in rooms:
-        assert f"tier {tier} is open: {room} blocks of {nbytes} bytes" in prose or (
-            f"{room} blocks in tier `{tier}`" in prose
+        assert f"tier {tier} is open: {room} for blocks of {nbytes} bytes" in prose or (
+            f"{room} in tier `{tier}`" in prose
         ), rooms
     assert not (tmp_path / "kvbm-disk").exists()

@@ -3,13 +3,14 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
-from kvbm_core import DeviceTraits, Reason, Report, load_config
+from kvbm_core import ConfigError, DeviceTraits, Reason, Report, load_config
 from kvbm_core.plan import Load, Plan, Store
 from kvbm_engine import Step
 from kvbm_vllm._values import StepPlan
-from kvbm_vllm._worker import Opened, WorkerHalf
+from kvbm_vllm._worker import Opened, WorkerHalf, layers_by_group
 
 KEY = bytes(32)
 
@@ -39,13 +40,17 @@ class Still:
         return []
 
 
-def half():
+def half(**cache):
+    one = {"num_blocks": 64, "kv_cache_groups": [SimpleNamespace(kv_cache_spec=FullAttentionSpec())]}
     made = WorkerHalf(
         load_config({"tiers": [{"backend": "cpu", "capacity": "1MiB"}]}),
-        SimpleNamespace(model_config=None, parallel_config=SimpleNamespace(rank=0, world_size=1)),
-        SimpleNamespace(num_blocks=64, kv_cache_groups=[SimpleNamespace(kv_cache_spec=FullAttentionSpec())]),
+        SimpleNamespace(
+            model_config=None,
+            parallel_config=SimpleNamespace(rank=0, world_size=1, tensor_parallel_size=1),
+        ),
+        SimpleNamespace(**(cache or one)),
     )
-    made.attach(Opened(Still(), SimpleNamespace(traits=DeviceTraits(4096, 4)), {}))
+    made.attach(Opened(Still(), SimpleNamespace(traits=DeviceTraits((4096,), 4)), {}))
     made.handshake()  # vLLM brings it.
     return made
 
@@ -135,3 +140,42 @@ def test_a_worker_that_cannot_load_what_a_step_needs_ends_the_step(monkeypatch):
     monkeypatch.setattr(made.rank.worker, "submit", submit)
     with pytest.raises(RuntimeError, match="not there"):
         step(made, 1, plan=Plan(loads=[load(1, "a", [1], in_step=True)]), computes=True)
+
+
+def test_beside_a_group_that_is_not_stored_a_load_fails_as_a_whole():
+    """vLLM ends the engine where it is told of blocks, as soon as it has several groups."""
+    groups = [SimpleNamespace(kv_cache_spec=FullAttentionSpec(), layer_names=[str(at)]) for at in range(2)]
+    made = half(num_blocks=64, kv_cache_groups=groups, prefix_cacheable_group_ids=(0,))
+    finished, _, _ = step(made, 1, plan=Plan(loads=[load(1, "a", [3])]))
+    assert finished == set()
+    finished, _, _ = step(made, 2, Report(1, 0, {0: Reason.MISSING}))
+    assert (finished, made.take_failed_blocks(), made.take_failed_requests()) == ({"a"}, set(), {"a"})
+
+
+class TestLayersByGroup:
+    """Layer i of each group lies in tensor i, as vLLM lays out layers of one page size."""
+
+    def given(self, *groups):
+        return SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=names) for names in groups])
+
+    def tensors(self):
+        raw = torch.zeros(2, 4, 1, 2, 8)
+        return {"full.0": raw[0], "window.0": raw[0], "full.1": raw[1], "window.1": raw[1]}
+
+    def test_one_group_has_all_that_is_registered(self):
+        tensors = self.tensors()
+        assert layers_by_group(tensors, self.given(["full.0"]), [0]) == [tensors]
+
+    def test_each_group_has_its_layers_in_the_order_in_which_they_are_registered(self):
+        config = self.given(["window.1", "window.0"], ["full.0", "full.1"], [])
+        assert [list(layers) for layers in layers_by_group(self.tensors(), config, range(3))] == [
+            ["window.0", "window.1"], ["full.0", "full.1"], []
+        ]  # fmt: skip
+
+    def test_a_layer_that_uses_the_memory_of_another_needs_no_group(self):
+        tensors = self.tensors() | {"reader": self.tensors()["full.0"]}
+        config = self.given(["full.0", "full.1"], ["window.0", "window.1"])
+        with pytest.raises(ConfigError, match="layer 'reader' is in none of the 2 KV groups"):
+            layers_by_group(tensors, config, range(2))
+        tensors["reader"] = tensors["full.1"]
+        assert ["reader" in layers for layers in layers_by_group(tensors, config, range(2))] == [False, False]

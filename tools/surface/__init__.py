@@ -28,12 +28,25 @@ __all__ = ["NEVER_CALLED", "PROTOCOLS", "SOMETIMES", "Surface", "examine", "judg
 
 NEVER_CALLED: Final[Mapping[str, str]] = {
     "KvbmConnector.counts": "for those who hold the connector itself: tests, and programs around an engine",
+    "KvbmConnector.request_finished_all_groups": "of `SupportsHMA`, which it is registered as",
 }
 """Public methods of ours that no version calls, each with its reason."""
 
 SOMETIMES: Final[Mapping[str, str]] = {
+    "CacheConfig.use_replayssm": "since 0.27",
+    "KVCacheConfig.kv_tp_replicas": "since 0.31",
+    "KVCacheConfig.prefix_cache_retention_interval": "since 0.29",
+    "KVCacheConfig.prefix_cacheable_group_ids": "since 0.30",
+    "KVConnectorBlockState.boundary_state_offloads": "since 0.29, as its class",
+    "KVCacheGroupSpec.host_resident": "since 0.30",
+    "KVCacheSpec.compress_ratio": "up to 0.28, `tokens_per_state` since",
+    "KVCacheSpec.prefix_replay_tokens": "since 0.31",
+    "KVCacheSpec.tokens_per_state": "since 0.29",
     "ParallelConfig.enable_fault_tolerance": "since 0.27",
+    "SchedulerOutput.kv_connector_block_state": "since 0.29",
+    "SlidingWindowSpec.extra_retained_tokens": "since 0.28",
     "VllmConfig.is_mm_encoder_only": "since 0.29",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorTransferResults": "since 0.30",
 }
 """``Class.attribute`` that not every version has, and since which; read by `getattr` with a default."""
 
@@ -116,19 +129,27 @@ def judge(surfaces: Mapping[str, Surface], sometimes: Mapping[str, str] = SOMETI
             found.append(f"no version has {name}, read at {read.place}")
         elif name not in sometimes:
             found.append(f"{', '.join(versions)}: no {name}, read at {read.place}: name it in SOMETIMES")
+    lost = _lost(surfaces)
+    excused |= {name for _, _, name in lost}
     stale = sorted(sometimes.keys() - excused)
     found += [f"every version has {name}: take it out of SOMETIMES" for name in stale]
-    return found + _lost(surfaces)
+    return found + [
+        f"{version}: what {name.rpartition('.')[2]!r} is read of at {place} cannot be told"
+        for version, place, name in lost
+        if name not in sometimes
+    ]
 
 
-def _lost(surfaces: Mapping[str, Surface]) -> list[str]:
-    """Name places that are followed in one version and not in another, whose annotations say less."""
-    places = {version: {(read.place, read.name) for read in each.reads} for version, each in surfaces.items()}
-    everywhere = set().union(*places.values())
+def _lost(surfaces: Mapping[str, Surface]) -> list[tuple[str, str, str]]:
+    """Name places that are followed in one version and not in another, whose annotations say less.
+
+    Or which has not the class: then its attribute is named in `SOMETIMES`, and is read by `getattr`.
+    """
+    of = {(read.place, read.name): read.of for each in surfaces.values() for read in each.reads}
     return [
-        f"{version}: what {name!r} is read of at {place} cannot be told"
-        for version, have in places.items()
-        for place, name in sorted(everywhere - have)
+        (version, place, f"{of[place, name]}.{name}")
+        for version, each in surfaces.items()
+        for place, name in sorted(of.keys() - {(read.place, read.name) for read in each.reads})
     ]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvbm_core import ConfigError, Registry
-from kvbm_core.layers import FOOTER_BYTES
+from kvbm_core.layers import SEAL_BYTES
 from kvbm_vllm.kvbm._environment import makes_stack
 
 __all__ = ["read_tiers"]
@@ -23,7 +23,7 @@ _MAX_QUEUE_DEPTH: Final = 1024
 
 
 def read_tiers(
-    environ: Mapping[str, str], block_bytes: Callable[[], int | None], world_size: int
+    environ: Mapping[str, str], block_bytes: Callable[[], int | None], world_size: int, engines: int = 1
 ) -> list[dict[str, Any]]:
     """Make the tiers, as they would stand in a configuration file.
 
@@ -31,11 +31,12 @@ def read_tiers(
         environ: The environment, as checked.
         block_bytes: Gives the bytes of a block over all ranks, or None where that is not known.
         world_size: Ranks of the engine.
+        engines: That divide each tier.
 
     Raises:
         ConfigError: For a number that is none, a directory that is another user's, or no tier at all.
     """
-    sizes = _Sizes(environ, block_bytes, world_size)
+    sizes = _Sizes(environ, block_bytes, world_size, engines)
     tiers: list[dict[str, Any]] = []
     if cpu := sizes.capacity("CPU", "cpu"):
         tiers.append({"backend": "cpu", "capacity": cpu})
@@ -55,6 +56,7 @@ class _Sizes:
     environ: Mapping[str, str]
     block_bytes: Callable[[], int | None]
     world_size: int
+    engines: int
 
     def capacity(self, medium: str, backend: str) -> int:
         """Work out a tier's capacity; 0 for no tier.
@@ -66,7 +68,8 @@ class _Sizes:
         name = f"DYN_KVBM_{medium}_CACHE_OVERRIDE_NUM_BLOCKS"
         if blocks := _count(self.environ, name, 0, least=0):
             region_bytes = self._region_bytes(name, blocks)
-            return Registry().backend(backend).share_bytes(blocks, region_bytes) * self.world_size
+            share_bytes = Registry().backend(backend).share_bytes(-(-blocks // self.engines), region_bytes)
+            return share_bytes * self.world_size * self.engines
         return _gigabytes(self.environ, f"DYN_KVBM_{medium}_CACHE_GB")
 
     def _region_bytes(self, name: str, blocks: int) -> int:
@@ -75,7 +78,7 @@ class _Sizes:
         if total_bytes is None:
             raise ConfigError(f"{name}={blocks}: the bytes of this model's blocks are not known before it is "
                               f"loaded; set {name.replace('OVERRIDE_NUM_BLOCKS', 'GB')}")  # fmt: skip
-        return -(-total_bytes // self.world_size) + FOOTER_BYTES
+        return -(-total_bytes // self.world_size) + SEAL_BYTES
 
 
 def _gigabytes(environ: Mapping[str, str], name: str) -> int:

@@ -51,11 +51,11 @@ _CHANNEL = "Leave it out: leader and workers speak through vLLM, and no port is 
 
 VARIABLES: Final = (
     Variable("DYN_KVBM_CPU_CACHE_GB", Use.STACK,
-        "Capacity of the `cpu` tier: 10^9 bytes, for all ranks of the engine together. 0: no such tier."),
+        "Capacity of the `cpu` tier: 10^9 bytes, for all ranks together. 0: no such tier."),
     Variable("DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS", Use.STACK,
         "The `cpu` tier holds so many blocks of the engine; wins over `DYN_KVBM_CPU_CACHE_GB`. 0: not set."),
     Variable("DYN_KVBM_DISK_CACHE_GB", Use.STACK,
-        "Capacity of the `gds` tier: 10^9 bytes, for all ranks of the engine together. 0: no such tier."),
+        "Capacity of the `gds` tier: 10^9 bytes, for all ranks together. 0: no such tier."),
     Variable("DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS", Use.STACK,
         "The `gds` tier holds at least so many blocks of the engine; wins over `DYN_KVBM_DISK_CACHE_GB`. "
         "0: not set."),

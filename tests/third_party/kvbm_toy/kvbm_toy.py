@@ -1,4 +1,4 @@
-"""Keeps blocks in one SQLite file.
+"""Keeps objects of any length in one SQLite file.
 
     caller ── STORE, LOAD, LOOKUP, discard ──► one queue ── kvbm-toy-rank0 ──► rank0/blocks.sqlite
 
@@ -31,9 +31,17 @@ _log = logging.getLogger("kvbm_toy")
 
 _QUEUE_DEPTH = 64
 _PAGE_BYTES = 4096
+_USABLE_BYTES = 4092
+"""Of a page that continues a row."""
+_OVERHEAD_BYTES = 3072
+"""A row's head, its page of the tree, its place in the index. After much coming and going a row has a page
+of the tree to itself in the worst case: measured at most 1,850 bytes, for rows just above half a page."""
 _FIXED_PAGES = 24
 """The schema, the roots of the trees, the first pages of the journal."""
-_DONE, _MISSING = (Outcome.DONE, Reason.NONE), (Outcome.MISSING, Reason.MISSING)
+_End = tuple[tuple[Outcome, Reason], int]
+"""How a transfer ended, and the length of the object."""
+_DONE = Outcome.DONE, Reason.NONE
+_MISSING = Outcome.MISSING, Reason.MISSING
 _REASONS = {sqlite3.SQLITE_FULL: Reason.FULL, sqlite3.SQLITE_CORRUPT: Reason.CORRUPT}
 _TABLE = "CREATE TABLE IF NOT EXISTS block (id INTEGER PRIMARY KEY, space BLOB, key BLOB UNIQUE, data BLOB)"
 
@@ -48,20 +56,19 @@ class ToyConfig(kvbm.TierConfig, frozen=True):
 
 
 class ToyTier(kvbm.Tier):
-    """Blocks as rows of one table."""
+    """Objects as rows of one table."""
 
     def __init__(self, config: ToyConfig, context: kvbm.TierContext) -> None:
         self._context = context
         self._folder = Path(config.path).expanduser() / f"rank{context.rank}"
         self._pages = config.capacity // context.world_size // _PAGE_BYTES
-        # A row takes whole pages of 4092 usable bytes, and a page of its tree; a sixteenth of a page is
-        # for the trees' upper pages. Two rows' room is the journal's.
-        row_pages = -(-(context.block_bytes + 128) // 4092) + 1 + 1 / 16
-        blocks = max(0, int((self._pages - _FIXED_PAGES) / row_pages - 2))
-        if not blocks:
-            least = int(_PAGE_BYTES * (_FIXED_PAGES + 3 * row_pages + 1) * context.world_size)
-            raise _refusal(f"capacity: {config.capacity} holds no block; write at least {least}")
-        self._capabilities = kvbm.Capabilities(blocks, _QUEUE_DEPTH, durable=True, detail=f"{self._folder}")
+        self._capabilities = kvbm.Capabilities(
+            self._room(config),
+            _QUEUE_DEPTH,
+            durable=True,
+            detail=f"{self._folder}",
+            overhead_bytes=_OVERHEAD_BYTES,
+        )
         self._lock_file = _lock(self._folder)
         try:
             self._database = self._open(self._folder / "blocks.sqlite")
@@ -69,7 +76,7 @@ class ToyTier(kvbm.Tier):
         except (OSError, sqlite3.Error) as error:
             os.close(self._lock_file)
             raise _refusal(f"path: {self._folder}: {error}; write another directory, or delete it") from error
-        self._count = len(self._found)
+        self._used_bytes = sum(self._capabilities.charge(nbytes) for _, nbytes in self._found)
         self._done: deque[Completion] = deque()
         self._unpolled = 0
         self._closed = False
@@ -77,14 +84,16 @@ class ToyTier(kvbm.Tier):
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{self._unpolled} in flight"
-        return f"<ToyTier {self._folder} {self._count}/{self._capabilities.capacity_blocks} blocks, {state}>"
+        return (
+            f"<ToyTier {self._folder} {self._used_bytes}/{self._capabilities.capacity_bytes} bytes, {state}>"
+        )
 
     @property
     def capabilities(self) -> kvbm.Capabilities:
         """See `Tier.capabilities`."""
         return self._capabilities
 
-    def inventory(self) -> Iterable[kvbm.BlockKey]:
+    def inventory(self) -> Iterable[tuple[kvbm.BlockKey, int]]:
         """See `Tier.inventory`. Oldest first."""
         return self._found
 
@@ -117,6 +126,16 @@ class ToyTier(kvbm.Tier):
             self._database.close()
             os.close(self._lock_file)
 
+    def _room(self, config: ToyConfig) -> int:
+        """Count the bytes of objects that the pages hold. The room of two of the longest is the journal's."""
+        longest_bytes = self._context.max_bytes + _OVERHEAD_BYTES
+        longest_pages = -(-longest_bytes // _USABLE_BYTES)
+        room = (self._pages - _FIXED_PAGES - 2 * longest_pages) * _USABLE_BYTES
+        if room < longest_bytes:
+            least = _PAGE_BYTES * (_FIXED_PAGES + 3 * longest_pages) * self._context.world_size
+            raise _refusal(f"capacity: {config.capacity} holds no object; write at least {least}")
+        return room
+
     def _open(self, file: Path) -> sqlite3.Connection:
         if file.exists() and file.stat().st_size > self._pages * _PAGE_BYTES:
             _log.warning("%s is larger than its capacity: dropping it", file)
@@ -134,52 +153,75 @@ class ToyTier(kvbm.Tier):
             raise
         return database
 
-    def _take_stock(self) -> list[kvbm.BlockKey]:
-        """List the blocks that are served, oldest first, and delete all others."""
-        served = (self._context.namespace, self._context.block_bytes)
-        self._database.execute("DELETE FROM block WHERE space != ? OR length(data) != ?", served)
-        trim = "DELETE FROM block WHERE id NOT IN (SELECT id FROM block ORDER BY id DESC LIMIT ?)"
-        self._database.execute(trim, (self._capabilities.capacity_blocks,))
-        return [bytes(key) for (key,) in self._database.execute("SELECT key FROM block ORDER BY id")]
+    def _take_stock(self) -> list[tuple[kvbm.BlockKey, int]]:
+        """List the objects that are served, oldest first, and delete all others."""
+        served = (self._context.namespace, self._context.max_bytes)
+        self._database.execute(
+            "DELETE FROM block WHERE space != ? OR length(data) NOT BETWEEN 1 AND ?", served
+        )
+        found: list[tuple[kvbm.BlockKey, int]] = []
+        room = self._capabilities.capacity_bytes or 0
+        rows = self._database.execute("SELECT id, key, length(data) FROM block ORDER BY id DESC").fetchall()
+        for number, key, nbytes in rows:
+            room -= self._capabilities.charge(nbytes)
+            if room < 0:
+                self._database.execute("DELETE FROM block WHERE id <= ?", (number,))
+                break
+            found.append((bytes(key), nbytes))
+        return found[::-1]
 
     # From here on: the tier's own thread.
 
     def _run(self, transfer: kvbm.Transfer) -> None:
+        nbytes = 0
         try:
-            end = getattr(self, f"_{transfer.op.value}")(transfer)
+            end, nbytes = getattr(self, f"_{transfer.op.value}")(transfer)
         except Exception as error:  # noqa: BLE001 - a thread's top: it becomes a completion
-            _log.error("%s of %s: %s", transfer.op.value, transfer.key.hex()[:16], error)
+            _log.error(
+                "%s: %s of %s: %s",
+                self._context.name or "toy",
+                transfer.op.value,
+                transfer.key.hex()[:16],
+                error,
+            )
             end = (Outcome.FAILED, _REASONS.get(getattr(error, "sqlite_errorcode", -1), Reason.ERROR))
-        self._done.append(Completion(transfer.ticket, *end))
+        self._done.append(Completion(transfer.ticket, *end, nbytes=nbytes))
         self._context.wake()
 
-    def _lookup(self, transfer: kvbm.Transfer) -> tuple[Outcome, Reason]:
-        row = self._database.execute("SELECT 1 FROM block WHERE key = ?", (transfer.key,)).fetchone()
-        return _DONE if row else _MISSING
+    def _lookup(self, transfer: kvbm.Transfer) -> _End:
+        row = self._database.execute(
+            "SELECT length(data) FROM block WHERE key = ?", (transfer.key,)
+        ).fetchone()
+        return (_DONE, row[0]) if row else (_MISSING, 0)
 
-    def _store(self, transfer: kvbm.Transfer) -> tuple[Outcome, Reason]:
-        if self._lookup(transfer) is _DONE:
-            return _DONE
-        if self._count >= (self._capabilities.capacity_blocks or 0):
-            return Outcome.FAILED, Reason.FULL
+    def _store(self, transfer: kvbm.Transfer) -> _End:
+        found = self._lookup(transfer)
+        if found[0] is _DONE:
+            return found
+        charge = self._capabilities.charge(transfer.region.nbytes)
+        if self._used_bytes + charge > (self._capabilities.capacity_bytes or 0):
+            return (Outcome.FAILED, Reason.FULL), 0
         row = (self._context.namespace, transfer.key, transfer.region.view())
         self._database.execute("INSERT INTO block (space, key, data) VALUES (?, ?, ?)", row)
-        self._count += 1
-        return _DONE
+        self._used_bytes += charge
+        return _DONE, transfer.region.nbytes
 
-    def _load(self, transfer: kvbm.Transfer) -> tuple[Outcome, Reason]:
-        row = self._database.execute("SELECT data FROM block WHERE key = ?", (transfer.key,)).fetchone()
-        if row is None:
-            return _MISSING
-        if len(row[0]) != transfer.region.nbytes:
-            return Outcome.FAILED, Reason.CORRUPT
-        transfer.region.view()[:] = row[0]
-        return _DONE
+    def _load(self, transfer: kvbm.Transfer) -> _End:
+        end, nbytes = self._lookup(transfer)
+        if end is _MISSING:
+            return end, 0
+        if not 0 < nbytes <= transfer.region.nbytes:
+            return (Outcome.FAILED, Reason.CORRUPT), 0
+        [data] = self._database.execute("SELECT data FROM block WHERE key = ?", (transfer.key,)).fetchone()
+        transfer.region.view()[:nbytes] = data
+        return end, nbytes
 
     def _erase(self, keys: Sequence[kvbm.BlockKey]) -> None:
         # What an error leaves is served on: equal keys have equal bytes, and its room stays counted.
         for key in keys:
-            self._count -= self._database.execute("DELETE FROM block WHERE key = ?", (key,)).rowcount
+            gone = "DELETE FROM block WHERE key = ? RETURNING length(data)"
+            for (nbytes,) in self._database.execute(gone, (key,)).fetchall():
+                self._used_bytes -= self._capabilities.charge(nbytes)
 
 
 def _refusal(message: str) -> kvbm.TierOpenError:
@@ -211,4 +253,4 @@ def _check(config: ToyConfig) -> None:
 @kvbm.hookimpl
 def kvbm_backends() -> Sequence[kvbm.Backend]:
     """Offer the backend ``toy``."""
-    return [kvbm.Backend("toy", ToyConfig, ToyTier, _check, contract_version=1)]
+    return [kvbm.Backend("toy", ToyConfig, ToyTier, _check, contract_version=2)]

@@ -1,4 +1,4 @@
-"""Host memory for blocks on their way: a fixed number of equal, page-aligned slots."""
+"""Host memory for objects on their way: a fixed number of equal, page-aligned slots."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Staging:
 
     Args:
         nbytes: Memory to take at most; at least one slot is made.
-        region_bytes: Bytes of each region.
+        region_bytes: Bytes of each region: the longest object.
         pin: Page-locks ``(address, nbytes)``, see `TierContext.pin`.
     """
 

@@ -1,0 +1,114 @@
+"""The policies that come with the core: least recently used, and first in, first out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Container, Sequence
+from typing import Final
+
+from kvbm_core.block import BlockKey
+from kvbm_core.hookspecs import hookimpl
+from kvbm_core.policy import EvictionPolicy, Policy, PolicyConfig, PolicyContext
+
+__all__ = ["Fifo", "Lru", "kvbm_policies"]
+
+_CANDIDATES: Final = 64
+_CANDIDATES_PART: Final = 256
+"""So many are taken from the front of the order at once, or so small a part of all if that is more: the way
+to the front is as long as many objects have gone from there."""
+_SPARED_AT_ONCE: Final = 64
+"""Protected objects passed over in one eviction, beside `_SPARED_EACH` for each victim; the next eviction
+goes on behind them."""
+_SPARED_EACH: Final = 8
+
+
+class NoSettings(PolicyConfig, frozen=True):
+    """A policy without settings."""
+
+
+class Fifo(dict[BlockKey, int], EvictionPolicy):
+    """First in, first out. Every operation takes the same time at any number of objects.
+
+    It *is* a dictionary of the bytes that each object takes, the next victim first: to ask whether an object
+    is there costs no Python call, and a million take 42 bytes each.
+
+    Protected objects at the front go to the end when they are met, so that each is met once in a round.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+        """That all take."""
+        self._candidates: dict[BlockKey, None] = {}
+        """From the front, the next victim last: a dictionary gives up its last key at once, and finds its
+        first one slowly once many before it are gone."""
+
+    def insert(self, key: BlockKey, nbytes: int) -> None:
+        """See `EvictionPolicy.insert`."""
+        self[key] = nbytes
+        self.nbytes += nbytes
+
+    def touch(self, key: BlockKey) -> None:
+        """See `EvictionPolicy.touch`."""
+
+    def remove(self, key: BlockKey) -> None:
+        """See `EvictionPolicy.remove`."""
+        self.nbytes -= self.pop(key)
+        self._candidates.pop(key, None)
+
+    def admitted(self, keys: list[BlockKey], fitting: int, nbytes: int) -> list[BlockKey]:
+        """Give the leading keys that are let in: here all.
+
+        Args:
+            keys: Of objects that are not known.
+            fitting: So many of them fit without eviction, and need not be asked for. Below 0 for none.
+            nbytes: The bytes of the capacity that each would take.
+        """
+        return keys
+
+    def evict(
+        self, nbytes: int, protected: Container[BlockKey], pinned: Container[BlockKey] = ()
+    ) -> list[BlockKey]:
+        """See `EvictionPolicy.evict`; `pinned` are more that must stay."""
+        victims: list[BlockKey] = []
+        candidates, pop, missing, spared = self._candidates, self.pop, nbytes, _SPARED_AT_ONCE
+        for _ in range(len(self)):
+            if missing <= 0 or not spared:
+                break
+            if not candidates:
+                count = max(_CANDIDATES, len(self) // _CANDIDATES_PART)
+                candidates = dict.fromkeys(reversed(list(itertools.islice(self, count))))
+                self._candidates = candidates
+            key, _ = candidates.popitem()
+            if key in pinned or key in protected:
+                self[key] = pop(key)
+                spared -= 1
+            else:
+                missing -= pop(key)
+                victims.append(key)
+                spared += _SPARED_EACH
+        self.nbytes -= nbytes - missing
+        return victims
+
+
+class Lru(Fifo):
+    """Least recently used first."""
+
+    def touch(self, key: BlockKey) -> None:
+        """See `EvictionPolicy.touch`."""
+        self[key] = self.pop(key)
+        self._candidates.pop(key, None)
+
+
+def _make_lru(config: NoSettings, context: PolicyContext) -> Lru:
+    return Lru()
+
+
+def _make_fifo(config: NoSettings, context: PolicyContext) -> Fifo:
+    return Fifo()
+
+
+@hookimpl
+def kvbm_policies() -> Sequence[Policy]:
+    """Offer the policies ``lru`` and ``fifo``."""
+    return [Policy("lru", NoSettings, _make_lru), Policy("fifo", NoSettings, _make_fifo)]

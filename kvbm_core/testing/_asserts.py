@@ -1,0 +1,25 @@
+"""Has pytest rewrite the asserts of the kit, so that a test that fails shows the values.
+
+pytest does so by itself for the files of tests alone. This module is imported before those that assert.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Final
+
+__all__: list[str] = []
+
+_ASSERTING: Final = (
+    "_child",
+    "_machine",
+    "_rig",
+    "_room",
+    "_watch",
+    "codec_suite",
+    "policy_suite",
+    "suite",
+)
+
+if _pytest := sys.modules.get("pytest"):  # Without it nobody runs the suites.
+    _pytest.register_assert_rewrite(*(f"kvbm_core.testing.{name}" for name in _ASSERTING))

@@ -1,0 +1,271 @@
+"""The suite of codecs: what every codec must do.
+
+    from kvbm_core.testing.codec_suite import CodecSuite
+
+    class TestDeflate(CodecSuite):
+        codec = "deflate"
+
+        def settings(self, folder):
+            return {"level": 3}
+
+Run it with pytest. Each test is named for the line of `kvbm_core.Codec` that it proves; none can be
+overridden, see `kvbm_core.testing.suite`.
+
+A codec need not find every damage: the seal within the decoded bytes does. It must end with `CorruptError`
+or a length, and write nothing outside its target.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import random
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvbm_core.block import BlockKey
+from kvbm_core.codec import Codec, CodecConfig, CodecContext, CodecKind
+from kvbm_core.config import convert
+from kvbm_core.errors import CorruptError
+from kvbm_core.registry import Registry
+from kvbm_core.testing._machine import settings_of
+from kvbm_core.testing._rig import NAMESPACE, Memory, lengths
+from kvbm_core.testing._whole import WholeSuite, insist_on_the_whole
+from kvbm_core.tier import CONTRACT_VERSION
+
+__all__ = ["CodecSuite"]
+
+_MOST_BYTES: Final = 40 * 1024 + 96
+_THREADS: Final = 4
+_ROUNDS: Final = 40
+_FLIPS: Final = 200
+
+
+def _key(number: int) -> BlockKey:
+    return hashlib.sha256(f"codec {number}".encode()).digest()
+
+
+@functools.cache
+def _contents(nbytes: int) -> list[bytes]:
+    """Make objects of one length: nothing but zeros, noise, a pattern, and numbers as a cache has them."""
+    chance = random.Random(nbytes)
+    pattern = (b"kvbm-core " * (nbytes // 10 + 1))[:nbytes]
+    # bfloat16 around zero: the low byte of each is noise, the high byte one of a few.
+    near_zero = bytes(
+        chance.randrange(256) if at % 2 == 0 else 0x3C + chance.randrange(4) for at in range(nbytes)
+    )
+    return [bytes(nbytes), chance.randbytes(nbytes), pattern, near_zero]
+
+
+class _Bench:
+    """Encodes and decodes with one codec, between memory that nobody may touch."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec = codec
+
+    def encode(self, content: bytes, number: int = 0, *, room: int = 0) -> bytes:
+        """Encode an object.
+
+        Args:
+            content: The object.
+            number: Of its key.
+            room: Bytes that its target has beyond what `Codec.max_bytes` says.
+        """
+        most = self.codec.max_bytes(len(content))
+        source, target = Memory(len(content), content), Memory(most + room)
+        made = self.codec.encode(_key(number), source.region.view().toreadonly(), target.region.view())
+        assert isinstance(made, int), f"encode() gave {made!r}, it must be a length"
+        assert 0 < made <= most, f"{len(content)} bytes became {made}, max_bytes() says {most}"
+        assert target.sound, "bytes outside the target were written"
+        assert source.sound, "bytes outside the source were written"
+        assert source.read() == content, "the source was changed: other tiers store the same memory"
+        return target.read()[:made]
+
+    def decode(self, encoded: bytes, nbytes: int, number: int = 0) -> bytes:
+        """Decode into a target of so many bytes.
+
+        Raises:
+            CorruptError: By the codec.
+        """
+        source, target = Memory(len(encoded), encoded), Memory(nbytes)
+        try:
+            made = self.codec.decode(_key(number), source.region.view().toreadonly(), target.region.view())
+        finally:
+            assert target.sound, "bytes outside the target were written"
+            assert source.sound, "bytes outside the source were written"
+            assert source.read() == encoded, "the source was changed"
+        assert isinstance(made, int), f"decode() gave {made!r}, it must be a length"
+        assert 0 <= made <= nbytes, f"decode() says {made} bytes, its target has {nbytes}"
+        return target.read()[:made]
+
+    def bear(self, encoded: bytes, nbytes: int, number: int = 0) -> bytes | None:
+        """Decode what may be damaged; None if the codec refuses it."""
+        with contextlib.suppress(CorruptError):
+            return self.decode(encoded, nbytes, number)
+        return None
+
+
+class CodecSuite(WholeSuite):
+    """Subclass it, name a codec, and run pytest."""
+
+    codec: ClassVar[str | CodecKind]
+    """The name of an entry point, or a `kvbm_core.CodecKind`."""
+    uses_key: ClassVar[bool] = False
+    """True if what it makes depends on the key. Else the key must make no difference."""
+    waivers: ClassVar[Mapping[str, str]] = {}
+    """Tests that this codec cannot pass, and why. Each must fail, else the waiver is out of date."""
+    programs: ClassVar[int] = 200
+    """Random objects of the last two tests."""
+    members = frozenset({"codec", "settings", "uses_key", "waivers", "programs"})
+
+    def settings(self, folder: Path) -> Mapping[str, Any]:
+        """Give the keys beside ``name``, as an operator would write them. By default none.
+
+        Args:
+            folder: Of the test's own: a place for a key file.
+        """
+        return {}
+
+    @pytest.fixture
+    def bench(self, tmp_path: Path) -> _Bench:
+        """Give the test a codec."""
+        insist_on_the_whole(type(self))
+        return _Bench(self.opened(tmp_path))
+
+    def kind(self) -> CodecKind:
+        """Give what the package registers."""
+        return Registry().codec(self.codec) if isinstance(self.codec, str) else self.codec
+
+    def opened(self, folder: Path) -> Codec:
+        """Open a codec."""
+        kind = self.kind()
+        config = convert(self.settings(folder), kind.config_type, "settings")
+        return kind.open(config, CodecContext(NAMESPACE, _MOST_BYTES, "suite"))
+
+    def test_the_codec_is_what_the_core_expects(self, bench: _Bench) -> None:
+        """Its name is its entry point's, its contract ours, what it opens is a codec."""
+        kind = self.kind()
+        assert kind.contract_version == CONTRACT_VERSION
+        assert isinstance(self.codec, CodecKind) or kind.name == self.codec
+        assert issubclass(kind.config_type, CodecConfig)
+        assert isinstance(kind.saves_room, bool)
+        assert isinstance(bench.codec, Codec)
+        assert isinstance(bench.codec.identity, bytes)
+        assert "\n" not in repr(bench.codec)
+
+    def test_max_bytes_grows_with_the_length(self, bench: _Bench) -> None:
+        """One longest object thus bounds all others."""
+        most = [bench.codec.max_bytes(nbytes) for nbytes in range(1, _MOST_BYTES, 7)]
+        assert min(most) > 0
+        assert most == sorted(most)
+
+    def test_a_decoded_object_is_the_one_that_was_encoded(self, bench: _Bench) -> None:
+        """Of every length and content; into a target as long as the object, and a longer."""
+        for nbytes in lengths(_MOST_BYTES):
+            for content in _contents(nbytes):
+                encoded = bench.encode(content)
+                assert bench.decode(encoded, nbytes) == content
+                assert bench.decode(encoded, nbytes + 1000) == content
+
+    def test_encode_fills_at_most_max_bytes_of_a_longer_target(self, bench: _Bench) -> None:
+        """The target of the longest object serves the shortest."""
+        for nbytes in lengths(_MOST_BYTES):
+            for content in _contents(nbytes):
+                assert bench.decode(bench.encode(content, room=5000), nbytes) == content
+
+    def test_an_object_can_be_encoded_again(self, bench: _Bench) -> None:
+        """Also when the result differs, as with a random nonce: each is the object."""
+        content = _contents(5000)[3]
+        for encoded in [bench.encode(content) for _ in range(20)]:
+            assert bench.decode(encoded, len(content)) == content
+
+    def test_another_codec_of_the_same_settings_decodes(self, bench: _Bench, tmp_path: Path) -> None:
+        """After a restart, or in another engine. Its identity is the same."""
+        other = _Bench(self.opened(tmp_path))
+        assert other.codec.identity == bench.codec.identity
+        for nbytes in lengths(_MOST_BYTES):
+            for content in _contents(nbytes):
+                assert other.decode(bench.encode(content), nbytes) == content
+
+    def test_another_key_makes_no_difference_unless_the_codec_uses_it(self, bench: _Bench) -> None:
+        """Where the suite says `uses_key`, another's object is refused, or left to the seal."""
+        for content in _contents(5000):
+            found = bench.bear(bench.encode(content, 1), len(content), 2)
+            assert (found != content) is self.uses_key, f"uses_key is {self.uses_key}"
+
+    def test_a_result_that_does_not_fit_is_corrupt(self, bench: _Bench) -> None:
+        """`CorruptError`, and no byte is written behind the target."""
+        for content in _contents(9000):
+            encoded = bench.encode(content)
+            for nbytes in (1, 4096, 8999):
+                with pytest.raises(CorruptError):
+                    bench.decode(encoded, nbytes)
+
+    def test_flipped_bits_are_refused_or_left_to_the_seal(self, bench: _Bench) -> None:
+        """`CorruptError` or a length: no other error, no crash, nothing outside the target."""
+        chance = random.Random(3)
+        for content in _contents(5000):
+            encoded = bench.encode(content)
+            places = [*range(min(16, len(encoded))), *chance.choices(range(len(encoded)), k=_FLIPS)]
+            for at in places:
+                damaged = bytearray(encoded)
+                damaged[at] ^= 1 << chance.randrange(8)
+                bench.bear(bytes(damaged), len(content))
+
+    def test_a_cut_or_lengthened_object_is_refused_or_left_to_the_seal(self, bench: _Bench) -> None:
+        """Down to one byte; by zeros, by noise, by itself."""
+        for content in _contents(5000):
+            encoded = bench.encode(content)
+            cuts = {
+                1,
+                2,
+                len(encoded) // 2,
+                len(encoded) - 1,
+                *range(1, len(encoded), 1 + len(encoded) // 40),
+            }
+            for nbytes in sorted(cuts - {0, len(encoded)}):
+                bench.bear(encoded[:nbytes], len(content))
+            for more in (b"\0", bytes(4096), random.Random(4).randbytes(100), encoded):
+                bench.bear(encoded + more, len(content))
+
+    def test_several_threads_may_use_it_at_once(self, bench: _Bench) -> None:
+        """Each has its own objects."""
+
+        def work(thread: int) -> None:
+            chance = random.Random(thread)
+            for at in range(_ROUNDS):
+                nbytes = chance.randint(1, _MOST_BYTES)
+                content = chance.randbytes(nbytes // 2) + bytes(nbytes - nbytes // 2)
+                number = thread * _ROUNDS + at
+                assert bench.decode(bench.encode(content, number), nbytes, number) == content
+
+        with ThreadPoolExecutor(_THREADS) as threads:
+            for end in [threads.submit(work, thread) for thread in range(_THREADS)]:
+                end.result()
+
+    def test_any_object_survives(self, bench: _Bench) -> None:
+        """Random bytes; hypothesis prints the shortest object that does not."""
+
+        @settings_of(self.programs)
+        @given(content=st.binary(min_size=1, max_size=2000), number=st.integers(0, 3))
+        def program(content: bytes, number: int) -> None:
+            assert bench.decode(bench.encode(content, number), len(content), number) == content
+
+        program()
+
+    def test_any_bytes_are_decoded_or_refused(self, bench: _Bench) -> None:
+        """Whatever a stranger has put there; hypothesis prints the shortest that is not."""
+
+        @settings_of(self.programs)
+        @given(encoded=st.binary(min_size=1, max_size=300), nbytes=st.integers(1, 5000))
+        def program(encoded: bytes, nbytes: int) -> None:
+            bench.bear(encoded, nbytes)
+
+        program()

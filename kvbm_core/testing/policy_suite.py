@@ -1,0 +1,358 @@
+"""The suite of policies: what every policy of eviction and admission must do.
+
+    from kvbm_core.testing.policy_suite import PolicySuite
+
+    class TestArc(PolicySuite):
+        policy = "arc"
+        settings = {"ghosts": 0.5}
+
+Run it with pytest. Each test is named for the line of `kvbm_core.EvictionPolicy` that it proves; none can be
+overridden, see `kvbm_core.testing.suite`. `PolicyOracle` checks a policy wherever it runs: in a simulation,
+or behind a trace of real requests.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import itertools
+import random
+import tracemalloc
+from collections.abc import Collection, Container, Mapping, Sequence
+from typing import Any, ClassVar, Final
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+
+from kvbm_core.block import BlockKey
+from kvbm_core.config import convert
+from kvbm_core.policy import EvictionPolicy, Policy, PolicyConfig, PolicyContext
+from kvbm_core.registry import Registry
+from kvbm_core.testing._machine import settings_of
+from kvbm_core.testing._whole import WholeSuite
+from kvbm_core.tier import CONTRACT_VERSION
+
+__all__ = ["PolicyOracle", "PolicySuite"]
+
+_USUAL_BYTES: Final = 1000
+_OBJECTS: Final = 200
+"""Of the usual length that the tier has room for."""
+_CAPACITY_BYTES: Final = _USUAL_BYTES * _OBJECTS
+_EVICTIONS: Final = 8
+"""After so many in a row that free too little, the core goes on without the policy."""
+_WARM_ROUNDS: Final = 20
+_ROUNDS: Final = 100
+"""Capacities of new objects that pass through a policy when its memory is measured."""
+_GHOST_BYTES: Final = 4
+"""Less than a policy that remembers every key keeps for each."""
+_STEPS: Final = 40
+_MOST_KEYS: Final = 12
+
+
+def _key(number: int) -> BlockKey:
+    """Make a key; each call makes an object of its own, as each request does."""
+    return hashlib.sha256(f"policy {number}".encode()).digest()
+
+
+class _Counted(Container[BlockKey]):
+    """Protected objects that know how often each was asked for."""
+
+    def __init__(self, keys: Container[BlockKey]) -> None:
+        self._keys = keys
+        self.asked: dict[object, int] = {}
+
+    def __contains__(self, key: object) -> bool:
+        self.asked[key] = self.asked.get(key, 0) + 1
+        return key in self._keys
+
+
+class PolicyOracle(EvictionPolicy):
+    """Passes every call on to a policy, and insists that its answers keep the contract.
+
+    Args:
+        policy: It knows nothing yet.
+
+    Raises:
+        AssertionError: By `evict` and `admits`, with what is wrong with the answer.
+    """
+
+    def __init__(self, policy: EvictionPolicy) -> None:
+        self._policy = policy
+        self.known: dict[BlockKey, int] = {}
+        """The objects that the policy knows, and the bytes that each takes."""
+
+    def __repr__(self) -> str:
+        return f"<PolicyOracle {len(self.known)} objects, {self.nbytes} bytes: {self._policy!r}>"
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that all known objects take."""
+        return sum(self.known.values())
+
+    def insert(self, key: BlockKey, nbytes: int) -> None:
+        """See `EvictionPolicy.insert`."""
+        self.known[key] = nbytes
+        self._policy.insert(key, nbytes)
+
+    def touch(self, key: BlockKey) -> None:
+        """See `EvictionPolicy.touch`."""
+        self._policy.touch(key)
+
+    def remove(self, key: BlockKey) -> None:
+        """See `EvictionPolicy.remove`."""
+        del self.known[key]
+        self._policy.remove(key)
+
+    def evict(self, nbytes: int, protected: Container[BlockKey]) -> Sequence[BlockKey]:
+        """See `EvictionPolicy.evict`."""
+        counted = _Counted(protected)
+        victims = self._policy.evict(nbytes, counted)
+        strange = [key for key in victims if key not in self.known]
+        assert not strange, f"evict() named {len(strange)} objects that the tier has not"
+        assert len(set(victims)) == len(victims), "evict() named an object twice"
+        kept = [key for key in victims if key in protected]
+        assert not kept, f"evict() named {len(kept)} protected objects"
+        often = max(counted.asked.values(), default=0)
+        assert often <= 1, f"evict() asked {often} times whether an object is protected; once is enough"
+        spared = any(key in protected for key in self.known)
+        sizes = [self.known.pop(key) for key in victims]
+        assert sum(sizes[:-1]) < nbytes, (
+            f"evict({nbytes}) named {len(sizes)} objects of {sum(sizes)} bytes; the last is not needed"
+        )
+        assert spared or not self.known or sum(sizes) >= nbytes, (
+            f"evict({nbytes}) freed {sum(sizes)} bytes, though none of {len(self.known)} more is protected"
+        )
+        return victims
+
+    def admits(self, key: BlockKey, nbytes: int) -> bool:
+        """See `EvictionPolicy.admits`."""
+        answer = self._policy.admits(key, nbytes)
+        assert isinstance(answer, bool), f"admits() gave {answer!r}, it must be True or False"
+        return answer
+
+
+class _Machine(RuleBasedStateMachine):
+    """Random calls, as the core makes them: never above the capacity, never an object that is not known."""
+
+    suite: PolicySuite
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.policy = self.suite.made(capacity_bytes=8 * _USUAL_BYTES)
+
+    @rule(number=st.integers(0, _MOST_KEYS - 1), size=st.integers(1, _USUAL_BYTES), spare=st.integers(0, 3))
+    def store(self, number: int, size: int, spare: int) -> None:
+        """Store an object, making room where there is none: some of the others are protected."""
+        key = _key(number)
+        if key in self.policy.known:
+            self.policy.touch(key)
+            return
+        excess = self.policy.nbytes + size - 8 * _USUAL_BYTES
+        if excess > 0:
+            if not self.policy.admits(key, size):
+                return
+            self.policy.evict(excess, list(self.policy.known)[:spare])
+        if self.policy.nbytes + size <= 8 * _USUAL_BYTES:
+            self.policy.insert(key, size)
+
+    @rule(nbytes=st.integers(1, 3 * _USUAL_BYTES), spared=st.sets(st.integers(0, _MOST_KEYS - 1)))
+    def evict(self, nbytes: int, spared: set[int]) -> None:
+        """Make room beside what a request uses; some of that the tier has not."""
+        self.policy.evict(nbytes, {_key(number) for number in spared})
+
+    @precondition(lambda self: self.policy.known)
+    @rule(which=st.integers(0, _MOST_KEYS))
+    def touch(self, which: int) -> None:
+        """Use a known object."""
+        self.policy.touch(self._some(which))
+
+    @precondition(lambda self: self.policy.known)
+    @rule(which=st.integers(0, _MOST_KEYS))
+    def remove(self, which: int) -> None:
+        """Lose a known object."""
+        self.policy.remove(self._some(which))
+
+    @precondition(lambda self: self.policy.known)
+    @rule()
+    def drain(self) -> None:
+        """Evict all: the policy must know each."""
+        self.policy.evict(self.policy.nbytes, ())
+        assert not self.policy.known, f"{len(self.policy.known)} objects are never named"
+
+    def _some(self, which: int) -> BlockKey:
+        known = sorted(self.policy.known)
+        return bytes(bytearray(known[which % len(known)]))
+
+
+class PolicySuite(WholeSuite):
+    """Subclass it, name a policy, and run pytest."""
+
+    policy: ClassVar[str | Policy]
+    """The name of an entry point, or a `kvbm_core.Policy`."""
+    settings: ClassVar[Mapping[str, Any]] = {}
+    """The keys beside ``name``, as an operator would write them."""
+    waivers: ClassVar[Mapping[str, str]] = {}
+    """Tests that this policy cannot pass, and why. Each must fail, else the waiver is out of date."""
+    programs: ClassVar[int] = 60
+    """Random programs that the last test runs."""
+    members = frozenset({"policy", "settings", "waivers", "programs"})
+
+    def kind(self) -> Policy:
+        """Give what the package registers."""
+        return Registry().policy(self.policy) if isinstance(self.policy, str) else self.policy
+
+    def made(self, capacity_bytes: int = _CAPACITY_BYTES) -> PolicyOracle:
+        """Make a policy for a tier of so many bytes; each of its answers is checked."""
+        return PolicyOracle(self.bare(capacity_bytes))
+
+    def bare(self, capacity_bytes: int = _CAPACITY_BYTES) -> EvictionPolicy:
+        """Make a policy whose answers are not checked."""
+        kind = self.kind()
+        config = convert(self.settings, kind.config_type, "settings")
+        return kind.make(config, PolicyContext(capacity_bytes, _USUAL_BYTES, "suite"))
+
+    def test_the_policy_is_what_the_core_expects(self) -> None:
+        """Its name is its entry point's, its contract ours, what it makes is a policy."""
+        kind = self.kind()
+        assert kind.contract_version == CONTRACT_VERSION
+        assert isinstance(self.policy, Policy) or kind.name == self.policy
+        assert issubclass(kind.config_type, PolicyConfig)
+        policy = self.bare()
+        assert isinstance(policy, EvictionPolicy)
+        assert self.bare() is not policy, "each tier has a policy of its own"
+        assert "\n" not in repr(policy)
+
+    def test_every_object_is_named_once_and_then_no_more(self) -> None:
+        """Until nothing is left, whatever the lengths and the order of use."""
+        policy = _filled(self.made(), range(_OBJECTS))
+        chance = random.Random(1)
+        for number in chance.choices(range(_OBJECTS), k=3 * _OBJECTS):
+            policy.touch(_key(number))
+        while policy.known:
+            policy.evict(chance.randint(1, 5 * _USUAL_BYTES), ())
+        assert list(policy.evict(1, ())) == []
+
+    def test_no_more_is_freed_than_is_needed(self) -> None:
+        """Without the last object that is named, too few bytes would be free; with it, enough are."""
+        policy = self.made()
+        numbers = itertools.count()
+        for nbytes in [1, _USUAL_BYTES - 1, _USUAL_BYTES, _USUAL_BYTES + 1, 7 * _USUAL_BYTES] * 20:
+            while policy.nbytes < _CAPACITY_BYTES - _USUAL_BYTES:
+                _filled(policy, [next(numbers)])
+            assert policy.evict(nbytes, ())
+
+    def test_protected_objects_stay(self) -> None:
+        """They are named in none of many evictions, and all others are."""
+        policy = _filled(self.made(), range(_OBJECTS))
+        spared = {_key(number) for number in range(0, _OBJECTS, 5)}
+        for _ in range(_OBJECTS * _EVICTIONS):
+            policy.evict(_USUAL_BYTES, spared)
+        assert set(policy.known) == spared
+
+    def test_an_eviction_gets_past_protected_objects(self) -> None:
+        """A long prompt protects every second object: soon another is named, wherever these stand."""
+        for spared in (range(_OBJECTS // 2), range(_OBJECTS // 2, _OBJECTS), range(0, _OBJECTS, 2)):
+            policy = _filled(self.made(), range(_OBJECTS))
+            keys = {_key(number) for number in spared}
+            assert any(policy.evict(_USUAL_BYTES, keys) for _ in range(_EVICTIONS)), (
+                f"{_EVICTIONS} evictions in a row named no object: the core would go on without the policy"
+            )
+
+    def test_where_all_are_protected_none_is_named_and_the_call_ends(self) -> None:
+        """Each is asked for once at most, so the time is bounded. Nothing is forgotten by that."""
+        policy = _filled(self.made(), range(_OBJECTS))
+        for _ in range(3):
+            assert list(policy.evict(_CAPACITY_BYTES, set(policy.known))) == []
+        policy.evict(policy.nbytes, ())
+        assert not policy.known
+
+    def test_a_removed_object_is_forgotten(self) -> None:
+        """It is not named, and may come back."""
+        policy = _filled(self.made(), range(_OBJECTS))
+        for number in range(0, _OBJECTS, 2):
+            policy.remove(_key(number))
+        policy.evict(policy.nbytes // 2, ())
+        _filled(policy, range(0, _OBJECTS, 4))
+        policy.evict(policy.nbytes, ())
+        assert not policy.known
+
+    def test_an_evicted_object_may_come_back(self) -> None:
+        """Again and again, with another length."""
+        policy, chance = self.made(), random.Random(2)
+        for _ in range(20):
+            numbers = chance.sample(range(2 * _OBJECTS), _OBJECTS)
+            for number in numbers:
+                if _key(number) in policy.known:
+                    policy.touch(_key(number))
+                elif policy.nbytes + _USUAL_BYTES <= _CAPACITY_BYTES:
+                    policy.insert(_key(number), chance.randint(1, _USUAL_BYTES))
+            policy.evict(_CAPACITY_BYTES // 3, ())
+
+    def test_admission_is_yes_or_no_and_changes_nothing(self) -> None:
+        """An object that was asked for is not known by that."""
+        policy = _filled(self.made(), range(_OBJECTS))
+        for number in range(3 * _OBJECTS):
+            policy.admits(_key(_OBJECTS + number), _USUAL_BYTES)
+        policy.evict(policy.nbytes, ())
+        assert list(policy.evict(1, ())) == []
+
+    def test_an_empty_policy_names_none(self) -> None:
+        """Also one that has become empty."""
+        policy = self.made()
+        assert list(policy.evict(_USUAL_BYTES, ())) == []
+        _filled(policy, [1]).remove(_key(1))
+        assert list(policy.evict(_USUAL_BYTES, ())) == []
+
+    def test_what_is_remembered_is_bounded_by_the_capacity(self) -> None:
+        """New objects pass through a full tier, a hundred times its room: the memory does not grow.
+
+        What Python allocates is counted, so a policy's own C code is not seen.
+        """
+        policy = self.bare()
+        numbers = itertools.count()
+        tracemalloc.start()
+        try:
+            _pass_through(policy, numbers, _WARM_ROUNDS)
+            before_bytes = _allocated()
+            _pass_through(policy, numbers, _ROUNDS)
+            grown_bytes = _allocated() - before_bytes
+        finally:
+            tracemalloc.stop()
+        assert grown_bytes < _GHOST_BYTES * _ROUNDS * _OBJECTS, (
+            f"it has grown by {grown_bytes} bytes with {_ROUNDS * _OBJECTS} objects that are gone"
+        )
+
+    def test_any_sequence_of_calls_keeps_the_contract(self) -> None:
+        """Random programs; hypothesis prints the shortest that fails."""
+        made = type("Machine", (_Machine,), {"suite": self})
+        run_state_machine_as_test(made, settings=settings_of(self.programs, _STEPS))
+
+
+def _filled(policy: PolicyOracle, numbers: Collection[int]) -> PolicyOracle:
+    """Insert numbered objects; each is as long as its number says, and none longer than usual."""
+    for number in numbers:
+        policy.insert(_key(number), 1 + number * 37 % _USUAL_BYTES)
+    return policy
+
+
+def _pass_through(policy: EvictionPolicy, numbers: Any, rounds: int) -> None:
+    """Store so many capacities of new objects in a tier, and use some of them once, as an engine does."""
+    known: set[BlockKey] = set()
+    for number in itertools.islice(numbers, rounds * _OBJECTS):
+        key = _key(number)
+        if len(known) >= _OBJECTS:
+            if not policy.admits(key, _USUAL_BYTES):
+                continue
+            known -= set(policy.evict(_USUAL_BYTES, ()))
+        policy.insert(key, _USUAL_BYTES)
+        known.add(key)
+        if number % 3 == 0:
+            policy.touch(key)
+    # The caller's own memory is none of the policy's.
+    for key in known:
+        policy.remove(key)
+
+
+def _allocated() -> int:
+    gc.collect()
+    return tracemalloc.get_traced_memory()[0]
