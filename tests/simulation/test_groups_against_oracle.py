@@ -197,12 +197,12 @@ class Program:
             self.checked += 1
 
     def check_stored(self):
-        """Store prompts whole and load them, until several loads were checked: those of a busy machine are not."""
+        """Store prompts and load them until several loads were checked: those of a busy machine are not."""
         for prompt in itertools.islice(itertools.cycle(self.prompts), 50):
             if self.checked > 3:
                 return
-            whole = {number: list(range(TOKENS // each.block_tokens)) for number, each in enumerate(self.groups)}
-            self.engine.store(prompt, whole)
+            blocks = (range(TOKENS // each.block_tokens) for each in self.groups)
+            self.engine.store(prompt, dict(enumerate(blocks)))
             self.engine.settle()
             self.recover()
             self.check_boundary(prompt, 0, TOKENS)
