@@ -1,6 +1,6 @@
 """Tells weights apart by what is in their files.
 
-Two checkpoints under one path must never share blocks: a fine-tuned model answers from its own KV. BLAKE3, not
+Two checkpoints under one path must never share blocks: a fine-tuned model answers from its own KV. BLAKE3,
 a checksum, because who offers a model to others could otherwise make a second one with the same name. It is a
 cryptographic digest like the SHA-256 of keys, which takes four times as long; and vLLM brings it.
 """
