@@ -3,8 +3,8 @@
     bytes | tag, 16 | "kvbm" | version, 1 | mode, 1 | 0, 2 | key id, 16 | salt, 12 | nonce, 12
                       └───────────── the head, 36 bytes ──────────────┘
 
-The tag is that of AES-256-GCM. Authenticated are the trailer behind it, the namespace, the object's key and the
-bytes. So none can be changed, or put in the place of another.
+The tag is that of AES-256-GCM. Authenticated are the trailer behind it, the namespace, the object's key and
+the bytes. So none can be changed, or put in the place of another.
 
     encrypt    the bytes are encrypted; the rest is data beside them
     sign       the bytes are data beside; the rest is encrypted, and of that only the tag is kept
@@ -49,7 +49,7 @@ _MOST_DERIVED: Final = 1024
 
 
 class _Salted:
-    """A new salt, and how many objects it may still serve. Two threads that count at once make it a few more."""
+    """A new salt, and how many objects it may still serve: a few more where two threads count at once."""
 
     __slots__ = ("cipher", "head", "left")
 

@@ -33,7 +33,7 @@ _BLOCK_BITS: Final = 128
 
 
 class Key:
-    """One key, and what it derives by XAES-256-GCM (C2SP): a key of AES-256-GCM for the first half of a nonce.
+    """One key, and what it derives by XAES-256-GCM (C2SP): a key of AES-256-GCM for half of a nonce.
 
     ::
 

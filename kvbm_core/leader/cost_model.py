@@ -22,7 +22,7 @@ _MEMORY: Final = 0.7
 _MIN_TOKENS: Final = 512
 """Steps with fewer say more of the engine's fixed cost than of computing."""
 _MIN_BLOCKS: Final = 8
-"""Likewise of loads. Fewer that took longer than computing `_MIN_TOKENS` are slow beyond doubt."""
+"""Likewise of loads. Fewer that took longer than computing `_MIN_TOKENS` were slow beyond doubt."""
 _SOME_TOKENS: Final = 32
 """Steps with fewer say nothing at all."""
 _TRIAL_BLOCKS: Final = 16
@@ -99,21 +99,22 @@ class CostModel:
     ) -> None:
         """Take in that blocks have been loaded, this time after the plan's arrival.
 
-        The time is all that passed until the last was where the engine reads it: with a tier's deadline, codecs
-        and seal. Blocks of several KV groups are counted in blocks of the largest. A load `in_part`, of which some
-        blocks failed, and one of a few blocks can show that a tier is slow, and not that it is fast.
+        The time is all that passed until the last was where the engine reads it: the medium, codecs, seals.
+        Blocks of several KV groups are counted in blocks of the largest. A load `in_part`, of which some
+        blocks failed, or of a few blocks can show that a tier is slow; that one is fast, only a try of a slow
+        one.
         """
         speed, computing = self._loading[tier], self._block_seconds()
         if blocks >= _MIN_BLOCKS and not in_part:
             speed.note(blocks, seconds, now_s)
         elif computing is not None:
             own_s, most = speed.own_seconds(seconds, now_s), max(blocks, _MIN_TOKENS / self._block_tokens)
-            if own_s >= most * computing:
-                speed.note(most, seconds, now_s)
-            elif not in_part and self.is_slow(tier) and own_s < blocks * (speed.seconds or 0.0):
-                # Faster than what is remembered, even with all that a load costs once.
+            if self.is_slow(tier) and not in_part:
+                # A try: it says what the next may cost, and if the tier is still slow.
                 self._loading[tier] = _Speed()
                 self._loading[tier].note(blocks, own_s, now_s)
+            elif own_s >= most * computing:
+                speed.note(most, seconds, now_s)
 
     def is_slow(self, tier: int) -> bool:
         """Say whether a block from this tier takes longer than computing it."""

@@ -3,9 +3,9 @@
     python tests/benchmarks/bench_codecs.py [--brief]
 
 The KV is that of a story's first tokens, block by block of 32 tokens as a tier gets it. One thread; its own
-processor time, so that other work on the machine counts little. Bare and codec alternate; medians. What encrypts or signs
-bare draws a nonce from the kernel, as the library's page does. What signs bare copies the block too, as a codec
-must.
+processor time, so that other work on the machine counts little. Bare and codec alternate; medians. What
+encrypts or signs bare draws a nonce from the kernel, as the library's page does. What signs bare copies the
+block too, as a codec must.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def bench_crypt(blocks: Sequence[bytes], repeats: int) -> None:
     bare, nonce = AESGCM(bytes(32)), os.urandom(12)
     sealed = [bare.encrypt(nonce, block, KEY) for block in blocks]
     tags = [bare.encrypt(nonce, b"", block) for block in blocks]
-    loaded = [bytes(bytearray(block)) for block in blocks]  # No nearer in the cache than what the codec reads.
+    loaded = [bytes(bytearray(block)) for block in blocks]  # No nearer in the cache than the codec's.
     room = bytearray(len(blocks[0]))
 
     def sign(at: int) -> None:
@@ -156,7 +156,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for name, (element_bytes, blocks) in data.items():
         bench_zstd(name, element_bytes, blocks[:16], repeats)
-    print("\n| mode | bytes | encode bare | ours | decode bare | ours | ratios |\n|---|---|---|---|---|---|---|")
+    print("\n| mode | bytes | encode bare | ours | decode bare | ours | ratios |")
+    print("|---|---|---|---|---|---|---|")
     for nbytes in (64 << 10, 1 << 20, 4 << 20):
         bench_crypt([os.urandom(nbytes) for _ in range((8 << 20) // nbytes)], repeats)
 
