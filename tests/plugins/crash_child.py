@@ -2,7 +2,7 @@
 
 Protocol on stdin and stdout, one JSON line each: ``go`` starts a life, ``last`` one that ends by itself when
 it has loaded something; the life says its process and how many committed blocks it does not find; when it
-has ended, how many answers were wrong. Where the job has several ``stacks``, the order names one: ``go disk``.
+has ended, how many answers were wrong. Where the job has several ``stacks``, an order names one: ``go disk``.
 """
 
 import json
