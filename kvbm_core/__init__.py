@@ -50,6 +50,9 @@ from kvbm_core.worker.opening import check_stack
 from kvbm_core.worker.peers import Peers
 from kvbm_core.worker.worker import Worker
 
+__version__ = "0.1.0"
+"""Of the distribution kvbm-core, which is built from this line."""
+
 __all__ = [
     "CONTRACT_VERSION",
     "PAGE_BYTES",
@@ -109,6 +112,7 @@ __all__ = [
     "UnverifiableError",
     "Work",
     "Worker",
+    "__version__",
     "chain_keys",
     "check_stack",
     "hookimpl",

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 
+from kvbm_core.extras import extra_command
+
 __all__ = ["main"]
 
 _EXTRA = frozenset({"httpx", "matplotlib", "prometheus_client", "rich"})
@@ -23,5 +25,5 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _EXTRA:
             raise
-        sys.exit(f"kvbm_bench needs {error.name}, which is not installed: pip install 'kvbm-core[bench]'")
+        sys.exit(f"kvbm_bench needs {error.name}, which is not installed: {extra_command('bench')}")
     sys.exit(status)

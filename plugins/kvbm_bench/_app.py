@@ -26,6 +26,7 @@ from kvbm_bench._errors import BenchError
 from kvbm_bench._plan import Plan
 from kvbm_bench._progress import watch
 from kvbm_bench._report import Run, make_table, read_json, remarks, summarise, write_csv, write_json
+from kvbm_core.extras import extra_command
 from kvbm_core.printable import PROSE, printable
 
 INTERRUPTED = 130
@@ -106,7 +107,7 @@ def _show(result: Run, options: argparse.Namespace, console: Console) -> None:
 def compare(options: argparse.Namespace, console: Console) -> int:
     """Show runs beside each other."""
     if options.plot and importlib.util.find_spec("matplotlib") is None:
-        raise BenchError("--plot needs matplotlib: pip install 'kvbm-core[bench]'")
+        raise BenchError(f"--plot needs matplotlib: {extra_command('bench')}")
     runs = [read_json(file) for file in options.runs]
     groups = group(runs)
     console.print(make_comparison(groups))

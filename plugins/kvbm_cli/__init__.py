@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from kvbm_core.extras import extra_command
+
 __all__ = ["main"]
 
 _EXTRA = frozenset({"httpx", "prometheus_client", "rich", "typer"})
@@ -18,5 +20,5 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _EXTRA:
             raise
-        sys.exit(f"kvbm needs {error.name}, which is not installed: pip install 'kvbm-core[cli]'")
+        sys.exit(f"kvbm needs {error.name}, which is not installed: {extra_command('cli')}")
     sys.exit(run())

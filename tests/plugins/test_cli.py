@@ -23,6 +23,7 @@ from kvbm_cli._model import MODEL_NAME, _publish, cache_dir, is_prepared
 from kvbm_cli._report import Report, Run, make_table, to_json
 from kvbm_cli._screen import Screen
 from kvbm_cli._server import Server
+from kvbm_core.extras import extra_command
 
 METRICS = """\
 # HELP vllm:kvbm_loaded_blocks_total Blocks loaded.
@@ -138,7 +139,7 @@ def test_a_missing_extra_is_one_line_that_says_what_to_install():
     result = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
-    assert "pip install 'kvbm-core[cli]'" in result.stderr
+    assert extra_command("cli") in result.stderr
 
 
 # ---- the prompt
