@@ -40,7 +40,7 @@ MAY_SWALLOW = {
 
 TIER_BACKENDS = ("kvbm_cpu", "kvbm_lmdb", "kvbm_gds", "kvbm_remote")
 WINGS = {
-    "kvbm_core/*.py": 2060,
+    "kvbm_core/*.py": 2160,
     "kvbm_core/leader/*.py": 1630,
     "kvbm_core/worker/*.py": 1400,
     "kvbm_core/layers/*.py": 520,
