@@ -48,6 +48,8 @@ class Trace:
     requests: list[Request]
     token_bytes: int | None = None
     """Bytes of the KV of a token over all ranks, as recorded. None: not known."""
+    lost: int = 0
+    """Requests that the recording has not, because it could not follow."""
 
     def __repr__(self) -> str:
         return f"<Trace {self.name}: {len(self.requests)} requests, {self.accesses} blocks>"
