@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from kvbm_replay._layout import Layout
-from kvbm_replay._machine import Machine
+from kvbm_replay._machine import Machine, Speed
 from kvbm_replay._outcome import Outcome
 from kvbm_replay.trace import Trace
 
@@ -45,7 +45,7 @@ class MachineAnswer(msgspec.Struct, frozen=True, kw_only=True):
     prefill_tokens_per_s: float
     link_bytes_per_s: float
     token_bytes: int
-    tiers: dict[str, tuple[float, float, float]]
+    tiers: dict[str, Speed]
     """By name: bytes a second loaded and stored, seconds of latency."""
     paced: bool
     """True if writes took time."""
@@ -56,7 +56,7 @@ class MachineAnswer(msgspec.Struct, frozen=True, kw_only=True):
         return cls(
             prefill_tokens_per_s=machine.prefill_tokens_per_s, link_bytes_per_s=machine.link_bytes_per_s,
             token_bytes=machine.token_bytes, paced=paced,
-            tiers={tier.name: tuple(machine.speed(tier.name, tier.backend)) for tier in layout.tiers},
+            tiers={tier.name: machine.speed(tier.name, tier.backend) for tier in layout.tiers},
         )  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def replay(
         str | None,
         typer.Option(
             metavar="SIZES",
-            help="Of one tier: 1,2,5M (tokens), 64GiB,1TiB.  [default: as configured; without --stack 1 to 20M]",
+            help="Of one tier: 1,2,5M (tokens) or 1TiB.  [default: as configured; without --stack 1 to 20M]",
         ),
     ] = None,
     vary: Annotated[

@@ -7,8 +7,8 @@ Systems Journal 9(2), 1970.
 
 Of a long trace a part of the blocks, chosen by a hash, gives nearly the same curve at a smaller scale. Blocks
 that most requests use, and that happen to be chosen or left out, shift it; by how much is known, and mended.
-C. Waldspurger et al., Efficient MRC construction with SHARDS, FAST 2015; Cache modeling and optimization using
-miniature simulations, ATC 2017.
+C. Waldspurger et al., Efficient MRC construction with SHARDS, FAST 2015; Cache modeling and optimization
+using miniature simulations, ATC 2017.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class Machine:
 
 
 def read_speed(text: str) -> tuple[str, Speed]:
-    """Read a tier's speed: ``NAME=LOAD/STORE/LATENCY_MS``, like ``lmdb=6GB/3GB/0.1``. The last may be left out.
+    """Read a tier's speed: ``NAME=LOAD/STORE/LATENCY_MS``, like ``lmdb=6GB/3GB/0.1``, or without the last.
 
     Raises:
         ConfigError: If it is none.

@@ -66,8 +66,8 @@ def advice_lines(answer: PlanAnswer) -> list[str]:
         f"Expected: {100 * predicted.hit_ratio:.1f} % hits, mean first token "
         f"{_MS * predicted.mean_first_token_s:,.0f} ms; without tiers "
         f"{_MS * answer.uncached_first_token_s:,.0f} ms.",
-        f"Replayed{_seen(answer)}: {100 * (row.hit_ratio - row.engine_hit_ratio):.1f} % hits, mean first token "
-        f"{_MS * row.mean_first_token_s:,.0f} ms.",
+        f"Replayed{_seen(answer)}: {100 * (row.hit_ratio - row.engine_hit_ratio):.1f} % hits, mean first "
+        f"token {_MS * row.mean_first_token_s:,.0f} ms.",
     ]
     place = row.tiers[-1]
     written = f"{printable(place.name)}: {per_day} written a day"

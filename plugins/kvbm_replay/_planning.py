@@ -114,7 +114,8 @@ def answer_question(trace: Trace, question: Question) -> PlanAnswer:
 
 def _measured(few: Trace, part: float, question: Question, exact: Curve, registry: Registry) -> Points:
     """Replay several sizes of memory, where the policy has no curve of its own."""
-    keys, points, best = Keys(), [], 0.0
+    keys, best = Keys(), 0.0
+    points: list[tuple[int, float]] = []
     block_bytes = few.block_tokens * question.machine.token_bytes
     entry = {"backend": MEMORY, "capacity": block_bytes, "policy": question.policy}
     layout = read_layout({"tiers": [entry], "only_faster": False}, block_bytes, registry)

@@ -68,7 +68,8 @@ class Ranks:
             reports += self._end_load(load, loading)
         for lookup in plan.lookups:
             reports.append(self._end_lookup(lookup))
-        for write in (*plan.stores, *plan.fills):
+        writes: list[Store | Fill] = [*plan.stores, *plan.fills]
+        for write in writes:
             if self._paced:
                 self._begin(write, now_s)
             else:

@@ -72,7 +72,7 @@ class _Belady:
             heapq.heappush(self._order, (*rank, block))
 
     def _has_room(self, follows: int, own: set[int]) -> bool:
-        """Make room for a block that is used next at `follows`, if that is sooner than what would have to go."""
+        """Make room for a block that is used next at `follows`, if what would have to go is used later."""
         if follows == self._never:
             return False
         if len(self._there) < self._capacity:

@@ -11,6 +11,7 @@ The disk below has what the memory has, too: all is written through.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Final
 
@@ -100,7 +101,7 @@ class Advice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def grid(loads: Loads) -> list[int]:
-    """Give sizes, in blocks, from a few to all that is ever hit: powers of two, in whole GiB if they are large."""
+    """Give sizes, in blocks, up to all that is ever hit: powers of two, in whole GiB."""
     largest = max(1, loads.curve.blocks_for(loads.curve.most))
     gib = max(1, (1 << 30) // loads.block_bytes)
     sizes, size = [], gib
@@ -126,12 +127,10 @@ def ladder(
     for blocks in sizes:
         saved_s = loads.saved_s(above, above_speed or speed, blocks, speed)
         answers.append(loads.answer(blocks, loads.curve.hits(max(above, blocks)), saved_s))
-    gib = [(more.nbytes - less.nbytes) / 2**30 for less, more in zip(answers, answers[1:], strict=False)]
-    gains = [
-        more.saved_s_per_hour - less.saved_s_per_hour
-        for less, more in zip(answers, answers[1:], strict=False)
+    rates: list[float | None] = [
+        (more.saved_s_per_hour - less.saved_s_per_hour) / ((more.nbytes - less.nbytes) / 2**30)
+        for less, more in itertools.pairwise(answers)
     ]
-    rates: list[float | None] = [gain / size for gain, size in zip(gains, gib, strict=True)]
     return [
         msgspec.structs.replace(answer, next_gib_saves_s_per_hour=rate)
         for answer, rate in zip(answers, [*rates, None], strict=True)

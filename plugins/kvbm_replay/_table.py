@@ -10,7 +10,6 @@ from kvbm_core.config import size_text
 from kvbm_core.errors import KvbmError
 from kvbm_core.printable import printable
 from kvbm_replay._answer import ReplayAnswer, Row
-from kvbm_replay._machine import Speed
 from kvbm_replay._sizes import tokens_text
 
 __all__ = ["draw_replay", "figure_class", "make_table", "remarks"]
@@ -64,7 +63,7 @@ def remarks(answer: ReplayAnswer) -> list[str]:
     lines = [
         f"Machine: {machine.prefill_tokens_per_s:,.0f} tokens/s computed, {size_text(machine.token_bytes)} a "
         f"token, link {size_text(int(machine.link_bytes_per_s))}/s; "
-        + "; ".join(f"{printable(name)} {Speed(*speed).text()}" for name, speed in machine.tiers.items()),
+        + "; ".join(f"{printable(name)} {speed.text()}" for name, speed in machine.tiers.items()),
         f"Without any cache the mean first token takes {_MS * answer.uncached_first_token_s:,.0f} ms, on an "
         "engine that nobody else uses; nobody waits for others here.",
     ]
@@ -105,11 +104,13 @@ def draw_replay(answer: ReplayAnswer, file: Path) -> None:
         sizes = [(row.capacity_tokens or 0) / 1e6 for row in own]
         hits.plot(sizes, [100 * row.hit_ratio for row in own], marker="o", label=policy)
         times.plot(sizes, [_MS * row.mean_first_token_s for row in own], marker="o", label=policy)
-    by_size = {row.capacity_tokens: row for row in rows if row.lru_hit_ratio is not None}
-    sizes = sorted(by_size, key=lambda tokens: tokens or 0)
-    for label, style in (("LRU, one tier", "--"), ("Belady, one tier", ":")):
-        ratios = [_reference(by_size[tokens], label) for tokens in sizes]
-        hits.plot([(tokens or 0) / 1e6 for tokens in sizes], ratios, style, color="gray", label=label)
+    by_size = sorted({row.capacity_tokens or 0: row for row in rows}.items())
+    sizes = [tokens / 1e6 for tokens, _ in by_size]
+    lru = [row.lru_hit_ratio for _, row in by_size]
+    belady = [row.belady_hit_ratio for _, row in by_size]
+    for label, style, ratios in (("LRU, one tier", "--", lru), ("Belady, one tier", ":", belady)):
+        if None not in ratios:
+            hits.plot(sizes, [100 * (ratio or 0) for ratio in ratios], style, color="gray", label=label)
     hits.axhline(100 * answer.trace.reuse_ratio, color="black", linewidth=0.7, label="seen before")
     times.axhline(_MS * answer.uncached_first_token_s, color="black", linewidth=0.7, label="no cache")
     hits.set(xlabel="millions of tokens kept", ylabel="blocks hit (%)", xscale="log")
@@ -120,7 +121,3 @@ def draw_replay(answer: ReplayAnswer, file: Path) -> None:
         panel.grid(visible=True, alpha=0.3)
         panel.legend()
     figure.savefig(file)
-
-
-def _reference(row: Row, label: str) -> float:
-    return 100 * ((row.lru_hit_ratio if label.startswith("LRU") else row.belady_hit_ratio) or 0.0)
