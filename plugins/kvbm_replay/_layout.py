@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 import msgspec
 
 from kvbm_core.config import PartEntry, StackConfig, TierEntry, convert, load_config
 from kvbm_core.errors import ConfigError
+from kvbm_core.layers import SEAL_BYTES
 from kvbm_core.plan import TierStatus
 from kvbm_core.registry import Registry
 from kvbm_core.tier import Capabilities
@@ -19,7 +20,6 @@ __all__ = ["Layout", "TierLayout", "read_layout"]
 
 _HOST_POOLS: Final = frozenset({"cpu"})
 """Backends whose memory the planner has used directly. A backend says so only when it is opened."""
-_MEASURED_BLOCKS: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,16 +125,29 @@ def _tier(
 ) -> TierLayout:
     backend = registry.backend(entry.backend)
     settings: Any = convert(entry.settings, backend.config_type, f"tiers[{position}] ({entry.name})")
-    charge_bytes = math.ceil(backend.share_bytes(_MEASURED_BLOCKS, block_bytes) / _MEASURED_BLOCKS)
+    object_bytes = block_bytes + SEAL_BYTES
     capacity = getattr(settings, "capacity", None)
-    blocks = None if backend.shared or not isinstance(capacity, int) else capacity // charge_bytes
+    blocks = None
+    if isinstance(capacity, int) and not backend.shared:
+        blocks = _blocks(capacity, partial(backend.share_bytes, block_bytes=object_bytes))
     if blocks == 0:
         raise ConfigError(
             f"tier {entry.name}: capacity {entry.settings['capacity']!r} is smaller than a block of "
-            f"{charge_bytes} bytes; write a larger capacity, or give the model's --token-bytes"
+            f"{object_bytes} bytes; write a larger capacity, or give the model's --token-bytes"
         )
     return TierLayout(
-        entry.name, entry.backend, charge_bytes, blocks, backend.shared,
+        entry.name, entry.backend, object_bytes, blocks, backend.shared,
         addressable=may_be_pool and entry.backend in _HOST_POOLS and not entry.checked and not entry.codecs,
         read_only=bool(getattr(settings, "read_only", False)),
     )  # fmt: skip
+
+
+def _blocks(capacity_bytes: int, share_bytes: Callable[[int], int]) -> int:
+    """Count the blocks that a capacity holds, given the capacity that so many need."""
+    few, many = 0, 1
+    while share_bytes(many) <= capacity_bytes:
+        few, many = many, 2 * many
+    while many - few > 1:
+        middle = (few + many) // 2
+        few, many = (middle, many) if share_bytes(middle) <= capacity_bytes else (few, middle)
+    return few
