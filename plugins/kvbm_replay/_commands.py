@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-import msgspec
 import typer
 import yaml
 from rich.console import Console
 
+from kvbm_core.command import answers, write_json
 from kvbm_core.config import parse_size
 from kvbm_core.errors import ConfigError
 from kvbm_core.registry import Registry
+from kvbm_replay._answer import ReplayAnswer
 from kvbm_replay._layout import read_layout
 from kvbm_replay._machine import Machine, read_speed
 from kvbm_replay._plan_table import advice_lines, draw_plan, make_tables
-from kvbm_replay._planning import MEMORY, Question, answer_question
+from kvbm_replay._planning import MEMORY, PlanAnswer, Question, answer_question
 from kvbm_replay._reader import read_trace, write_trace
 from kvbm_replay._sizes import read_blocks
 from kvbm_replay._sweep import Sweep, run_sweep
@@ -47,13 +47,13 @@ Load = Annotated[
 ]
 EngineCache = Annotated[
     str | None,
-    typer.Option(metavar="SIZE", help="The engine's own prefix cache.  [default: as recorded, or none]"),
+    typer.Option(metavar="SIZE", help="The engine's own prefix cache. Default: as recorded, or none."),
 ]
 Prefill = Annotated[float, typer.Option(metavar="N", help="Tokens that the engine computes a second.")]
 Link = Annotated[str, typer.Option(metavar="SIZE", help="Bytes a second between accelerator and host.")]
 TokenBytes = Annotated[
     str | None,
-    typer.Option(metavar="SIZE", help="KV of a token over all ranks.  [default: as recorded, or 128KiB]"),
+    typer.Option(metavar="SIZE", help="KV of a token over all ranks. Default: as recorded, or 128KiB."),
 ]
 Speeds = Annotated[
     list[str] | None,
@@ -63,28 +63,29 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON, 
 Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it: .png or .svg (needs matplotlib).")]
 
 
+@answers(ReplayAnswer)
 def replay(
     traces: Traces = None,
     load: Load = None,
     stack: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="The connector's YAML or JSON, in a file or inline.  [default: one cpu tier]"
+            metavar="FILE", help="The connector's YAML or JSON, in a file or inline. Default: one cpu tier."
         ),
     ] = None,
     capacity: Annotated[
         str | None,
         typer.Option(
             metavar="SIZES",
-            help="Of one tier: 1,2,5M (tokens) or 1TiB.  [default: as configured; without --stack 1 to 20M]",
+            help="Of one tier: 1,2,5M (tokens) or 1TiB. Default: as configured; without --stack 1 to 20M.",
         ),
     ] = None,
     vary: Annotated[
-        str | None, typer.Option(metavar="TIER", help="Whose capacity that is.  [default: the first]")
+        str | None, typer.Option(metavar="TIER", help="Whose capacity that is. Default: the first.")
     ] = None,
     policy: Annotated[
         str | None,
-        typer.Option(metavar="NAMES", help="Of all tiers, like lru,fifo.  [default: as configured]"),
+        typer.Option(metavar="NAMES", help="Of all tiers, like lru,fifo. Default: as configured."),
     ] = None,
     engine_cache: EngineCache = None,
     paced: Annotated[
@@ -133,11 +134,12 @@ def replay(
         console.print(f"Drawn: {plot}", markup=False, soft_wrap=True)
 
 
+@answers(PlanAnswer)
 def plan(
     traces: Traces = None,
     load: Load = None,
     capacity: Annotated[
-        str | None, typer.Option(metavar="SIZES", help="To be shown.  [default: powers of two]")
+        str | None, typer.Option(metavar="SIZES", help="To be shown. Default: powers of two.")
     ] = None,
     disk: Annotated[str, typer.Option(metavar="BACKEND", help="Below the memory: lmdb or gds.")] = "lmdb",
     goal: Annotated[
@@ -148,7 +150,7 @@ def plan(
     engine_cache: EngineCache = None,
     sample: Annotated[
         float | None,
-        typer.Option(min=0.01, max=100, help="Percent of the blocks that are looked at.  [default: 300,000]"),
+        typer.Option(min=0.01, max=100, help="Percent of the blocks that are looked at. Default: 300,000."),
     ] = None,
     prefill: Prefill = _MACHINE.prefill_tokens_per_s,
     link: Link = "50GB",
@@ -260,8 +262,3 @@ def _console(as_json: bool) -> Console:
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _PLAIN_WIDTH
     return console
-
-
-def write_json(answer: object) -> None:
-    """Write an answer to the standard output."""
-    print(json.dumps(msgspec.to_builtins(answer), indent=2), flush=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -129,7 +128,7 @@ def _tier(
     capacity = getattr(settings, "capacity", None)
     blocks = None
     if isinstance(capacity, int) and not backend.shared:
-        blocks = _blocks(capacity, partial(backend.share_bytes, block_bytes=object_bytes))
+        blocks = _blocks(capacity, lambda blocks: backend.share_bytes(blocks, object_bytes))
     if blocks == 0:
         raise ConfigError(
             f"tier {entry.name}: capacity {entry.settings['capacity']!r} is smaller than a block of "

@@ -90,7 +90,9 @@ def figure_class() -> type:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise KvbmError("--plot needs matplotlib, which is not installed: pip install matplotlib") from error
+        raise KvbmError(
+            "--plot needs matplotlib, which is not installed: pip install 'kvbm-core[replay]'"
+        ) from error
     return Figure
 
 
