@@ -68,7 +68,7 @@ def test_what_loads_more_slowly_than_it_computes_is_computed_after_one_try(fault
 def test_a_tier_with_a_slow_codec_is_computed_after_one_try_and_comes_back_when_it_is_fast(
     slow, llama, start, monkeypatch
 ):
-    """Two threads decode four blocks a second; so many tokens take a fraction of one to compute."""
+    """Two threads decode four blocks a second; the engine computes a multiple of that."""
     from kvbm_vllm import _scheduler
 
     passed_s, true_s = [0.0], time.monotonic
