@@ -198,8 +198,8 @@ def _machine(
     if not 0 < prefill < math.inf:
         raise ConfigError(f"--prefill {prefill}: write tokens a second, above 0")
     sizes = {
-        "--link": parse_size(link, "--link"),
-        "--token-bytes": parse_size(token_bytes, "--token-bytes")
+        "--link": int(parse_size(link, "--link")),
+        "--token-bytes": int(parse_size(token_bytes, "--token-bytes"))
         if token_bytes
         else trace.token_bytes or _MACHINE.token_bytes,
     }
