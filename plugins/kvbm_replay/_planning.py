@@ -24,6 +24,8 @@ MEMORY: Final = "cpu"
 """The backend of host memory."""
 _LOOKED_AT: Final = 300_000
 """Blocks of a trace that are looked at, about, if nobody says how many."""
+_PROMPTS: Final = 4
+"""Of the longest that the memory has room for: a quarter of it is on its way to a disk, at most."""
 _NOWHERE: Final = "/nvme/kvbm"
 
 
@@ -85,7 +87,8 @@ def answer_question(trace: Trace, question: Question) -> PlanAnswer:
     loads = Loads(curve, machine, trace.block_tokens, tokens, len(trace.requests), trace.duration_s)
     memory, disk = machine.speed(MEMORY, MEMORY), machine.speed(question.disk, question.disk)
     sizes = question.sizes or grid(loads)
-    advice = advise(loads, memory, disk, goal=question.goal, price=question.price)
+    longest = max(len(request.blocks) for request in trace.requests)
+    advice = advise(loads, memory, disk, goal=question.goal, price=question.price, least=_PROMPTS * longest)
     config = _config(advice, question, block_bytes, registry)
     layout = read_layout(config, block_bytes, registry)
     outcome = replay(

@@ -1,7 +1,10 @@
 """`kvbm replay` and `kvbm plan`: a replay gives what was expected, and what they print is as published."""
 
 import json
+import re
+import shlex
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from published import published
@@ -15,6 +18,14 @@ from kvbm_replay._machine import Machine, Speed, read_speed
 from kvbm_replay._planning import Question, answer_question
 from kvbm_replay._sizes import read_blocks, tokens_text
 
+PAGES = Path(__file__).parent.parent.parent / "docs" / "how-to"
+COMMANDS = [
+    line
+    for page in ("replay-a-trace", "plan-sizes")
+    for block in re.findall(r"```console\n(.*?)```", (PAGES / f"{page}.md").read_text(), re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("kvbm ") and "--generate" in line
+]
 LOAD = "chat:seed=7,requests=800"
 
 
@@ -176,3 +187,13 @@ def test_plan_prints_tables_and_its_json_is_as_published(capsys, tmp_path):
 def test_a_wrong_option_is_named(words, said, capsys):
     assert kvbm(["replay", *words]) in (ExitCode.WRONG, ExitCode.UNUSABLE)
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_pages_runs(command, capsys):
+    assert kvbm(shlex.split(command)[1:]) == ExitCode.DONE
+    assert "first token" in capsys.readouterr().out
+
+
+def test_there_are_commands_to_run():
+    assert len(COMMANDS) >= 4
