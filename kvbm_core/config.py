@@ -23,6 +23,7 @@ from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, ge
 import msgspec
 
 from kvbm_core.errors import ConfigError
+from kvbm_core.field_docs import show_fields
 from kvbm_core.yaml_file import read_yaml
 
 __all__ = [
@@ -64,6 +65,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     Text and what is nested may be a password, and whoever prints a configuration cannot know.
     """
 
+    def __init_subclass__(cls) -> None:
+        show_fields([cls])
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in self.__rich_repr__())})"
 
@@ -93,6 +97,7 @@ class TierEntry(Settings, frozen=True, kw_only=True):
     None: for every tier but those of host memory without codecs (nothing outside the process can change it
     there, and a checksum costs a fifth of a memory copy)."""
     settings: Mapping[str, Any]
+    """For the backend's own type: all keys that are not a tier's."""
     codecs: tuple[PartEntry, ...] = ()
     """They transform each object on its way into the tier, in this order, and back."""
     policy: PartEntry | None = None
