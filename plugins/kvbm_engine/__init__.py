@@ -13,7 +13,7 @@ from kvbm_engine._ledger import Ledger
 from kvbm_engine._parked import Parked
 from kvbm_engine._rank import Copies, CopyCounter, Progress, Rank
 from kvbm_engine._session import Session
-from kvbm_engine._sparse import SparseStores, sparse_stores
+from kvbm_engine._sparse import SparseStores, prompt_ends, sparse_stores
 from kvbm_engine._storing import Storing
 from kvbm_engine._values import EngineRequest, GroupBlocks, Outcome, Schedule, Scheduled, State, Step
 
@@ -36,5 +36,6 @@ __all__ = [
     "Step",
     "Storing",
     "hash_tokens",
+    "prompt_ends",
     "sparse_stores",
 ]

@@ -110,11 +110,11 @@ def _plugin(point: EntryPoint) -> Plugin:
     if module is not None and hasattr(module, "kvbm_coordinator"):
         return _row(point, "coordinator", State.READY)
     # Of the three that failed, one that loaded has the most to say: the contract's version, a wrong type.
-    error = next((each for each in errors if "offers no such" not in str(each)), errors[0])
-    cause = error.__cause__
+    fault = next((each for each in errors if "offers no such" not in str(each)), errors[0])
+    cause = fault.__cause__
     absent = missing_package(cause, [point]) if isinstance(cause, ModuleNotFoundError) else None
     state = State.ABSENT if absent else State.BROKEN
-    return _row(point, None, state, problem=absent or str(error))
+    return _row(point, None, state, problem=absent or str(fault))
 
 
 def _row(point: EntryPoint, kind: str | None, state: State, **more: Any) -> Plugin:
