@@ -5,8 +5,8 @@
       - {backend: lmdb, capacity: 200GiB, path: /nvme/kvbm}
     load_deadline_s: 5
 
-A tier's keys are ``backend``, ``name``, ``checked``, ``codecs``, ``policy`` and whatever its backend's own
-type declares.
+A tier's keys are ``backend``, ``name``, ``checked``, ``codecs``, ``policy``, ``movement`` and whatever its
+backend's own type declares.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, ge
 import msgspec
 
 from kvbm_core.errors import ConfigError
+from kvbm_core.movement import WRITE_THROUGH, Movement
+from kvbm_core.printable import noun, shown
 from kvbm_core.yaml_file import read_yaml
 
 __all__ = [
@@ -44,10 +46,9 @@ _UNITS: Final[Mapping[str, int]] = {
 }  # fmt: skip
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
-_OWN_KEYS: Final = ("backend", "name", "checked", "codecs", "policy")
+_OWN_KEYS: Final = ("backend", "name", "checked", "codecs", "policy", "movement")
 """Of a tier, whatever its backend."""
 _UNIONS: Final = (Union, types.UnionType)
-_LONGEST_SHOWN: Final = 40
 
 T = TypeVar("T")
 
@@ -97,11 +98,13 @@ class TierEntry(Settings, frozen=True, kw_only=True):
     """They transform each object on its way into the tier, in this order, and back."""
     policy: PartEntry | None = None
     """Chooses the objects that make room for others. None: the least recently used."""
+    movement: Movement = WRITE_THROUGH
+    """How blocks come here from the tiers above, and go back."""
 
     def __rich_repr__(self) -> list[tuple[str, Any]]:
         told: dict[str, Any] = {"backend": self.backend, "name": self.name, "checked": self.checked}
         told["codecs"] = [codec.name for codec in self.codecs]
-        told["policy"] = self.policy and self.policy.name
+        told |= {"policy": self.policy and self.policy.name, "movement": self.movement.stores}
         return [*told.items(), ("settings", _hidden(self.settings))]
 
 
@@ -232,7 +235,7 @@ def load_config(source: Mapping[str, Any] | str | Path) -> StackConfig:
         return _stack(source, "configuration")
     path, value = read_yaml(source)
     if not isinstance(value, Mapping):
-        raise ConfigError(f"configuration file {path}: expected keys like 'tiers:', found {_noun(value)}")
+        raise ConfigError(f"configuration file {path}: expected keys like 'tiers:', found {noun(value)}")
     return _stack(value, str(path))
 
 
@@ -240,7 +243,7 @@ def _stack(value: Mapping[str, Any], where: str) -> StackConfig:
     refuse_unknown(value, StackConfig.__struct_fields__, where)
     tiers = value.get("tiers")
     if not isinstance(tiers, list | tuple) or not tiers:
-        raise ConfigError(f"{where}: tiers: {_noun(tiers)}; write a list of at least one tier, "
+        raise ConfigError(f"{where}: tiers: {noun(tiers)}; write a list of at least one tier, "
                           "fastest first, like [{backend: cpu, capacity: 8GiB}]")  # fmt: skip
     entries = tuple(_tier_entry(index, tier, where) for index, tier in enumerate(tiers))
     names = [entry.name for entry in entries]
@@ -256,14 +259,14 @@ def _stack(value: Mapping[str, Any], where: str) -> StackConfig:
 def _tier_entry(index: int, tier: object, where: str) -> TierEntry:
     where = f"{where}: tiers[{index}]"
     if not isinstance(tier, Mapping) or not isinstance(tier.get("backend"), str):
-        raise ConfigError(f"{where}: a {_noun(tier)}; write a mapping with a 'backend', like "
+        raise ConfigError(f"{where}: a {noun(tier)}; write a mapping with a 'backend', like "
                           "{backend: cpu, capacity: 8GiB}")  # fmt: skip
     settings = {k: v for k, v in tier.items() if k not in _OWN_KEYS}
     checked, name = tier.get("checked"), tier.get("name", tier["backend"])
     if checked is not None and not isinstance(checked, bool):
         raise ConfigError(f"{where}: checked: {shown(checked)}; write true or false, or leave it out")
     if not isinstance(name, str | int) or not str(name):
-        raise ConfigError(f"{where}: name: a {_noun(name)}; write a word that logs and metrics may show")
+        raise ConfigError(f"{where}: name: a {noun(name)}; write a word that logs and metrics may show")
     return TierEntry(
         backend=tier["backend"],
         name=str(name),
@@ -271,7 +274,17 @@ def _tier_entry(index: int, tier: object, where: str) -> TierEntry:
         settings=settings,
         codecs=_codecs(tier.get("codecs", ()), where),
         policy=_part(tier["policy"], f"{where}: policy", "{name: fifo}") if "policy" in tier else None,
+        movement=_movement(tier["movement"], index, where) if "movement" in tier else WRITE_THROUGH,
     )
+
+
+def _movement(value: object, index: int, where: str) -> Movement:
+    if index == 0:
+        raise ConfigError(f"{where}: movement: the first tier has none above; write it on a lower one")
+    value = {"stores": value} if isinstance(value, str) else value
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: movement: {shown(value)}; write a mapping like {{stores: demotion}}")
+    return convert(value, Movement, f"{where}: movement")
 
 
 def _codecs(value: object, where: str) -> tuple[PartEntry, ...]:
@@ -363,21 +376,6 @@ def _plain(wanted: object) -> bool:
     if _choices(wanted) or wanted in (bool, int, float, ByteSize, type(None)):
         return True
     return bool(get_args(wanted)) and get_origin(wanted) in _UNIONS and all(map(_plain, get_args(wanted)))
-
-
-def shown(value: object) -> str:
-    """Show a value that is wrong where no secret belongs; of what is nested or like a URL, the type."""
-    if isinstance(value, str) and ("://" in value or "@" in value or len(value) > _LONGEST_SHOWN):
-        return "a str"
-    if isinstance(value, list | tuple):
-        return f"a list of {len(value)}"
-    return repr(value) if value is None or isinstance(value, str | int | float) else f"a {_noun(value)}"
-
-
-def _noun(value: object) -> str:
-    if value is None:
-        return "None"
-    return "mapping" if isinstance(value, Mapping) else type(value).__name__
 
 
 def _hidden(value: object) -> object:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from kvbm_core.block import BlockKey
 from kvbm_core.leader.in_flight import InFlight
 from kvbm_core.leader.tier_state import Tiers
-from kvbm_core.plan import Fill, Load, Lookup, Plan, Probe, Store, WriteOrder
+from kvbm_core.plan import Fill, FillReason, Load, Lookup, Plan, Probe, Store, WriteOrder
 
 __all__ = ["Draft"]
 
@@ -57,9 +57,12 @@ class Draft:
         self._lookups.append(lookup)
         self._in_flight.expect(lookup)
 
-    def fill(self, source: int, target: int, keys: Sequence[BlockKey], group: int) -> None:
+    def fill(
+        self, source: int, target: int, keys: Sequence[BlockKey], group: int, reason: FillReason
+    ) -> None:
         """Add blocks to be copied from one tier to another: pinned in the source, reserved in the target."""
-        fill = Fill(self._in_flight.number(), source, target, list(keys), self._tiers.host_pool, group)
+        number, host_pool = self._in_flight.number(), self._tiers.host_pool
+        fill = Fill(number, source, target, list(keys), host_pool, group, reason)
         self._fills.append(fill)
         self._tiers[target].storing += len(keys)
         self._in_flight.expect(fill)

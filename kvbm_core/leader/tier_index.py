@@ -81,6 +81,8 @@ class TierIndex:
         """The READY objects, for loops that ask thousands of times."""
         self._departures = departures or LatestKeys()
         self._arrivals = arrivals
+        self.eviction_rounds = 1
+        """How often the policy is asked for one reservation: a round stops at 64 objects that must stay."""
         self._order = order
         self._pins: dict[BlockKey, int] = {}
         self._filling: dict[BlockKey, int] = {}
@@ -150,8 +152,19 @@ class TierIndex:
                 gone.append(key)
         return gone
 
-    def unpin(self, keys: Iterable[BlockKey]) -> list[BlockKey]:
-        """Take one pin of each object back; return those that were LEAVING and are gone with it."""
+    def next_victims(self, count: int) -> Sequence[BlockKey]:
+        """Guess so many READY objects at most that are evicted next, those with a pin among them."""
+        return self._order.next_victims(count)
+
+    def is_pinned(self, key: BlockKey) -> bool:
+        """Return True if an object may not be evicted now."""
+        return key in self._pins
+
+    def unpin(self, keys: Iterable[BlockKey], *, was_used: bool = True) -> list[BlockKey]:
+        """Take one pin of each object back; return those that were LEAVING and are gone with it.
+
+        `was_used`: they count as used now, as after a load.
+        """
         pins, leaving, touch = self._pins, self._leaving, self._order.touch
         gone: list[BlockKey] = []
         for key in keys:
@@ -163,7 +176,7 @@ class TierIndex:
                 self._move(key, BlockEvent.RELEASED)
                 self._other_bytes -= leaving.pop(key)
                 gone.append(key)
-            else:
+            elif was_used:
                 touch(key)
             del pins[key]
         return gone
@@ -189,10 +202,12 @@ class TierIndex:
             order, room_bytes = self._order, self.capacity_bytes - self._other_bytes
             if order.nbytes + len(wanted) * charge > room_bytes:
                 wanted = order.admitted(wanted, (room_bytes - order.nbytes) // charge, charge)
-            if (excess_bytes := order.nbytes + len(wanted) * charge - room_bytes) > 0:
-                evicted = order.evict(excess_bytes, protected, self._pins)
-                self._departures.note(evicted)
-                del wanted[max(0, room_bytes - order.nbytes) // charge :]
+            for _ in range(self.eviction_rounds):
+                if (excess_bytes := order.nbytes + len(wanted) * charge - room_bytes) <= 0:
+                    break
+                evicted += order.evict(excess_bytes, protected, self._pins)
+            self._departures.note(evicted)
+            del wanted[max(0, room_bytes - order.nbytes) // charge :]
         self._filling.update(dict.fromkeys(wanted, charge))
         self._other_bytes += len(wanted) * charge
         return wanted, evicted
