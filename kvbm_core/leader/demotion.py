@@ -133,7 +133,7 @@ class Demotion:
                 together.setdefault(group, []).append(key)
                 room -= 1
         for group, keys in together.items():
-            filling = self._tiers.reserve(self._position, keys, keys, group)
+            filling = self._tiers.reserve(self._position, keys, (), group)
             gone = above.pin(filling)
             assert not gone, "what has left the tier above is not due"
             if filling:  # The first of a fill is the last to be evicted below, as it is above.

@@ -86,30 +86,31 @@ class Movements:
         for demotion in self._demotions.values():
             demotion.forget()
 
-    def offered(
-        self, position: int, keys: Sequence[BlockKey], rest: Sequence[BlockKey]
-    ) -> Sequence[BlockKey]:
+    def offered(self, position: int, absent: list[BlockKey], rest: Sequence[BlockKey]) -> list[BlockKey]:
         """Choose the blocks that a tier is offered of those that the engine has.
 
         Args:
             position: Of the tier.
-            keys: The blocks.
-            rest: Those of them that the tier above was offered and did not take.
+            absent: Those that the tier has not.
+            rest: Those that the tier above was offered and did not take.
         """
-        offered = rest if position in self._demotions else keys
+        if position in self._demotions:
+            absent = self._tiers[position].index.absent(rest) if rest else []
         for below, promotion in self._promotions.items():
-            if offered and position < below and not self._cost_model.is_slow(below):
+            if absent and position < below and not self._cost_model.is_slow(below):
                 there = self._tiers[below].index.ready
-                found = [key for key in offered if key in there]
+                found = [key for key in absent if key in there]
                 if found:
                     kept = promotion.chosen(found) if promotion else []
                     only_below = {*found}.difference(kept)
-                    offered = [key for key in offered if key not in only_below]
-        return offered
+                    absent = [key for key in absent if key not in only_below]
+        return absent
 
-    def not_taken(self, position: int, offered: Sequence[BlockKey]) -> Sequence[BlockKey]:
-        """Give what a tier was offered and has not, as far as the tier below asks for it."""
-        if position + 1 not in self._demotions:
+    def not_taken(
+        self, position: int, offered: list[BlockKey], filling: Sequence[BlockKey]
+    ) -> Sequence[BlockKey]:
+        """Give what a tier was offered and does not get, as far as the tier below asks for it."""
+        if position + 1 not in self._demotions or len(filling) == len(offered):
             return ()
         tier = self._tiers[position]
         return [key for key in tier.index.absent(offered) if key not in tier.write_back]

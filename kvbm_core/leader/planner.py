@@ -259,23 +259,25 @@ class Planner:
             now_s: The time, as in `match`.
             group: Number of the KV group.
         """
-        targets: dict[BlockKey, tuple[int, ...]] = dict.fromkeys(keys, ())
+        targets: dict[int, list[BlockKey]] = {}
         rest: Sequence[BlockKey] = keys
         for position, tier in enumerate(self._tiers):
-            # The head of a prefix is the most recently used, and so evicted last.
-            tier.index.touch(reversed(keys))
+            absent = tier.index.absent(keys)
+            if len(absent) < len(keys):  # The head of a prefix is the most recently used, and so evicted last.
+                tier.index.touch(reversed(keys))
             if tier.capabilities.read_only:
                 continue
-            offered = wanted = self._movements.offered(position, keys, rest)
+            offered = wanted = self._movements.offered(position, absent, rest)
             if not tier.is_host_pool or not tier.breaker.closed(now_s):
-                wanted = self._write_back.admit(tier, tier.index.absent(offered), prefix, now_s, group)
+                wanted = self._write_back.admit(tier, offered, prefix, now_s, group)
             # Some of `keys` may be there already: the others must not push these out.
-            filling = self._tiers.reserve(position, wanted, prefix, group)
-            for key in filling:
-                targets[key] += (position,)
+            filling = self._tiers.reserve(position, wanted, prefix, group, are_absent=True)
+            if filling:
+                targets[position] = filling
             self._movements.computed(position, filling)
-            rest = self._movements.not_taken(position, offered)
-        self._draft.stores(targets, dict(zip(keys, blocks, strict=True)), group)
+            rest = self._movements.not_taken(position, offered, filling)
+        if targets:
+            self._draft.stores(targets, keys, blocks, group)
 
     def fill(
         self, source: int, target: int, keys: Sequence[BlockKey], now_s: float,
@@ -337,6 +339,7 @@ class Planner:
     def reset(self) -> None:
         """Forget every block in every tier, those on their way too. In a shared tier they stay."""
         self._in_flight.doom()
+        self._draft.seal()
         self._movements.forget()
         self._tiers.drop_all()
 

@@ -133,7 +133,10 @@ class TierIndex:
         """Give the keys that are ABSENT, each once."""
         # `state`, written out: a lookup asks thousands of times.
         order, filling, leaving = self._order, self._filling, self._leaving
-        return [key for key in dict.fromkeys(keys) if not (key in order or key in filling or key in leaving)]
+        keys = dict.fromkeys(keys)
+        if order.keys().isdisjoint(keys) and not (filling or leaving):
+            return list(keys)
+        return [key for key in keys if not (key in order or key in filling or key in leaving)]
 
     def touch(self, keys: Iterable[BlockKey]) -> None:
         """Note that objects were used, those that are READY."""
@@ -182,7 +185,12 @@ class TierIndex:
         return gone
 
     def reserve(
-        self, keys: Sequence[BlockKey], charge: int, protected: Container[BlockKey] = ()
+        self,
+        keys: Sequence[BlockKey],
+        charge: int,
+        protected: Container[BlockKey] = (),
+        *,
+        are_absent: bool = False,
     ) -> tuple[list[BlockKey], list[BlockKey]]:
         """Set room aside for objects about to be stored, evicting where needed.
 
@@ -191,12 +199,13 @@ class TierIndex:
             charge: The bytes that each takes at most.
             protected: The objects of the same prefix, which are not evicted for `keys`: a prefix without
                 its head is worth nothing. Asked for each candidate, so it should answer at once.
+            are_absent: All of them are ABSENT, each is named once.
 
         Returns:
             The keys that are FILLING now: a leading part of those that were ABSENT; and the keys
             evicted for them.
         """
-        wanted = self.absent(keys)
+        wanted = list(keys) if are_absent else self.absent(keys)
         evicted: list[BlockKey] = []
         if self.capacity_bytes is not None and charge:
             order, room_bytes = self._order, self.capacity_bytes - self._other_bytes

@@ -146,11 +146,19 @@ class Tiers:
         return list(drops.items())
 
     def reserve(
-        self, position: int, keys: Sequence[BlockKey], prefix: Container[BlockKey], group: int = 0
+        self,
+        position: int,
+        keys: Sequence[BlockKey],
+        prefix: Container[BlockKey],
+        group: int = 0,
+        *,
+        are_absent: bool = False,
     ) -> list[BlockKey]:
         """Set room aside in a tier, see `TierIndex.reserve`, and have it forget the objects evicted."""
         tier = self._states[position]
-        filling, evicted = tier.index.reserve(keys, tier.charges[group], prefix)
+        filling, evicted = tier.index.reserve(
+            keys, tier.charges[group], prefix, are_absent=are_absent
+        )
         if not tier.capabilities.shared:  # Else they are forgotten here and stay there.
             self.discard(position, evicted)
             tier.counts.evicted += len(evicted)
