@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from kvbm_core import ConfigError, KvbmError, StackConfig, check_stack, load_config
@@ -87,6 +88,10 @@ def check_settings(vllm_config: Any) -> None:
     config = read_settings(vllm_config)
     check_copy(config.device_copy)
     check_engine(vllm_config)
+    if config.record and not os.access(Path(config.record).expanduser().parent, os.W_OK):
+        raise ConfigError(
+            f"record: {config.record!r}; write a file in a folder that is there and can be written"
+        )
     try:
         check_stack(
             config, block_bytes=_block_bytes(vllm_config), share=_host_share(parallel),
