@@ -23,8 +23,13 @@ from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, ge
 import msgspec
 
 from kvbm_core.errors import ConfigError
+<<<<<<< HEAD
 from kvbm_core.movement import WRITE_THROUGH, Movement
 from kvbm_core.printable import noun, shown
+from kvbm_core.sizes import ByteSize, parse_size, size_text
+=======
+from kvbm_core.field_docs import show_fields
+>>>>>>> main
 from kvbm_core.yaml_file import read_yaml
 
 __all__ = [
@@ -39,13 +44,6 @@ __all__ = [
     "size_text",
 ]
 
-_UNITS: Final[Mapping[str, int]] = {
-    "": 1, "B": 1,
-    "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
-}  # fmt: skip
-_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
-
 _OWN_KEYS: Final = ("backend", "name", "checked", "codecs", "policy", "movement")
 """Of a tier, whatever its backend."""
 _UNIONS: Final = (Union, types.UnionType)
@@ -54,17 +52,14 @@ _LEAST_RECORD_BYTES: Final = 1 << 20
 T = TypeVar("T")
 
 
-class ByteSize(int):
-    """A number of bytes, written as a number or like ``8GiB``, ``500MB``."""
-
-    __slots__ = ()
-
-
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Base of a configuration. Its repr shows numbers and switches, and of all else the type or the keys.
 
     Text and what is nested may be a password, and whoever prints a configuration cannot know.
     """
+
+    def __init_subclass__(cls) -> None:
+        show_fields([cls])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in self.__rich_repr__())})"
@@ -95,6 +90,7 @@ class TierEntry(Settings, frozen=True, kw_only=True):
     None: for every tier but those of host memory without codecs (nothing outside the process can change it
     there, and a checksum costs a fifth of a memory copy)."""
     settings: Mapping[str, Any]
+    """For the backend's own type: all keys that are not a tier's."""
     codecs: tuple[PartEntry, ...] = ()
     """They transform each object on its way into the tier, in this order, and back."""
     policy: PartEntry | None = None
@@ -161,38 +157,6 @@ class StackConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     coordinator: Mapping[str, Any] | None = None
     """Where the engine's processes register: ``backend`` names the coordinator, all other keys are
     its own. None: nowhere."""
-
-
-def parse_size(value: object, key: str = "size") -> ByteSize:
-    """Read a size like ``8GiB``, ``500MB`` or a plain number of bytes.
-
-    Raises:
-        ConfigError: If it is not a size; names `key` and the value.
-    """
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return ByteSize(value)
-    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if match is None or match[2] not in _UNITS:
-        units = ", ".join(u for u in _UNITS if u)
-        raise ConfigError(
-            f"{key}: {shown(value)} is not a size; write a number and a unit ({units}), like 8GiB"
-        )
-    return ByteSize(math.floor(float(match[1]) * _UNITS[match[2]]))
-
-
-def size_text(nbytes: int, *, up: bool = False) -> str:
-    """Write a number of bytes for people, so that `parse_size` reads it: ``12.34GiB``.
-
-    Args:
-        nbytes: At least 0.
-        up: Round up, for what is needed; otherwise down, for what there is.
-    """
-    for unit in ("TiB", "GiB", "MiB", "KiB"):
-        step = _UNITS[unit]
-        if nbytes >= step:
-            hundredths = -(-100 * int(nbytes) // step) if up else 100 * int(nbytes) // step
-            return f"{hundredths / 100:.2f}".rstrip("0").rstrip(".") + unit
-    return f"{int(nbytes)}B"
 
 
 def convert(value: Mapping[str, Any], to: type[T], where: str) -> T:

@@ -40,7 +40,7 @@ MAY_SWALLOW = {
 
 TIER_BACKENDS = ("kvbm_cpu", "kvbm_lmdb", "kvbm_gds", "kvbm_remote")
 WINGS = {
-    "kvbm_core/*.py": 2060,
+    "kvbm_core/*.py": 2160,
     "kvbm_core/leader/*.py": 1630,
     "kvbm_core/worker/*.py": 1400,
     "kvbm_core/layers/*.py": 520,
@@ -52,7 +52,7 @@ WINGS = {
     "backends/kvbm_crypt/*.py": 220,
     "backends/kvbm_zstd/*.py": 150,
     "plugins/kvbm_engine/*.py": 1110,
-    "plugins/kvbm_vllm/**/*.py": 2020,
+    "plugins/kvbm_vllm/**/*.py": 2060,
 }
 """Lines of code of each wing at most, without comments, docstrings and empty lines."""
 
@@ -150,6 +150,11 @@ def test_lines_of_backends_name_their_tier():
         if isinstance(node.value, ast.Name) and node.value.id == "logging"
     ]
     assert loggers == []
+
+
+def test_a_checksum_that_can_be_made_to_collide_finds_damage_and_names_nothing():
+    users = {str(path.relative_to(ROOT)) for path in FILES if "xxhash" in path.read_text()}
+    assert users == {"kvbm_core/layers/seal.py", "backends/kvbm_gds/_slab.py"}
 
 
 def test_who_may_import_whom():

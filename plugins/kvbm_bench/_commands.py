@@ -26,6 +26,7 @@ from kvbm_bench._plan import Plan
 from kvbm_bench._progress import watch
 from kvbm_bench._report import Run, make_table, read_json, remarks, summarise, write_csv, write_run
 from kvbm_core.command import ExitCode, answers, write_json
+from kvbm_core.extras import extra_command
 from kvbm_core.printable import printable
 
 __all__ = ["app"]
@@ -182,7 +183,7 @@ def compare(
 ) -> None:
     """Show runs beside each other."""
     if plot and importlib.util.find_spec("matplotlib") is None:
-        raise BenchError("--plot needs matplotlib: pip install 'kvbm-core[bench]'")
+        raise BenchError(f"--plot needs matplotlib: {extra_command('bench')}")
     read = [read_json(file) for file in runs]
     groups, console = group(read), _console(as_json)
     if as_json:

@@ -7,6 +7,7 @@ import sys
 from types import FrameType
 
 from kvbm_core.command import ExitCode
+from kvbm_core.extras import extra_command
 
 __all__ = ["main"]
 
@@ -22,9 +23,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _EXTRA:
             raise
-        print(
-            f"kvbm needs {error.name}, which is not installed: pip install 'kvbm-core[cli]'", file=sys.stderr
-        )
+        print(f"kvbm needs {error.name}, which is not installed: {extra_command('cli')}", file=sys.stderr)
         sys.exit(ExitCode.UNUSABLE)
     # A closed terminal and a plain `kill` take the way of Ctrl-C: what was started is stopped then, too.
     for number in (signal.SIGTERM, signal.SIGHUP):

@@ -27,6 +27,7 @@ from kvbm_cli._report import Report, Run, make_table
 from kvbm_cli._screen import Screen
 from kvbm_cli._server import Server
 from kvbm_core.command import ExitCode
+from kvbm_core.extras import extra_command
 
 METRICS = """\
 # HELP vllm:kvbm_loaded_blocks_total Blocks loaded.
@@ -145,7 +146,7 @@ def test_a_missing_extra_is_one_line_that_says_what_to_install():
     result = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True)
     assert result.returncode == ExitCode.UNUSABLE
     assert result.stderr.count("\n") == 1
-    assert "pip install 'kvbm-core[cli]'" in result.stderr
+    assert extra_command("cli") in result.stderr
 
 
 # ---- the prompt
