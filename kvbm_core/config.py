@@ -23,13 +23,10 @@ from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, ge
 import msgspec
 
 from kvbm_core.errors import ConfigError
-<<<<<<< HEAD
+from kvbm_core.field_docs import show_fields
 from kvbm_core.movement import WRITE_THROUGH, Movement
 from kvbm_core.printable import noun, shown
 from kvbm_core.sizes import ByteSize, parse_size, size_text
-=======
-from kvbm_core.field_docs import show_fields
->>>>>>> main
 from kvbm_core.yaml_file import read_yaml
 
 __all__ = [

@@ -1,8 +1,8 @@
 """How blocks move between a tier and those above it, as an operator writes it on the lower one.
 
-    tiers:
-      - {backend: cpu,  capacity: 8GiB}
-      - {backend: lmdb, capacity: 200GiB, path: /nvme/kvbm, movement: {stores: demotion}}
+tiers:
+- {backend: cpu,  capacity: 8GiB}
+- {backend: lmdb, capacity: 200GiB, path: /nvme/kvbm, movement: {stores: demotion}}
 """
 
 from __future__ import annotations

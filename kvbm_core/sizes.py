@@ -20,7 +20,6 @@ _UNITS: Final[Mapping[str, int]] = {
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
-
 class ByteSize(int):
     """A number of bytes, written as a number or like ``8GiB``, ``500MB``."""
 
