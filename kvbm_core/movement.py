@@ -40,13 +40,13 @@ class Movement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def __post_init__(self) -> None:
         if not 0 < self.low_watermark <= self.high_watermark <= 1:
             raise ConfigError(
-                f"low_watermark: {self.low_watermark!r}, high_watermark: {self.high_watermark!r}; write parts "
-                "of the capacity above, like 0.1 and 0.2, the low one first"
+                f"low_watermark: {self.low_watermark!r}, high_watermark: {self.high_watermark!r}; write "
+                "parts of the capacity above, like 0.1 and 0.2, the low one first"
             )
         if self.copies == "exclusive" and self.stores == "write_through":
             raise ConfigError(
-                "copies: 'exclusive' with stores: write_through, which puts each block into every tier; write "
-                "stores: demotion beside it"
+                "copies: 'exclusive' with stores: write_through, which puts each block into every tier; "
+                "write stores: demotion beside it"
             )
 
 

@@ -54,10 +54,9 @@ class Draft:
             group: Number of the KV group.
         """
         first, *others = targets.values()
-        if all(each == first for each in others):  # As a rule. They are the same objects: quickly compared.
-            together = {tuple(targets): first}
-        else:
-            together = _by_tiers(targets)
+        # As a rule they are equal, and lists of the same objects are quickly compared.
+        is_one = all(each == first for each in others)
+        together = {tuple(targets): first} if is_one else _by_tiers(targets)
         block_of = dict(zip(keys, blocks, strict=True))
         for tiers, stored in together.items():
             here = list(blocks) if len(stored) == len(keys) else [block_of[key] for key in stored]

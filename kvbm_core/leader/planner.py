@@ -263,7 +263,8 @@ class Planner:
         rest: Sequence[BlockKey] = keys
         for position, tier in enumerate(self._tiers):
             absent = tier.index.absent(keys)
-            if len(absent) < len(keys):  # The head of a prefix is the most recently used, and so evicted last.
+            if len(absent) < len(keys):
+                # The head of a prefix is the most recently used, and so evicted last.
                 tier.index.touch(reversed(keys))
             if tier.capabilities.read_only:
                 continue

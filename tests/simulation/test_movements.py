@@ -138,7 +138,10 @@ class Program:
         assert set(self.ranks.seen.values()) <= {1}
         assert self.planner.loading_blocks == 0
         for tier in self.planner._tiers:
-            assert not (tier.index._pins or tier.index._filling or tier.index._leaving or tier.storing)
+            assert not tier.index._pins
+            assert not tier.index._filling
+            assert not tier.index._leaving
+            assert tier.storing == 0
         self.check()
         self.ranks.check_holdings(self.planner)
 
