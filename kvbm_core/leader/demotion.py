@@ -57,7 +57,7 @@ class Demotion:
         """Of those to be evicted next, how many can go without a loss when all that is due has been copied,
         at the last look."""
         self._seen = (0, 0)
-        """Blocks evicted and bytes used above, at the last look."""
+        """Blocks evicted, and READY ones above, at the last look."""
         # The objects on their way down are the next to be evicted, and pinned.
         self._above.index.eviction_rounds = 1 + max_moving // _SPARED_AT_ONCE
 
@@ -98,7 +98,7 @@ class Demotion:
     def _is_short(self) -> bool:
         """Return True if less than the low watermark could be given away, and something has changed."""
         index, evicted = self._above.index, self._above.counts.evicted
-        if (evicted, index.used_bytes) == self._seen:
+        if (evicted, index.ready_count) == self._seen:
             return False
         low, _, free = self._watermarks()
         return self._covered - (evicted - self._seen[0]) + free < low
@@ -111,7 +111,7 @@ class Demotion:
         self._covered = len(victims)
         # What is pinned is on its way down, or in use.
         self._due = deque(key for key in victims if key not in there and not index.is_pinned(key))
-        self._seen = (self._above.counts.evicted, index.used_bytes)
+        self._seen = (self._above.counts.evicted, index.ready_count)
 
     def _watermarks(self) -> tuple[int, int, int]:
         """Give both watermarks and what is free above, in objects."""

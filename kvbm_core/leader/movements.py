@@ -97,13 +97,10 @@ class Movements:
         if position in self._demotions:
             absent = self._tiers[position].index.absent(rest) if rest else []
         for below, promotion in self._promotions.items():
-            if absent and position < below and not self._cost_model.is_slow(below):
+            is_kept_below = promotion is None or promotion.is_paused
+            if is_kept_below and position < below and not self._cost_model.is_slow(below):
                 there = self._tiers[below].index.ready
-                found = [key for key in absent if key in there]
-                if found:
-                    kept = promotion.chosen(found) if promotion else []
-                    only_below = {*found}.difference(kept)
-                    absent = [key for key in absent if key not in only_below]
+                absent = [key for key in absent if key not in there]
         return absent
 
     def not_taken(

@@ -3,7 +3,7 @@
 A slot above serves whoever comes back before its block is evicted. Blocks that come up from below compete
 for it with those that were just computed. So the leader follows a sample of both, and stops to promote where
 those that came up are loaded again from above much less often: then they only push others out, as in a loop
-over more than fits above.
+over more than fits above. It tries again after a while.
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ from kvbm_core.block import BlockKey
 __all__ = ["Promotion"]
 
 _SAMPLED: Final = 16
-"""Of 256 keys so many are followed, and promoted also while the others are not."""
+"""Of 256 keys so many are followed."""
 _MOST_FOLLOWED: Final = 8192
 _MEMORY: Final = 512
 """Ends of followed blocks after which the counts are halved."""
 _MIN_ENDS: Final = 64
 """Before so many ends nothing is concluded."""
 _FRACTION: Final = 0.5
-"""Of the worth of computed blocks: promoted ones that are worth less are not kept above."""
+_LEAST: Final = 0.05
+"""Promoted blocks that are worth less than this, or than that fraction of computed ones, are not kept above."""
+_FIRST_PAUSE: Final = 4096
+_LONGEST_PAUSE: Final = 1 << 18
+"""So many blocks are not kept above then; each trial that fails doubles it."""
 
 
 @dataclass(slots=True)
@@ -61,21 +65,33 @@ class Promotion:
     def __init__(self) -> None:
         self._promoted = _Followed()
         self._computed = _Followed()
+        self._pause = _FIRST_PAUSE
+        self._left = 0
+        """Blocks that are not kept before the next trial."""
 
     def __repr__(self) -> str:
-        return f"<Promotion: worth {self._promoted.worth}, of computed blocks {self._computed.worth}>"
+        worths = f"worth {self._promoted.worth}, of computed blocks {self._computed.worth}"
+        return f"<Promotion: {worths}, pauses for {self._left} blocks>"
 
     @property
-    def is_worth_it(self) -> bool:
-        """True unless promoted blocks were loaded again from above much less often than computed ones."""
-        promoted, computed = self._promoted.worth, self._computed.worth
-        if promoted is None or computed is None:
-            return True
-        return promoted > 0 and promoted >= _FRACTION * computed
+    def is_paused(self) -> bool:
+        """True while nothing is kept above."""
+        return self._left > 0
 
-    def chosen(self, keys: Sequence[BlockKey]) -> list[BlockKey]:
-        """Choose among blocks that are loaded from below those that are kept above."""
-        return list(keys) if self.is_worth_it else _sample(keys)
+    def chosen(self, keys: Sequence[BlockKey]) -> Sequence[BlockKey]:
+        """Choose among blocks that are loaded from below those that are kept above: all or none."""
+        if self._left > 0:
+            self._left -= len(keys)
+            return ()
+        worth = self._promoted.worth
+        if worth is None:
+            return keys
+        if worth >= max(_LEAST, _FRACTION * (self._computed.worth or 0.0)):
+            self._pause = _FIRST_PAUSE
+            return keys
+        self._left, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
+        self._promoted = _Followed()
+        return ()
 
     def kept(self, keys: Iterable[BlockKey], *, computed: bool) -> None:
         """Take in which blocks the tier above keeps, loaded from below or computed."""

@@ -105,6 +105,11 @@ class TierIndex:
         """Bytes that all objects take, those on their way in and out among them."""
         return self._order.nbytes + self._other_bytes
 
+    @property
+    def ready_count(self) -> int:
+        """Objects that are READY."""
+        return len(self._order)
+
     def __len__(self) -> int:
         return len(self._order) + len(self._filling) + len(self._leaving)
 
