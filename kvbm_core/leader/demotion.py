@@ -87,6 +87,10 @@ class Demotion:
             self._below.counts.dropped["unusable" if self._below.is_left_alone else "late"] += late
             self._covered = 0  # The order was another one than at the last look.
 
+    def failed(self) -> None:
+        """Take in that blocks have not arrived: they are due again when something changes."""
+        self._covered = 0
+
     def forget(self) -> None:
         """Give up what is due."""
         self._due.clear()

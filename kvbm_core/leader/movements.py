@@ -140,6 +140,8 @@ class Movements:
 
     def arrived(self, position: int, keys: Sequence[BlockKey], failed: Collection[int]) -> None:
         """Take in blocks that a tier has got, but for those at some positions: exclusive copies below go."""
+        if failed and position in self._demotions:
+            self._demotions[position].failed()
         for below in self._exclusive:
             if below > position:
                 there = self._tiers[below].index.ready

@@ -1,6 +1,6 @@
 """Random programs of leader, policies and movements over ranks that report late, out of order and failing.
 
-Replay one with ``KVBM_SEED=123 pytest tests/simulation/test_movements.py``: seeds count from there.
+Replay one with ``KVBM_SEED=123 pytest tests/simulation/test_random_movements.py``: seeds count from there.
 """
 
 import os
