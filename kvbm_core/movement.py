@@ -31,17 +31,17 @@ class Movement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     loaded from there again."""
     copies: Literal["inclusive", "exclusive"] = "inclusive"
     """If the tier keeps a block that a tier above has got. ``exclusive``: it does not."""
-    low_watermark: float = 0.1
+    low_watermark: float = 0.2
     """Demotion begins when less than this part of the capacity above could be given away without a loss:
     it is free, or the next to be evicted are in this tier already. Above 0, at most `high_watermark`."""
-    high_watermark: float = 0.2
+    high_watermark: float = 0.4
     """Demotion copies until this part could be given away. At most 1."""
 
     def __post_init__(self) -> None:
         if not 0 < self.low_watermark <= self.high_watermark <= 1:
             raise ConfigError(
                 f"low_watermark: {self.low_watermark!r}, high_watermark: {self.high_watermark!r}; write "
-                "parts of the capacity above, like 0.1 and 0.2, the low one first"
+                "parts of the capacity above, like 0.2 and 0.4, the low one first"
             )
         if self.copies == "exclusive" and self.stores == "write_through":
             raise ConfigError(

@@ -269,7 +269,7 @@ def test_a_movement_is_written_as_a_word_or_as_a_mapping():
         ({"store": "demotion"}, "unknown key 'store'; did you mean 'stores'?"),
         ({"copies": "exclusive"}, "write stores: demotion beside it"),
         ({"low_watermark": 0.5, "high_watermark": 0.2}, "low_watermark: 0.5, high_watermark: 0.2; write parts"),
-        ({"high_watermark": 1.5}, "like 0.1 and 0.2"),
+        ({"high_watermark": 1.5}, "like 0.2 and 0.4"),
     ],
 )  # fmt: skip
 def test_a_wrong_movement_is_refused_with_what_to_write(movement, words):
