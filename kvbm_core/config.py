@@ -44,7 +44,6 @@ __all__ = [
 _OWN_KEYS: Final = ("backend", "name", "checked", "codecs", "policy", "movement")
 """Of a tier, whatever its backend."""
 _UNIONS: Final = (Union, types.UnionType)
-_LEAST_RECORD_BYTES: Final = 1 << 20
 
 T = TypeVar("T")
 
@@ -105,9 +104,8 @@ class TierEntry(Settings, frozen=True, kw_only=True):
 class StackConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An operator's settings: of the stack, and of the engine that uses it.
 
-    A `Stack` reads `tiers`, the deadlines, `max_store_blocks` and `staging`. The other keys are for the
-    connector of an engine: `only_faster`, `max_load_fraction`, `sparse_stores`, `sparse_stores_every_tokens`,
-    `device_copy`, `device_staging`, `weights_id`, `record`, `record_capacity` and `coordinator`.
+    A `Stack` reads `tiers`, the deadlines, `max_store_blocks` and `staging`; the other keys are for the
+    connector of an engine.
     """
 
     tiers: tuple[TierEntry, ...]
@@ -147,8 +145,7 @@ class StackConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Names the model's weights, in place of the digest of their files. Give it where the files
     cannot be read by the engine, and change it whenever the weights change."""
     record: str | None = None
-    """A file for the log of hashes that `kvbm replay` reads: of each request its time, its lengths and its
-    blocks, and no text. None: nothing is recorded."""
+    """A file for the log of hashes, without text, that `kvbm replay` reads. None: nothing is recorded."""
     record_capacity: ByteSize = ByteSize(1 << 30)
     """Bytes of that file and the one before it. At least 1 MiB."""
     coordinator: Mapping[str, Any] | None = None
@@ -291,11 +288,6 @@ def _check_ranges(config: StackConfig, where: str) -> None:
         )
     if config.max_store_blocks < 1:
         raise ConfigError(f"{where}: max_store_blocks: {config.max_store_blocks!r}; write at least 1")
-    if config.record == "" or config.record_capacity < _LEAST_RECORD_BYTES:
-        raise ConfigError(
-            f"{where}: record, record_capacity: {config.record!r}, {config.record_capacity}; write a path, "
-            "and at least 1MiB"
-        )
     every = config.sparse_stores_every_tokens
     if every is not None and every < 0:
         raise ConfigError(

@@ -27,9 +27,9 @@ from io import BufferedWriter
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from kvbm_core import BlockKey, ConfigError
+from kvbm_core import BlockKey, ConfigError, StackConfig
 
-__all__ = ["Recorder"]
+__all__ = ["Recorder", "check_record"]
 
 logger = logging.getLogger("kvbm_engine")
 
@@ -39,6 +39,22 @@ _HASH_BYTES: Final = 6
 _MAX_WAITING: Final = 1024
 """Requests that have ended and are not written."""
 _CLOSE_S: Final = 5.0
+_LEAST_BYTES: Final = 1 << 20
+
+
+def check_record(config: StackConfig) -> None:
+    """Find mistakes in `record` and `record_capacity` before an engine loads its model.
+
+    Raises:
+        ConfigError: If the file cannot be made there, or would be too small.
+    """
+    if config.record is None:
+        return
+    path = Path(config.record).expanduser()
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"record: {config.record!r}; write a file in a folder that can be written")
+    if config.record_capacity < _LEAST_BYTES:
+        raise ConfigError(f"record_capacity: {config.record_capacity}; write at least 1MiB")
 
 
 class _Ended(NamedTuple):
