@@ -39,6 +39,8 @@ from kvbm_vllm._stats import PREFIX
 from kvbm_zstd import ZstdConfig
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+make_reference = importlib.import_module("make_reference")
 DOCS = ROOT / "docs"
 REFERENCE = DOCS / "reference"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
@@ -372,6 +374,32 @@ def test_every_hook_is_documented():
 
 def test_the_version_of_the_contract_is_documented():
     assert f"Contract version: {kvbm_core.CONTRACT_VERSION} (`CONTRACT_VERSION`)" in CONTRACT.read_text()
+
+
+# What docstrings say.
+
+
+@pytest.mark.parametrize("page", sorted(REFERENCE.glob("*.md")), ids=name_of)
+def test_the_reference_is_what_the_docstrings_say(page):
+    assert page.read_text() == make_reference.renew(page.read_text()), "run tools/make_reference.py"
+
+
+def test_every_public_name_has_a_place_in_the_reference():
+    headings = {
+        heading
+        for page in REFERENCE.glob("*.md")
+        for heading in re.findall(r"^## `?(\w+)`?$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    }
+    elsewhere = {
+        "BlockKey", "Namespace",  # 32 and 16 bytes.
+        "CONTRACT_VERSION", "PAGE_BYTES", "__version__",
+        "StackConfig",  # The tables of the configuration.
+        "Fifo", "Lru", "hookimpl",
+    }  # fmt: skip
+    named = {name for name in kvbm_core.__all__ if name not in errors.__all__}
+    assert named - headings - elsewhere == set()
+    text = "".join(page.read_text() for page in DOCS.rglob("*.md"))
+    assert [name for name in elsewhere if name not in text] == []
 
 
 # Testing.
