@@ -13,7 +13,7 @@ help: ## show this list
 
 # Nothing happens where the environment already has what is asked for, or more.
 setup-demo:
-	@$(PYTHON) tools/setup.py --venv $(VENV) --extras vllm,cli
+	@$(PYTHON) tools/setup.py --venv $(VENV) --extras vllm,demo
 
 setup-dev:
 	@$(PYTHON) tools/setup.py --venv $(VENV) --extras dev

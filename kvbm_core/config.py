@@ -113,9 +113,8 @@ class TierEntry(Settings, frozen=True, kw_only=True):
 class StackConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An operator's settings: of the stack, and of the engine that uses it.
 
-    A `Stack` reads `tiers`, the deadlines, `max_store_blocks` and `staging`. The other keys are for the
-    connector of an engine: `only_faster`, `max_load_fraction`, `sparse_stores`, `sparse_stores_every_tokens`,
-    `device_copy`, `device_staging`, `weights_id` and `coordinator`.
+    A `Stack` reads `tiers`, the deadlines, `max_store_blocks` and `staging`; the other keys are for the
+    connector of an engine.
     """
 
     tiers: tuple[TierEntry, ...]
@@ -154,6 +153,10 @@ class StackConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     weights_id: str | None = None
     """Names the model's weights, in place of the digest of their files. Give it where the files
     cannot be read by the engine, and change it whenever the weights change."""
+    record: str | None = None
+    """A file for the log of hashes, without text, that `kvbm replay` reads. None: nothing is recorded."""
+    record_capacity: ByteSize = ByteSize(1 << 30)
+    """Bytes of that file and the one before it. At least 1 MiB."""
     coordinator: Mapping[str, Any] | None = None
     """Where the engine's processes register: ``backend`` names the coordinator, all other keys are
     its own. None: nowhere."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 __all__ = ["show_fields"]
 
 _FIELD = re.compile(r'^    (\w+)(?::| =) [^\n]*\n    """(.+?)"""', re.MULTILINE | re.DOTALL)
-"""A field, or a member of an enumeration, and its docstring. A parser would make an import a tenth longer."""
+"""A field, or a member of an enumeration, and its docstring. Parsing would make an import a tenth slower."""
 
 
 def show_fields(classes: Iterable[type]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from kvbm_core import ConfigError, KvbmError, StackConfig, check_stack, load_config
 from kvbm_core.config import refuse_unknown
 from kvbm_device import check_copy
+from kvbm_engine import check_record
 from kvbm_metrics import read_address
 from kvbm_vllm._models import check_engine, has_unlike_layers, replicas
 from kvbm_vllm._replicas import replicas_of
@@ -87,6 +88,7 @@ def check_settings(vllm_config: Any) -> None:
     config = read_settings(vllm_config)
     check_copy(config.device_copy)
     check_engine(vllm_config)
+    check_record(config)
     try:
         check_stack(
             config, block_bytes=_block_bytes(vllm_config), share=_host_share(parallel),
