@@ -574,6 +574,18 @@ def test_commands_of_make_exist():
                 assert set(re.findall(r"^make ([a-z-]+)", text, re.MULTILINE)) <= targets, name_of(page)
 
 
+def test_the_page_on_security_names_tests_that_are_there():
+    page = ROOT / "docs/explanation/security.md"
+    text = page.read_text()
+    files = {(page.parent / link).resolve() for link in re.findall(r"\]\(([\w./-]+\.py)\)", text)}
+    there = {
+        name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)
+    }
+    named = set(re.findall(r"`(test_\w+)`", text))
+    assert len(named) > 10
+    assert named <= there
+
+
 def test_scripts_that_are_named_exist():
     for page in PAGES + READMES:
         for script in re.findall(r"\b(?:tests|tools)/[\w/]+\.py\b", page.read_text()):
