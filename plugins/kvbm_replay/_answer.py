@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import msgspec
 
@@ -11,7 +12,21 @@ from kvbm_replay._machine import Machine, Speed
 from kvbm_replay._outcome import Outcome
 from kvbm_replay.trace import Trace
 
-__all__ = ["MachineAnswer", "ReplayAnswer", "Row", "TierAnswer", "TraceAnswer", "make_row"]
+__all__ = [
+    "LoadAnswer",
+    "MachineAnswer",
+    "PolicyAnswer",
+    "ReplayAnswer",
+    "Row",
+    "TierAnswer",
+    "TraceAnswer",
+    "compare",
+    "gain",
+    "make_row",
+]
+
+_NOTHING: Final = 0.001
+"""A difference of hit ratios in which no policy can show anything."""
 
 
 class TraceAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,14 +114,58 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     belady_hit_ratio: float | None = None
 
 
-class ReplayAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """All of it."""
+class LoadAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """All replays of one load."""
 
     trace: TraceAnswer
     machine: MachineAnswer
     uncached_first_token_s: float
     """The mean time to the first token if nothing is kept."""
     rows: tuple[Row, ...]
+
+
+class PolicyAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """One policy over all replays."""
+
+    policy: str
+    replays: int
+    worst_over_lru: float
+    """The smallest difference of its hit ratio to that of LRU; below 0 where it hits less."""
+    mean_gain: float | None
+    """Of what Belady has over LRU, the mean part that it has, where that is more than a thousandth."""
+
+
+class ReplayAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """All of it."""
+
+    loads: tuple[LoadAnswer, ...]
+    policies: tuple[PolicyAnswer, ...]
+    """Empty if LRU and Belady were not computed."""
+
+
+def gain(row: Row) -> float | None:
+    """Give the part of what Belady has over LRU that a replay has; None where that is next to nothing."""
+    if row.lru_hit_ratio is None or row.belady_hit_ratio is None:
+        return None
+    most = row.belady_hit_ratio - row.lru_hit_ratio
+    return (row.hit_ratio - row.lru_hit_ratio) / most if most > _NOTHING else None
+
+
+def compare(loads: Sequence[LoadAnswer]) -> ReplayAnswer:
+    """Put loads together, and say of each policy how it stands to LRU and Belady over all of them."""
+    rows = [row for load in loads for row in load.rows if row.lru_hit_ratio is not None]
+    policies = []
+    for policy in dict.fromkeys(row.policy for row in rows):
+        own = [row for row in rows if row.policy == policy]
+        gains = [part for part in map(gain, own) if part is not None]
+        policies.append(
+            PolicyAnswer(
+                policy=policy, replays=len(own),
+                worst_over_lru=min(row.hit_ratio - (row.lru_hit_ratio or 0.0) for row in own),
+                mean_gain=sum(gains) / len(gains) if gains else None,
+            )
+        )  # fmt: skip
+    return ReplayAnswer(loads=tuple(loads), policies=tuple(policies))
 
 
 def make_row(

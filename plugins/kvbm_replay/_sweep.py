@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvbm_core.config import PartEntry
 from kvbm_core.registry import Registry
-from kvbm_replay._answer import MachineAnswer, ReplayAnswer, Row, TraceAnswer, make_row
+from kvbm_replay._answer import LoadAnswer, MachineAnswer, TraceAnswer, make_row
 from kvbm_replay._driver import replay
 from kvbm_replay._layout import Layout
 from kvbm_replay._machine import Machine
@@ -43,8 +43,8 @@ class Sweep:
         return [(name, each.with_policy(_entry(name))) for each in sized for name in self.policies]
 
 
-def run_sweep(trace: Trace, sweep: Sweep, tell: Callable[[Row], None] = lambda _: None) -> ReplayAnswer:
-    """Replay a trace through every stack of a sweep; `tell` hears of each as it ends."""
+def run_sweep(trace: Trace, sweep: Sweep) -> LoadAnswer:
+    """Replay a trace through every stack of a sweep."""
     registry, keys, rows = Registry(), Keys(), []
     engine_blocks = sweep.engine_blocks or 0
     known: dict[int, tuple[float, float]] = {}
@@ -60,9 +60,8 @@ def run_sweep(trace: Trace, sweep: Sweep, tell: Callable[[Row], None] = lambda _
                 known[total] = _references(trace, total)
             references = known[total]
         rows.append(make_row(policy, layout, engine_blocks, trace.block_tokens, outcome, references))
-        tell(rows[-1])
     tokens = sum(request.input_tokens for request in trace.requests)
-    return ReplayAnswer(
+    return LoadAnswer(
         trace=TraceAnswer.of(trace, reuse_hits(trace.requests)),
         machine=MachineAnswer.of(sweep.machine, sweep.layout, paced=sweep.paced),
         uncached_first_token_s=tokens / sweep.machine.prefill_tokens_per_s / len(trace.requests),

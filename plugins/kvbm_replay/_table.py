@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -9,15 +10,15 @@ from rich.table import Table
 from kvbm_core.config import size_text
 from kvbm_core.errors import KvbmError
 from kvbm_core.printable import printable
-from kvbm_replay._answer import ReplayAnswer, Row
+from kvbm_replay._answer import LoadAnswer, PolicyAnswer, Row, gain
 from kvbm_replay._sizes import tokens_text
 
-__all__ = ["draw_replay", "figure_class", "make_table", "remarks"]
+__all__ = ["draw_replay", "figure_class", "make_comparison", "make_table", "remarks"]
 
 _MS = 1e3
 
 
-def make_table(answer: ReplayAnswer) -> Table:
+def make_table(answer: LoadAnswer) -> Table:
     """Draw one row a replay."""
     trace = answer.trace
     title = (
@@ -33,7 +34,7 @@ def make_table(answer: ReplayAnswer) -> Table:
         table.add_column(f"{printable(name)} %", justify="right")
         table.add_column("GiB written", justify="right")
         table.add_column("evicted", justify="right")
-    for heading in ("LRU %", "Belady %", "first token: mean", "p50", "p95 (ms)"):
+    for heading in ("LRU %", "Belady %", "gain %", "first token: mean", "p50", "p95 (ms)"):
         table.add_column(heading, justify="right")
     for row in answer.rows:
         table.add_row(*_cells(row, answer.machine.token_bytes))
@@ -48,7 +49,7 @@ def _cells(row: Row, token_bytes: int) -> list[str]:
     cells += [printable(row.policy), _percent(row.hit_ratio), _percent(row.engine_hit_ratio)]
     for tier in row.tiers:
         cells += [_percent(tier.hit_ratio), f"{tier.stored_bytes / 2**30:,.0f}", f"{tier.evicted_blocks:,}"]
-    cells += [_percent(row.lru_hit_ratio), _percent(row.belady_hit_ratio)]
+    cells += [_percent(row.lru_hit_ratio), _percent(row.belady_hit_ratio), _percent(gain(row))]
     times_s = (row.mean_first_token_s, row.p50_first_token_s, row.p95_first_token_s)
     return [*cells, *(f"{_MS * time_s:,.0f}" for time_s in times_s)]
 
@@ -57,7 +58,18 @@ def _percent(ratio: float | None) -> str:
     return "" if ratio is None else f"{100 * ratio:.1f}"
 
 
-def remarks(answer: ReplayAnswer) -> list[str]:
+def make_comparison(policies: Sequence[PolicyAnswer]) -> Table:
+    """Draw one row a policy, over all replays."""
+    table = Table(title="Against LRU and Belady, over all replays")
+    for heading in ("policy", "replays", "hits over LRU, at worst (points)", "of Belady's gain, mean %"):
+        table.add_column(heading, justify="left" if heading == "policy" else "right")
+    for each in policies:
+        worst = f"{100 * each.worst_over_lru:+.2f}"
+        table.add_row(printable(each.policy), f"{each.replays}", worst, _percent(each.mean_gain))
+    return table
+
+
+def remarks(answer: LoadAnswer) -> list[str]:
     """Say what the numbers rest on, a line each."""
     machine, trace, rows = answer.machine, answer.trace, answer.rows
     lines = [
@@ -96,7 +108,7 @@ def figure_class() -> type:
     return Figure
 
 
-def draw_replay(answer: ReplayAnswer, file: Path) -> None:
+def draw_replay(answer: LoadAnswer, file: Path) -> None:
     """Draw hits, and the mean time to the first token, by size."""
     figure = figure_class()(figsize=(11, 4.2), layout="constrained")
     hits, times = figure.subplots(1, 2)
