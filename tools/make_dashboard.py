@@ -135,6 +135,9 @@ ROWS: Final[Sequence[tuple[str, Sequence[Json]]]] = [
               "A full tier evicts as much as it stores. That is no harm while it also serves.", "short",
               (rate("stored_blocks", "tier"), "{{tier}} stored"),
               (rate("evicted_blocks", "tier"), "{{tier}} evicted"), width=6),
+        panel("timeseries", "Bytes moved between tiers", "Beside what comes from the engine. A source is a "
+              "position in the stack, 0 the fastest.", "Bps",
+              (rate("filled_bytes", "source, tier, reason"), "{{source}} to {{tier}} {{reason}}"), width=6),
         panel("timeseries", "Blocks waiting", "On their way, or waiting for it.", "short",
               (gauge("queued_blocks", "tier, operation"), "{{tier}} {{operation}}"), width=6),
     ]),

@@ -14,7 +14,7 @@ from kvbm_engine._parked import Parked
 from kvbm_engine._rank import Copies, CopyCounter, Progress, Rank
 from kvbm_engine._recorder import Recorder, check_record
 from kvbm_engine._session import Session
-from kvbm_engine._sparse import SparseStores, sparse_stores
+from kvbm_engine._sparse import SparseStores, prompt_ends, sparse_stores
 from kvbm_engine._storing import Storing
 from kvbm_engine._values import EngineRequest, GroupBlocks, Outcome, Schedule, Scheduled, State, Step
 
@@ -39,5 +39,6 @@ __all__ = [
     "Storing",
     "check_record",
     "hash_tokens",
+    "prompt_ends",
     "sparse_stores",
 ]

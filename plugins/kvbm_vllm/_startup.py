@@ -197,6 +197,7 @@ def begin_session(
         policy=Registry().policies(config),
         block_tokens=block_tokens if config.only_faster else 0,
         ops=ops,
+        movements=[entry.movement for entry in config.tiers],
     )
     constants: dict[str, int] = {}
     for handshake in ranks:  # Of several ranks the slowest counts.
