@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -18,6 +18,7 @@ __all__ = [
     "PolicyAnswer",
     "ReplayAnswer",
     "Row",
+    "RowNames",
     "TierAnswer",
     "TraceAnswer",
     "compare",
@@ -66,12 +67,13 @@ class MachineAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """True if writes took time."""
 
     @classmethod
-    def of(cls, machine: Machine, layout: Layout, *, paced: bool) -> MachineAnswer:
-        """Describe a machine with a stack."""
+    def of(cls, machine: Machine, layouts: Sequence[Layout], *, paced: bool) -> MachineAnswer:
+        """Describe a machine with the tiers of some stacks."""
+        tiers = [tier for layout in layouts for tier in layout.tiers]
         return cls(
             prefill_tokens_per_s=machine.prefill_tokens_per_s, link_bytes_per_s=machine.link_bytes_per_s,
             token_bytes=machine.token_bytes, paced=paced,
-            tiers={tier.name: machine.speed(tier.name, tier.backend) for tier in layout.tiers},
+            tiers={tier.name: machine.speed(tier.name, tier.backend) for tier in tiers},
         )  # fmt: skip
 
 
@@ -95,6 +97,8 @@ class TierAnswer(msgspec.Struct, frozen=True, kw_only=True):
 class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One replay, and what LRU and Belady hit in one cache of the same total size."""
 
+    stack: str
+    """What it was called, or where it was read."""
     policy: str
     capacity_blocks: int | None
     """Of all tiers and the engine's cache together. None: no bound."""
@@ -168,8 +172,15 @@ def compare(loads: Sequence[LoadAnswer]) -> ReplayAnswer:
     return ReplayAnswer(loads=tuple(loads), policies=tuple(policies))
 
 
+class RowNames(NamedTuple):
+    """What a row is called."""
+
+    stack: str
+    policy: str
+
+
 def make_row(
-    policy: str, layout: Layout, engine_blocks: int, block_tokens: int, outcome: Outcome,
+    names: RowNames, layout: Layout, engine_blocks: int, block_tokens: int, outcome: Outcome,
     references: Sequence[float | None] = (None, None),
 ) -> Row:  # fmt: skip
     """Put a replay's numbers in order; `references` are the hit ratios of LRU and Belady."""
@@ -184,7 +195,7 @@ def make_row(
         for tier in outcome.tiers
     )  # fmt: skip
     return Row(
-        policy=policy, capacity_blocks=blocks,
+        stack=names.stack, policy=names.policy, capacity_blocks=blocks,
         capacity_tokens=None if blocks is None else blocks * block_tokens,
         hit_ratio=outcome.hit_ratio, engine_hit_ratio=outcome.engine_hits / accesses,
         loaded_ratio=outcome.loaded / accesses, tiers=tiers,

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from kvbm_core.command import answers, write_json
-from kvbm_core.config import parse_size
 from kvbm_core.errors import ConfigError
 from kvbm_core.printable import printable
 from kvbm_core.registry import Registry
+from kvbm_core.sizes import parse_size
 from kvbm_replay._answer import ReplayAnswer, compare
 from kvbm_replay._layout import Layout, read_layout
 from kvbm_replay._machine import Machine, read_speed
@@ -78,10 +78,12 @@ Paced = Annotated[
 Save = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Write what --generate made, in Mooncake's format.")
 ]
-StackFile = Annotated[
-    str | None,
+Stacks = Annotated[
+    list[str] | None,
     typer.Option(
-        metavar="FILE", help="The connector's YAML or JSON, in a file or inline. Default: one cpu tier."
+        "--stack",
+        metavar="FILE",
+        help="The connector's YAML or JSON, in a file or inline; may be repeated. Default: one cpu tier.",
     ),
 ]
 Capacity = Annotated[
@@ -102,7 +104,7 @@ Policies = Annotated[
 def replay(
     traces: Traces = None,
     loads: Loads = None,
-    stack: StackFile = None,
+    stacks: Stacks = None,
     capacity: Capacity = None,
     vary: Vary = None,
     policy: Policies = None,
@@ -127,11 +129,9 @@ def replay(
     console, answered = _console(as_json), []
     for trace in found:
         machine = _machine(trace, prefill, link, token_bytes, speed)
-        layout = _layout(stack, trace, machine)
-        sizes = capacity or (None if stack else _DEFAULT_SIZES)
+        sizes = capacity or (None if stacks else _DEFAULT_SIZES)
         sweep = Sweep(
-            layout, machine,
-            varied=layout.position(vary) if vary else 0,
+            _layouts(stacks, trace, machine), machine, vary,
             sizes=_blocks("--capacity", sizes, trace, machine) if sizes else (),
             policies=policy.split(",") if policy else (),
             engine_blocks=_engine_blocks(engine_cache, trace, machine),
@@ -240,11 +240,20 @@ def check_picture(file: Path | None) -> None:
         )
 
 
-def _layout(stack: str | None, trace: Trace, machine: Machine) -> Layout:
-    """Read the stack, and see that each speed is of a tier."""
-    layout = read_layout(_read_stack(stack), trace.block_tokens * machine.token_bytes, Registry())
-    check_speeds(machine, [tier.name for tier in layout.tiers])
-    return layout
+def _layouts(stacks: list[str] | None, trace: Trace, machine: Machine) -> list[tuple[str, Layout]]:
+    """Read the stacks, and see that each speed is of a tier."""
+    block_bytes, registry = trace.block_tokens * machine.token_bytes, Registry()
+    layouts = [
+        (_stack_name(text, at), read_layout(_read_stack(text), block_bytes, registry))
+        for at, text in enumerate(stacks or [None], 1)
+    ]
+    check_speeds(machine, [tier.name for _, layout in layouts for tier in layout.tiers])
+    return layouts
+
+
+def _stack_name(text: str | None, at: int) -> str:
+    """Call a stack by its file, or by its place among those that are written inline."""
+    return f"stack {at}" if text is None or text.lstrip().startswith("{") else Path(text).name
 
 
 def _blocks(option: str, text: str, trace: Trace, machine: Machine) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any, Final
 import msgspec
 
 from kvbm_core.registry import Registry
-from kvbm_replay._answer import Row, TraceAnswer, make_row
+from kvbm_replay._answer import Row, RowNames, TraceAnswer, make_row
 from kvbm_replay._curve import Curve, Points, curve_of, sampled
 from kvbm_replay._driver import replay
 from kvbm_replay._layout import capacity_bytes, read_layout
@@ -98,7 +98,9 @@ def answer_question(trace: Trace, question: Question) -> PlanAnswer:
         registry=registry,
         engine_blocks=round(question.engine_blocks * part),
     )
-    row = make_row(question.policy, layout, question.engine_blocks, trace.block_tokens, outcome)
+    row = make_row(
+        RowNames("advised", question.policy), layout, question.engine_blocks, trace.block_tokens, outcome
+    )
     # A part of the blocks takes a part of the time.
     times = ("mean_first_token_s", "p50_first_token_s", "p95_first_token_s", "busy_s")
     row = msgspec.structs.replace(row, **{name: getattr(row, name) / part for name in times})

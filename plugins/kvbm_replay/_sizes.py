@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from kvbm_core.config import parse_size
 from kvbm_core.errors import ConfigError
+from kvbm_core.sizes import parse_size
 
 __all__ = ["read_blocks", "tokens_text"]
 

@@ -169,10 +169,26 @@ def test_replay_takes_the_connectors_configuration(capsys, tmp_path):
         words = ["replay", "--generate", LOAD, "--stack", stack, "--no-references", "--paced", "--json"]
         assert kvbm([*words, "--engine-cache", "100k", "--vary", "lmdb", "--capacity", "256GiB"]) == 0
         [row] = json.loads(capsys.readouterr().out)["loads"][0]["rows"]
-        rows.append({key: value for key, value in row.items() if key != "replay_s"})
+        rows.append({key: value for key, value in row.items() if key not in ("replay_s", "stack")})
     assert rows[0] == rows[1]
     assert [tier["capacity_blocks"] for tier in rows[0]["tiers"]] == [511, 4096]
     assert rows[0]["engine_hit_ratio"] > 0
+
+
+def test_several_stacks_stand_in_one_table(capsys, tmp_path):
+    one = {"tiers": [{"backend": "cpu", "capacity": "64GiB"}]}
+    lower = {"backend": "lmdb", "capacity": "48GiB", "path": "/x"}
+    two = {"tiers": [{"backend": "cpu", "capacity": "16GiB"}, {**lower, "movement": {"stores": "demotion"}}]}
+    file = tmp_path / "one.yaml"
+    file.write_text(json.dumps(one))
+    words = ["replay", "--generate", LOAD, "--stack", str(file), "--stack", json.dumps(two)]
+    assert kvbm([*words, "--json", "--plot", str(tmp_path / "drawn.svg")]) == 0
+    captured = capsys.readouterr()
+    rows = published("replay", captured.out)["loads"][0]["rows"]
+    assert [(row["stack"], len(row["tiers"])) for row in rows] == [("one.yaml", 1), ("stack 2", 2)]
+    assert "lmdb %" in captured.err
+    assert kvbm([*words, "--vary", "lmdb", "--capacity", "1GiB"]) == ExitCode.WRONG
+    assert "--vary lmdb: there is no such tier; write one of cpu" in capsys.readouterr().err
 
 
 def test_plan_prints_tables_and_its_json_is_as_published(capsys, tmp_path):
