@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import msgspec
 
+from kvbm_core.errors import ConfigError
 from kvbm_core.registry import Registry
 from kvbm_replay._answer import Row, RowNames, TraceAnswer, make_row
 from kvbm_replay._curve import Curve, Points, curve_of, sampled
@@ -82,6 +83,11 @@ def answer_question(trace: Trace, question: Question) -> PlanAnswer:
     curve: Curve = exact
     if question.policy != "lru":
         curve = _measured(few, part, question, exact, registry)
+    if not curve.most:
+        raise ConfigError(
+            f"{trace.name}: nothing of it was seen before, so memory of no size would save anything; write a "
+            "longer trace, or another"
+        )
     tokens = sum(request.input_tokens for request in trace.requests)
     tokens -= _engine_hits(trace, question.engine_blocks) * trace.block_tokens
     loads = Loads(curve, machine, trace.block_tokens, tokens, len(trace.requests), trace.duration_s)

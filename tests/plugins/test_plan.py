@@ -93,6 +93,11 @@ def test_another_policy_is_replayed_at_several_sizes(trace):
     assert 0 < fifo.memory[middle].hit_ratio < lru.memory[middle].hit_ratio + 0.02
 
 
+def test_nothing_to_save_is_said():
+    with pytest.raises(ConfigError, match="nothing of it was seen before"):
+        answer(generate("loop:requests=3"))
+
+
 def test_curves_find_the_size_for_a_number_of_hits():
     curve = Distances([1, 5, 5, 9], 1.0, 10)
     assert [curve.hits(blocks) for blocks in (0, 1, 4, 5, 9, 99)] == [0, 1, 1, 3, 4, 4]
