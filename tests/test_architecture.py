@@ -53,7 +53,7 @@ WINGS = {
     "backends/kvbm_zstd/*.py": 150,
     "plugins/kvbm_engine/*.py": 1235,
     "plugins/kvbm_vllm/**/*.py": 2250,
-    "plugins/kvbm_replay/*.py": 1880,
+    "plugins/kvbm_replay/*.py": 1960,
 }
 """Lines of code of each wing at most, without comments, docstrings and empty lines."""
 
