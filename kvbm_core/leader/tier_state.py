@@ -156,9 +156,7 @@ class Tiers:
     ) -> list[BlockKey]:
         """Set room aside in a tier, see `TierIndex.reserve`, and have it forget the objects evicted."""
         tier = self._states[position]
-        filling, evicted = tier.index.reserve(
-            keys, tier.charges[group], prefix, are_absent=are_absent
-        )
+        filling, evicted = tier.index.reserve(keys, tier.charges[group], prefix, are_absent=are_absent)
         if not tier.capabilities.shared:  # Else they are forgotten here and stay there.
             self.discard(position, evicted)
             tier.counts.evicted += len(evicted)

@@ -17,7 +17,7 @@ EXCLUSIVE = Movement(stores="demotion", copies="exclusive", low_watermark=0.25, 
 
 
 def two_tiers(movement=DEMOTION, capacities=(8, 32), **options):
-    tiers = [status(name, size, lends=at == 0) for at, (name, size) in enumerate(zip("ab", capacities))]
+    tiers = [status("a", capacities[0], lends=True), status("b", capacities[1])]
     return planner(*tiers, movements=[Movement(), movement], **options)
 
 
@@ -77,7 +77,7 @@ def test_a_block_on_its_way_down_stays_above_and_is_loaded_from_there():
 
 def test_nothing_is_demoted_into_a_tier_that_is_left_alone():
     made = two_tiers()
-    for number in range(3):
+    for _ in range(3):
         made._tiers[1].breaker.note(Op.STORE, Reason.ERROR, 0.0)
     store(made, *range(8))
     assert not made.take(0.5).fills
@@ -242,7 +242,8 @@ def test_what_an_edge_cannot_do_is_said(above, below, stores, caplog):
         ((status("a", 8).capabilities, above), (status("b", 8).capabilities, below))
     ]  # fmt: skip
     statuses = [
-        msgspec.structs.replace(status(name, 8), capabilities=each) for name, each in zip("ab", tiers, strict=True)
+        msgspec.structs.replace(status(name, 8), capabilities=each)
+        for name, each in zip("ab", tiers, strict=True)
     ]
     made = planner(*statuses, movements=[Movement(), EXCLUSIVE])
     assert bool(made._movements._demotions) == (stores == "demotion")
@@ -268,7 +269,7 @@ def test_a_movement_is_written_as_a_word_or_as_a_mapping():
         (3, "movement: 3; write a mapping like {stores: demotion}"),
         ({"store": "demotion"}, "unknown key 'store'; did you mean 'stores'?"),
         ({"copies": "exclusive"}, "write stores: demotion beside it"),
-        ({"low_watermark": 0.5, "high_watermark": 0.2}, "low_watermark: 0.5, high_watermark: 0.2; write parts"),
+        ({"low_watermark": 0.5, "high_watermark": 0.2}, "low_watermark: 0.5, high_watermark: 0.2; write"),
         ({"high_watermark": 1.5}, "like 0.2 and 0.4"),
     ],
 )  # fmt: skip
@@ -312,7 +313,7 @@ def test_bytes_go_down_and_come_up_whole(names):
 def test_a_load_overtakes_what_is_read_for_a_demotion():
     registry = Offered(Held)
     settings = config("test", "memory", load_deadline_s=30.0) | {"staging": 64 * 4096}
-    settings["tiers"] = settings["tiers"][:1] + [{**settings["tiers"][1], "movement": "demotion"}]
+    settings["tiers"] = [settings["tiers"][0], {**settings["tiers"][1], "movement": "demotion"}]
     with Stack.open(settings, device(), NAMESPACE, registry=registry) as stack:
         [tier] = registry.tiers
         for at in range(12):
