@@ -84,7 +84,12 @@ def main() -> int:
     parser.add_argument("--generate", action="append", help=f"default: {' '.join(LOADS)}")
     parser.add_argument("--brief", action="store_true", help="few requests: does it run at all?")
     options = parser.parse_args()
-    print(f"command: python {' '.join(sys.argv)}\nmachine: {Machine().text()}")
+    machine = Machine()
+    print(f"command: python {' '.join(sys.argv)}")
+    print(
+        f"machine: {machine.prefill_tokens_per_s:,.0f} tokens/s computed, {machine.token_bytes >> 10} KiB a token; "
+        f"memory {machine.speed('', 'cpu').text()}; disk {machine.speed('', 'gds').text()}"
+    )
     if options.brief:
         table(generate("chat:seed=1,requests=100"), ((0.1, 0.2),))
         return 0

@@ -125,29 +125,61 @@ def test_a_load_from_below_leaves_both_copies():
     assert made.counts["b"].filled_bytes.keys() == {(0, "demotion")}
 
 
-def test_an_exclusive_copy_goes_when_the_block_has_come_up():
-    made = demoted(EXCLUSIVE)
+def come_up(capacity=20):
+    """Give a planner whose lower tier is nearly full, and has spare copies of the first two blocks."""
+    made = two_tiers(EXCLUSIVE, capacities=(8, capacity))
+    for number in range(20):
+        store(made, number)
+        settle(made)
     end(made, load(made, 0, 1))
-    assert [have(made, 0, 4), have(made, 1, 4)] == [[0, 1], [2, 3]]
-    assert (1, keys(0, 1)) in made.take(0.0).drops
+    assert [have(made, 0, 4), have(made, 1, 4)] == [[0, 1], [0, 1, 2, 3]]
+    return made
+
+
+def test_an_exclusive_copy_of_a_block_that_has_come_up_is_the_first_to_make_room():
+    made = come_up()
+    dropped = []
+    for number in range(20, 24):
+        plan = store(made, number)
+        dropped += [key for tier, gone in plan.drops for key in gone if tier == 1]
+        settle(made)
+    assert {*dropped} <= {*keys(0, 1)}
+    assert {2, 3, 4, 5} <= {*have(made, 1)}
+    assert {*have(made, 0), *have(made, 1)} == {*range(24)}
+
+
+def test_a_block_whose_spare_copy_is_still_there_goes_down_without_a_write():
+    made = come_up(capacity=64)
+    filled = set()
+    for number in range(30, 42):
+        filled.update(*(fill.keys for fill in store(made, number).fills))
+        while plan := made.take(0.0):
+            filled.update(*(fill.keys for fill in plan.fills))
+            end(made, plan)
+    assert [have(made, 0, 4), have(made, 1, 4)] == [[], [0, 1, 2, 3]]
+    assert filled
+    assert filled.isdisjoint(keys(0, 1))
+    [spares] = made._movements._spares.values()
+    assert not spares._keys
 
 
 def test_an_exclusive_copy_that_did_not_come_up_stays():
     made = demoted(EXCLUSIVE)
     end(made, load(made, 0, 1), failures={0: {0: Reason.FULL}})
-    assert [have(made, 0, 4), have(made, 1, 4)] == [[1], [0, 2, 3]]
+    [spares] = made._movements._spares.values()
+    assert [*spares._keys] == keys(1)
 
 
-def test_an_exclusive_copy_that_another_request_reads_goes_afterwards():
-    made = demoted(EXCLUSIVE)
-    first = load(made, 0)
-    assert not made.is_ready(key(0), 0)
+def test_a_spare_copy_that_is_being_read_makes_no_room():
+    made = come_up()
     made.load("other", keys(0), [9], [1])
-    second = made.take(0.0)
-    end(made, first)
-    assert not made.take(0.0).drops
-    end(made, second)
-    assert made.take(0.0).drops == [(1, keys(0))]
+    reading = made.take(0.0)
+    for number in range(20, 28):
+        store(made, number)
+        settle(made)
+    assert made.is_ready(key(0), 1)
+    assert not made.is_ready(key(1), 1)
+    end(made, reading)
 
 
 def test_never_promoted_is_never_kept_above():
@@ -189,8 +221,6 @@ def test_a_loop_over_more_than_fits_above_is_not_promoted_for_long(copies):
     measured = loop(Movement(stores="demotion", copies=copies, promotion="measured"))
     assert measured["a"].stored < always["a"].stored / 2
     assert measured["b"].stored <= always["b"].stored
-    if copies == "exclusive":
-        assert measured["b"].stored < always["b"].stored / 2
 
 
 def test_what_is_worth_it_is_promoted():
@@ -247,7 +277,7 @@ def test_what_an_edge_cannot_do_is_said(above, below, stores, caplog):
     ]
     made = planner(*statuses, movements=[Movement(), EXCLUSIVE])
     assert bool(made._movements._demotions) == (stores == "demotion")
-    assert made._movements._exclusive == []
+    assert made._movements._spares == {}
     assert "tier b: movement: " in caplog.text
 
 
