@@ -40,9 +40,9 @@ MAY_SWALLOW = {
 
 TIER_BACKENDS = ("kvbm_cpu", "kvbm_lmdb", "kvbm_gds", "kvbm_remote")
 WINGS = {
-    "kvbm_core/*.py": 2165,
-    "kvbm_core/leader/*.py": 1660,
-    "kvbm_core/worker/*.py": 1400,
+    "kvbm_core/*.py": 2200,
+    "kvbm_core/leader/*.py": 2090,
+    "kvbm_core/worker/*.py": 1410,
     "kvbm_core/layers/*.py": 520,
     "backends/kvbm_cpu/*.py": 365,
     "backends/kvbm_lmdb/*.py": 1585,

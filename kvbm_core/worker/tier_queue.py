@@ -64,7 +64,7 @@ class TierQueue:
         self.stores: deque[Move] = deque()
         """Likewise. They wait for the loads, and leave half of the tier's queue to them."""
         self.copies: deque[Move] = deque()
-        """Of fills, blocks that are read here and that no request waits for. They wait for the stores, too."""
+        """Blocks that are read here for fills that no request waits for. They wait for the stores, too."""
         self.open: dict[int, Move] = {}
         self.late: dict[int, Move] = {}
         """Given up, but the region is still the tier's."""
