@@ -11,9 +11,10 @@ import itertools
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 
-from kvbm_core.block import BlockKey
+from kvbm_core.block import BlockKey, BlockState
 from kvbm_core.groups import KvGroup
 from kvbm_core.leader.boundaries import GroupPrefix, Part
+from kvbm_core.leader.claims import claim_of
 from kvbm_core.leader.cost_model import CostModel
 from kvbm_core.leader.counts import TierCounts, TierLevels
 from kvbm_core.leader.draft import Draft
@@ -23,9 +24,11 @@ from kvbm_core.leader.in_flight import InFlight
 from kvbm_core.leader.matches import Match, Matcher, Prefix
 from kvbm_core.leader.questions import Questions
 from kvbm_core.leader.shortage import Shortages
+from kvbm_core.leader.tenants import Tenants
 from kvbm_core.leader.tier_state import MakePolicy, Tiers, make_lru
 from kvbm_core.leader.write_back import WriteBack
 from kvbm_core.plan import Load, Plan, Report, TierStatus, WriteOrder
+from kvbm_core.sharing import Sharing
 from kvbm_core.tier import Reason
 
 __all__ = ["Planner"]
@@ -42,6 +45,7 @@ class Planner:
         block_tokens: Tokens a block, where only what loads faster than the engine computes shall be loaded;
             the engine tells `cost_model` how fast it computes. 0: what a tier has is loaded.
         ops: Numbers for operations, where planners follow each other: no late report may fit another one.
+        sharing: How tenants share the tiers. By default there are none.
 
     Raises:
         ConfigError: If the ranks have different stacks; names rank and difference.
@@ -56,9 +60,11 @@ class Planner:
         policy: MakePolicy = make_lru,
         block_tokens: int = 0,
         ops: Iterator[int] | None = None,
+        sharing: Sharing | None = None,
     ) -> None:
         self._world_size = len(ranks)
         self._tiers = Tiers(ranks, policy, groups)
+        self.tenants = Tenants(self._tiers, sharing or Sharing(), policy, len(ranks))
         self._in_flight = InFlight(len(ranks), ops)
         self._matcher = Matcher(self._tiers, self._in_flight)
         self._write_back = WriteBack(self._tiers, max_store_blocks)
@@ -166,6 +172,14 @@ class Planner:
         """Return True if a tier has a block."""
         return key in self._tiers[tier].index
 
+    def state(self, key: BlockKey, tier: int) -> BlockState:
+        """Say where a block stands in a tier."""
+        return self._tiers[tier].index.state(key)
+
+    def touch(self, keys: Sequence[BlockKey], tier: int) -> None:
+        """Note that blocks are wanted, those that a tier has; `keys` are in the order of their prefix."""
+        self._tiers[tier].index.touch(reversed(keys))
+
     def decline(self, tiers: Iterable[int]) -> None:
         """Note that blocks found in these tiers are computed, because `cost_model` finds that faster."""
         for tier in tiers:
@@ -260,6 +274,8 @@ class Planner:
             for key in self._tiers.reserve(position, wanted, prefix, group):
                 targets[key] += (position,)
         self._draft.stores(targets, dict(zip(keys, blocks, strict=True)), group)
+        if (claim := claim_of(prefix)) and claim.keep_s:
+            self.tenants.keep(keys, claim, now_s)
 
     def fill(
         self, source: int, target: int, keys: Sequence[BlockKey], now_s: float,
@@ -291,6 +307,7 @@ class Planner:
     def take(self, now_s: float, order: WriteOrder | None = None) -> Plan:
         """Take everything planned since the last call, with what the engine writes."""
         self._shortages.grow(now_s)
+        self.tenants.release(now_s)
         if self.host_pool >= 0:
             for position in range(len(self._tiers)):
                 for group, keys in self._write_back.due(position, now_s).items():

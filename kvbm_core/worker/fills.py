@@ -45,7 +45,7 @@ class Fills:
         if op.source == self._host_pool:
             self.forward_from_host_pool(job, range(len(op.keys)), [op.target])
         else:
-            self._queues[op.source].loads.extend(Move(job, at, op.source) for at in range(len(op.keys)))
+            self._queues[op.source].fills.extend(Move(job, at, op.source) for at in range(len(op.keys)))
 
     def landed(self, job: Job, moves: Sequence[Move]) -> None:
         """Take in blocks that the source has brought into host memory."""

@@ -61,8 +61,10 @@ class TierQueue:
         """Kinds of operation that failed by its own fault, to when they did first since one worked last."""
         self.loads: deque[Move] = deque()
         """Not yet submitted: the tier's queue is full, or no region is free."""
+        self.fills: deque[Move] = deque()
+        """Likewise: blocks to be read for another tier. They wait for the loads."""
         self.stores: deque[Move] = deque()
-        """Likewise. They wait for the loads, and leave half of the tier's queue to them."""
+        """Likewise. They wait for both, and leave half of the tier's queue to them."""
         self.open: dict[int, Move] = {}
         self.late: dict[int, Move] = {}
         """Given up, but the region is still the tier's."""
@@ -70,7 +72,7 @@ class TierQueue:
         """Keys of late moves, to be forgotten when the tier has let go: dropped, or stored too late."""
 
     def __repr__(self) -> str:
-        return f"{len(self.open)} open {len(self.loads) + len(self.stores)} queued"
+        return f"{len(self.open)} open {len(self.loads) + len(self.fills) + len(self.stores)} queued"
 
     @property
     def failing_since_s(self) -> float | None:
@@ -87,6 +89,7 @@ class TierQueue:
         """Submit the moves that wait, as far as the tier's queue and the regions go; loads first."""
         room = self._depth - len(self.open) - len(self.late)
         room -= self._feed_from(self.loads, room)
+        room -= self._feed_from(self.fills, room)
         in_tier = itertools.chain(self.open.values(), self.late.values())
         stores = sum(move.kind is Op.STORE for move in in_tier)
         self._feed_from(self.stores, min(room, max(1, self._depth // 2) - stores))
@@ -218,7 +221,7 @@ class TierQueue:
 
     def is_busy_with(self, key: BlockKey) -> bool:
         """Return True if a block is on its way, or may be written to still."""
-        moves = itertools.chain(self.open.values(), self.late.values(), self.loads, self.stores)
+        moves = itertools.chain(self.open.values(), self.late.values(), self.loads, self.fills, self.stores)
         return any(move.key == key for move in moves)
 
 
