@@ -11,7 +11,7 @@ import itertools
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 
-from kvbm_core.block import BlockKey, BlockState
+from kvbm_core.block import BlockKey
 from kvbm_core.groups import KvGroup
 from kvbm_core.leader.boundaries import GroupPrefix, Part
 from kvbm_core.leader.claims import claim_of
@@ -172,9 +172,10 @@ class Planner:
         """Return True if a tier has a block."""
         return key in self._tiers[tier].index
 
-    def state(self, key: BlockKey, tier: int) -> BlockState:
-        """Say where a block stands in a tier."""
-        return self._tiers[tier].index.state(key)
+    @property
+    def tiers(self) -> Tiers:
+        """The state of each tier, to be read."""
+        return self._tiers
 
     def touch(self, keys: Sequence[BlockKey], tier: int) -> None:
         """Note that blocks are wanted, those that a tier has; `keys` are in the order of their prefix."""

@@ -8,9 +8,11 @@
 An engine's connector translates its own values into these, and its own envelopes around them.
 """
 
+from kvbm_engine._hints import Answers, HintDesk, refuse_all
 from kvbm_engine._keys import BlockKeys, hash_tokens
 from kvbm_engine._ledger import Ledger
 from kvbm_engine._parked import Parked
+from kvbm_engine._prefetch import Prefetch
 from kvbm_engine._rank import Copies, CopyCounter, Progress, Rank
 from kvbm_engine._session import Session
 from kvbm_engine._sparse import SparseStores, sparse_stores
@@ -18,14 +20,17 @@ from kvbm_engine._storing import Storing
 from kvbm_engine._values import EngineRequest, GroupBlocks, Outcome, Schedule, Scheduled, State, Step
 
 __all__ = [
+    "Answers",
     "BlockKeys",
     "Copies",
     "CopyCounter",
     "EngineRequest",
     "GroupBlocks",
+    "HintDesk",
     "Ledger",
     "Outcome",
     "Parked",
+    "Prefetch",
     "Progress",
     "Rank",
     "Schedule",
@@ -36,5 +41,6 @@ __all__ = [
     "Step",
     "Storing",
     "hash_tokens",
+    "refuse_all",
     "sparse_stores",
 ]

@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 
 from kvbm_core import Planner, Report, TierCounts
 from kvbm_core.plan import WriteOrder
+from kvbm_engine._hints import Answers, HintDesk
 from kvbm_engine._ledger import Ledger, Writes
 from kvbm_engine._matching import Matching
+from kvbm_engine._prefetch import Prefetch
 from kvbm_engine._sparse import SparseStores
 from kvbm_engine._storing import Storing
 from kvbm_engine._values import EngineRequest, GroupBlocks, Schedule, Step
@@ -31,6 +33,8 @@ class Session:
         max_load_blocks: Device blocks of requests that load, at once.
         joins: True if a step can wait for the load of its blocks, on every rank.
         storing: Chooses what is stored. By default of windows those ahead of a prompt's end.
+        desk: Takes in hints. By default nothing may be kept.
+        prefetch: Reads ahead for requests that wait. By default nothing is.
     """
 
     def __init__(
@@ -42,12 +46,16 @@ class Session:
         *,
         joins: bool,
         storing: Storing | None = None,
+        desk: HintDesk | None = None,
+        prefetch: Prefetch | None = None,
     ) -> None:
         self.planner = planner
         self.ledger = ledger
         self.matching = Matching(ledger, planner, tally, max_load_blocks, joins=joins)
         self._storing = storing or Storing(ledger, planner, SparseStores(None))
         self._tally = tally
+        self._desk = desk or HintDesk(ledger.groups, planner, tally, 0.0, 0.0)
+        self._prefetch = prefetch or Prefetch(ledger, planner, tally, 0.0, 0.0)
 
     def __repr__(self) -> str:
         return f"<Session {len(self.ledger)} requests; {self.planner!r}>"
@@ -56,6 +64,31 @@ class Session:
     def counts(self) -> dict[str, TierCounts]:
         """What has happened so far, by the tier's name."""
         return self.planner.counts
+
+    def arrived(
+        self,
+        request: EngineRequest,
+        now_s: float,
+        *,
+        reads_cache: bool = True,
+        hints: object = None,
+        max_tokens: int = 1,
+    ) -> None:
+        """Note that a request waits to be scheduled.
+
+        Args:
+            request: That has come.
+            now_s: The time.
+            reads_cache: False if the request must be computed whatever is found.
+            hints: What its client asks for, as that came. None: nothing.
+            max_tokens: That it may compute after its prompt.
+        """
+        name = request.request_id
+        self.ledger.arrived(name)
+        if hints is not None:
+            self._desk.begin(name, self.ledger.state(request), hints, max_tokens, now_s)
+        if reads_cache and self._prefetch.is_used:
+            self._prefetch.arrived(self.ledger.state(request), name)
 
     def match(
         self, request: EngineRequest, computed_tokens: int, now_s: float, *, reads_cache: bool
@@ -71,10 +104,14 @@ class Session:
             now_s: The time.
             reads_cache: False if the request must be computed whatever is found.
         """
+        if self._prefetch.delays(request.request_id, now_s):
+            self.ledger.look_at(request, computed_tokens)
+            return None, False
         return self.matching.match(request, computed_tokens, now_s, reads_cache=reads_cache)
 
     def allocated(self, request: EngineRequest, blocks: GroupBlocks, load_tokens: int, now_s: float) -> None:
         """Plan the load that was matched, into the blocks the engine has given to the request."""
+        self._prefetch.gone(request.request_id)
         admission = self.ledger.admit(request, blocks)
         if (state := admission.state) is None:
             return
@@ -91,6 +128,7 @@ class Session:
 
     def step(self, schedule: Schedule, now_s: float) -> Step:
         """Plan one step, given what the engine has scheduled for it."""
+        self._prefetch.step(now_s)
         self._storing.offer_confirmed(now_s)
         writes = self.ledger.follow(schedule)
         self._storing.offer_due(now_s, writes.written)
@@ -99,10 +137,17 @@ class Session:
         self._storing.planned(plan)
         return self.ledger.begin(plan, writes, schedule.tokens, now_s)
 
-    def finished(self, name: str, now_s: float) -> None:
-        """Forget a request. What it has computed last is stored a little later."""
+    def finished(self, name: str, now_s: float) -> Answers | None:
+        """Forget a request. What it has computed last is stored a little later.
+
+        Returns:
+            What became of its hints. None: it had none, or came before the session began.
+        """
+        answers = self._desk.end(name, now_s)
+        self._prefetch.gone(name)
         self._tally.finished(name)
         self.ledger.finish(name, now_s)
+        return answers
 
     def outcomes(self, reports: Sequence[Report], step: int, copied: Mapping[str, int], now_s: float) -> None:
         """Take in what the ranks report of a step.
@@ -118,6 +163,7 @@ class Session:
         self._tally.ended(self.planner.took, copied)
         for load, failures in finished:
             self._tally.loaded(load, failures)
+            self._desk.loaded(load, len(failures))
             if not load.in_step:
                 self.ledger.parked.loaded(load.request, len(load.keys))
             if failures and (state := self.ledger.find(load.request)):
@@ -135,6 +181,7 @@ class Session:
         """
         self.ledger.reset()
         self.planner.reset()
+        self._prefetch.reset()
         return not self.ledger.parked
 
     def take_readings(self, now_s: float) -> Readings:

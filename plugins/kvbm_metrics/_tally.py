@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kvbm_core import Load, Plan, Planner, Reason
-from kvbm_metrics._table import Readings, device_readings, reading
+from kvbm_metrics._table import HINTS, Readings, device_readings, reading
 
 __all__ = ["Tally"]
 
@@ -18,7 +18,8 @@ _FAILURES: Final = {
     "lookup": ("busy", "deadline", "error"),
 }
 _DROPS: Final = ("backlog", "unusable", "gone")
-_PLAIN: Final = ("saved_tokens", "hit_blocks", "missed_blocks")
+_PLAIN: Final = ("saved_tokens", "hit_blocks", "missed_blocks", "prefetched_blocks")
+_ANSWERS: Final = ("accepted", "clipped", "refused")
 
 
 @dataclass(slots=True)
@@ -134,6 +135,14 @@ class Tally:
             left -= tokens
         self._counted[reading("saved_tokens", shares.most_common(1)[0][0])] += left
 
+    def prefetched(self, tier: int, blocks: int) -> None:
+        """Count blocks brought from a tier, by its position, into the host pool for a request that waits."""
+        self._counted[reading("prefetched_blocks", self._tiers[tier])] += blocks
+
+    def hinted(self, hint: str, answer: str) -> None:
+        """Count a hint that was answered."""
+        self._counted[reading("hints", hint, answer)] += 1
+
     def finished(self, request: str) -> None:
         """Forget a request: what still loads for it saves nothing."""
         self._requests.pop(request, None)
@@ -142,6 +151,8 @@ class Tally:
         """Give what is new since the last call; at the first everything, so that series start at zero."""
         totals, gauges = dict(self._totals()), dict(self._gauges(now_s))
         told = self._told
+        # A tenant that is gone has nothing.
+        gauges = {key: 0 for key in told if key.startswith("tenant_")} | gauges
         if not told:
             totals = dict.fromkeys(self._zeros(), 0) | totals
         news: dict[str, Any] = {
@@ -168,6 +179,13 @@ class Tally:
 
     def _gauges(self, now_s: float) -> Iterator[tuple[str, int]]:
         yield from self._constants.items()
+        yield from ((reading("kept_bytes", tier), 0) for tier in self._tiers)
+        yield from (
+            (reading("kept_bytes", tier), kept) for tier, kept in self._planner.tenants.kept_bytes().items()
+        )
+        for level in self._planner.tenants.levels():
+            yield reading("tenant_used_bytes", level.tenant, level.tier), level.used_bytes
+            yield reading("tenant_quota_bytes", level.tenant, level.tier), level.quota_bytes
         for tier, levels in self._planner.levels(now_s).items():
             yield f"tier_used_bytes|{tier}", levels.used_bytes
             yield f"tier_usable|{tier}", int(levels.usable)
@@ -181,6 +199,7 @@ class Tally:
         """Name the series that will be there: what appears with its first event has no rate."""
         yield "asked_tokens"
         yield from device_readings(0, 0, 0)
+        yield from (reading("hints", hint, answer) for hint in HINTS for answer in _ANSWERS)
         for tier in self._tiers:
             yield from (reading(name, tier) for name in _PLAIN)
             yield from (reading("dropped_blocks", reason, tier) for reason in _DROPS)

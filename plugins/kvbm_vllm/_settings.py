@@ -8,6 +8,7 @@ from typing import Any
 
 from kvbm_core import ConfigError, KvbmError, StackConfig, check_stack, load_config
 from kvbm_core.config import refuse_unknown
+from kvbm_core.sharing import sharing_of
 from kvbm_device import check_copy
 from kvbm_metrics import read_address
 from kvbm_vllm._models import check_engine, has_unlike_layers, replicas
@@ -88,6 +89,7 @@ def check_settings(vllm_config: Any) -> None:
     check_copy(config.device_copy)
     check_engine(vllm_config)
     try:
+        sharing_of(config)
         check_stack(
             config, block_bytes=_block_bytes(vllm_config), share=_host_share(parallel),
             engines=replicas_here.count,
