@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from kvbm_core.block import BlockKey
+from kvbm_core.errors import ConfigError
 from kvbm_core.leader.claims import COMMON, Claim
 from kvbm_core.leader.partitioned_index import PartitionedIndex
 from kvbm_core.leader.partitions import Part
@@ -57,6 +58,9 @@ class Tenants:
         sharing: What the configuration says.
         policy: Makes the policy of each tenant's part of a tier.
         world_size: Ranks of the engine.
+
+    Raises:
+        ConfigError: For a quota in a tier that cannot be shared out.
     """
 
     def __init__(self, tiers: Tiers, sharing: Sharing, policy: MakePolicy, world_size: int) -> None:
@@ -66,6 +70,7 @@ class Tenants:
         self._world_size = world_size
         self._accounts: dict[str, _Account] = {}
         self._parted: list[PartitionedIndex] = []
+        self._others = None if sharing.others is None else self._by_position(sharing.others)
         for name, quotas in sharing.tenants.items():
             self._open(name, _Account(self._by_position(quotas), is_named=True))
 
@@ -76,9 +81,9 @@ class Tenants:
         """Take a tenant in, unless it is here. Gives the reason if that is not possible, else nothing."""
         if name in self._accounts:
             return ""
-        if self._sharing.others is None:
+        if self._others is None:
             return "it is no tenant of this server, which has none but those that its configuration names"
-        account = _Account(self._by_position(self._sharing.others), is_named=False)
+        account = _Account(dict(self._others), is_named=False)
         if not self._fits(account):
             self._dissolve_idle(now_s, account)
         if not self._fits(account):
@@ -128,14 +133,22 @@ class Tenants:
 
     def kept_bytes(self) -> dict[str, int]:
         """Say how much is kept, by the tier's name, over all ranks."""
-        return {
-            tier.name: tier.index.orders.kept_bytes * self._world_size
-            for tier in self._tiers
-            if isinstance(tier.index, PartitionedIndex)
-        }
+        kept = dict.fromkeys([tier.name for tier in self._tiers], 0)
+        if self._parted:
+            for tier in self._tiers:
+                if isinstance(tier.index, PartitionedIndex):
+                    kept[tier.name] = tier.index.orders.kept_bytes * self._world_size
+        return kept
 
     def _by_position(self, quotas: Mapping[str, int]) -> dict[int, int]:
         positions = {tier.name: at for at, tier in enumerate(self._tiers)}
+        for name in quotas:
+            tier = self._tiers[positions[name]]
+            if tier.capabilities.shared or tier.capacity_bytes is None:
+                raise ConfigError(
+                    f"tenants: tier {name} cannot be shared out, because other engines use it or it has no "
+                    "capacity; take its quotas away"
+                )
         return {positions[name]: quota // self._world_size for name, quota in quotas.items()}
 
     def _fits(self, account: _Account) -> bool:

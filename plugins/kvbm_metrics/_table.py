@@ -94,7 +94,7 @@ METRICS: Final[Mapping[str, Metric]] = {
             "prefetched_blocks", _COUNTER,
             "Blocks brought from here into the memory tier for requests that waited.", ("tier",),
         ),
-        Metric("kept_bytes", _GAUGE, "Bytes of blocks that are kept for requests, over all ranks.", ("tier",)),
+        Metric("kept_bytes", _GAUGE, "Bytes of blocks kept for requests, over all ranks.", ("tier",)),
         Metric(
             "tenant_used_bytes", _GAUGE, "Bytes of the tenant's blocks in the tier, over all ranks.",
             ("tenant", "tier"),

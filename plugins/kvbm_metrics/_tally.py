@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kvbm_core import Load, Plan, Planner, Reason
+from kvbm_core.leader.tenants import TenantLevel
 from kvbm_metrics._table import HINTS, Readings, device_readings, reading
 
 __all__ = ["Tally"]
@@ -57,6 +58,8 @@ class Tally:
         self._counted: Counter[str] = Counter()
         self._seconds: dict[str, list[float]] = {}
         self._told: dict[str, int] = {}
+        self._of_tenants: dict[str, int] = {}
+        """Gauges of the tenants that were there last."""
 
     def __repr__(self) -> str:
         return f"<Tally {len(self._requests)} requests loading>"
@@ -151,8 +154,6 @@ class Tally:
         """Give what is new since the last call; at the first everything, so that series start at zero."""
         totals, gauges = dict(self._totals()), dict(self._gauges(now_s))
         told = self._told
-        # A tenant that is gone has nothing.
-        gauges = {key: 0 for key in told if key.startswith("tenant_")} | gauges
         if not told:
             totals = dict.fromkeys(self._zeros(), 0) | totals
         news: dict[str, Any] = {
@@ -179,13 +180,11 @@ class Tally:
 
     def _gauges(self, now_s: float) -> Iterator[tuple[str, int]]:
         yield from self._constants.items()
-        yield from ((reading("kept_bytes", tier), 0) for tier in self._tiers)
-        yield from (
-            (reading("kept_bytes", tier), kept) for tier, kept in self._planner.tenants.kept_bytes().items()
-        )
-        for level in self._planner.tenants.levels():
-            yield reading("tenant_used_bytes", level.tenant, level.tier), level.used_bytes
-            yield reading("tenant_quota_bytes", level.tenant, level.tier), level.quota_bytes
+        tenants = self._planner.tenants
+        yield from ((f"kept_bytes|{tier}", kept) for tier, kept in tenants.kept_bytes().items())
+        yield from dict.fromkeys(self._of_tenants, 0).items()  # A tenant that is gone has nothing.
+        self._of_tenants = dict(_tenant_gauges(tenants.levels()))
+        yield from self._of_tenants.items()
         for tier, levels in self._planner.levels(now_s).items():
             yield f"tier_used_bytes|{tier}", levels.used_bytes
             yield f"tier_usable|{tier}", int(levels.usable)
@@ -205,3 +204,10 @@ class Tally:
             yield from (reading("dropped_blocks", reason, tier) for reason in _DROPS)
             for operation, reasons in _FAILURES.items():
                 yield from (reading("failed_transfers", operation, reason, tier) for reason in reasons)
+
+
+def _tenant_gauges(levels: Iterable[TenantLevel]) -> Iterator[tuple[str, int]]:
+    """Give what tenants have as readings."""
+    for tenant, tier, used_bytes, quota_bytes in levels:
+        yield reading("tenant_used_bytes", tenant, tier), used_bytes
+        yield reading("tenant_quota_bytes", tenant, tier), quota_bytes
