@@ -26,7 +26,7 @@ class Wishes:
         """Make the configuration of hints, for these tiers."""
         chance = self.chance
         made = {
-            "prefetch_fraction": chance.choice((0, 0.25, 1)),
+            "prefetch_fraction": chance.choice((0, 0.25, 1, 1)),
             "keep_fraction": chance.choice((0, 0.25, 0.8)),
         }
         if chance.random() < 0.6:
