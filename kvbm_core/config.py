@@ -23,6 +23,7 @@ from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, ge
 import msgspec
 
 from kvbm_core.errors import ConfigError
+from kvbm_core.field_docs import show_fields
 from kvbm_core.ranges import check_ranges
 from kvbm_core.yaml_file import read_yaml
 
@@ -65,6 +66,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     Text and what is nested may be a password, and whoever prints a configuration cannot know.
     """
 
+    def __init_subclass__(cls) -> None:
+        show_fields([cls])
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in self.__rich_repr__())})"
 
@@ -94,6 +98,7 @@ class TierEntry(Settings, frozen=True, kw_only=True):
     None: for every tier but those of host memory without codecs (nothing outside the process can change it
     there, and a checksum costs a fifth of a memory copy)."""
     settings: Mapping[str, Any]
+    """For the backend's own type: all keys that are not a tier's."""
     codecs: tuple[PartEntry, ...] = ()
     """They transform each object on its way into the tier, in this order, and back."""
     policy: PartEntry | None = None
@@ -109,10 +114,8 @@ class TierEntry(Settings, frozen=True, kw_only=True):
 class StackConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An operator's settings: of the stack, and of the engine that uses it.
 
-    A `Stack` reads `tiers`, the deadlines, `max_store_blocks` and `staging`. The other keys are for the
-    connector of an engine: `only_faster`, `max_load_fraction`, `sparse_stores`, `sparse_stores_every_tokens`,
-    `device_copy`, `device_staging`, `weights_id`, `prefetch_fraction`, `keep_fraction`, `max_keep_s`,
-    `tenants` and `coordinator`.
+    A `Stack` reads `tiers`, the deadlines, `max_store_blocks` and `staging`; the other keys are for the
+    connector of an engine.
     """
 
     tiers: tuple[TierEntry, ...]
@@ -161,6 +164,10 @@ class StackConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """So long may a request have its blocks kept. Seconds, above 0."""
     tenants: Mapping[str, Mapping[str, ByteSize]] = {}
     """Quotas, by tenant and by the name of a tier; ``default``: of each tenant that is not named."""
+    record: str | None = None
+    """A file for the log of hashes, without text, that `kvbm replay` reads. None: nothing is recorded."""
+    record_capacity: ByteSize = ByteSize(1 << 30)
+    """Bytes of that file and the one before it. At least 1 MiB."""
     coordinator: Mapping[str, Any] | None = None
     """Where the engine's processes register: ``backend`` names the coordinator, all other keys are
     its own. None: nowhere."""

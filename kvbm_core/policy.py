@@ -97,6 +97,8 @@ class Policy:
     name: str
     """As written after ``policy:``, and the name of the entry point."""
     config_type: type[PolicyConfig]
+    """A subclass of `PolicyConfig`."""
     make: Callable[[Any, PolicyContext], EvictionPolicy]
     """``make(config, context)``. Raises `ConfigError` for what it cannot work with."""
     contract_version: int = CONTRACT_VERSION
+    """As of a `Backend`."""

@@ -67,9 +67,8 @@ class Endings:
             kind = Op.LOAD
             tier.counts.loaded += len(op.keys) - len(failures)
             tier.counts.loaded_bytes += (len(op.keys) - len(failures)) * tier.block_bytes[op.group]
-            if not failures:
-                blocks = len(op.keys) * tier.weight(op.group)
-                self._cost_model.loaded(position, blocks, pending.took_s[position], now_s)
+            blocks, took_s = len(op.keys) * tier.weight(op.group), pending.took_s[position]
+            self._cost_model.loaded(position, blocks, took_s, now_s, in_part=bool(failures))
             self._end_load(pending, op)
         else:
             kind = Op.STORE

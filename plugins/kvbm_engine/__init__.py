@@ -8,16 +8,16 @@
 An engine's connector translates its own values into these, and its own envelopes around them.
 """
 
-from kvbm_engine._hints import Answers, HintDesk, refuse_all
+from kvbm_engine._hints import Answers, refuse_all
 from kvbm_engine._keys import BlockKeys, hash_tokens
 from kvbm_engine._ledger import Ledger
 from kvbm_engine._parked import Parked
-from kvbm_engine._prefetch import Prefetch
 from kvbm_engine._rank import Copies, CopyCounter, Progress, Rank
+from kvbm_engine._recorder import Recorder, check_record
 from kvbm_engine._session import Session
 from kvbm_engine._sparse import SparseStores, sparse_stores
 from kvbm_engine._storing import Storing
-from kvbm_engine._values import EngineRequest, GroupBlocks, Outcome, Schedule, Scheduled, State, Step
+from kvbm_engine._values import EngineRequest, GroupBlocks, Limits, Outcome, Schedule, Scheduled, State, Step
 
 __all__ = [
     "Answers",
@@ -26,13 +26,13 @@ __all__ = [
     "CopyCounter",
     "EngineRequest",
     "GroupBlocks",
-    "HintDesk",
     "Ledger",
+    "Limits",
     "Outcome",
     "Parked",
-    "Prefetch",
     "Progress",
     "Rank",
+    "Recorder",
     "Schedule",
     "Scheduled",
     "Session",
@@ -40,6 +40,7 @@ __all__ = [
     "State",
     "Step",
     "Storing",
+    "check_record",
     "hash_tokens",
     "refuse_all",
     "sparse_stores",

@@ -18,6 +18,7 @@ from kvbm_core.groups import KvGroup
 from kvbm_core.leader.claims import UNCLAIMED, Claim
 from kvbm_core.sharing import OTHERS
 from kvbm_engine._requests import RequestState
+from kvbm_engine._values import Limits
 from kvbm_metrics import HINTS, Tally
 
 __all__ = ["Answers", "HintDesk", "refuse_all"]
@@ -71,23 +72,15 @@ class HintDesk:
         groups: The engine's KV groups that are stored.
         planner: Knows tenants, and keeps blocks.
         tally: Counts the answers.
-        max_keep_s: So long may blocks be kept.
-        keep_fraction: The part of a tier that may be kept. 0: nothing is.
+        limits: How much may be kept, and how long.
     """
 
-    def __init__(
-        self,
-        groups: Sequence[KvGroup],
-        planner: Planner,
-        tally: Tally,
-        max_keep_s: float,
-        keep_fraction: float,
-    ) -> None:
+    def __init__(self, groups: Sequence[KvGroup], planner: Planner, tally: Tally, limits: Limits) -> None:
         self._groups = groups
         self._planner = planner
         self._tally = tally
-        self._max_keep_s = max_keep_s
-        self._keep_fraction = keep_fraction
+        self._max_keep_s = limits.max_keep_s
+        self._keep_fraction = limits.keep_fraction
         self._asked: dict[str, _Asked] = {}
 
     def __repr__(self) -> str:

@@ -19,6 +19,7 @@ from kvbm_core.leader.boundaries import Part
 from kvbm_core.leader.group_matches import GroupMatch
 from kvbm_engine._ledger import Ledger
 from kvbm_engine._requests import RequestState
+from kvbm_engine._values import Limits
 from kvbm_metrics import Tally
 
 __all__ = ["Prefetch"]
@@ -67,21 +68,18 @@ class Prefetch:
         ledger: Knows the requests and steps.
         planner: Knows where blocks are.
         tally: Counts the blocks.
-        fraction: Of the host pool, that may hold blocks brought for requests which still wait. 0: none are.
-        patience_s: A request waits no longer for what is on its way, from when that was planned.
+        limits: How much is brought, and how long it is waited for.
     """
 
-    def __init__(
-        self, ledger: Ledger, planner: Planner, tally: Tally, fraction: float, patience_s: float
-    ) -> None:
+    def __init__(self, ledger: Ledger, planner: Planner, tally: Tally, limits: Limits) -> None:
         self._ledger = ledger
         self._planner = planner
         self._tally = tally
-        self._patience_s = patience_s
+        self._patience_s = limits.patience_s
         self._pool = planner.host_pool
         room = planner.tiers[self._pool].capacity_bytes if self._pool >= 0 else None
         has_lower = 0 <= self._pool < len(planner.tiers) - 1
-        self._max_held_bytes = int(fraction * room) if has_lower and room else 0
+        self._max_held_bytes = int(limits.prefetch_fraction * room) if has_lower and room else 0
         self._chunk_blocks = 0
         if self._max_held_bytes:
             largest = max(planner.tiers[self._pool].charges)

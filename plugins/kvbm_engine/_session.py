@@ -15,9 +15,10 @@ from kvbm_engine._hints import Answers, HintDesk
 from kvbm_engine._ledger import Ledger, Writes
 from kvbm_engine._matching import Matching
 from kvbm_engine._prefetch import Prefetch
+from kvbm_engine._recorder import Recorder
 from kvbm_engine._sparse import SparseStores
 from kvbm_engine._storing import Storing
-from kvbm_engine._values import EngineRequest, GroupBlocks, Schedule, Step
+from kvbm_engine._values import EngineRequest, GroupBlocks, Limits, Schedule, Step
 from kvbm_metrics import Readings, Tally
 
 __all__ = ["Session"]
@@ -33,8 +34,8 @@ class Session:
         max_load_blocks: Device blocks of requests that load, at once.
         joins: True if a step can wait for the load of its blocks, on every rank.
         storing: Chooses what is stored. By default of windows those ahead of a prompt's end.
-        desk: Takes in hints. By default nothing may be kept.
-        prefetch: Reads ahead for requests that wait. By default nothing is.
+        recorder: Writes down what is asked for.
+        limits: What requests may have of the tiers by hints and ahead of their turn. By default nothing.
     """
 
     def __init__(
@@ -46,16 +47,18 @@ class Session:
         *,
         joins: bool,
         storing: Storing | None = None,
-        desk: HintDesk | None = None,
-        prefetch: Prefetch | None = None,
+        recorder: Recorder | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self.planner = planner
         self.ledger = ledger
         self.matching = Matching(ledger, planner, tally, max_load_blocks, joins=joins)
         self._storing = storing or Storing(ledger, planner, SparseStores(None))
         self._tally = tally
-        self._desk = desk or HintDesk(ledger.groups, planner, tally, 0.0, 0.0)
-        self._prefetch = prefetch or Prefetch(ledger, planner, tally, 0.0, 0.0)
+        self._recorder = recorder
+        limits = limits or Limits()
+        self._desk = HintDesk(ledger.groups, planner, tally, limits)
+        self._prefetch = Prefetch(ledger, planner, tally, limits)
 
     def __repr__(self) -> str:
         return f"<Session {len(self.ledger)} requests; {self.planner!r}>"
@@ -116,6 +119,8 @@ class Session:
         if (state := admission.state) is None:
             return
         self.matching.count(state)
+        if self._recorder and admission.begins:
+            self._recorder.began(request.request_id, admission.had_tokens, now_s)
         # The engine may have preempted it since the last step: what was computed for it is in the old blocks,
         # which are not overwritten before this step's plan is carried out.
         self._storing.offer(state, now_s)
@@ -146,6 +151,11 @@ class Session:
         answers = self._desk.end(name, now_s)
         self._prefetch.gone(name)
         self._tally.finished(name)
+        if self._recorder and (state := self.ledger.find(name)):
+            tokens, size = state.request.num_tokens, self.ledger.groups[0].block_tokens
+            # The KV of the last token is never computed.
+            keys = state.keys.slice(0, (tokens - 1) // size)
+            self._recorder.ended(name, state.prompt_tokens, tokens - state.prompt_tokens, keys)
         self.ledger.finish(name, now_s)
         return answers
 

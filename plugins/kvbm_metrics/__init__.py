@@ -3,7 +3,7 @@
     planner, reports ──► Tally ──► readings ──► Exporter on the engine's /metrics
                                            └──► MetricsServer, on a port of its own, which adds them up itself
 
-The dashboard, the alert rules and a compose file lie in `deploy`; ``python -m kvbm_metrics FOLDER``
+The dashboard, the alert rules and a compose file lie in `deploy`; ``kvbm metrics copy FOLDER``
 copies them out.
 """
 

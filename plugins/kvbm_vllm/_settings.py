@@ -10,6 +10,7 @@ from kvbm_core import ConfigError, KvbmError, StackConfig, check_stack, load_con
 from kvbm_core.config import refuse_unknown
 from kvbm_core.sharing import sharing_of
 from kvbm_device import check_copy
+from kvbm_engine import check_record
 from kvbm_metrics import read_address
 from kvbm_vllm._models import check_engine, has_unlike_layers, replicas
 from kvbm_vllm._replicas import replicas_of
@@ -88,6 +89,7 @@ def check_settings(vllm_config: Any) -> None:
     config = read_settings(vllm_config)
     check_copy(config.device_copy)
     check_engine(vllm_config)
+    check_record(config)
     try:
         sharing_of(config)
         check_stack(

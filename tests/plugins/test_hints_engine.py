@@ -1,4 +1,4 @@
-"""Hints, tenants and reading ahead under vLLM, with a real model: what is answered, and what is still there."""
+"""Hints, tenants and reading ahead under vLLM with a real model: what is answered, and what is there."""
 
 import time
 

@@ -21,7 +21,9 @@ import yaml
 from prometheus import free_port, program
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.parser import text_string_to_metric_families
+from published import published
 
+from kvbm_cli._app import run as kvbm
 from kvbm_core import Capabilities, ConfigError, Load, Planner, Reason, Report, TierStatus
 from kvbm_metrics import (
     METRICS,
@@ -30,7 +32,7 @@ from kvbm_metrics import (
     MetricsAddress,
     MetricsServer,
     Tally,
-    __main__,
+    _commands,
     _server,
     device_readings,
     merge,
@@ -601,7 +603,7 @@ def test_alerts_fire_when_they_should_and_only_then(tmp_path):
 
 
 def test_what_compose_mounts_is_there_and_is_copied_out(tmp_path, capsys):
-    __main__.main([str(tmp_path / "out")])
+    assert kvbm(["metrics", "copy", str(tmp_path / "out")]) == 0
     assert "docker compose up" in capsys.readouterr().out
     compose = yaml.safe_load((tmp_path / "out" / "compose.yaml").read_text())
     assert compose["services"].keys() == {"etcd", "prometheus", "grafana"}
@@ -616,15 +618,15 @@ def test_what_compose_mounts_is_there_and_is_copied_out(tmp_path, capsys):
 def test_an_edited_file_is_never_overwritten(tmp_path, monkeypatch, capsys):
     shipped = tmp_path / "deploy"
     shutil.copytree(DEPLOY, shipped)
-    monkeypatch.setattr(__main__, "_DEPLOY", shipped)
+    monkeypatch.setattr(_commands, "_DEPLOY", shipped)
     out = tmp_path / "out"
-    __main__.main([str(out)])
+    assert kvbm(["metrics", "copy", str(out)]) == 0
     (out / "prometheus.yml").write_text("mine")
     for name in ("prometheus.yml", "rules/kvbm.yml"):  # A later version.
         (shipped / name).write_text("later")
     capsys.readouterr()
     for _ in range(2):
-        __main__.main([str(out)])
+        assert kvbm(["metrics", "copy", str(out)]) == 0
         assert f"{out / 'prometheus.yml'} was edited and is left as it is" in capsys.readouterr().out
         assert (out / "prometheus.yml").read_text() == "mine"
         assert (out / "prometheus.yml.new").read_text() == "later"
@@ -632,9 +634,12 @@ def test_an_edited_file_is_never_overwritten(tmp_path, monkeypatch, capsys):
         assert not (out / "rules" / "kvbm.yml.new").exists()
 
 
-def test_without_a_record_what_differs_counts_as_edited(tmp_path):
+def test_without_a_record_what_differs_counts_as_edited(tmp_path, capsys):
     (tmp_path / "compose.yaml").write_text("of an earlier version, or mine")
-    __main__.main([str(tmp_path)])
+    capsys.readouterr()
+    assert kvbm(["metrics", "copy", str(tmp_path), "--json"]) == 0
+    done = published("metrics copy", capsys.readouterr().out)
+    assert (done["edited"], "prometheus.yml" in done["written"]) == (["compose.yaml"], True)
     assert (tmp_path / "compose.yaml").read_text() == "of an earlier version, or mine"
     assert (tmp_path / "compose.yaml.new").read_bytes() == (DEPLOY / "compose.yaml").read_bytes()
 

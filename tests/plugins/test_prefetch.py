@@ -1,4 +1,4 @@
-"""What is read ahead for requests that wait, how much of it, and when no more; step by step, without an engine."""
+"""What is read ahead for requests that wait, and when no more, and hints; step by step, without an engine."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ from kvbm_core import Capabilities, Planner, Reason, Report, TierStatus, root_ke
 from kvbm_core.groups import Coverage, KvGroup, Rule, group_tag
 from kvbm_core.leader.tier_index import TierIndex
 from kvbm_core.sharing import Sharing
-from kvbm_engine import BlockKeys, HintDesk, Ledger, Parked, Prefetch, Schedule, Session
+from kvbm_engine import BlockKeys, Ledger, Limits, Parked, Schedule, Session
 from kvbm_engine import _prefetch as prefetch
 from kvbm_metrics import Tally
 
@@ -50,12 +50,8 @@ class Leader:
         self.planner = Planner([tiers], groups=groups, sharing=sharing)
         self.ledger = Ledger(lambda asked: keys_of(asked, groups), groups, Parked(1000, one_queue=False))
         self.tally = Tally(self.planner, 4)
-        ahead = Prefetch(self.ledger, self.planner, self.tally, fraction, 5.0)
-        keep_fraction = sharing.keep_fraction if sharing else 0.0
-        desk = HintDesk(groups, self.planner, self.tally, 60.0, keep_fraction)
-        self.session = Session(
-            self.ledger, self.planner, self.tally, 100, joins=False, desk=desk, prefetch=ahead
-        )
+        limits = Limits(sharing.keep_fraction if sharing else 0.0, 60.0, fraction, 5.0)
+        self.session = Session(self.ledger, self.planner, self.tally, 100, joins=False, limits=limits)
         self.now_s = 10.0
 
     def all_keys(self, asked):
