@@ -87,6 +87,8 @@ class Prefetch:
         self._waiting: dict[str, _Waiting] = {}
         self._queue: dict[str, _Waiting] = {}
         """Those for which something may be left to read, in the order in which they came."""
+        self.delayed: dict[str, _Waiting] = {}
+        """Those for which something may be on its way, see `delays`."""
         self._reading: list[_Chunk] = []
         self._held_bytes = 0
 
@@ -107,12 +109,13 @@ class Prefetch:
         """Note that a request has blocks of the engine now, or is gone: nothing more is read for it."""
         if (waiting := self._waiting.pop(name, None)) is not None:
             self._queue.pop(name, None)
+            self.delayed.pop(name, None)
             self._held_bytes -= waiting.nbytes
 
     def delays(self, name: str, now_s: float) -> bool:
         """Return True if a request that the engine turns to shall wait for what is on its way."""
-        waiting = self._waiting.get(name)
-        if waiting is None or not waiting.reading:
+        waiting = self.delayed.get(name)
+        if waiting is None:
             return False
         patience_s = self._patience_s
         waiting.reading = [
@@ -120,9 +123,11 @@ class Prefetch:
             for chunk in waiting.reading
             if now_s - chunk.began_s < patience_s and self._is_under_way(chunk)
         ]
-        if waiting.reading:
-            waiting.paused_step = self._ledger.steps.number
-        return bool(waiting.reading)
+        if not waiting.reading:
+            del self.delayed[name]
+            return False
+        waiting.paused_step = self._ledger.steps.number
+        return True
 
     def step(self, now_s: float) -> None:
         """Plan what is read next. Called when the engine has chosen whom it gives blocks in a step."""
@@ -133,7 +138,10 @@ class Prefetch:
                 continue
             if waiting.todo is None and not self._find(waiting, now_s):
                 continue
-            if not self._read(waiting, now_s):
+            goes_on = self._read(waiting, now_s)
+            if waiting.reading:
+                self.delayed[name] = waiting
+            if not goes_on:
                 return
             if not waiting.todo:
                 del self._queue[name]
@@ -142,6 +150,7 @@ class Prefetch:
         """Forget what was found: it is true no more."""
         for name, waiting in self._waiting.items():
             self._waiting[name] = self._queue[name] = _Waiting(waiting.state)
+        self.delayed.clear()
         self._held_bytes = 0
 
     def _find(self, waiting: _Waiting, now_s: float) -> bool:

@@ -107,7 +107,7 @@ class Session:
             now_s: The time.
             reads_cache: False if the request must be computed whatever is found.
         """
-        if self._prefetch.delays(request.request_id, now_s):
+        if self._prefetch.delayed and self._prefetch.delays(request.request_id, now_s):
             self.ledger.look_at(request, computed_tokens)
             return None, False
         return self.matching.match(request, computed_tokens, now_s, reads_cache=reads_cache)
