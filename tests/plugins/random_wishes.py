@@ -25,6 +25,9 @@ class Wishes:
     def settings(self, tiers):
         """Make the configuration of hints, for these tiers."""
         chance = self.chance
+        if len(tiers) > 1 and chance.random() < 0.7:
+            # Else hardly anything is in the lower tier alone.
+            tiers[0]["capacity"] //= 3
         made = {
             "prefetch_fraction": chance.choice((0, 0.25, 1, 1)),
             "keep_fraction": chance.choice((0, 0.25, 0.8)),
