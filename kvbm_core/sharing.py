@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Final
 
 from kvbm_core.config import StackConfig, parse_size, size_text
@@ -17,13 +18,13 @@ OTHERS: Final = "default"
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """Bytes are over all ranks."""
+    """Quotas are parts of a tier's capacity, whichever part of that an engine or a rank has."""
 
     keep_fraction: float = 0.0
     """Of a tier, and of a tenant's quota there: what may be kept for requests at most."""
-    tenants: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """By tenant and by a tier's name the quota in bytes. Without an entry of a tier it has no quota there."""
-    others: Mapping[str, int] | None = None
+    tenants: Mapping[str, Mapping[str, Fraction]] = field(default_factory=dict)
+    """By tenant and by a tier's name the quota. Without an entry of a tier it has none there."""
+    others: Mapping[str, Fraction] | None = None
     """The quotas of each tenant that is not named. None: there are no others."""
 
 
@@ -35,6 +36,7 @@ def sharing_of(config: StackConfig) -> Sharing:
     """
     names = {entry.name: entry.settings.get("capacity") for entry in config.tiers}
     sums = dict.fromkeys(names, 0)
+    parts: dict[str, dict[str, Fraction]] = {tenant: {} for tenant in config.tenants}
     for tenant, quotas in config.tenants.items():
         for tier, quota in quotas.items():
             where = f"tenants: {tenant}: {tier}"
@@ -45,10 +47,12 @@ def sharing_of(config: StackConfig) -> Sharing:
             if quota <= 0:
                 raise ConfigError(f"{where}: {quota}; write a size above 0, like 1GiB")
             sums[tier] += quota
-            if sums[tier] > parse_size(names[tier], f"tier {tier}: capacity"):
+            capacity = parse_size(names[tier], f"tier {tier}: capacity")
+            if sums[tier] > capacity:
                 raise ConfigError(
                     f"{where}: the quotas add up to {size_text(sums[tier], up=True)}, the tier's capacity "
                     f"is {names[tier]}; write smaller quotas or a larger capacity"
                 )
-    named = {tenant: quotas for tenant, quotas in config.tenants.items() if tenant != OTHERS}
-    return Sharing(config.keep_fraction, named, config.tenants.get(OTHERS))
+            parts[tenant][tier] = Fraction(quota, capacity)
+    others = parts.pop(OTHERS, None)
+    return Sharing(config.keep_fraction, parts, others)

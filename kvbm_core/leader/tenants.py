@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Final, NamedTuple
 
 from kvbm_core.block import BlockKey
@@ -140,16 +141,18 @@ class Tenants:
                     kept[tier.name] = tier.index.orders.kept_bytes * self._world_size
         return kept
 
-    def _by_position(self, quotas: Mapping[str, int]) -> dict[int, int]:
-        positions = {tier.name: at for at, tier in enumerate(self._tiers)}
-        for name in quotas:
+    def _by_position(self, quotas: Mapping[str, Fraction]) -> dict[int, int]:
+        """Give the bytes that these quotas are on one rank, by the tier's position."""
+        positions, found = {tier.name: at for at, tier in enumerate(self._tiers)}, {}
+        for name, quota in quotas.items():
             tier = self._tiers[positions[name]]
             if tier.capabilities.shared or tier.capacity_bytes is None:
                 raise ConfigError(
                     f"tenants: tier {name} cannot be shared out, because other engines use it or it has no "
                     "capacity; take its quotas away"
                 )
-        return {positions[name]: quota // self._world_size for name, quota in quotas.items()}
+            found[positions[name]] = int(tier.capacity_bytes * quota)
+        return found
 
     def _fits(self, account: _Account) -> bool:
         if len(self._accounts) >= _MAX_TENANTS:

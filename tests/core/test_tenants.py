@@ -3,6 +3,7 @@
 import hashlib
 import random
 import sys
+from fractions import Fraction
 
 import pytest
 
@@ -41,6 +42,14 @@ def planner(*tiers, ranks=1, policy=None, **sharing):
         for at, blocks in enumerate(tiers)
     ]
     made = {"policy": policy} if policy else {}
+    sizes = {each.name: each.capabilities.capacity_bytes * ranks for each in status}
+
+    def parts(quotas):
+        return {tier: Fraction(quota, sizes[tier]) for tier, quota in quotas.items()}
+
+    sharing["tenants"] = {name: parts(quotas) for name, quotas in sharing.get("tenants", {}).items()}
+    if "others" in sharing:
+        sharing["others"] = parts(sharing["others"])
     return Planner([status] * ranks, sharing=Sharing(**sharing), max_store_blocks=10_000, **made)
 
 
@@ -445,3 +454,12 @@ def test_a_block_takes_as_long_among_many_tenants_as_among_few():
         return count
 
     assert calls(200, 3000) <= calls(2, 10) + 20
+
+
+def test_a_quota_is_that_part_of_what_a_rank_has_whoever_divides_the_capacity():
+    """Of two engines and two ranks each has a quarter, and a medium may have less than was configured."""
+    config = {"tiers": [{"backend": "memory", "capacity": 1000}], "tenants": {"a": {"memory": 300}}}
+    status = TierStatus("memory", Capabilities(capacity_bytes=240), [], (10,), (8,))
+    made = Planner([[status]] * 2, sharing=sharing_of(load_config(config)))
+    [level] = made.tenants.levels()
+    assert level.quota_bytes == 2 * 72

@@ -1,5 +1,6 @@
 """What is read ahead for requests that wait, and when no more, and hints; step by step, without an engine."""
 
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -379,7 +380,7 @@ def test_what_shall_not_be_stored_is_not_and_keeps_no_engine_stepping():
 
 def test_whose_blocks_they_are_is_known_after_a_reset():
     a = request()
-    leader = Leader(100, sharing=Sharing(0.5, {"a": {"cpu": 50}}))
+    leader = Leader(100, sharing=Sharing(0.5, {"a": {"cpu": Fraction(1, 2)}}))
     leader.arrive(a, hints={"tenant": "a"})
     leader.session.reset()
     assert leader.match(a) == (0, False)
