@@ -156,6 +156,9 @@ def test_others_share_by_default_as_many_as_fit_and_a_long_idle_one_makes_room()
     assert made.tenants.why_not("third", 599.0)
     assert made.tenants.why_not("third", 600.0) == ""
     assert used(made) == {("named", "tier0"): 0, ("second", "tier0"): 0, ("third", "tier0"): 0}
+    assert used(made).keys() == {("named", "tier0"), ("second", "tier0"), ("third", "tier0")}
+    made.tenants.begin(Claim("third"))
+    assert made.tenants.why_not("fourth", 9999.0)
     # Its blocks are still there, and common.
     assert here(made, keys("first", 3)) == keys("first", 3)
     made.tenants.end(second, 600.0)

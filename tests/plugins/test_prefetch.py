@@ -196,6 +196,7 @@ def test_the_engine_is_told_to_wait_for_what_is_on_its_way_and_only_for_that(mon
     leader.arrive(a)
     plan = leader.step()
     assert read(plan) == 4
+    monkeypatch.setattr(prefetch, "_MAX_BLOCKS", 8)
     assert leader.match(a) == (None, False)
     assert read(leader.step()) == 0
     leader.end(plan)
@@ -371,10 +372,16 @@ def test_who_wants_nothing_but_blocks_in_fast_memory_has_all_loaded_that_is_ther
 
 def test_what_shall_not_be_stored_is_not_and_keeps_no_engine_stepping():
     leader = Leader(100)
-    run(leader, request(), 0, hints={"no_store": True})
-    assert not leader.session.busy(leader.now_s)
-    assert leader.match(request("again")) == (0, False)
-    run(leader, request("c"), 0, hints={"no_store": False})
+    for name, no_store in (("a", True), ("b", False)):
+        asked = request(name)
+        leader.arrive(asked, hints={"no_store": no_store})
+        assert leader.match(asked) == (0, False)
+        leader.admit(asked)
+        leader.end(leader.step((name, 0, 34, [list(range(1, 10))], True)))
+        leader.session.finished(name, leader.now_s)
+        assert leader.session.busy(leader.now_s) == (not no_store)
+        leader.now_s += 0.02
+        leader.end(leader.step())
     assert leader.match(request("again")) == (32, True)
 
 
