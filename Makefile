@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo services test soak coverage lint bench compat models release clean fetch-services setup-demo setup-dev
+.PHONY: help demo services test soak coverage lint bench compat models site release clean fetch-services setup-demo setup-dev
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=python3.12]"
@@ -54,9 +54,12 @@ compat: ## compare names with every version of vLLM that is promised, and run th
 models: setup-dev ## prove each family of models, and write the table of docs/reference/models.md (ARGS="--help")
 	@$(BIN)/python tools/prove_models.py $(ARGS)
 
+site: setup-dev ## build the documentation's site into site/
+	@$(BIN)/python tools/make_site.py $(ARGS)
+
 release: setup-dev ## build and check what is uploaded in a release (ARGS=--rehearse for any commit)
 	@$(BIN)/python tools/release.py $(ARGS)
 
 clean: ## remove environments and caches
-	rm -rf .venv .venv-compat-* .cache/vllm build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage .coverage.*
+	rm -rf .venv .venv-compat-* .cache/vllm build dist site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

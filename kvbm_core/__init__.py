@@ -26,6 +26,7 @@ from kvbm_core.hookspecs import hookimpl
 from kvbm_core.leader.counts import TierCounts
 from kvbm_core.leader.matches import Match
 from kvbm_core.leader.planner import Planner
+from kvbm_core.movement import Movement
 from kvbm_core.plan import Load, Plan, Report, Store, TierStatus
 from kvbm_core.policies import Fifo, Lru
 from kvbm_core.policy import EvictionPolicy, Policy, PolicyConfig, PolicyContext
@@ -82,6 +83,7 @@ __all__ = [
     "Lru",
     "Match",
     "Member",
+    "Movement",
     "Namespace",
     "Op",
     "Outcome",

@@ -5,15 +5,14 @@
       - {backend: lmdb, capacity: 200GiB, path: /nvme/kvbm}
     load_deadline_s: 5
 
-A tier's keys are ``backend``, ``name``, ``checked``, ``codecs``, ``policy`` and whatever its backend's own
-type declares.
+A tier's keys are ``backend``, ``name``, ``checked``, ``codecs``, ``policy``, ``movement`` and whatever its
+backend's own type declares.
 """
 
 from __future__ import annotations
 
 import difflib
 import enum
-import math
 import re
 import types
 from collections.abc import Iterable, Mapping
@@ -24,7 +23,10 @@ import msgspec
 
 from kvbm_core.errors import ConfigError
 from kvbm_core.field_docs import show_fields
+from kvbm_core.movement import WRITE_THROUGH, Movement
+from kvbm_core.printable import noun, shown
 from kvbm_core.ranges import check_ranges
+from kvbm_core.sizes import ByteSize, parse_size, size_text
 from kvbm_core.yaml_file import read_yaml
 
 __all__ = [
@@ -39,25 +41,11 @@ __all__ = [
     "size_text",
 ]
 
-_UNITS: Final[Mapping[str, int]] = {
-    "": 1, "B": 1,
-    "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
-}  # fmt: skip
-_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
-
-_OWN_KEYS: Final = ("backend", "name", "checked", "codecs", "policy")
+_OWN_KEYS: Final = ("backend", "name", "checked", "codecs", "policy", "movement")
 """Of a tier, whatever its backend."""
 _UNIONS: Final = (Union, types.UnionType)
-_LONGEST_SHOWN: Final = 40
 
 T = TypeVar("T")
-
-
-class ByteSize(int):
-    """A number of bytes, written as a number or like ``8GiB``, ``500MB``."""
-
-    __slots__ = ()
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,11 +91,13 @@ class TierEntry(Settings, frozen=True, kw_only=True):
     """They transform each object on its way into the tier, in this order, and back."""
     policy: PartEntry | None = None
     """Chooses the objects that make room for others. None: the least recently used."""
+    movement: Movement = WRITE_THROUGH
+    """How blocks come here from the tiers above, and go back."""
 
     def __rich_repr__(self) -> list[tuple[str, Any]]:
         told: dict[str, Any] = {"backend": self.backend, "name": self.name, "checked": self.checked}
         told["codecs"] = [codec.name for codec in self.codecs]
-        told["policy"] = self.policy and self.policy.name
+        told |= {"policy": self.policy and self.policy.name, "movement": self.movement.stores}
         return [*told.items(), ("settings", _hidden(self.settings))]
 
 
@@ -173,38 +163,6 @@ class StackConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     its own. None: nowhere."""
 
 
-def parse_size(value: object, key: str = "size") -> ByteSize:
-    """Read a size like ``8GiB``, ``500MB`` or a plain number of bytes.
-
-    Raises:
-        ConfigError: If it is not a size; names `key` and the value.
-    """
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return ByteSize(value)
-    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if match is None or match[2] not in _UNITS:
-        units = ", ".join(u for u in _UNITS if u)
-        raise ConfigError(
-            f"{key}: {shown(value)} is not a size; write a number and a unit ({units}), like 8GiB"
-        )
-    return ByteSize(math.floor(float(match[1]) * _UNITS[match[2]]))
-
-
-def size_text(nbytes: int, *, up: bool = False) -> str:
-    """Write a number of bytes for people, so that `parse_size` reads it: ``12.34GiB``.
-
-    Args:
-        nbytes: At least 0.
-        up: Round up, for what is needed; otherwise down, for what there is.
-    """
-    for unit in ("TiB", "GiB", "MiB", "KiB"):
-        step = _UNITS[unit]
-        if nbytes >= step:
-            hundredths = -(-100 * int(nbytes) // step) if up else 100 * int(nbytes) // step
-            return f"{hundredths / 100:.2f}".rstrip("0").rstrip(".") + unit
-    return f"{int(nbytes)}B"
-
-
 def convert(value: Mapping[str, Any], to: type[T], where: str) -> T:
     """Turn a mapping into a typed, frozen configuration.
 
@@ -251,7 +209,7 @@ def load_config(source: Mapping[str, Any] | str | Path) -> StackConfig:
         return _stack(source, "configuration")
     path, value = read_yaml(source)
     if not isinstance(value, Mapping):
-        raise ConfigError(f"configuration file {path}: expected keys like 'tiers:', found {_noun(value)}")
+        raise ConfigError(f"configuration file {path}: expected keys like 'tiers:', found {noun(value)}")
     return _stack(value, str(path))
 
 
@@ -259,7 +217,7 @@ def _stack(value: Mapping[str, Any], where: str) -> StackConfig:
     refuse_unknown(value, StackConfig.__struct_fields__, where)
     tiers = value.get("tiers")
     if not isinstance(tiers, list | tuple) or not tiers:
-        raise ConfigError(f"{where}: tiers: {_noun(tiers)}; write a list of at least one tier, "
+        raise ConfigError(f"{where}: tiers: {noun(tiers)}; write a list of at least one tier, "
                           "fastest first, like [{backend: cpu, capacity: 8GiB}]")  # fmt: skip
     entries = tuple(_tier_entry(index, tier, where) for index, tier in enumerate(tiers))
     names = [entry.name for entry in entries]
@@ -275,14 +233,14 @@ def _stack(value: Mapping[str, Any], where: str) -> StackConfig:
 def _tier_entry(index: int, tier: object, where: str) -> TierEntry:
     where = f"{where}: tiers[{index}]"
     if not isinstance(tier, Mapping) or not isinstance(tier.get("backend"), str):
-        raise ConfigError(f"{where}: a {_noun(tier)}; write a mapping with a 'backend', like "
+        raise ConfigError(f"{where}: a {noun(tier)}; write a mapping with a 'backend', like "
                           "{backend: cpu, capacity: 8GiB}")  # fmt: skip
     settings = {k: v for k, v in tier.items() if k not in _OWN_KEYS}
     checked, name = tier.get("checked"), tier.get("name", tier["backend"])
     if checked is not None and not isinstance(checked, bool):
         raise ConfigError(f"{where}: checked: {shown(checked)}; write true or false, or leave it out")
     if not isinstance(name, str | int) or not str(name):
-        raise ConfigError(f"{where}: name: a {_noun(name)}; write a word that logs and metrics may show")
+        raise ConfigError(f"{where}: name: a {noun(name)}; write a word that logs and metrics may show")
     return TierEntry(
         backend=tier["backend"],
         name=str(name),
@@ -290,7 +248,17 @@ def _tier_entry(index: int, tier: object, where: str) -> TierEntry:
         settings=settings,
         codecs=_codecs(tier.get("codecs", ()), where),
         policy=_part(tier["policy"], f"{where}: policy", "{name: fifo}") if "policy" in tier else None,
+        movement=_movement(tier["movement"], index, where) if "movement" in tier else WRITE_THROUGH,
     )
+
+
+def _movement(value: object, index: int, where: str) -> Movement:
+    if index == 0:
+        raise ConfigError(f"{where}: movement: the first tier has none above; write it on a lower one")
+    value = {"stores": value} if isinstance(value, str) else value
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: movement: {shown(value)}; write a mapping like {{stores: demotion}}")
+    return convert(value, Movement, f"{where}: movement")
 
 
 def _codecs(value: object, where: str) -> tuple[PartEntry, ...]:
@@ -365,21 +333,6 @@ def _plain(wanted: object) -> bool:
     if _choices(wanted) or wanted in (bool, int, float, ByteSize, type(None)):
         return True
     return bool(get_args(wanted)) and get_origin(wanted) in _UNIONS and all(map(_plain, get_args(wanted)))
-
-
-def shown(value: object) -> str:
-    """Show a value that is wrong where no secret belongs; of what is nested or like a URL, the type."""
-    if isinstance(value, str) and ("://" in value or "@" in value or len(value) > _LONGEST_SHOWN):
-        return "a str"
-    if isinstance(value, list | tuple):
-        return f"a list of {len(value)}"
-    return repr(value) if value is None or isinstance(value, str | int | float) else f"a {_noun(value)}"
-
-
-def _noun(value: object) -> str:
-    if value is None:
-        return "None"
-    return "mapping" if isinstance(value, Mapping) else type(value).__name__
 
 
 def _hidden(value: object) -> object:

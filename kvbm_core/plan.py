@@ -6,12 +6,38 @@ Planner ◄── Report(op, tier, failures) ── TransferEngine        (from 
 
 from __future__ import annotations
 
+import enum
+
 import msgspec
 
 from kvbm_core.block import BlockKey
 from kvbm_core.tier import Capabilities, Reason
 
-__all__ = ["Fill", "Load", "Lookup", "Plan", "Probe", "Report", "Store", "TierStatus", "WriteOrder"]
+__all__ = [
+    "Fill",
+    "FillReason",
+    "Load",
+    "Lookup",
+    "Plan",
+    "Probe",
+    "Report",
+    "Store",
+    "TierStatus",
+    "WriteOrder",
+]
+
+
+class FillReason(enum.Enum):
+    """Why blocks go from tier to tier. The words are also labels of a counter."""
+
+    WRITE_BACK = "write_back"
+    """Stored in the host pool, and due in a tier below."""
+    DEMOTION = "demotion"
+    """About to be evicted above."""
+    PROMOTION = "promotion"
+    """Loaded from below, and kept above."""
+    PREFETCH = "prefetch"
+    """Wanted soon."""
 
 
 class Store(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -85,6 +111,7 @@ class Fill(msgspec.Struct, frozen=True, array_like=True, gc=False):
     host_pool: int
     """Position of the host pool, whose memory is read or filled in place; -1 for none."""
     group: int = 0
+    reason: FillReason = FillReason.WRITE_BACK
 
     @property
     def tiers(self) -> list[int]:

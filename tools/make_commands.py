@@ -119,11 +119,10 @@ def verbs() -> Iterator[tuple[str, Any]]:
 
 def _verbs(name: str, command: Any) -> Iterator[tuple[str, Any]]:
     inner = getattr(command, "commands", None)
-    if inner is None:
+    if inner is None or command.invoke_without_command:
         yield name, command
-    else:
-        for word in sorted(inner):
-            yield from _verbs(f"{name} {word}", inner[word])
+    for word in sorted(inner or ()):
+        yield from _verbs(f"{name} {word}", inner[word])
 
 
 def page(found: dict[str, Any]) -> str:

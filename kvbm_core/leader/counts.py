@@ -27,7 +27,10 @@ class TierCounts:
     """Found here, and computed all the same, because that was expected to be faster."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Not even tried, by why: ``backlog`` (too many were waiting to be stored here), ``unusable`` (the
-    tier is left alone after failures), ``gone`` (it left the host pool before its turn came)."""
+    tier is left alone after failures), ``gone`` (it left the host pool before its turn came), ``late``
+    (evicted from the tier above before it was copied here)."""
+    filled_bytes: Counter[tuple[int, str]] = field(default_factory=Counter)
+    """Of `stored_bytes` those that came from another tier: by its position, and why (see `FillReason`)."""
     failed: Counter[tuple[str, str]] = field(default_factory=Counter)
     """By operation (``store``, ``load``, ``lookup``) and reason."""
 

@@ -35,6 +35,7 @@ class PartitionedIndex(TierIndex):
         super().__init__(index.capacity_bytes, self.orders, index._departures, index._arrivals)
         self._pins, self._filling, self._leaving = index._pins, index._filling, index._leaving
         self._other_bytes, self._charges = index._other_bytes, index._charges
+        self.eviction_rounds = index.eviction_rounds
         self._find_owner = find_owner
         self._ends: list[tuple[float, int, list[BlockKey]]] = []
         """A heap: when objects need be kept no longer, unless their time was extended."""
@@ -45,20 +46,26 @@ class PartitionedIndex(TierIndex):
         self.orders.parts[tenant] = Part(order, quota_bytes, keep_bytes)
 
     def reserve(
-        self, keys: Sequence[BlockKey], charge: int, protected: Container[BlockKey] = ()
+        self,
+        keys: Sequence[BlockKey],
+        charge: int,
+        protected: Container[BlockKey] = (),
+        *,
+        are_absent: bool = False,
     ) -> tuple[list[BlockKey], list[BlockKey]]:
         """Set room aside, see `TierIndex.reserve`: in the part of whoever is charged.
 
         A tenant that has used up its quota makes room among its own objects. Else common objects make room.
         """
         claim = claim_of(protected)
+        wanted = keys if are_absent else self.absent(keys)
         if claim is not None:
-            filling, evicted = self._reserve_for(claim.tenant, keys, charge, protected)
+            filling, evicted = self._reserve_for(claim.tenant, wanted, charge, protected)
             if claim.keep_s:
                 self.keep(filling, claim.tenant, claim.until_s)
             return filling, evicted
         filling, evicted = [], []
-        for tenant, run in itertools.groupby(keys, key=self._find_owner):
+        for tenant, run in itertools.groupby(wanted, key=self._find_owner):
             more, gone = self._reserve_for(tenant, list(run), charge, protected)
             filling += more
             evicted += gone
@@ -69,19 +76,20 @@ class PartitionedIndex(TierIndex):
     ) -> tuple[list[BlockKey], list[BlockKey]]:
         orders, part = self.orders, self.orders.parts.get(tenant)
         if part is None or part.quota_bytes is None or not charge:
-            return super().reserve(keys, charge, protected)
-        wanted, evicted = self.absent(keys), []
+            return super().reserve(keys, charge, protected, are_absent=True)
+        wanted, evicted = list(keys), list[BlockKey]()
         if part.used_bytes + len(wanted) * charge > part.quota_bytes:
             room = (part.quota_bytes - part.used_bytes) // charge
             wanted, orders.has_asked = part.order.admitted(wanted, room, charge), True
-            excess_bytes = part.used_bytes + len(wanted) * charge - part.quota_bytes
-            if excess_bytes > 0:
+            for _ in range(self.eviction_rounds):
+                if (excess_bytes := part.used_bytes + len(wanted) * charge - part.quota_bytes) <= 0:
+                    break
                 victims = orders.evict_from(tenant, excess_bytes, protected, self._pins)
-                evicted = [key for key, _ in victims]
-                self._departures.note(evicted)
+                evicted += [key for key, _ in victims]
+            self._departures.note(evicted)
             del wanted[max(0, part.quota_bytes - part.used_bytes) // charge :]
         orders.making_room_for = tenant
-        filling, more = super().reserve(wanted, charge, protected)
+        filling, more = super().reserve(wanted, charge, protected, are_absent=True)
         orders.making_room_for, orders.has_asked = COMMON, False
         part.used_bytes += len(filling) * charge
         orders.owners.update(dict.fromkeys(filling, tenant))
@@ -113,13 +121,17 @@ class PartitionedIndex(TierIndex):
             self._discharge(key, nbytes)
         return gone
 
-    def unpin(self, keys: Iterable[BlockKey]) -> list[BlockKey]:
+    def unpin(self, keys: Iterable[BlockKey], *, was_used: bool = True) -> list[BlockKey]:
         """See `TierIndex.unpin`."""
         leaving = dict(self._leaving)
-        gone = super().unpin(keys)
+        gone = super().unpin(keys, was_used=was_used)
         for key in gone:
             self._discharge(key, leaving[key])
         return gone
+
+    def is_kept(self, key: BlockKey) -> bool:
+        """See `TierIndex.is_kept`."""
+        return key in self.orders.kept
 
     def keep(self, keys: Iterable[BlockKey], tenant: str, until_s: float) -> tuple[int, int]:
         """Keep objects from being evicted until then: those that are here, and charged to the tenant.

@@ -8,7 +8,7 @@ insert ─► the order of whoever is charged ─► evict: only for itself, see
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from kvbm_core.block import BlockKey
@@ -83,6 +83,14 @@ class Partitions(Fifo):
             self.forget_kept(key, nbytes)
         else:
             self.part_of(key).order.remove(key)
+
+    def next_victims(self, count: int) -> Sequence[BlockKey]:
+        """See `EvictionPolicy.next_victims`: of each part as many as it has of all objects."""
+        found: list[BlockKey] = []
+        for part in self.parts.values():
+            share = -(-count * len(part.order) // max(1, len(self)))
+            found += part.order.next_victims(share) if share else ()
+        return found[:count]
 
     def admitted(self, keys: list[BlockKey], fitting: int, nbytes: int) -> list[BlockKey]:
         """See `Fifo.admitted`. No policy is asked twice for one object."""

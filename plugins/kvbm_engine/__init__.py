@@ -15,7 +15,7 @@ from kvbm_engine._parked import Parked
 from kvbm_engine._rank import Copies, CopyCounter, Progress, Rank
 from kvbm_engine._recorder import Recorder, check_record
 from kvbm_engine._session import Session
-from kvbm_engine._sparse import SparseStores, sparse_stores
+from kvbm_engine._sparse import SparseStores, prompt_ends, sparse_stores
 from kvbm_engine._storing import Storing
 from kvbm_engine._values import EngineRequest, GroupBlocks, Limits, Outcome, Schedule, Scheduled, State, Step
 
@@ -42,6 +42,7 @@ __all__ = [
     "Storing",
     "check_record",
     "hash_tokens",
+    "prompt_ends",
     "refuse_all",
     "sparse_stores",
 ]

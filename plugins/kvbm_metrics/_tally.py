@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from kvbm_core import Load, Plan, Planner, Reason
 from kvbm_core.leader.tenants import TenantLevel
+from kvbm_core.plan import FillReason
 from kvbm_metrics._table import HINTS, Readings, device_readings, reading
 
 __all__ = ["Tally"]
@@ -18,7 +19,7 @@ _FAILURES: Final = {
     "load": ("missing", "corrupt", "full", "busy", "deadline", "error"),
     "lookup": ("busy", "deadline", "error"),
 }
-_DROPS: Final = ("backlog", "unusable", "gone")
+_DROPS: Final = ("backlog", "unusable", "gone", "late")
 _PLAIN: Final = ("saved_tokens", "hit_blocks", "missed_blocks", "prefetched_blocks")
 _ANSWERS: Final = ("accepted", "clipped", "refused")
 
@@ -173,6 +174,8 @@ class Tally:
             yield f"stored_blocks|{tier}", counts.stored
             yield f"stored_bytes|{tier}", counts.stored_bytes
             yield f"evicted_blocks|{tier}", counts.evicted
+            for (source, reason), nbytes in counts.filled_bytes.items():
+                yield f"filled_bytes|{reason}|{source}|{tier}", nbytes
             for reason, count in counts.dropped.items():
                 yield f"dropped_blocks|{reason}|{tier}", count
             for (operation, reason), count in counts.failed.items():
@@ -199,11 +202,25 @@ class Tally:
         yield "asked_tokens"
         yield from device_readings(0, 0, 0)
         yield from (reading("hints", hint, answer) for hint in HINTS for answer in _ANSWERS)
-        for tier in self._tiers:
+        for position, tier in enumerate(self._tiers):
             yield from (reading(name, tier) for name in _PLAIN)
+            for source, reason in self._fills_into(position):
+                yield reading("filled_bytes", reason.value, str(source), tier)
             yield from (reading("dropped_blocks", reason, tier) for reason in _DROPS)
             for operation, reasons in _FAILURES.items():
                 yield from (reading("failed_transfers", operation, reason, tier) for reason in reasons)
+
+    def _fills_into(self, position: int) -> Iterator[tuple[int, FillReason]]:
+        """Name the ways by which blocks may come into a tier from others."""
+        host_pool = self._planner.host_pool
+        if position:
+            yield position - 1, FillReason.DEMOTION
+        if 0 <= host_pool < position:
+            yield host_pool, FillReason.WRITE_BACK
+        if position == host_pool:
+            for lower in range(position + 1, len(self._tiers)):
+                yield lower, FillReason.PROMOTION
+                yield lower, FillReason.PREFETCH
 
 
 def _tenant_gauges(levels: Iterable[TenantLevel]) -> Iterator[tuple[str, int]]:

@@ -62,31 +62,33 @@ Speeds = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON, and all else to stderr.")]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it: .png or .svg (needs matplotlib).")]
 
+StackFile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="The connector's YAML or JSON, in a file or inline. Default: one cpu tier."
+    ),
+]
+Capacity = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZES",
+        help="Of one tier: 1,2,5M (tokens) or 1TiB. Default: as configured; without --stack 1 to 20M.",
+    ),
+]
+Vary = Annotated[str | None, typer.Option(metavar="TIER", help="Whose capacity that is. Default: the first.")]
+Policies = Annotated[
+    str | None, typer.Option(metavar="NAMES", help="Of all tiers, like lru,fifo. Default: as configured.")
+]
+
 
 @answers(ReplayAnswer)
 def replay(
     traces: Traces = None,
     load: Load = None,
-    stack: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="The connector's YAML or JSON, in a file or inline. Default: one cpu tier."
-        ),
-    ] = None,
-    capacity: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZES",
-            help="Of one tier: 1,2,5M (tokens) or 1TiB. Default: as configured; without --stack 1 to 20M.",
-        ),
-    ] = None,
-    vary: Annotated[
-        str | None, typer.Option(metavar="TIER", help="Whose capacity that is. Default: the first.")
-    ] = None,
-    policy: Annotated[
-        str | None,
-        typer.Option(metavar="NAMES", help="Of all tiers, like lru,fifo. Default: as configured."),
-    ] = None,
+    stack: StackFile = None,
+    capacity: Capacity = None,
+    vary: Vary = None,
+    policy: Policies = None,
     engine_cache: EngineCache = None,
     paced: Annotated[
         bool, typer.Option("--paced", help="Writes take time: a tier that is too slow loses stores.")
@@ -198,8 +200,8 @@ def _machine(
     if not 0 < prefill < math.inf:
         raise ConfigError(f"--prefill {prefill}: write tokens a second, above 0")
     sizes = {
-        "--link": parse_size(link, "--link"),
-        "--token-bytes": parse_size(token_bytes, "--token-bytes")
+        "--link": int(parse_size(link, "--link")),
+        "--token-bytes": int(parse_size(token_bytes, "--token-bytes"))
         if token_bytes
         else trace.token_bytes or _MACHINE.token_bytes,
     }

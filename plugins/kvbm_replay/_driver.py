@@ -75,6 +75,7 @@ class _Replay:
             max_store_blocks=config.max_store_blocks,
             policy=registry.policies(config),
             block_tokens=self._block_tokens if config.only_faster else 0,
+            movements=[entry.movement for entry in config.tiers],
         )
         self._asks = any(tier.shared for tier in layout.tiers)
         self._ranks = Ranks(layout, machine, paced=paced)

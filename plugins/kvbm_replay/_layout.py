@@ -13,9 +13,9 @@ from kvbm_core.errors import ConfigError
 from kvbm_core.layers import SEAL_BYTES
 from kvbm_core.plan import TierStatus
 from kvbm_core.registry import Registry
-from kvbm_core.tier import Capabilities
+from kvbm_core.tier import Backend, Capabilities
 
-__all__ = ["Layout", "TierLayout", "read_layout"]
+__all__ = ["Layout", "TierLayout", "capacity_bytes", "read_layout"]
 
 _HOST_POOLS: Final = frozenset({"cpu"})
 """Backends whose memory the planner has used directly. A backend says so only when it is opened."""
@@ -119,34 +119,44 @@ def read_layout(
     return Layout(config, tuple(tiers), block_bytes)
 
 
+def capacity_bytes(backend: Backend, blocks: int, block_bytes: int) -> int:
+    """Give the capacity with which a tier of one rank holds so many blocks.
+
+    Args:
+        backend: Of the tier.
+        blocks: At least 1.
+        block_bytes: Of the KV of a block.
+    """
+    return backend.share_bytes(blocks, block_bytes + SEAL_BYTES)
+
+
 def _tier(
     entry: TierEntry, position: int, block_bytes: int, registry: Registry, *, may_be_pool: bool
 ) -> TierLayout:
     backend = registry.backend(entry.backend)
     settings: Any = convert(entry.settings, backend.config_type, f"tiers[{position}] ({entry.name})")
-    object_bytes = block_bytes + SEAL_BYTES
     capacity = getattr(settings, "capacity", None)
     blocks = None
     if isinstance(capacity, int) and not backend.shared:
-        blocks = _blocks(capacity, lambda blocks: backend.share_bytes(blocks, object_bytes))
+        blocks = _most(capacity, lambda blocks: capacity_bytes(backend, blocks, block_bytes))
     if blocks == 0:
         raise ConfigError(
             f"tier {entry.name}: capacity {entry.settings['capacity']!r} is smaller than a block of "
-            f"{object_bytes} bytes; write a larger capacity, or give the model's --token-bytes"
+            f"{block_bytes} bytes and its seal; write a larger capacity, or give the model's --token-bytes"
         )
     return TierLayout(
-        entry.name, entry.backend, object_bytes, blocks, backend.shared,
+        entry.name, entry.backend, block_bytes + SEAL_BYTES, blocks, backend.shared,
         addressable=may_be_pool and entry.backend in _HOST_POOLS and not entry.checked and not entry.codecs,
         read_only=bool(getattr(settings, "read_only", False)),
     )  # fmt: skip
 
 
-def _blocks(capacity_bytes: int, share_bytes: Callable[[int], int]) -> int:
+def _most(capacity: int, needed: Callable[[int], int]) -> int:
     """Count the blocks that a capacity holds, given the capacity that so many need."""
     few, many = 0, 1
-    while share_bytes(many) <= capacity_bytes:
+    while needed(many) <= capacity:
         few, many = many, 2 * many
     while many - few > 1:
         middle = (few + many) // 2
-        few, many = (middle, many) if share_bytes(middle) <= capacity_bytes else (few, middle)
+        few, many = (middle, many) if needed(middle) <= capacity else (few, middle)
     return few

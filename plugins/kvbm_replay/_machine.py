@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from kvbm_core.config import parse_size, size_text
+from kvbm_core.config import parse_size
 from kvbm_core.errors import ConfigError
 
 __all__ = ["DEFAULT_SPEEDS", "Machine", "Speed", "read_speed"]
@@ -22,8 +22,8 @@ class Speed(NamedTuple):
 
     def text(self) -> str:
         """Write it for people."""
-        load, store = (size_text(int(each)) for each in self[:2])
-        return f"{load}/s in, {store}/s out, {self.latency_s * 1e3:g} ms"
+        load, store = (f"{each / 1e9:g} GB/s" for each in self[:2])
+        return f"{load} in, {store} out, {self.latency_s * 1e3:g} ms"
 
 
 DEFAULT_SPEEDS: Final[Mapping[str, Speed]] = {
@@ -58,13 +58,6 @@ class Machine:
     def speed(self, name: str, backend: str) -> Speed:
         """Give the speed of a tier."""
         return self.speeds.get(name) or DEFAULT_SPEEDS.get(backend, _UNKNOWN)
-
-    def text(self) -> str:
-        """Write it for people, without the tiers."""
-        return (
-            f"{self.prefill_tokens_per_s:,.0f} tokens/s computed, {size_text(self.token_bytes)} a token, "
-            f"link {size_text(int(self.link_bytes_per_s))}/s"
-        )
 
 
 def read_speed(text: str) -> tuple[str, Speed]:

@@ -12,7 +12,7 @@ from kvbm_core.registry import Registry
 from kvbm_replay._answer import Row, TraceAnswer, make_row
 from kvbm_replay._curve import Curve, Points, curve_of, sampled
 from kvbm_replay._driver import replay
-from kvbm_replay._layout import read_layout
+from kvbm_replay._layout import capacity_bytes, read_layout
 from kvbm_replay._machine import Machine
 from kvbm_replay._reference import lru_hits, reuse_hits
 from kvbm_replay._sizing import Advice, Loads, SizeAnswer, advise, grid, ladder
@@ -24,6 +24,8 @@ MEMORY: Final = "cpu"
 """The backend of host memory."""
 _LOOKED_AT: Final = 300_000
 """Blocks of a trace that are looked at, about, if nobody says how many."""
+_PROMPTS: Final = 4
+"""Of the longest that the memory has room for: a quarter of it is on its way to a disk, at most."""
 _NOWHERE: Final = "/nvme/kvbm"
 
 
@@ -85,8 +87,9 @@ def answer_question(trace: Trace, question: Question) -> PlanAnswer:
     loads = Loads(curve, machine, trace.block_tokens, tokens, len(trace.requests), trace.duration_s)
     memory, disk = machine.speed(MEMORY, MEMORY), machine.speed(question.disk, question.disk)
     sizes = question.sizes or grid(loads)
-    advice = advise(loads, memory, disk, goal=question.goal, price=question.price)
-    config = _config(advice, question)
+    longest = max(len(request.blocks) for request in trace.requests)
+    advice = advise(loads, memory, disk, goal=question.goal, price=question.price, least=_PROMPTS * longest)
+    config = _config(advice, question, block_bytes, registry)
     layout = read_layout(config, block_bytes, registry)
     outcome = replay(
         few,
@@ -117,7 +120,7 @@ def _measured(few: Trace, part: float, question: Question, exact: Curve, registr
     keys, best = Keys(), 0.0
     points: list[tuple[int, float]] = []
     block_bytes = few.block_tokens * question.machine.token_bytes
-    entry = {"backend": MEMORY, "capacity": block_bytes, "policy": question.policy}
+    entry = {"backend": MEMORY, "capacity": "1024TiB", "policy": question.policy}
     layout = read_layout({"tiers": [entry], "only_faster": False}, block_bytes, registry)
     largest = max(1, exact.blocks_for(exact.most))
     for step in range(9, -1, -1):
@@ -139,13 +142,20 @@ def _engine_hits(trace: Trace, engine_blocks: int) -> int:
     return lru_hits(trace.requests, engine_blocks)
 
 
-def _config(advice: Advice, question: Question) -> dict[str, list[dict[str, Any]]]:
+def _config(
+    advice: Advice, question: Question, block_bytes: int, registry: Registry
+) -> dict[str, list[dict[str, Any]]]:
     """Write the tiers that are advised."""
+
+    def capacity(backend: str, blocks: int) -> int:
+        return capacity_bytes(registry.backend(backend), blocks, block_bytes)
+
     tiers: list[dict[str, Any]] = []
     if advice.memory.blocks:
-        tiers.append({"backend": MEMORY, "capacity": advice.memory.nbytes})
+        tiers.append({"backend": MEMORY, "capacity": capacity(MEMORY, advice.memory.blocks)})
     if advice.disk:
-        tiers.append({"backend": question.disk, "capacity": advice.disk.nbytes, "path": _NOWHERE})
+        below = capacity(question.disk, advice.disk.blocks)
+        tiers.append({"backend": question.disk, "capacity": below, "path": _NOWHERE})
     if question.policy != "lru":
         tiers = [{**tier, "policy": question.policy} for tier in tiers]
     return {"tiers": tiers}

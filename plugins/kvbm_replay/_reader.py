@@ -12,9 +12,12 @@ which may be short and is not counted. In ours they are of all complete blocks, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import gzip
+import lzma
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from types import MappingProxyType
+from typing import BinaryIO, Final, Literal
 
 import msgspec
 
@@ -42,11 +45,14 @@ class _Row(msgspec.Struct):
     lost: int = 0
 
 
+_OPEN: Final[Mapping[str, Callable[[Path, Literal["rb"]], BinaryIO]]] = MappingProxyType(
+    {".gz": gzip.open, ".xz": lzma.open}  # type: ignore[dict-item]
+)
 _DECODER: Final = msgspec.json.Decoder(_Row)
 
 
 def read_trace(paths: Sequence[Path]) -> Trace:
-    """Read the files of one trace; requests are put in the order of their times.
+    """Read the files of one trace, also packed as ``.gz`` or ``.xz``, in the order of the requests' times.
 
     Raises:
         ConfigError: If a file cannot be read, or a line is not of a trace; names file, line and key.
@@ -54,10 +60,11 @@ def read_trace(paths: Sequence[Path]) -> Trace:
     reader = _Reader()
     for path in paths:
         try:
-            with path.open("rb") as file:
+            with _OPEN.get(path.suffix, open)(path, "rb") as file:
                 reader.read(path, file)
-        except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror}; write the path of a trace") from error
+        except (OSError, EOFError, lzma.LZMAError) as error:
+            why = getattr(error, "strerror", None) or "it is damaged"
+            raise ConfigError(f"{path}: {why}; write the path of a trace") from error
     if not reader.requests:
         raise ConfigError(
             f"{', '.join(map(str, paths))}: no requests; write the path of a trace that has some"
@@ -80,7 +87,7 @@ class _Reader:
         self._known: dict[int, int] = {}
         """Each number to itself, so that it is in memory once."""
 
-    def read(self, path: Path, lines: Iterator[bytes]) -> None:
+    def read(self, path: Path, lines: Iterable[bytes]) -> None:
         """Take in one file."""
         for number, line in enumerate(lines, 1):
             if not line.strip():

@@ -137,7 +137,7 @@ def ladder(
     ]
 
 
-def advise(loads: Loads, memory: Speed, disk: Speed, *, goal: float, price: float) -> Advice:
+def advise(loads: Loads, memory: Speed, disk: Speed, *, goal: float, price: float, least: int = 0) -> Advice:
     """Choose the cheapest memory and disk that save enough.
 
     Args:
@@ -146,10 +146,12 @@ def advise(loads: Loads, memory: Speed, disk: Speed, *, goal: float, price: floa
         disk: Speed of the disk.
         goal: Part of what memory without an end would save, from 0 to 1.
         price: What a GiB of memory costs, in GiB of disk.
+        least: Blocks of memory, if there is any: what is stored on the disk passes through.
     """
     curve = loads.curve
     most_s = curve.most * loads.saves_s(memory)
-    steps = [0, *_steps(max(1, curve.blocks_for(curve.most)))]
+    largest = max(1, curve.blocks_for(curve.most))
+    steps = [0, *(blocks for blocks in _steps(largest) if blocks >= min(least, largest))]
     best: tuple[float, int, int] | None = None
     for blocks in steps:
         above_s = curve.hits(blocks) * loads.saves_s(memory)

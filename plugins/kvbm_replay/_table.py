@@ -62,7 +62,7 @@ def remarks(answer: ReplayAnswer) -> list[str]:
     machine, trace, rows = answer.machine, answer.trace, answer.rows
     lines = [
         f"Machine: {machine.prefill_tokens_per_s:,.0f} tokens/s computed, {size_text(machine.token_bytes)} a "
-        f"token, link {size_text(int(machine.link_bytes_per_s))}/s; "
+        f"token, link {machine.link_bytes_per_s / 1e9:g} GB/s; "
         + "; ".join(f"{printable(name)} {speed.text()}" for name, speed in machine.tiers.items()),
         f"Without any cache the mean first token takes {_MS * answer.uncached_first_token_s:,.0f} ms, on an "
         "engine that nobody else uses; nobody waits for others here.",

@@ -21,6 +21,7 @@ from kvbm_vllm._groups import engine_groups, tell_groups
 from kvbm_vllm._keys import KeyMaker
 from kvbm_vllm._membership import join_as_leader
 from kvbm_vllm._models import release
+from kvbm_vllm._overview import overview
 from kvbm_vllm._replicas import replica_number
 from kvbm_vllm._schedule import ScheduleReader
 from kvbm_vllm._startup import NoTiers, RollCall, begin_session, open_recorder
@@ -142,7 +143,9 @@ class SchedulerHalf:
             self.ledger.parked.lose_loads()
             self._stage = NoTiers(self.ledger)
             return
-        logger.info("KvbmConnector is ready: %r", self._stage)
+        metrics = self._server.url if self._server else "with the engine's own"
+        for line in overview(handshakes, self._config, self._groups.groups, metrics):
+            logger.info("%s", line)
 
     def arrived(self, request: Any) -> None:
         """Note that a request waits to be scheduled."""

@@ -203,6 +203,7 @@ def begin_session(
         policy=Registry().policies(config),
         block_tokens=block_tokens if config.only_faster else 0,
         ops=ops,
+        movements=[entry.movement for entry in config.tiers],
         sharing=sharing_of(config),
     )
     constants: dict[str, int] = {}

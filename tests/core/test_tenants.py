@@ -10,9 +10,11 @@ import pytest
 from kvbm_core import Capabilities, ConfigError, Planner, Reason, Report, TierStatus, load_config
 from kvbm_core.leader.claims import Claim, claim_of
 from kvbm_core.leader.partitioned_index import PartitionedIndex
+from kvbm_core.movement import Movement
 from kvbm_core.policies import Lru
 from kvbm_core.sharing import Sharing, sharing_of
 
+EXCLUSIVE = Movement(stores="demotion", copies="exclusive", promotion="measured")
 BLOCK = 10
 """Bytes that an object takes."""
 
@@ -33,7 +35,7 @@ class Prefix(list):
         self.claim = claim
 
 
-def planner(*tiers, ranks=1, policy=None, **sharing):
+def planner(*tiers, ranks=1, policy=None, movement=None, **sharing):
     """Over tiers of so many blocks, the first in host memory."""
     status = [
         TierStatus(
@@ -42,6 +44,8 @@ def planner(*tiers, ranks=1, policy=None, **sharing):
         for at, blocks in enumerate(tiers)
     ]
     made = {"policy": policy} if policy else {}
+    if movement is not None:
+        made["movements"] = [Movement(), movement]
     sizes = {each.name: each.capabilities.capacity_bytes * ranks for each in status}
 
     def parts(quotas):
@@ -224,6 +228,18 @@ def test_a_block_that_is_asked_for_again_is_kept_until_the_later_time():
     assert made.tenants.kept_bytes() == {"tier0": 0}
 
 
+def test_the_kept_copy_of_a_block_stays_where_copies_are_exclusive():
+    made = planner(10, 20, keep_fraction=0.5, movement=EXCLUSIVE)
+    for at, each in enumerate(keys("kept", 3)):
+        made._tiers[1].index.found(each, BLOCK)
+        made.tenants.begin(asked := Claim("", 5.0 if at < 2 else 0.0))
+        made.tenants.keep([each], asked, 0.0) if asked.keep_s else None
+    made.fill(1, 0, keys("kept", 3), 0.0)
+    carry_out(made)
+    assert here(made, keys("kept", 3)) == keys("kept", 3)
+    assert here(made, keys("kept", 3), tier=1) == keys("kept", 2)
+
+
 def test_what_a_corrupt_kept_block_took_is_free():
     made = planner(10, keep_fraction=0.5, tenants={"a": {"tier0": 80}})
     store(made, keys("a", 4), claim(made, "a", keep_s=5.0))
@@ -312,6 +328,7 @@ class Machine:
         self.chance = chance = random.Random(seed)
         self.made = planner(
             chance.choice((12, 40)), 60, keep_fraction=0.25,
+            movement=chance.choice((None, Movement(stores="demotion"), EXCLUSIVE)),
             tenants={"a": {"tier0": 40, "tier1": 200}, "b": {"tier1": 100}}, others={"tier0": 20},
         )  # fmt: skip
         self.now_s, self.claims, self.under_way = 0.0, [], []
@@ -321,11 +338,11 @@ class Machine:
         """See that no room is made among what is kept, nor for one tenant among what another has."""
         reserve, orders = index.reserve, index.orders
 
-        def reserves(wanted, charge, protected=()):
+        def reserves(wanted, charge, protected=(), **told):
             kept, owners = dict(orders.kept), dict(orders.owners)
             asked = claim_of(protected)
             allowed = {"", asked.tenant} if asked else {"", *map(index._find_owner, wanted)}
-            filling, evicted = reserve(wanted, charge, protected)
+            filling, evicted = reserve(wanted, charge, protected, **told)
             assert not kept.keys() & set(evicted)
             assert {owners.get(each, "") for each in evicted} <= allowed
             return filling, evicted
