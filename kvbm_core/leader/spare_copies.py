@@ -51,7 +51,8 @@ class SpareCopies:
         while self._keys and index.used_bytes + nbytes > index.capacity_bytes:
             key = next(iter(self._keys))
             del self._keys[key]
-            if index.is_pinned(key):
+            # What is kept for a request must not go with the room above.
+            if index.is_pinned(key) or index.is_kept(key):
                 kept.append(key)
             elif key in index and self._is_above(key):
                 self._tiers.drop(self._position, key)
