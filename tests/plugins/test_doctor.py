@@ -121,6 +121,12 @@ def test_what_is_slow_or_wrong_says_what_to_do(tmp_path, name, change, health, s
     assert said in finding.advice
 
 
+def test_a_container_that_shows_the_device_alone_has_a_gpu(tmp_path):
+    found = machine(tmp_path, {"dev/nvidia0": "", "dev/nvidia1": ""})
+    assert found["GPU"].found == "2; its model and driver are not shown here"
+    assert found["GPUDirect Storage"].health.value == "slow"
+
+
 def test_the_limit_of_a_container_is_told(tmp_path):
     found = machine(
         tmp_path,

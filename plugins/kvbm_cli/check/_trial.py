@@ -42,6 +42,8 @@ _MOST_OBJECTS: Final = 64
 _FILE_URL: Final = "file://"
 _POLL_S: Final = 0.0005
 _KEY_BYTES: Final = 32
+_PATIENCE_S: Final = 60.0
+"""A tier that is slow shall be measured; one that hangs shall end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,10 +149,10 @@ def _try(tier: Tier, config: StackConfig, entry: TierEntry, count: int, block_by
         half[:] = (key * (1 + len(half) // _KEY_BYTES))[: len(half)]
         region.view()[len(half) : block_bytes] = os.urandom(block_bytes - len(half))
     written = [_digest(region, block_bytes) for region in regions]
-    store_s = _run(tier, Op.STORE, keys, regions, config.store_deadline_s, entry.name)
+    store_s = _run(tier, Op.STORE, keys, regions, max(_PATIENCE_S, config.store_deadline_s), entry.name)
     for region in regions:
         region.view()[:] = bytes(region.nbytes)
-    load_s = _run(tier, Op.LOAD, keys, regions, config.load_deadline_s, entry.name)
+    load_s = _run(tier, Op.LOAD, keys, regions, max(_PATIENCE_S, config.load_deadline_s), entry.name)
     if [_digest(region, block_bytes) for region in regions] != written:
         raise TierError(f"tier {entry.name}: other bytes were read than were written", tier=entry.name)
     tier.discard(keys)

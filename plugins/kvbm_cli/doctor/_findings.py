@@ -120,24 +120,32 @@ def _gpus(root: Path) -> list[Path]:
     return sorted((root / "proc/driver/nvidia/gpus").glob("*"))
 
 
+def _has_gpu(root: Path) -> bool:
+    return bool(_gpus(root) or list((root / "dev").glob("nvidia[0-9]*")))
+
+
 def _gpu(root: Path) -> Iterator[Finding]:
-    gpus = _gpus(root)
+    gpus, devices = _gpus(root), list((root / "dev").glob("nvidia[0-9]*"))
     if not gpus:
-        yield _finding("GPU", Health.ABSENT, "no NVIDIA driver is loaded")
+        # A container may have the devices and not the driver's files.
+        if devices:
+            yield _finding("GPU", Health.GOOD, f"{len(devices)}; its model and driver are not shown here")
+        else:
+            yield _finding("GPU", Health.ABSENT, "no NVIDIA driver is loaded")
         return
     driver = re.search(r"\d+\.\d+[\d.]*", _read(root / "proc/driver/nvidia/version"))
     for gpu in gpus:
         model = re.search(r"Model:\s*(.+)", _read(gpu / "information"))
         name = model[1].strip() if model else "unknown"
         yield _finding("GPU", Health.GOOD, f"{gpu.name} {name}, driver {driver[0] if driver else 'unknown'}")
-    if not list((root / "dev").glob("nvidia[0-9]*")):
+    if not devices:
         yield _finding(
             "GPU device", Health.WRONG, "no /dev/nvidia*", "give the container the GPU (`--gpus all`)"
         )
 
 
 def _gds(root: Path) -> Iterator[Finding]:
-    if not _gpus(root):
+    if not _has_gpu(root):
         return
     if (root / "proc/driver/nvidia-fs").exists():
         yield _finding("GPUDirect Storage", Health.GOOD, "nvidia-fs is loaded")
@@ -178,7 +186,7 @@ def _memlock(root: Path) -> Iterator[Finding]:
     if limit == resource.RLIM_INFINITY:
         yield _finding("memlock", Health.GOOD, "unlimited")
     else:
-        slow = bool(_gpus(root))
+        slow = _has_gpu(root)
         yield _finding(
             "memlock", Health.SLOW if slow else Health.GOOD, size_text(limit), _MEMLOCK if slow else None
         )
