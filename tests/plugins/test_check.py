@@ -94,6 +94,11 @@ def test_nothing_is_left_in_a_shared_store(check):
     assert MemoryFileSystem.store == {}
 
 
+def test_a_tier_that_others_fill_is_opened_and_not_written(check):
+    tiers, _ = check([{"backend": "remote", "url": "memory://filled", "read_only": True}])
+    assert tiers["remote"]["not_tried"] == "not tried: it is read-only, others fill it"
+
+
 def test_the_tokens_that_fit(tmp_path, check):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(CONFIGS["Llama-3.1-8B"]))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from kvbm_cli.check._trial import Trial, nearest_folder, place_of, try_tier, why_not_tried
+from kvbm_cli.check._trial import NotTriedError, Trial, nearest_folder, place_of, try_tier, why_not_tried
 from kvbm_cli.size._answer import Sizes
 from kvbm_core.config import StackConfig, TierEntry, parse_size, size_text
 from kvbm_core.errors import KvbmError
@@ -118,6 +118,8 @@ def _check(
             if reason or not try_tiers:
                 return msgspec.structs.replace(found, not_tried=reason or "not asked for")
             trial = try_tier(config, entry, block_bytes)
+        except NotTriedError as error:
+            return msgspec.structs.replace(found, not_tried=str(error))
         except KvbmError as error:
             # It stood alone when it was checked.
             said = str(error).replace("tiers[0]", f"tiers[{at}]", 1)
