@@ -44,7 +44,7 @@ class SpareCopies:
         self._tiers[self._position].index.touch(only)
 
     def _make_room(self, nbytes: int) -> None:
-        """Drop as many as are in the way of so many bytes. Those in use, and those that are none now, stay."""
+        """Drop as many as are in the way of so many bytes, but those in use or kept, and those spare no more."""
         tier = self._tiers[self._position]
         index, kept = tier.index, []
         assert index.capacity_bytes is not None, "only a tier with a bound is exclusive"
