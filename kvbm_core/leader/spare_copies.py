@@ -44,14 +44,15 @@ class SpareCopies:
         self._tiers[self._position].index.touch(only)
 
     def _make_room(self, nbytes: int) -> None:
-        """Drop as many as are in the way of so many bytes. Those in use, and those that are none now, stay."""
+        """Drop as many as are in the way of so many bytes, but those in use or kept, and those spare no more."""
         tier = self._tiers[self._position]
         index, kept = tier.index, []
         assert index.capacity_bytes is not None, "only a tier with a bound is exclusive"
         while self._keys and index.used_bytes + nbytes > index.capacity_bytes:
             key = next(iter(self._keys))
             del self._keys[key]
-            if index.is_pinned(key):
+            # What is kept for a request must not go with the room above.
+            if index.is_pinned(key) or index.is_kept(key):
                 kept.append(key)
             elif key in index and self._is_above(key):
                 self._tiers.drop(self._position, key)
