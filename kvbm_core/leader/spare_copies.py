@@ -16,7 +16,7 @@ from kvbm_core.leader.tier_state import Tiers
 __all__ = ["SpareCopies"]
 
 _PASSED_OVER: Final = 64
-"""Copies that must stay, at most, of those looked at to make room once; they are looked at last the next time."""
+"""Copies that must stay, at most, of those looked at to make room once; they come last the next time."""
 
 
 class SpareCopies:
@@ -49,9 +49,9 @@ class SpareCopies:
         self._tiers[self._position].index.touch(only)
 
     def _make_room(self, nbytes: int) -> None:
-        """Drop as many as are in the way of so many bytes, but those in use or kept, and those spare no more."""
+        """Drop as many as are in the way of so many bytes, but those in use or kept, or spare no more."""
         tier = self._tiers[self._position]
-        index, kept = tier.index, []
+        index, kept = tier.index, list[BlockKey]()
         assert index.capacity_bytes is not None, "only a tier with a bound is exclusive"
         while self._keys and len(kept) < _PASSED_OVER and index.used_bytes + nbytes > index.capacity_bytes:
             key, _ = self._keys.popitem(last=False)
