@@ -1,5 +1,6 @@
 """What the scheduler's half tells the workers of a step: which blocks are stored, loaded and overwritten."""
 
+import json
 import time
 from types import SimpleNamespace
 
@@ -7,12 +8,14 @@ import pytest
 
 pytest.importorskip("vllm")
 from kvbm_core import Capabilities, ConfigError, Op, Reason, Report, TierStatus, load_config
-from kvbm_core.groups import KvGroup
+from kvbm_core.groups import Coverage, KvGroup, Rule
+from kvbm_engine import Ledger, Parked
 from kvbm_engine._requests import RequestState
 from kvbm_metrics import rate_reading
 from kvbm_vllm import _scheduler
 from kvbm_vllm._keys import request_keys
 from kvbm_vllm._scheduler import SchedulerHalf, has_one_queue
+from kvbm_vllm._startup import open_recorder
 from kvbm_vllm._values import Handshake, Outcomes
 from kvbm_vllm._weights import AdapterDigests
 
@@ -891,3 +894,31 @@ def test_a_block_in_a_tier_that_is_left_alone_does_not_make_a_finding_untrue(mon
     times, asked = counted(made, monkeypatch), request("a", PROMPT)
     assert [made.match(asked, 0) for _ in range(5)] == [(TOKENS, True)] * 5
     assert len(times) == 1
+
+
+# The log of hashes.
+
+
+def open_log(path, *others, replica=None):
+    groups = [KvGroup(16), *others]
+    config = load_config({"tiers": [{"backend": "cpu", "capacity": "1MiB"}], "record": str(path)})
+    ranks = [
+        Handshake(rank, [TierStatus("cpu", CPU, [], (1,) * len(groups), (32,) * len(groups))], {})
+        for rank in range(2)
+    ]
+    ledger = Ledger(lambda _: None, groups, Parked(8, one_queue=False))
+    return open_recorder(ranks, config, ledger, replica)
+
+
+def test_a_log_counts_all_ranks_bytes_and_is_each_replicas_own(tmp_path):
+    for replica, name in ((None, "log"), (3, "log.dp3")):
+        open_log(tmp_path / "log", replica=replica).close()
+        header = json.loads((tmp_path / name).read_text())
+        assert (header["block_tokens"], header["token_bytes"]) == (16, 2 * 32 // 16)
+
+
+def test_a_model_of_several_groups_is_not_recorded(tmp_path):
+    window = KvGroup(16, Coverage(Rule.WINDOW, 32), b"wind")
+    with pytest.raises(ConfigError, match="record: this model keeps its KV in several groups"):
+        open_log(tmp_path / "log", window)
+    assert [*tmp_path.iterdir()] == []
