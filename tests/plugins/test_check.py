@@ -284,3 +284,9 @@ def test_it_needs_no_vllm(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.endswith("\n0 []\n")
     assert "works" in done.stdout
+
+
+def test_quotas_that_no_tier_can_hold_are_found(check):
+    tiers = [{"backend": "memory", "capacity": "4MiB"}]
+    _, found = check(tiers, status=ExitCode.MEND, tenants={"a": {"memory": "5MiB"}})
+    assert "tenants: a: memory: the quotas add up to 5MiB" in found["problems"][0]

@@ -15,6 +15,7 @@ from kvbm_core.config import StackConfig, TierEntry, parse_size, size_text
 from kvbm_core.errors import KvbmError
 from kvbm_core.localdir import free_bytes
 from kvbm_core.registry import Registry
+from kvbm_core.sharing import sharing_of
 from kvbm_core.tier import Capabilities
 from kvbm_core.worker.opening import check_stack
 
@@ -82,6 +83,7 @@ def check_all(
     with _warnings() as warnings:
         try:
             check_stack(config)
+            sharing_of(config)
         except KvbmError as error:
             if not any(tier.problem for tier in tiers):
                 problems.append(str(error))
