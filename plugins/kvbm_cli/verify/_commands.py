@@ -81,7 +81,9 @@ def _show(found: Verified) -> None:
     if len(found.damage) > _MOST_SHOWN:
         lines.append(f"and {len(found.damage) - _MOST_SHOWN:,} more; --json lists all")
     lines += [
-        f"not judged: namespace {part.namespace}: {part.not_judged}" for part in found.parts if part.not_judged
+        f"not judged: namespace {part.namespace}: {part.not_judged}"
+        for part in found.parts
+        if part.not_judged
     ]
     lines += [f"to mend: {problem}" for problem in found.problems]
     if found.held_by:
