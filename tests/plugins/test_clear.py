@@ -92,7 +92,7 @@ def test_an_engine_keeps_its_place(tmp_path, capsys, name):
     ("arguments", "said"),
     [
         ([], "nothing is chosen; write --namespace, --older-than or --down-to"),
-        (["--older-than", "soon"], "--older-than: 'soon'; write a number with s, m, h or d"),
+        (["--older-than", "soon"], "--older-than: 'soon'; write a number and s, m, h, d or w"),
         (["--namespace", ""], "--namespace: ''; write the first of its digits"),
         (["--down-to", "much"], "--down-to"),
     ],

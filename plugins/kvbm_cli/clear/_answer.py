@@ -99,8 +99,7 @@ def clear_places(source: str, places: Iterable[Place], choice: Choice, *, really
             for contents in parts:
                 if holder := contents.holder():
                     raise TierError(
-                        f"{contents.where} is in use by another engine (pid {holder}); stop it first, or lower "
-                        "its capacity",
+                        f"{contents.where} is in use by another engine (pid {holder}); stop it first",
                         operation="clear", tier=place.tier,
                     )  # fmt: skip
             for contents in parts:

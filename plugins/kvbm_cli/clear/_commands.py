@@ -18,8 +18,8 @@ from kvbm_core.errors import ConfigError
 
 __all__ = ["clear"]
 
-_AGE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd])", re.ASCII)
-_SECONDS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+_AGE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhdw])", re.ASCII)
+_SECONDS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0}
 _SHOWN_DIGITS: Final = 12
 
 
@@ -71,7 +71,7 @@ def clear(
 def _age(text: str) -> float:
     match = _AGE.fullmatch(text)
     if match is None:
-        raise ConfigError(f"--older-than: {text!r}; write a number with s, m, h or d, like 36h or 30d")
+        raise ConfigError(f"--older-than: {text!r}; write a number and s, m, h, d or w, like 36h or 30d")
     return float(match[1]) * _SECONDS[match[2]]
 
 
