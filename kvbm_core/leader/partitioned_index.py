@@ -130,8 +130,8 @@ class PartitionedIndex(TierIndex):
         return gone
 
     def is_kept(self, key: BlockKey) -> bool:
-        """See `TierIndex.is_kept`."""
-        return key in self.orders.kept
+        """See `TierIndex.is_kept`: it must stay for a time, or a tenant is charged for it."""
+        return key in self.orders.kept or key in self.orders.owners
 
     def keep(self, keys: Iterable[BlockKey], tenant: str, until_s: float) -> tuple[int, int]:
         """Keep objects from being evicted until then: those that are here, and charged to the tenant.

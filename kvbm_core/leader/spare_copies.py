@@ -6,12 +6,17 @@ is not lost if it must go sooner than it could be written.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
+from typing import Final
 
 from kvbm_core.block import BlockKey
 from kvbm_core.leader.tier_state import Tiers
 
 __all__ = ["SpareCopies"]
+
+_PASSED_OVER: Final = 64
+"""Copies that must stay, at most, of those looked at to make room once; they come last the next time."""
 
 
 class SpareCopies:
@@ -25,7 +30,7 @@ class SpareCopies:
     def __init__(self, tiers: Tiers, position: int) -> None:
         self._tiers = tiers
         self._position = position
-        self._keys: dict[BlockKey, None] = {}
+        self._keys: OrderedDict[BlockKey, None] = OrderedDict()
         tiers[position].make_room = self._make_room
 
     def __repr__(self) -> str:
@@ -44,13 +49,12 @@ class SpareCopies:
         self._tiers[self._position].index.touch(only)
 
     def _make_room(self, nbytes: int) -> None:
-        """Drop as many as are in the way of so many bytes, but those in use or kept, and those spare no more."""
+        """Drop as many as are in the way of so many bytes, but those in use or kept, or spare no more."""
         tier = self._tiers[self._position]
-        index, kept = tier.index, []
+        index, kept = tier.index, list[BlockKey]()
         assert index.capacity_bytes is not None, "only a tier with a bound is exclusive"
-        while self._keys and index.used_bytes + nbytes > index.capacity_bytes:
-            key = next(iter(self._keys))
-            del self._keys[key]
+        while self._keys and len(kept) < _PASSED_OVER and index.used_bytes + nbytes > index.capacity_bytes:
+            key, _ = self._keys.popitem(last=False)
             # What is kept for a request must not go with the room above.
             if index.is_pinned(key) or index.is_kept(key):
                 kept.append(key)

@@ -169,7 +169,7 @@ class TierIndex:
         return key in self._pins
 
     def is_kept(self, key: BlockKey) -> bool:
-        """Return True if an object must stay for a time. Here none must, see `PartitionedIndex`."""
+        """Return True if an object makes no room for just anybody. Here all do, see `PartitionedIndex`."""
         return False
 
     def unpin(self, keys: Iterable[BlockKey], *, was_used: bool = True) -> list[BlockKey]:

@@ -87,7 +87,7 @@ def main() -> int:
     machine = Machine()
     print(f"command: python {' '.join(sys.argv)}")
     print(
-        f"machine: {machine.prefill_tokens_per_s:,.0f} tokens/s computed, {machine.token_bytes >> 10} KiB a token; "
+        f"machine: {machine.prefill_tokens_per_s:,.0f} tokens/s, {machine.token_bytes >> 10} KiB a token; "
         f"memory {machine.speed('', 'cpu').text()}; disk {machine.speed('', 'gds').text()}"
     )
     if options.brief:

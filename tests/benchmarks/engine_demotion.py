@@ -2,9 +2,9 @@
 
     python tests/benchmarks/engine_demotion.py [--requests 100] [--capacity 24MiB]
 
-Two engines with SmolLM2, one after the other for each request, so that others who use the machine disturb both.
-In one of them a small host memory stands above a tier whose loads take a second each; it is fast at first, then
-slow for so many requests, then fast again. vLLM's own cache is emptied before each request.
+Two engines with SmolLM2, one after the other for each request, so that others who use the machine disturb
+both. In one of them a small host memory stands above a tier whose loads take a second each while it is slow:
+it is fast at first, then slow for so many requests, then fast again. vLLM's own cache is emptied before each.
 """
 
 from __future__ import annotations

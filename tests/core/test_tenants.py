@@ -236,8 +236,21 @@ def test_the_kept_copy_of_a_block_stays_where_copies_are_exclusive():
         made.tenants.keep([each], asked, 0.0) if asked.keep_s else None
     made.fill(1, 0, keys("kept", 3), 0.0)
     carry_out(made)
+    made._tiers.reserve(1, keys("others", 18), ())
     assert here(made, keys("kept", 3)) == keys("kept", 3)
     assert here(made, keys("kept", 3), tier=1) == keys("kept", 2)
+
+
+def test_the_spare_copy_of_a_tenants_block_makes_no_room_for_others():
+    made = planner(10, 10, tenants={"a": {"tier1": 40}}, movement=EXCLUSIVE)
+    theirs = Prefix(keys("theirs", 4), claim(made, "a"))
+    for each in made._tiers.reserve(1, theirs, theirs):
+        made._tiers[1].index.stored(each)
+    made.fill(1, 0, keys("theirs", 4), 0.0)
+    carry_out(made)
+    assert here(made, keys("theirs", 4)) == keys("theirs", 4)
+    made._tiers.reserve(1, keys("others", 10), ())
+    assert here(made, keys("theirs", 4), tier=1) == keys("theirs", 4)
 
 
 def test_what_a_corrupt_kept_block_took_is_free():
