@@ -123,6 +123,7 @@ def test_new_packages_lint(tmp_path, capsys):
     check(scripts / "mypy", "--strict", "--cache-dir=mypy", *sources, cwd=tmp_path, env=environment)
 
 
+@pytest.mark.early
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_new_package_installs_and_passes_its_tests(kind, tmp_path, capsys):
     folder = tmp_path / "package"
