@@ -171,6 +171,7 @@ from kvbm_core.memory import MemoryTier
 class Config(TierConfig, frozen=True):
     capacity: ByteSize
     file: str = ""
+    path: str = ""
 
 class Tier(MemoryTier):
     def poll(self):
@@ -208,6 +209,8 @@ def test_a_tier_that_gives_other_bytes_is_found(strange, check):
 def test_a_tier_that_might_lose_what_it_has_is_not_tried(strange, check):
     tiers, _ = check([{"backend": "strange", "capacity": "8MiB", "file": "/var/kv"}])
     assert tiers["strange"]["not_tried"].startswith("not tried: file may say where it keeps its objects")
+    tiers, _ = check([{"backend": "strange", "capacity": "8MiB", "path": "/proc/kv"}], status=ExitCode.MEND)
+    assert tiers["strange"]["problem"].startswith("path: /proc cannot be used by uid ")
     tiers, _ = check([{"backend": "strange", "capacity": "8MiB"}], "--read-only")
     assert tiers["strange"]["not_tried"] == "not asked for"
 

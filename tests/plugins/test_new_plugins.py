@@ -65,6 +65,7 @@ BACKEND = "from kvbm_core import *\nfrom kvbm_core import Backend, TierConfig, h
     [
         ("1 / 0", "cannot be imported: division by zero"),
         ("", "offers no such backend"),
+        ("def kvbm_coordinator(settings): ...", "has a function kvbm_coordinator() that is no hook"),
         (f"{BACKEND}def kvbm_backends(): return []", "has a function kvbm_backends() that is no hook"),
         (
             f"{BACKEND}@hookimpl\ndef kvbm_backends():\n"
