@@ -382,7 +382,7 @@ def test_the_version_of_the_contract_is_documented():
 
 @pytest.mark.parametrize("page", sorted(REFERENCE.glob("*.md")), ids=name_of)
 def test_the_reference_is_what_the_docstrings_say(page):
-    assert page.read_text() == make_reference.renew(page.read_text()), "run tools/make_reference.py"
+    assert page.read_text() == make_reference.renew(page.read_text()), "run `make reference`"
 
 
 def test_every_public_name_has_a_place_in_the_reference():

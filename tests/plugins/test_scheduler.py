@@ -922,3 +922,41 @@ def test_a_model_of_several_groups_is_not_recorded(tmp_path):
     with pytest.raises(ConfigError, match="record: this model keeps its KV in several groups"):
         open_log(tmp_path / "log", window)
     assert [*tmp_path.iterdir()] == []
+
+
+HINTS = {"kvbm": {"no_store": True, "keep": -1}}
+
+
+def answered(made, **params):
+    """Give what vLLM is told of a request that comes and ends."""
+    asked = request("asks", PROMPT, **params)
+    made.arrived(asked)
+    made.match(asked, 0)
+    return made.finished(asked)
+
+
+def test_a_requests_hints_are_answered_where_there_are_any():
+    assert answered(half()) is None
+    assert answered(half(), kv_transfer_params={"do_remote_decode": True}) is None
+    told = answered(half(), kv_transfer_params=HINTS)
+    assert {hint: each["answer"] for hint, each in told["kvbm"].items()} == {
+        "no_store": "accepted", "keep": "refused",
+    }  # fmt: skip
+
+
+def test_hints_that_come_before_the_tiers_are_open_are_refused():
+    told = answered(bare(), kv_transfer_params=HINTS)
+    refused = {"answer": "refused", "reason": "the tiers were not open when the request came"}
+    assert told == {"kvbm": {"no_store": refused, "keep": refused}}
+
+
+@pytest.mark.parametrize(
+    ("version", "others", "may"),
+    [("0.26.0", {}, True), ("0.31.0", {"do_remote_decode": True}, False), ("0.32.0", {"x": 1}, True)],
+)
+def test_before_032_nothing_is_answered_where_another_connector_may_answer_too(
+    monkeypatch, version, others, may
+):
+    monkeypatch.setattr(_scheduler.vllm, "__version__", version)
+    told = answered(half(), kv_transfer_params=HINTS | others)
+    assert (told is not None) == may
