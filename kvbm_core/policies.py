@@ -8,7 +8,7 @@ from typing import Final
 
 from kvbm_core.block import BlockKey
 from kvbm_core.hookspecs import hookimpl
-from kvbm_core.policy import EvictionPolicy, Policy, PolicyConfig, PolicyContext
+from kvbm_core.policy import EvictionPolicy, Origin, Policy, PolicyConfig, PolicyContext
 
 __all__ = ["Fifo", "Lru", "kvbm_policies"]
 
@@ -35,6 +35,9 @@ class Fifo(dict[BlockKey, int], EvictionPolicy):
     Protected objects at the front go to the end when they are met, so that each is met once in a round.
     """
 
+    is_told_all = False
+    """True if `offered` wants to know of prompts of which the tier has nothing."""
+
     def __init__(self) -> None:
         super().__init__()
         self.nbytes = 0
@@ -50,6 +53,12 @@ class Fifo(dict[BlockKey, int], EvictionPolicy):
 
     def touch(self, key: BlockKey) -> None:
         """See `EvictionPolicy.touch`."""
+
+    def offered(self, keys: Sequence[BlockKey], origin: Origin) -> None:
+        """See `EvictionPolicy.offered`. The head of a prefix is the most recently used, so it goes last."""
+        for key in reversed(keys):
+            if key in self:
+                self.touch(key)
 
     def remove(self, key: BlockKey) -> None:
         """See `EvictionPolicy.remove`."""
