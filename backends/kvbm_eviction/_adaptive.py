@@ -7,13 +7,14 @@ from typing import Final
 
 from kvbm_core import BlockKey, EvictionPolicy, Lru, Origin, PolicyContext
 from kvbm_eviction._ghosts import Ghosts
-from kvbm_eviction._model import CONTEXTS, LEVELS, NEW, Model
+from kvbm_eviction._model import CLASSES, CONTEXTS, LEVELS, NEW, Model
 from kvbm_eviction._segments import Segment, Segments
 from kvbm_eviction._shadows import Duel
 
 __all__ = ["Adaptive"]
 
-_CLASSES: Final = LEVELS * CONTEXTS
+_SIZES: Final = 4
+"""Of objects: as large as usual, half, a quarter, less. Each is twice as dear to keep as the next."""
 _TICKS_A_ROOM: Final = 48
 _LEAST_TICK: Final = 32
 _LEARN_TICKS: Final = 8
@@ -40,13 +41,14 @@ class Adaptive(EvictionPolicy):
         self._same_use = max(self._tick, int(room * _SAME_USE_ROOMS))
         self._model = Model(room, self._tick, max(_WATCHED_ROOMS * room, 64 * self._tick))
         self._ghosts = Ghosts(_WATCHED_ROOMS * room)
-        self._segments = Segments(_CLASSES, self._density)
+        self._segments = Segments(_SIZES * CLASSES, self._density)
         self._where: dict[BlockKey, Segment] = {}
         self._recent = Lru()
         """All objects as well, in the order of their use."""
+        self._usual_bits = context.usual_bytes.bit_length()
         self._one_in = max(1, room // _SHADOW_ROOM)
         self._duel = Duel(
-            max(1, room // self._one_in), self._model, _CLASSES, self._density
+            max(1, room // self._one_in), self._model, CLASSES, self._density
         )  # fmt: skip
         self._clock = 0
         """Accesses so far."""
@@ -68,38 +70,44 @@ class Adaptive(EvictionPolicy):
             if key not in where and not find(key):
                 break
             known += 1
-        self._context = _context_of(origin.start + known, origin.start + len(keys), origin)
+        self._context = _context_of(known, len(keys), origin)
         sampled: list[BlockKey] = []
         kinds: list[int] = []
         for key in reversed(keys):
             if key in where:
                 self._recent.touch(key)
-                segment = self._used(key, where[key].final, is_use=True)
+                segment = self._used(key, where[key].final)
             else:
-                segment = self._seen(key, is_use=True)
+                segment = self._seen(key)
             if self._is_sampled(key):
                 sampled.append(key)
-                kinds.append(segment.kind)
+                kinds.append(segment.kind % CLASSES)
         if sampled:
             self._duel.offer(sampled[::-1], kinds[::-1], self._clock)
         if self._clock >= self._next_tick:
             self._turn()
 
     def touch(self, key: BlockKey) -> None:
-        """See `EvictionPolicy.touch`."""
+        """See `EvictionPolicy.touch`. Where prompts are offered, uses are known from that."""
         self._recent.touch(key)
-        self._alone(key, self._used(key, self._where[key].final, is_use=not self._is_told))
+        if self._is_told:
+            return
+        segment = self._used(key, self._where[key].final)
+        if self._is_sampled(key):
+            self._duel.offer([key], [segment.kind % CLASSES], self._clock)
         if self._clock >= self._next_tick:
             self._turn()
 
     def insert(self, key: BlockKey, nbytes: int) -> None:
         """See `EvictionPolicy.insert`."""
-        segment = self._seen(key, is_use=not self._is_told)
-        self._alone(key, segment)
-        self._ghosts.forget(key)
-        if not segment.is_open:
+        number = self._ghosts.take(key)
+        segment = self._segments.find(number) if number else None
+        if not self._is_told or segment is None:
+            segment = self._asked_for(key, segment)
+        kind = segment.kind % CLASSES + self._size_of(nbytes) * CLASSES
+        if not segment.is_open or kind != segment.kind:
             segment.watched -= 1
-            segment = self._segments.open(segment.kind, self._clock)
+            segment = self._segments.open(kind, self._clock)
             segment.watched += 1
         self._segments.add(segment, key, nbytes)
         self._where[key] = segment
@@ -116,11 +124,12 @@ class Adaptive(EvictionPolicy):
 
     def admits(self, key: BlockKey, nbytes: int) -> bool:
         """See `EvictionPolicy.admits`. No, where what would have to go is worth more."""
-        segment = self._seen(key, is_use=not self._is_told)
+        segment = self._watching(key) if self._is_told else self._seen(key)
         lowest = self._segments.lowest()
         if lowest is None or not self._duel.follows_density:
             return True
-        return self._model.worth[segment.kind][0] > self._density(lowest)
+        worth = self._model.worth[segment.kind % CLASSES][0] * (1 << self._size_of(nbytes))
+        return worth > self._density(lowest)
 
     def next_victims(self, count: int) -> Sequence[BlockKey]:
         """See `EvictionPolicy.next_victims`."""
@@ -169,51 +178,57 @@ class Adaptive(EvictionPolicy):
         return victims
 
     def _is_same_use(self, segment: Segment, age: float) -> bool:
-        """Guess, where nobody says what is offered together, that it is still the same request."""
+        """Guess that it is still the same request, or one beside it."""
         return segment.is_open or age <= self._same_use
 
     def _is_sampled(self, key: BlockKey) -> bool:
         return self._one_in == 1 or not int.from_bytes(key[:4], "little") % self._one_in
 
-    def _alone(self, key: BlockKey, segment: Segment) -> None:
-        """Have the shadow caches see an object of which nobody has said with which others it was offered."""
-        if not self._is_told and self._is_sampled(key):
-            self._duel.offer([key], [segment.kind], self._clock)
-
-    def _used(self, key: BlockKey, segment: Segment, *, is_use: bool) -> Segment:
+    def _used(self, key: BlockKey, segment: Segment) -> Segment:
         """Move a known object to the segment of those that are used now."""
         age = self._clock - segment.born
-        if not is_use or self._is_same_use(segment, age):
+        if self._is_same_use(segment, age):
             if segment.is_open:
                 segment.keys[key] = segment.keys.pop(key)
             return segment
         nbytes = segment.keys.pop(key)
-        now = self._access(key, segment, age)
+        now = self._access(segment, age)
         self._segments.add(now, key, nbytes)
         self._where[key] = now
         return now
 
-    def _seen(self, key: BlockKey, *, is_use: bool) -> Segment:
+    def _seen(self, key: BlockKey) -> Segment:
         """Note that somebody asks for an object that is not there, and give the segment that watches it."""
         number = self._ghosts.find(key)
-        segment = self._segments.find(number) if number else None
-        if segment is not None:
-            age = self._clock - segment.born
-            if not is_use or self._is_same_use(segment, age):
-                return segment
-            now = self._access(key, segment, age)
-        else:
-            now = self._access(key, None, 0)
-        self._remember(key, now)
-        return now
+        before = self._segments.find(number) if number else None
+        segment = self._asked_for(key, before)
+        if segment is not before:
+            self._remember(key, segment)
+        return segment
 
-    def _access(self, key: BlockKey, before: Segment | None, age: float) -> Segment:
+    def _watching(self, key: BlockKey) -> Segment:
+        """Give the segment that watches an object that was offered."""
+        number = self._ghosts.find(key)
+        return (self._segments.find(number) if number else None) or self._seen(key)
+
+    def _asked_for(self, key: BlockKey, before: Segment | None) -> Segment:
+        """Count the use of an object that is not there, unless it is of the same request."""
+        if before is None:
+            segment = self._access(None, 0.0)
+        else:
+            age = self._clock - before.born
+            segment = before if self._is_same_use(before, age) else self._access(before, age)
+        if not self._is_told and self._is_sampled(key):
+            self._duel.offer([key], [segment.kind % CLASSES], self._clock)
+        return segment
+
+    def _access(self, before: Segment | None, age: float) -> Segment:
         """Count a use, and give the segment of those that are used now."""
         kind = self._context
         if before is not None:
             before.watched -= 1
-            self._model.hits[before.kind][self._model.bin_of(age)] += 1
-            kind += min(before.kind // CONTEXTS + 1, LEVELS - 1) * CONTEXTS
+            self._model.hits[before.kind % CLASSES][self._model.bin_of(age)] += 1
+            kind = _class_after(before.kind, kind)
         segment = self._segments.open(kind, self._clock)
         segment.watched += 1
         self._clock += 1
@@ -230,7 +245,7 @@ class Adaptive(EvictionPolicy):
         model, now = self._model, self._clock
         elapsed = now - self._next_tick + self._tick
         for segment in self._segments:
-            model.watched[segment.kind][model.bin_of(now - segment.born)] += segment.watched * elapsed
+            model.watched[segment.kind % CLASSES][model.bin_of(now - segment.born)] += segment.watched * elapsed
         self._segments.merge(model.bin_of, model.last_bin, now)
         self._ticks += 1
         if not self._ticks % _LEARN_TICKS:
@@ -241,7 +256,18 @@ class Adaptive(EvictionPolicy):
         self._next_tick = now + self._tick
 
     def _density(self, segment: Segment) -> float:
-        return self._model.worth[segment.kind][self._model.bin_of(self._clock - segment.born)]
+        """Give what the objects of a segment are worth now, for each byte."""
+        size, kind = divmod(segment.kind, CLASSES)
+        return self._model.worth[kind][self._model.bin_of(self._clock - segment.born)] * (1 << size)
+
+    def _size_of(self, nbytes: int) -> int:
+        return max(0, min(_SIZES - 1, self._usual_bits - nbytes.bit_length()))
+
+
+def _class_after(kind: int, context: int) -> int:
+    """Give the class of an object that is used once more, with a prompt of this sort; its size is as before."""
+    size, before = divmod(kind, CLASSES)
+    return size * CLASSES + min(before // CONTEXTS + 1, LEVELS - 1) * CONTEXTS + context
 
 
 def _context_of(known: int, count: int, origin: Origin) -> int:

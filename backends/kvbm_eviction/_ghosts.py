@@ -39,6 +39,15 @@ class Ghosts:
         entry = self._entries[digest & self._at]
         return entry & _MASK if entry >> 32 == digest >> 32 else 0
 
+    def take(self, key: bytes) -> int:
+        """Forget an object, and give the number of its; 0 if it was not remembered."""
+        digest = xxhash.xxh3_64_intdigest(key)
+        entry = self._entries[digest & self._at]
+        if entry >> 32 != digest >> 32:
+            return 0
+        self._entries[digest & self._at] = 0
+        return entry & _MASK
+
     def put(self, key: bytes, number: int) -> int:
         """Remember an object, and give the number of another in whose place it comes; 0 for none."""
         digest = xxhash.xxh3_64_intdigest(key)
@@ -46,7 +55,3 @@ class Ghosts:
         before = self._entries[at]
         self._entries[at] = digest >> 32 << 32 | number
         return before & _MASK if before >> 32 != digest >> 32 else 0
-
-    def forget(self, key: bytes) -> None:
-        """Forget an object that `find` has found."""
-        self._entries[xxhash.xxh3_64_intdigest(key) & self._at] = 0

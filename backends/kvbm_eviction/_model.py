@@ -14,12 +14,13 @@ import math
 from bisect import bisect_right
 from typing import Final
 
-__all__ = ["CONTEXTS", "LEVELS", "NEW", "Model"]
+__all__ = ["CLASSES", "CONTEXTS", "LEVELS", "NEW", "Model"]
 
 LEVELS: Final = 4
 """Classes by accesses so far: one, two, three, more."""
 CONTEXTS: Final = 5
 """Classes by the prompt that an object was offered with, see `Adaptive.offered`."""
+CLASSES: Final = LEVELS * CONTEXTS
 NEW: Final = CONTEXTS - 2
 """The context of a prompt of which nothing was known; also where nobody says what is offered together."""
 _BINS: Final = 24
@@ -45,10 +46,9 @@ class Model:
         self.edges = [0.0, *(first * growth**at for at in range(_BINS))]
         """Ages at which bins begin."""
         self.last_bin = _BINS
-        classes = LEVELS * CONTEXTS
-        self.hits = [[0.0] * (_BINS + 1) for _ in range(classes)]
+        self.hits = [[0.0] * (_BINS + 1) for _ in range(CLASSES)]
         """For each class and bin: uses seen."""
-        self.watched = [[0.0] * (_BINS + 1) for _ in range(classes)]
+        self.watched = [[0.0] * (_BINS + 1) for _ in range(CLASSES)]
         """For each class and bin: objects watched, times accesses."""
         self._widths = [b - a for a, b in zip(self.edges, self.edges[1:], strict=False)] + [float(span)]
         middles = [edge + width / 2 for edge, width in zip(self.edges, self._widths, strict=True)]

@@ -39,8 +39,7 @@ class S3Fifo(EvictionPolicy):
 
     def insert(self, key: BlockKey, nbytes: int) -> None:
         """See `EvictionPolicy.insert`."""
-        if self._ghosts.find(key):
-            self._ghosts.forget(key)
+        if self._ghosts.take(key):
             self._main.insert(key, nbytes)
         else:
             self._small.insert(key, nbytes)
