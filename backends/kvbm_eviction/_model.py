@@ -28,6 +28,7 @@ _PRIOR_HITS: Final = 8.0
 """What is assumed weighs as much as so many uses that were seen."""
 _PRIOR_CHANCE: Final = 0.3
 """Of being used before the age has doubled: recently used objects are used first, as LRU assumes."""
+_LEAST_RATE: Final = 1e-12
 _HALF_LIFE_ROOMS: Final = 128
 """After so many accesses, in rooms of the cache, what was counted weighs half."""
 
@@ -93,7 +94,7 @@ def _sums(rows: list[list[float]]) -> list[float]:
 def _rates(hits: list[float], watched: list[float], usual: list[float]) -> list[float]:
     """Give uses an access for each bin; where little was seen, what is usual."""
     return [
-        (count + _PRIOR_HITS) / (time + _PRIOR_HITS / rate)
+        min(1.0, max(_LEAST_RATE, (count + _PRIOR_HITS) / (time + _PRIOR_HITS / rate)))
         for count, time, rate in zip(hits, watched, usual, strict=True)
     ]
 
