@@ -71,11 +71,11 @@ class Adaptive(EvictionPolicy):
                 break
             known += 1
         self._context = _context_of(known, len(keys), origin)
+        self._recent.offered(keys, origin)
         sampled: list[BlockKey] = []
         kinds: list[int] = []
         for key in reversed(keys):
             if key in where:
-                self._recent.touch(key)
                 segment = self._used(key, where[key].final)
             else:
                 segment = self._seen(key)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from typing import Final
 
-from kvbm_core import BlockKey, Lru
+from kvbm_core import BlockKey, Lru, Origin
 from kvbm_eviction._model import Model
 from kvbm_eviction._segments import Segment, Segments, Worth
 
@@ -23,8 +23,8 @@ _LATEST_ROOMS: Final = 4
 """After so many uses, in rooms of a shadow cache, what was hit counts half."""
 _MOST_DEBT: Final = 0.003
 """Hits that what is learned may have lost to LRU since it was best, as a part of all uses so far; and"""
-_FEW_ROOMS: Final = 0.05
-"""so many more, in rooms of a shadow cache."""
+_FEW_ROOMS: Final = 0.01
+"""so many more, in rooms of a shadow cache; so many more must it have hit as well before it is followed."""
 
 
 class PlainShadow:
@@ -43,9 +43,7 @@ class PlainShadow:
         """Ask for a prompt's objects, in its order, and store those that are not there."""
         order = self._order
         self.hits += _leading(keys, order)
-        for key in reversed(keys):
-            if key in order:
-                order.touch(key)
+        order.offered(keys, Origin())
         absent = [key for key in keys if key not in order]
         if (excess := len(order) + len(absent) - self._room) > 0:
             order.evict(excess, set(keys))
@@ -172,7 +170,7 @@ class Duel:
         bearable = _MOST_DEBT * self._all_uses + self._few
         if lead < 0 or self._debt > bearable:
             self.follows_density = False
-        elif lead > _MARGIN * self._uses and self._debt <= bearable / 2:
+        elif lead > _MARGIN * self._uses + self._few and self._debt <= bearable / 2:
             self.follows_density = True
         kept = 0.5 ** (self._tick / self._latest)
         self._uses *= kept

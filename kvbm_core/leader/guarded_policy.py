@@ -63,6 +63,7 @@ class GuardedPolicy(Lru):
         for key in reversed(keys):
             if key in self:
                 super().touch(key)
+        self._await_tail(keys)
         self._ask("offered", lambda adviser: adviser.offered(keys, origin))
 
     def remove(self, key: BlockKey) -> None:
