@@ -5,14 +5,15 @@ from __future__ import annotations
 from array import array
 from typing import Final
 
-import xxhash
-
 __all__ = ["Ghosts"]
 
 _LEAST: Final = 1 << 12
 _MOST: Final = 1 << 22
 """Ghosts, of 8 bytes each."""
 _MASK: Final = (1 << 32) - 1
+_PRIME: Final = (1 << 61) - 1
+_FACTOR: Final = 0x9E3779B97F4A7C15
+"""2^64 divided by the golden ratio: what is multiplied by it is spread."""
 
 
 class Ghosts:
@@ -33,25 +34,29 @@ class Ghosts:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def _place(self, key: bytes) -> tuple[int, int]:
+        """Give the place of an object, and what tells it from others there. A key is a digest, so it is chance."""
+        spread = int.from_bytes(key, "little") % _PRIME * _FACTOR
+        return spread >> 40 & self._at, spread & _MASK
+
     def find(self, key: bytes) -> int:
         """Give the number of an object's; 0 if it is not remembered."""
-        digest = xxhash.xxh3_64_intdigest(key)
-        entry = self._entries[digest & self._at]
-        return entry & _MASK if entry >> 32 == digest >> 32 else 0
+        at, mark = self._place(key)
+        entry = self._entries[at]
+        return entry & _MASK if entry >> 32 == mark else 0
 
     def take(self, key: bytes) -> int:
         """Forget an object, and give the number of its; 0 if it was not remembered."""
-        digest = xxhash.xxh3_64_intdigest(key)
-        entry = self._entries[digest & self._at]
-        if entry >> 32 != digest >> 32:
+        at, mark = self._place(key)
+        entry = self._entries[at]
+        if entry >> 32 != mark:
             return 0
-        self._entries[digest & self._at] = 0
+        self._entries[at] = 0
         return entry & _MASK
 
     def put(self, key: bytes, number: int) -> int:
         """Remember an object, and give the number of another in whose place it comes; 0 for none."""
-        digest = xxhash.xxh3_64_intdigest(key)
-        at = digest & self._at
+        at, mark = self._place(key)
         before = self._entries[at]
-        self._entries[at] = digest >> 32 << 32 | number
-        return before & _MASK if before >> 32 != digest >> 32 else 0
+        self._entries[at] = mark << 32 | number
+        return before & _MASK if before >> 32 != mark else 0
