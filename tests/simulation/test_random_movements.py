@@ -113,9 +113,8 @@ class Program:
         for key, tier in zip(keys, found, strict=False):
             assert self.planner._tiers[tier].capabilities.shared or self.ranks.have(tier, key)
         self.requests += 1
-        self.planner.load(
-            str(self.requests), keys[: len(found)], list(range(len(found))), found, group=group, prefix={*keys}
-        )
+        blocks = list(range(len(found)))
+        self.planner.load(str(self.requests), keys[: len(found)], blocks, found, group=group, prefix={*keys})
 
     def _take(self):
         plan = self.planner.take(self.now_s)
