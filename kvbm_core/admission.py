@@ -2,8 +2,8 @@
 
     - {backend: lmdb, capacity: 2TiB, path: /nvme/kvbm, admission: {name: write-budget, drive: 2TB}}
 
-A drive wears with each byte that is written; an eviction policy only chooses what goes, and is asked only where
-there is no room. An admission policy is asked for each block that its tier has not.
+A drive wears with each byte that is written; an eviction policy only chooses what goes, and is asked only
+where there is no room. An admission policy is asked for each block that its tier has not.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class AdmissionPolicy(ABC):
     What it remembers of keys has a bound.
     """
 
-    def offered(self, keys: Sequence[BlockKey], origin: Origin) -> None:
+    def offered(self, keys: Sequence[BlockKey], origin: Origin) -> None:  # noqa: B027 - may be left out.
         """Note that a request has these blocks, whether the tier has them or not; each of its blocks once.
 
         Args:
@@ -36,7 +36,7 @@ class AdmissionPolicy(ABC):
 
     @abstractmethod
     def admitted(self, keys: Sequence[BlockKey], nbytes: int, origin: Origin, now_s: float) -> int:
-        """Count the leading blocks that shall be written; a prefix with a hole is worth no more than its head.
+        """Count the leading blocks that shall be written: a prefix with a hole is worth its head alone.
 
         Args:
             keys: In the order of their prefix; the tier has none of them. Where blocks come from another tier

@@ -5,8 +5,8 @@
       - {backend: lmdb, capacity: 200GiB, path: /nvme/kvbm}
     load_deadline_s: 5
 
-A tier's keys are ``backend``, ``name``, ``checked``, ``codecs``, ``policy``, ``admission``, ``movement`` and whatever its
-backend's own type declares.
+A tier's keys are ``backend``, ``name``, ``checked``, ``codecs``, ``policy``, ``admission``, ``movement`` and
+whatever its backend's own type declares.
 """
 
 from __future__ import annotations
@@ -99,7 +99,10 @@ class TierEntry(Settings, frozen=True, kw_only=True):
     def __rich_repr__(self) -> list[tuple[str, Any]]:
         told: dict[str, Any] = {"backend": self.backend, "name": self.name, "checked": self.checked}
         told["codecs"] = [codec.name for codec in self.codecs]
-        told |= {"policy": self.policy and self.policy.name, "admission": self.admission and self.admission.name}
+        told |= {
+            "policy": self.policy and self.policy.name,
+            "admission": self.admission and self.admission.name,
+        }
         told |= {"movement": self.movement.stores}
         return [*told.items(), ("settings", _hidden(self.settings))]
 

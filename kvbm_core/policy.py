@@ -60,7 +60,7 @@ class EvictionPolicy(ABC):
     def touch(self, key: BlockKey) -> None:
         """Note that a known object was used: loaded, or offered to be stored again."""
 
-    def offered(self, keys: Sequence[BlockKey], origin: Origin) -> None:
+    def offered(self, keys: Sequence[BlockKey], origin: Origin) -> None:  # noqa: B027 - may be left out.
         """Note that a request has these blocks: all of them, whether the tier has them or not.
 
         Each request offers each of its blocks once, also those that were loaded. A policy that has this is

@@ -134,8 +134,8 @@ class Registry:
         made: Any = kind.make(settings, context)
         if not isinstance(made, AdmissionPolicy):
             raise BackendError(
-                f"admission policy {self.owner(kind.name)}: make() gave a {type(made).__name__}; it must be a "
-                "kvbm_core.AdmissionPolicy"
+                f"admission policy {self.owner(kind.name)}: make() gave a {type(made).__name__}; it must be "
+                "a kvbm_core.AdmissionPolicy"
             )
         return GuardedAdmission(made, context.tier, self.owner(kind.name))
 
@@ -219,7 +219,7 @@ def _plugin(point: EntryPoint) -> pluggy.PluginManager:
     return manager
 
 
-def _check(found: Backend | CodecKind | Policy, whose: str, base: type, *functions: str) -> None:
+def _check(found: Backend | CodecKind | Policy | Admission, whose: str, base: type, *functions: str) -> None:
     """Check what every plug-in says of itself: the contract, the type of its settings, its functions."""
     if found.contract_version != CONTRACT_VERSION:
         raise BackendError(

@@ -2,8 +2,8 @@
 
     - {backend: lmdb, capacity: 2TiB, path: /nvme/kvbm, admission: {name: write-budget, drive: 2TB}}
 
-`Always`, `SecondTouch`, `PromptsOnly` and `WriteBudget` are the policies; the last two words of a configuration's
-type are ``Config``.
+`Always`, `SecondTouch`, `PromptsOnly` and `WriteBudget` are the policies. Each has its settings in a type
+whose name ends with ``Config``.
 """
 
 from __future__ import annotations

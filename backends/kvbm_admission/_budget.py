@@ -1,7 +1,7 @@
 """Writes no more than so many bytes a day, and when these become scarce, what is worth most.
 
-    saved up:  full ────────── half ────────── empty
-    written:   everything      second touch    nothing
+saved up:  full ────────── half ────────── empty
+written:   everything      second touch    nothing
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Adaptive(EvictionPolicy):
     def offered(self, keys: Sequence[BlockKey], origin: Origin) -> None:
         """See `EvictionPolicy.offered`. Says what sort of prompt it is: how much of it was known."""
         self._is_told = True
-        where, find = self._where, self._ghosts.find
+        where, find, one_in = self._where, self._ghosts.find, self._one_in
         known = 0
         for key in keys:
             if key not in where and not find(key):
@@ -75,11 +75,8 @@ class Adaptive(EvictionPolicy):
         sampled: list[BlockKey] = []
         kinds: list[int] = []
         for key in reversed(keys):
-            if key in where:
-                segment = self._used(key, where[key].final)
-            else:
-                segment = self._seen(key)
-            if self._is_sampled(key):
+            segment = self._used(key, where[key].final) if key in where else self._seen(key)
+            if one_in == 1 or not (key[0] | key[1] << 8) % one_in:
                 sampled.append(key)
                 kinds.append(segment.kind % CLASSES)
         if sampled:
@@ -182,7 +179,7 @@ class Adaptive(EvictionPolicy):
         return segment.is_open or age <= self._same_use
 
     def _is_sampled(self, key: BlockKey) -> bool:
-        return self._one_in == 1 or not int.from_bytes(key[:4], "little") % self._one_in
+        return self._one_in == 1 or not (key[0] | key[1] << 8) % self._one_in
 
     def _used(self, key: BlockKey, segment: Segment) -> Segment:
         """Move a known object to the segment of those that are used now."""
@@ -245,7 +242,9 @@ class Adaptive(EvictionPolicy):
         model, now = self._model, self._clock
         elapsed = now - self._next_tick + self._tick
         for segment in self._segments:
-            model.watched[segment.kind % CLASSES][model.bin_of(now - segment.born)] += segment.watched * elapsed
+            model.watched[segment.kind % CLASSES][model.bin_of(now - segment.born)] += (
+                segment.watched * elapsed
+            )
         self._segments.merge(model.bin_of, model.last_bin, now)
         self._ticks += 1
         if not self._ticks % _LEARN_TICKS:
@@ -265,7 +264,7 @@ class Adaptive(EvictionPolicy):
 
 
 def _class_after(kind: int, context: int) -> int:
-    """Give the class of an object that is used once more, with a prompt of this sort; its size is as before."""
+    """Give the class of an object that is used once more, with a prompt of this sort."""
     size, before = divmod(kind, CLASSES)
     return size * CLASSES + min(before // CONTEXTS + 1, LEVELS - 1) * CONTEXTS + context
 

@@ -35,7 +35,7 @@ class Ghosts:
         return len(self._entries)
 
     def _place(self, key: bytes) -> tuple[int, int]:
-        """Give the place of an object, and what tells it from others there. A key is a digest, so it is chance."""
+        """Give the place of an object, and what tells it from others there."""
         spread = int.from_bytes(key, "little") % _PRIME * _FACTOR
         return spread >> 40 & self._at, spread & _MASK
 

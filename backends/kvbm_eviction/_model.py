@@ -2,10 +2,10 @@
 
     worth(class, age) = max over t of   P(used before age + t) / E(time held until then)
 
-That is the hit density of an object: hits for each unit of room and time (Beckmann, Chen, Cidon, NSDI 2018), as a
-Gittins index: of all times to give up, the best. Rates of use are counted for each class and bin of age, over
-objects that are there and over ghosts, so nothing depends on what the policy itself evicts. A clock counts
-accesses.
+That is the hit density of an object: hits for each unit of room and time (Beckmann, Chen, Cidon, NSDI 2018),
+as a Gittins index: of all times to give up, the best. Rates of use are counted for each class and bin of age,
+over objects that are there and over ghosts, so nothing depends on what the policy itself evicts. A clock
+counts accesses.
 """
 
 from __future__ import annotations

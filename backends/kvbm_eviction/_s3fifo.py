@@ -1,9 +1,9 @@
 """S3-FIFO: three queues and no order of use (Yang, Zhang, Qiu, Yue, Vinayak, SOSP 2023), counted in bytes.
 
-    new ──► small, a tenth of the room ──used again──► main ──used since──► main, at its end
-                     │ else                              │ else
-                     ▼                                   ▼
-                   ghosts ──comes back──► main          gone
+new ──► small, a tenth of the room ──used again──► main ──used since──► main, at its end
+│ else                              │ else
+▼                                   ▼
+ghosts ──comes back──► main          gone
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from kvbm_core import BlockKey, Lru, Origin
 from kvbm_eviction._model import Model
 from kvbm_eviction._segments import Segment, Segments, Worth
 
-__all__ = ["Duel", "Shadow"]
+__all__ = ["DensityShadow", "Duel", "PlainShadow"]
 
 _TICKS_A_ROOM: Final = 32
 _LEAST_TICK: Final = 32

@@ -324,7 +324,7 @@ class Planner:
         if below.capabilities.read_only or not (above.breaker.closed(now_s) and below.breaker.closed(now_s)):
             return []
         there = [key for key in below.index.absent(keys) if key in above.index]
-        there = list(self._tiers.admitted(target, there, now_s, group))
+        there = self._tiers.admitted(target, there, now_s, group)
         filling = self._tiers.reserve(target, there, prefix, group)
         above.index.pin(filling)
         if filling:

@@ -79,7 +79,7 @@ class GuardedAdmission(AdmissionPolicy):
     def _dismiss(self, method: str, error: Exception) -> None:
         self._adviser = None
         logger.error(
-            "tier %s goes on without an admission policy, so that everything is written: policy %s is at fault "
-            "(%s() raised %s). Tell its authors, or write another policy for the tier",
+            "tier %s goes on without an admission policy, so that everything is written: policy %s is at "
+            "fault (%s() raised %s). Tell its authors, or write another policy for the tier",
             self._tier, self._owner, method, type(error).__name__, exc_info=error,
         )  # fmt: skip

@@ -177,8 +177,8 @@ class Tiers:
         return filling
 
     def admitted(
-        self, position: int, keys: Sequence[BlockKey], now_s: float, group: int, origin: Origin = UNKNOWN
-    ) -> Sequence[BlockKey]:
+        self, position: int, keys: list[BlockKey], now_s: float, group: int, origin: Origin = UNKNOWN
+    ) -> list[BlockKey]:
         """Give the leading blocks that shall be written to a tier, of those that it has not."""
         tier = self._states[position]
         if tier.admission is None or not keys:

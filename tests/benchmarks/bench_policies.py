@@ -3,10 +3,10 @@
     python tests/benchmarks/bench_policies.py [--brief] [--trace FILE] [--seeds 3] [--objects 1000000]
 
 Hits: one tier of equal objects, asked as the planner asks it (`Tier`), from empty; a request's hits are its
-longest leading run that is there. Loads are generated, six families from each seed; rooms are parts of all the
-blocks that a load has. With `--trace` also a trace in Mooncake's format at 1 to 20 million tokens. ``gain`` is
-the part of what Belady has over LRU. Times: CPU time of this process, a call on average over prompts of 512
-blocks in a full tier, half of them new; LRU's beside them, because it is the same machine.
+longest leading run that is there. Loads are generated, six families from each seed; rooms are parts of all
+the blocks that a load has. With `--trace` also a trace in Mooncake's format at 1 to 20 million tokens.
+``gain`` is the part of what Belady has over LRU. Times: CPU time of this process, a call on average over
+prompts of 512 blocks in a full tier, half of them new; LRU's beside them, because it is the same machine.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def row(name: str, room: int, found: dict[str, float]) -> str:
 
 
 def hits(traces: Sequence[tuple[Trace, Sequence[int]]]) -> None:
-    print(f"{'load':24s}{'blocks':>8s}{'lru':>10s}{'s3fifo':>10s}{'adaptive':>10s}{'belady':>10s}{'gain':>7s}")
+    print(
+        f"{'load':24s}{'blocks':>8s}{'lru':>10s}{'s3fifo':>10s}{'adaptive':>10s}{'belady':>10s}{'gain':>7s}"
+    )
     differences, gains = [], []
     for trace, rooms in traces:
         keys = Keys()

@@ -74,7 +74,9 @@ class Program:
         self.max_moving = rng.randint(2, 40)
         movements = [Movement(), *(random_movement(rng) for _ in self.ranks.held[0][1:])]
         self.planner = self.ranks.planner(
-            movements=movements, policy=rng.choice([*POLICIES, *[installed(rng)] * 3]), max_store_blocks=self.max_moving
+            movements=movements,
+            policy=rng.choice([*POLICIES, *[installed(rng)] * 3]),
+            max_store_blocks=self.max_moving,
         )
         digests = [chain_keys(root_key(), [chain, *range(LENGTH - 1)], 1) for chain in range(CHAINS)]
         self.chains = [[group_keys(each, group.tag) for group in self.groups] for each in digests]
