@@ -29,6 +29,18 @@ _SPARED_AT_ONCE: Final = 64
 _SPARED_EACH: Final = 8
 
 
+def _class_after(kind: int, context: int) -> int:
+    """Give the class of an object that is used once more, with a prompt of this sort."""
+    size, before = divmod(kind, CLASSES)
+    return size * CLASSES + min(before // CONTEXTS + 1, LEVELS - 1) * CONTEXTS + context
+
+
+_AFTER: Final = [
+    [_class_after(kind, context) for context in range(CONTEXTS)] for kind in range(_SIZES * CLASSES)
+]
+"""What `_class_after` gives, by kind and context."""
+
+
 class Adaptive(EvictionPolicy):
     """Segments of objects by class and age; what a class and an age are worth is learned.
 
@@ -142,7 +154,7 @@ class Adaptive(EvictionPolicy):
         for key in victims:
             segment = self._where.pop(key).final
             del segment.keys[key]
-            self._remember(key, segment)
+            self._remember(self._ghosts.place(key), segment)
         return victims
 
     def _evict_least_worth(self, nbytes: int, protected: Container[BlockKey]) -> Sequence[BlockKey]:
@@ -168,7 +180,7 @@ class Adaptive(EvictionPolicy):
                 continue
             del self._where[key]
             self._recent.remove(key)
-            self._remember(key, segment)
+            self._remember(self._ghosts.place(key), segment)
             victims.append(key)
             nbytes -= freed
             spared += _SPARED_EACH
@@ -196,11 +208,12 @@ class Adaptive(EvictionPolicy):
 
     def _seen(self, key: BlockKey) -> Segment:
         """Note that somebody asks for an object that is not there, and give the segment that watches it."""
-        number = self._ghosts.find(key)
+        place = self._ghosts.place(key)
+        number = self._ghosts.at(place)
         before = self._segments.find(number) if number else None
         segment = self._asked_for(key, before)
         if segment is not before:
-            self._remember(key, segment)
+            self._remember(place, segment)
         return segment
 
     def _watching(self, key: BlockKey) -> Segment:
@@ -225,15 +238,15 @@ class Adaptive(EvictionPolicy):
         if before is not None:
             before.watched -= 1
             self._model.hits[before.kind % CLASSES][self._model.bin_of(age)] += 1
-            kind = _class_after(before.kind, kind)
+            kind = _AFTER[before.kind][kind]
         segment = self._segments.open(kind, self._clock)
         segment.watched += 1
         self._clock += 1
         return segment
 
-    def _remember(self, key: BlockKey, segment: Segment) -> None:
+    def _remember(self, place: tuple[int, int], segment: Segment) -> None:
         """Keep a ghost."""
-        before = self._ghosts.put(key, segment.number)
+        before = self._ghosts.put(place, segment.number)
         if before and (lost := self._segments.find(before)) is not None:
             lost.watched -= 1
 
@@ -261,12 +274,6 @@ class Adaptive(EvictionPolicy):
 
     def _size_of(self, nbytes: int) -> int:
         return max(0, min(_SIZES - 1, self._usual_bits - nbytes.bit_length()))
-
-
-def _class_after(kind: int, context: int) -> int:
-    """Give the class of an object that is used once more, with a prompt of this sort."""
-    size, before = divmod(kind, CLASSES)
-    return size * CLASSES + min(before // CONTEXTS + 1, LEVELS - 1) * CONTEXTS + context
 
 
 def _context_of(known: int, count: int, origin: Origin) -> int:

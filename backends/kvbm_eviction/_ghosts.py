@@ -25,7 +25,7 @@ class Ghosts:
 
     def __init__(self, count: int) -> None:
         size = 1 << (max(_LEAST, min(_MOST, count)) - 1).bit_length()
-        self._at = size - 1
+        self._last = size - 1
         self._entries = array("Q", bytes(8 * size))
 
     def __repr__(self) -> str:
@@ -34,29 +34,31 @@ class Ghosts:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def _place(self, key: bytes) -> tuple[int, int]:
-        """Give the place of an object, and what tells it from others there."""
+    def place(self, key: bytes) -> tuple[int, int]:
+        """Give the place of an object, and what tells it from others there: for `at` and `put`."""
         spread = int.from_bytes(key, "little") % _PRIME * _FACTOR
-        return spread >> 40 & self._at, spread & _MASK
+        return spread >> 40 & self._last, spread & _MASK
+
+    def at(self, place: tuple[int, int]) -> int:
+        """Give the number of an object's; 0 if it is not remembered."""
+        entry = self._entries[place[0]]
+        return entry & _MASK if entry >> 32 == place[1] else 0
 
     def find(self, key: bytes) -> int:
         """Give the number of an object's; 0 if it is not remembered."""
-        at, mark = self._place(key)
-        entry = self._entries[at]
-        return entry & _MASK if entry >> 32 == mark else 0
+        return self.at(self.place(key))
 
     def take(self, key: bytes) -> int:
         """Forget an object, and give the number of its; 0 if it was not remembered."""
-        at, mark = self._place(key)
-        entry = self._entries[at]
-        if entry >> 32 != mark:
-            return 0
-        self._entries[at] = 0
-        return entry & _MASK
+        place = self.place(key)
+        number = self.at(place)
+        if number:
+            self._entries[place[0]] = 0
+        return number
 
-    def put(self, key: bytes, number: int) -> int:
+    def put(self, place: tuple[int, int], number: int) -> int:
         """Remember an object, and give the number of another in whose place it comes; 0 for none."""
-        at, mark = self._place(key)
+        at, mark = place
         before = self._entries[at]
         self._entries[at] = mark << 32 | number
         return before & _MASK if before >> 32 != mark else 0

@@ -79,7 +79,7 @@ class S3Fifo(EvictionPolicy):
                     self._uses[key] = uses - 1
             else:
                 if queue is self._small:
-                    self._ghosts.put(key, 1)
+                    self._ghosts.put(self._ghosts.place(key), 1)
                 victims.append(key)
                 nbytes -= freed
                 spared += _SPARED_EACH

@@ -212,7 +212,7 @@ def test_an_object_that_is_mostly_used_soon_is_worth_more_the_sooner():
 def test_ghosts_take_a_fixed_room():
     ghosts = Ghosts(1000)
     for number in range(100_000):
-        ghosts.put(key(number), number + 1)
+        ghosts.put(ghosts.place(key(number)), number + 1)
     assert len(ghosts) == 4096
     assert ghosts.find(key(99_999)) == 100_000
     assert ghosts.take(key(99_999)) == 100_000
