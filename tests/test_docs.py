@@ -27,6 +27,7 @@ from kvbm_core.memory import MemoryConfig, MemoryTier
 from kvbm_core.policies import kvbm_policies
 from kvbm_core.testing import codec_suite, policy_suite, suite
 from kvbm_core.testing._room import MOST_OBJECTS
+from kvbm_core.testing._whole import members_of
 from kvbm_core.tier import Op, Outcome, Region, TierContext, Transfer
 from kvbm_cpu import CpuConfig
 from kvbm_crypt import CryptConfig
@@ -392,7 +393,7 @@ def test_every_public_name_of_the_kit_is_documented():
 
 def test_every_test_of_the_suite_is_documented_with_the_tiers_it_is_for():
     documented = {name: row[1] for name, row in table(TESTING, "Tests").items()}
-    members = {name: member for name, member in vars(suite.TierSuite).items() if name.startswith("test_")}
+    members = {n: member for n, member in members_of(suite.TierSuite).items() if n.startswith("test_")}
     assert documented == {name: getattr(member, "needs", ("any",))[0] for name, member in members.items()}
 
 
@@ -402,7 +403,7 @@ def test_every_test_of_the_suite_is_documented_with_the_tiers_it_is_for():
 )
 def test_every_test_of_the_other_suites_is_documented_as_it_says(each, title):
     documented = {name: row[1] for name, row in table(TESTING, title).items()}
-    members = {name: member for name, member in vars(each).items() if name.startswith("test_")}
+    members = {n: member for n, member in members_of(each).items() if n.startswith("test_")}
     assert documented == {name: member.__doc__.strip().splitlines()[0] for name, member in members.items()}
 
 

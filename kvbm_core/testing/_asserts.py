@@ -11,8 +11,13 @@ from typing import Final
 __all__: list[str] = []
 
 _ASSERTING: Final = (
+    "_bound_tests",
+    "_call_tests",
     "_child",
     "_machine",
+    "_medium_tests",
+    "_place_tests",
+    "_process_tests",
     "_rig",
     "_room",
     "_watch",
