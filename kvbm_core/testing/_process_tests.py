@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import io
-import locale
 import logging
 import os
-import signal
-import sys
 import threading
 import time
-import warnings
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +15,7 @@ import pytest
 
 from kvbm_core.testing._broken_files import children
 from kvbm_core.testing._child import IdleChild
+from kvbm_core.testing._process import process_state
 from kvbm_core.testing._rig import PATIENCE_S, Rig
 from kvbm_core.tier import Op
 
@@ -37,15 +33,15 @@ class ProcessTests:
     def test_the_process_stays_as_it_was(self, rig: Rig) -> None:
         """Its folder, umask, signals, environment, cores and logging are the engine's."""
         rig.close(rig.stocked(1))  # What a library does when it is first imported is its own.
-        before = _process()
+        before = process_state()
         tier = rig.open(cpus=frozenset(sorted(os.sched_getaffinity(0))[:1]))
         list(tier.inventory())
         if not tier.capabilities.read_only:
             rig.must_store(tier, 2)
         rig.must_miss(tier, 3)
-        during = _process()
+        during = process_state()
         rig.close(tier)
-        for state, when in ((during, "while the tier is open"), (_process(), "when it is closed")):
+        for state, when in ((during, "while the tier is open"), (process_state(), "when it is closed")):
             changed = {name: (before[name], state[name]) for name in before if state[name] != before[name]}
             assert not changed, f"{when}, before and after: {changed}"
 
@@ -149,25 +145,3 @@ def _wants_s() -> dict[str, float]:
                 running, waiting, _ = (task / "schedstat").read_text().split()
                 found[task.name] = (int(running) + int(waiting)) / 1e9
     return found
-
-
-def _process() -> dict[str, Any]:
-    """Describe what of a process belongs to all of it."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    root = logging.getLogger()
-    return {
-        "folder": os.getcwd(),
-        "umask": oct(umask),
-        "signals": {number: signal.getsignal(number) for number in signal.valid_signals() if number < 32},
-        "environment": dict(os.environ),
-        "cores": os.sched_getaffinity(0),
-        "logging": (root.level, list(root.handlers), logging.root.manager.disable),
-        "warnings": list(warnings.filters),
-        "hooks": (sys.excepthook, sys.unraisablehook, threading.excepthook),
-        "path": list(sys.path),
-        "locale": locale.setlocale(locale.LC_ALL),
-        "gc": (gc.isenabled(), gc.get_threshold()),
-        "switch interval": sys.getswitchinterval(),
-        "priority": os.nice(0),
-    }

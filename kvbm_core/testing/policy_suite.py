@@ -13,8 +13,10 @@ or behind a trace of real requests.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
+import io
 import itertools
 import random
 import tracemalloc
@@ -29,6 +31,8 @@ from kvbm_core.config import convert
 from kvbm_core.policy import EvictionPolicy, Policy, PolicyConfig, PolicyContext
 from kvbm_core.registry import Registry
 from kvbm_core.testing._machine import settings_of
+from kvbm_core.testing._process import process_state
+from kvbm_core.testing._watch import handles
 from kvbm_core.testing._whole import WholeSuite
 from kvbm_core.tier import CONTRACT_VERSION
 
@@ -47,6 +51,10 @@ _GHOST_BYTES: Final = 4
 """Less than a policy that remembers every key keeps for each."""
 _STEPS: Final = 40
 _MOST_KEYS: Final = 12
+_MANY: Final = 4000
+"""Objects that a policy knows when its calls are counted."""
+_MOST_COST: Final = 200
+_MOST_SHOWN: Final = 500
 
 
 def _key(number: int) -> BlockKey:
@@ -322,10 +330,168 @@ class PolicySuite(WholeSuite):
             f"it has grown by {grown_bytes} bytes with {_ROUNDS * _OBJECTS} objects that are gone"
         )
 
+    def test_more_than_there_is_frees_all(self) -> None:
+        """An eviction of more bytes than all objects take names each, and ends."""
+        policy = _filled(self.made(), range(_OBJECTS // 2))
+        policy.evict(3 * _CAPACITY_BYTES, ())
+        assert not policy.known, f"{len(policy.known)} objects are left"
+        policy = _filled(self.made(), range(20))
+        spared = {_key(number) for number in range(5)}
+        for _ in range(_EVICTIONS):
+            policy.evict(3 * _CAPACITY_BYTES, spared)
+        assert set(policy.known) == spared
+
+    def test_a_tier_may_have_room_for_one_object(self) -> None:
+        """Or for two: no part of the capacity may come to nothing."""
+        for objects in (1, 2):
+            policy = self.made(capacity_bytes=objects * _USUAL_BYTES)
+            for number in range(20):
+                if len(policy.known) == objects and policy.admits(_key(number), _USUAL_BYTES):
+                    policy.evict(_USUAL_BYTES, ())
+                if len(policy.known) < objects:
+                    policy.insert(_key(number), _USUAL_BYTES)
+                    policy.touch(_key(number))
+            policy.evict(objects * _USUAL_BYTES, ())
+            assert not policy.known
+
+    def test_objects_may_be_much_shorter_than_usual(self) -> None:
+        """Then there are many more of them than the capacity has room for of the usual length."""
+        policy = self.made()
+        numbers = range(20 * _OBJECTS)
+        for number in numbers:
+            policy.insert(_key(number), _USUAL_BYTES // 20)
+        for number in numbers[::7]:
+            policy.touch(_key(number))
+        for number in numbers[::11]:
+            policy.remove(_key(number))
+        policy.evict(policy.nbytes, ())
+        assert not policy.known, f"{len(policy.known)} objects are never named"
+
+    def test_what_evict_gives_is_the_callers_own(self) -> None:
+        """A sequence, also of none, that stays as it is."""
+        policy = _filled(self.made(), range(_OBJECTS))
+        given = [policy.evict(_USUAL_BYTES, set(policy.known)), policy.evict(_USUAL_BYTES, ())]
+        kept = [list(victims) for victims in given]
+        given.append(policy.evict(3 * _USUAL_BYTES, ()))
+        _filled(policy, range(_OBJECTS, _OBJECTS + 20))
+        policy.evict(policy.nbytes, ())
+        assert [list(victims) for victims in given[:2]] == kept, "what evict() gave has changed since"
+        assert all(isinstance(victims, Sequence) for victims in given), f"{type(given[0])} is no sequence"
+
+    def test_what_is_protected_is_asked_and_not_listed(self) -> None:
+        """The core gives something that answers `in`, and no more; it is not changed."""
+        policy = _filled(self.made(), range(_OBJECTS))
+        spared = {_key(number) for number in range(0, _OBJECTS, 3)}
+        before = set(spared)
+        for _ in range(20):
+            policy.evict(_USUAL_BYTES, spared)
+        assert spared == before
+        assert before <= set(policy.known)
+
+    def test_policies_of_two_tiers_have_nothing_in_common(self) -> None:
+        """Each tier has a policy of its own, and the same object may be in both."""
+        first, second = self.made(), self.made()
+        _filled(first, range(0, 40))
+        _filled(second, range(20, 60))
+        first.remove(_key(25))
+        second.evict(second.nbytes, ())
+        assert not second.known
+        first.evict(first.nbytes, ())
+        assert not first.known
+
+    def test_a_call_costs_the_same_at_any_number_of_objects(self) -> None:
+        """Keys are compared and hashed a few times for each call, not once for each object that is known."""
+        cost = _Cost()
+        policy = self.bare(capacity_bytes=_MANY * _USUAL_BYTES)
+        keys = [_Key(cost, number) for number in range(2 * _MANY)]
+        for key in keys[:_MANY]:
+            policy.insert(key, _USUAL_BYTES)
+        calls = _Calls(policy, cost, keys)
+        for name in ("touch", "remove", "insert", "admits", "evict"):
+            each = calls.cost_of(name)
+            assert each <= _MOST_COST, (
+                f"{name}() of one of {_MANY} objects compares or hashes keys {each:.0f} times"
+            )
+
+    def test_repr_is_one_line_at_any_time(self) -> None:
+        """Also when it has many objects."""
+        policy = _filled(self.made(), range(_OBJECTS))
+        policy.evict(_CAPACITY_BYTES // 3, ())
+        shown = repr(policy)
+        assert "\n" not in shown
+        assert len(shown) < _MOST_SHOWN, f"{len(shown)} characters: {shown[:100]}"
+
+    def test_the_process_stays_as_it_was_and_nothing_is_printed(self) -> None:
+        """No thread, no file, nothing of the engine's; the scheduling loop is its own."""
+        self.bare()
+        said = io.StringIO()
+        before, open_before = process_state(), handles()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            policy = _filled(self.made(), range(_OBJECTS))
+            policy.touch(_key(1))
+            policy.evict(_CAPACITY_BYTES // 3, ())
+        after = process_state()
+        changed = {name: (before[name], after[name]) for name in before if after[name] != before[name]}
+        assert not changed, f"before and after: {changed}"
+        assert handles() <= open_before, f"{handles() - open_before} files and threads more"
+        assert not said.getvalue(), f"it printed {said.getvalue()[:200]!r}"
+
     def test_any_sequence_of_calls_keeps_the_contract(self) -> None:
         """Random programs; hypothesis prints the shortest that fails."""
         made = type("Machine", (_Machine,), {"suite": self})
         run_state_machine_as_test(made, settings=settings_of(self.programs, _STEPS))
+
+
+class _Cost:
+    """Counts how often keys are compared or hashed."""
+
+    count = 0
+
+
+class _Key(bytes):
+    """A key that counts."""
+
+    cost: _Cost
+
+    def __new__(cls, cost: _Cost, number: int) -> _Key:
+        made = super().__new__(cls, _key(number))
+        made.cost = cost
+        return made
+
+    def __hash__(self) -> int:
+        self.cost.count += 1
+        return super().__hash__()
+
+    def __eq__(self, other: object) -> bool:
+        self.cost.count += 1
+        return super().__eq__(other)
+
+    def __lt__(self, other: Any) -> bool:
+        self.cost.count += 1
+        return super().__lt__(other)
+
+
+class _Calls:
+    """Makes calls on a policy that knows many objects, and counts what each costs."""
+
+    def __init__(self, policy: EvictionPolicy, cost: _Cost, keys: list[_Key]) -> None:
+        self._policy = policy
+        self._cost = cost
+        self._keys = keys
+
+    def cost_of(self, name: str) -> float:
+        """Make a call fifty times; give the mean number of comparisons."""
+        before, fifty = self._cost.count, range(_MANY // 2, _MANY // 2 + 50)
+        for number in fifty:
+            if name == "evict":
+                self._policy.evict(_USUAL_BYTES, ())
+            elif name == "insert":  # What `remove` has taken away.
+                self._policy.insert(self._keys[number], _USUAL_BYTES)
+            elif name == "admits":
+                self._policy.admits(self._keys[_MANY + number], _USUAL_BYTES)
+            else:
+                getattr(self._policy, name)(self._keys[number])
+        return (self._cost.count - before) / len(fifty)
 
 
 def _filled(policy: PolicyOracle, numbers: Collection[int]) -> PolicyOracle:
