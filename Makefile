@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo services test soak lint bench compat models clean fetch-services setup-demo setup-dev
+.PHONY: help demo services test soak coverage lint bench compat models site release clean fetch-services setup-demo setup-dev
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=python3.12]"
@@ -13,7 +13,7 @@ help: ## show this list
 
 # Nothing happens where the environment already has what is asked for, or more.
 setup-demo:
-	@$(PYTHON) tools/setup.py --venv $(VENV) --extras vllm,cli
+	@$(PYTHON) tools/setup.py --venv $(VENV) --extras vllm,demo
 
 setup-dev:
 	@$(PYTHON) tools/setup.py --venv $(VENV) --extras dev
@@ -34,6 +34,11 @@ test: setup-dev fetch-services ## set up, then run all tests (ARGS="-k name")
 soak: setup-dev fetch-services ## run the long tests that `make test` leaves out (ARGS="-k name")
 	@$(BIN)/python tools/run_tests.py -m soak $(ARGS)
 
+coverage: setup-dev fetch-services ## run all tests and say which lines none has reached (ARGS="-k name")
+	@$(BIN)/coverage erase
+	@$(BIN)/python tools/run_tests.py --cov --cov-append --cov-report= $(ARGS)
+	@$(BIN)/coverage report
+
 lint: setup-dev ## check style, types and who may import whom
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -49,6 +54,12 @@ compat: ## compare names with every version of vLLM that is promised, and run th
 models: setup-dev ## prove each family of models, and write the table of docs/reference/models.md (ARGS="--help")
 	@$(BIN)/python tools/prove_models.py $(ARGS)
 
+site: setup-dev ## build the documentation's site into site/
+	@$(BIN)/python tools/make_site.py $(ARGS)
+
+release: setup-dev ## build and check what is uploaded in a release (ARGS=--rehearse for any commit)
+	@$(BIN)/python tools/release.py $(ARGS)
+
 clean: ## remove environments and caches
-	rm -rf .venv .venv-compat-* .cache/vllm build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-compat-* .cache/vllm build dist site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,7 +6,7 @@ Backend authors start from `Tier` and `Backend`, engine authors from `Planner`, 
 
 from kvbm_core.block import BlockKey, BlockState, Namespace, chain_keys, make_namespace, root_key
 from kvbm_core.codec import Codec, CodecConfig, CodecContext, CodecKind
-from kvbm_core.config import ByteSize, StackConfig, load_config
+from kvbm_core.config import ByteSize, Settings, StackConfig, load_config
 from kvbm_core.coordinator import Coordinator, Member
 from kvbm_core.device import Device, DeviceTraits, Pinnable, Stageable, Work
 from kvbm_core.errors import (
@@ -21,10 +21,12 @@ from kvbm_core.errors import (
     TransitionError,
     UnverifiableError,
 )
+from kvbm_core.field_docs import show_fields
 from kvbm_core.hookspecs import hookimpl
 from kvbm_core.leader.counts import TierCounts
 from kvbm_core.leader.matches import Match
 from kvbm_core.leader.planner import Planner
+from kvbm_core.movement import Movement
 from kvbm_core.plan import Load, Plan, Report, Store, TierStatus
 from kvbm_core.policies import Fifo, Lru
 from kvbm_core.policy import EvictionPolicy, Policy, PolicyConfig, PolicyContext
@@ -49,6 +51,9 @@ from kvbm_core.tier import (
 from kvbm_core.worker.opening import check_stack
 from kvbm_core.worker.peers import Peers
 from kvbm_core.worker.worker import Worker
+
+__version__ = "0.1.0"
+"""Of the distribution kvbm-core, which is built from this line."""
 
 __all__ = [
     "CONTRACT_VERSION",
@@ -78,6 +83,7 @@ __all__ = [
     "Lru",
     "Match",
     "Member",
+    "Movement",
     "Namespace",
     "Op",
     "Outcome",
@@ -109,6 +115,7 @@ __all__ = [
     "UnverifiableError",
     "Work",
     "Worker",
+    "__version__",
     "chain_keys",
     "check_stack",
     "hookimpl",
@@ -116,3 +123,10 @@ __all__ = [
     "make_namespace",
     "root_key",
 ]
+
+# Configurations do it themselves, those of others too.
+show_fields(
+    each
+    for each in map(globals().__getitem__, __all__)
+    if isinstance(each, type) and each.__module__.startswith(__name__) and not issubclass(each, Settings)
+)

@@ -10,7 +10,7 @@ Keys are chained, so an equal key means equal tokens in this block *and in all b
            tokens 0..n-1    tokens n..2n-1   tokens 2n..3n-1
 
 SHA-256 and not a faster hash, because a prompt is input from strangers: whoever can make two
-prefixes collide can read another tenant's answer.
+prefixes collide can read another tenant's answer. A namespace rests on it as well.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from types import MappingProxyType
 from typing import Final
 
 import msgspec
-import xxhash
 
 from kvbm_core.errors import TransitionError
 
@@ -112,9 +111,10 @@ def make_namespace(facts: Mapping[str, object]) -> Namespace:
             dtype, layout, block size, parallel sizes and rank, versions.
 
     Returns:
-        16 bytes. Two engines may share blocks only if these are equal.
+        16 bytes, the first of a SHA-256. Two engines may share blocks only if these are equal.
     """
-    return xxhash.xxh3_128_digest(msgspec.msgpack.encode(facts, order="deterministic"))
+    packed = msgspec.msgpack.encode(facts, order="deterministic")
+    return hashlib.sha256(packed).digest()[:NAMESPACE_BYTES]
 
 
 class BlockState(enum.Enum):

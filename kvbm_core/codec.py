@@ -94,9 +94,11 @@ class CodecKind:
     name: str
     """As written in ``codecs``, and the name of the entry point."""
     config_type: type[CodecConfig]
+    """A subclass of `CodecConfig`."""
     open: Callable[[Any, CodecContext], Codec]
     """``open(config, context)``. Raises `ConfigError` for what it cannot work with: a key file that cannot
     be read, a package that is missing."""
     saves_room: bool = False
     """It is there to make objects shorter. Refused on a tier that gives each object an equal slot."""
     contract_version: int = CONTRACT_VERSION
+    """As of a `Backend`."""

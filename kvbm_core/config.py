@@ -5,8 +5,8 @@
       - {backend: lmdb, capacity: 200GiB, path: /nvme/kvbm}
     load_deadline_s: 5
 
-A tier's keys are ``backend``, ``name``, ``checked``, ``codecs``, ``policy`` and whatever its backend's own
-type declares.
+A tier's keys are ``backend``, ``name``, ``checked``, ``codecs``, ``policy``, ``movement`` and whatever its
+backend's own type declares.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, ge
 import msgspec
 
 from kvbm_core.errors import ConfigError
+from kvbm_core.field_docs import show_fields
+from kvbm_core.movement import WRITE_THROUGH, Movement
+from kvbm_core.printable import noun, shown
+from kvbm_core.sizes import ByteSize, parse_size, size_text
 from kvbm_core.yaml_file import read_yaml
 
 __all__ = [
@@ -37,25 +41,11 @@ __all__ = [
     "size_text",
 ]
 
-_UNITS: Final[Mapping[str, int]] = {
-    "": 1, "B": 1,
-    "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
-}  # fmt: skip
-_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
-
-_OWN_KEYS: Final = ("backend", "name", "checked", "codecs", "policy")
+_OWN_KEYS: Final = ("backend", "name", "checked", "codecs", "policy", "movement")
 """Of a tier, whatever its backend."""
 _UNIONS: Final = (Union, types.UnionType)
-_LONGEST_SHOWN: Final = 40
 
 T = TypeVar("T")
-
-
-class ByteSize(int):
-    """A number of bytes, written as a number or like ``8GiB``, ``500MB``."""
-
-    __slots__ = ()
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,6 +53,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     Text and what is nested may be a password, and whoever prints a configuration cannot know.
     """
+
+    def __init_subclass__(cls) -> None:
+        show_fields([cls])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in self.__rich_repr__())})"
@@ -93,24 +86,26 @@ class TierEntry(Settings, frozen=True, kw_only=True):
     None: for every tier but those of host memory without codecs (nothing outside the process can change it
     there, and a checksum costs a fifth of a memory copy)."""
     settings: Mapping[str, Any]
+    """For the backend's own type: all keys that are not a tier's."""
     codecs: tuple[PartEntry, ...] = ()
     """They transform each object on its way into the tier, in this order, and back."""
     policy: PartEntry | None = None
     """Chooses the objects that make room for others. None: the least recently used."""
+    movement: Movement = WRITE_THROUGH
+    """How blocks come here from the tiers above, and go back."""
 
     def __rich_repr__(self) -> list[tuple[str, Any]]:
         told: dict[str, Any] = {"backend": self.backend, "name": self.name, "checked": self.checked}
         told["codecs"] = [codec.name for codec in self.codecs]
-        told["policy"] = self.policy and self.policy.name
+        told |= {"policy": self.policy and self.policy.name, "movement": self.movement.stores}
         return [*told.items(), ("settings", _hidden(self.settings))]
 
 
 class StackConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An operator's settings: of the stack, and of the engine that uses it.
 
-    A `Stack` reads `tiers`, the deadlines, `max_store_blocks` and `staging`. The other keys are for the
-    connector of an engine: `only_faster`, `max_load_fraction`, `sparse_stores`, `sparse_stores_every_tokens`,
-    `device_copy`, `device_staging`, `weights_id` and `coordinator`.
+    A `Stack` reads `tiers`, the deadlines, `max_store_blocks` and `staging`; the other keys are for the
+    connector of an engine.
     """
 
     tiers: tuple[TierEntry, ...]
@@ -149,41 +144,13 @@ class StackConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     weights_id: str | None = None
     """Names the model's weights, in place of the digest of their files. Give it where the files
     cannot be read by the engine, and change it whenever the weights change."""
+    record: str | None = None
+    """A file for the log of hashes, without text, that `kvbm replay` reads. None: nothing is recorded."""
+    record_capacity: ByteSize = ByteSize(1 << 30)
+    """Bytes of that file and the one before it. At least 1 MiB."""
     coordinator: Mapping[str, Any] | None = None
     """Where the engine's processes register: ``backend`` names the coordinator, all other keys are
     its own. None: nowhere."""
-
-
-def parse_size(value: object, key: str = "size") -> ByteSize:
-    """Read a size like ``8GiB``, ``500MB`` or a plain number of bytes.
-
-    Raises:
-        ConfigError: If it is not a size; names `key` and the value.
-    """
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return ByteSize(value)
-    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if match is None or match[2] not in _UNITS:
-        units = ", ".join(u for u in _UNITS if u)
-        raise ConfigError(
-            f"{key}: {shown(value)} is not a size; write a number and a unit ({units}), like 8GiB"
-        )
-    return ByteSize(math.floor(float(match[1]) * _UNITS[match[2]]))
-
-
-def size_text(nbytes: int, *, up: bool = False) -> str:
-    """Write a number of bytes for people, so that `parse_size` reads it: ``12.34GiB``.
-
-    Args:
-        nbytes: At least 0.
-        up: Round up, for what is needed; otherwise down, for what there is.
-    """
-    for unit in ("TiB", "GiB", "MiB", "KiB"):
-        step = _UNITS[unit]
-        if nbytes >= step:
-            hundredths = -(-100 * int(nbytes) // step) if up else 100 * int(nbytes) // step
-            return f"{hundredths / 100:.2f}".rstrip("0").rstrip(".") + unit
-    return f"{int(nbytes)}B"
 
 
 def convert(value: Mapping[str, Any], to: type[T], where: str) -> T:
@@ -232,7 +199,7 @@ def load_config(source: Mapping[str, Any] | str | Path) -> StackConfig:
         return _stack(source, "configuration")
     path, value = read_yaml(source)
     if not isinstance(value, Mapping):
-        raise ConfigError(f"configuration file {path}: expected keys like 'tiers:', found {_noun(value)}")
+        raise ConfigError(f"configuration file {path}: expected keys like 'tiers:', found {noun(value)}")
     return _stack(value, str(path))
 
 
@@ -240,7 +207,7 @@ def _stack(value: Mapping[str, Any], where: str) -> StackConfig:
     refuse_unknown(value, StackConfig.__struct_fields__, where)
     tiers = value.get("tiers")
     if not isinstance(tiers, list | tuple) or not tiers:
-        raise ConfigError(f"{where}: tiers: {_noun(tiers)}; write a list of at least one tier, "
+        raise ConfigError(f"{where}: tiers: {noun(tiers)}; write a list of at least one tier, "
                           "fastest first, like [{backend: cpu, capacity: 8GiB}]")  # fmt: skip
     entries = tuple(_tier_entry(index, tier, where) for index, tier in enumerate(tiers))
     names = [entry.name for entry in entries]
@@ -256,14 +223,14 @@ def _stack(value: Mapping[str, Any], where: str) -> StackConfig:
 def _tier_entry(index: int, tier: object, where: str) -> TierEntry:
     where = f"{where}: tiers[{index}]"
     if not isinstance(tier, Mapping) or not isinstance(tier.get("backend"), str):
-        raise ConfigError(f"{where}: a {_noun(tier)}; write a mapping with a 'backend', like "
+        raise ConfigError(f"{where}: a {noun(tier)}; write a mapping with a 'backend', like "
                           "{backend: cpu, capacity: 8GiB}")  # fmt: skip
     settings = {k: v for k, v in tier.items() if k not in _OWN_KEYS}
     checked, name = tier.get("checked"), tier.get("name", tier["backend"])
     if checked is not None and not isinstance(checked, bool):
         raise ConfigError(f"{where}: checked: {shown(checked)}; write true or false, or leave it out")
     if not isinstance(name, str | int) or not str(name):
-        raise ConfigError(f"{where}: name: a {_noun(name)}; write a word that logs and metrics may show")
+        raise ConfigError(f"{where}: name: a {noun(name)}; write a word that logs and metrics may show")
     return TierEntry(
         backend=tier["backend"],
         name=str(name),
@@ -271,7 +238,17 @@ def _tier_entry(index: int, tier: object, where: str) -> TierEntry:
         settings=settings,
         codecs=_codecs(tier.get("codecs", ()), where),
         policy=_part(tier["policy"], f"{where}: policy", "{name: fifo}") if "policy" in tier else None,
+        movement=_movement(tier["movement"], index, where) if "movement" in tier else WRITE_THROUGH,
     )
+
+
+def _movement(value: object, index: int, where: str) -> Movement:
+    if index == 0:
+        raise ConfigError(f"{where}: movement: the first tier has none above; write it on a lower one")
+    value = {"stores": value} if isinstance(value, str) else value
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: movement: {shown(value)}; write a mapping like {{stores: demotion}}")
+    return convert(value, Movement, f"{where}: movement")
 
 
 def _codecs(value: object, where: str) -> tuple[PartEntry, ...]:
@@ -363,21 +340,6 @@ def _plain(wanted: object) -> bool:
     if _choices(wanted) or wanted in (bool, int, float, ByteSize, type(None)):
         return True
     return bool(get_args(wanted)) and get_origin(wanted) in _UNIONS and all(map(_plain, get_args(wanted)))
-
-
-def shown(value: object) -> str:
-    """Show a value that is wrong where no secret belongs; of what is nested or like a URL, the type."""
-    if isinstance(value, str) and ("://" in value or "@" in value or len(value) > _LONGEST_SHOWN):
-        return "a str"
-    if isinstance(value, list | tuple):
-        return f"a list of {len(value)}"
-    return repr(value) if value is None or isinstance(value, str | int | float) else f"a {_noun(value)}"
-
-
-def _noun(value: object) -> str:
-    if value is None:
-        return "None"
-    return "mapping" if isinstance(value, Mapping) else type(value).__name__
 
 
 def _hidden(value: object) -> object:

@@ -27,7 +27,9 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     world_size: int
     """Workers the engine has."""
     host: str
+    """Name of the machine it runs on."""
     pid: int
+    """Number of the process there."""
     namespace: str = ""
     """Of this rank, 32 hexadecimal digits; it names the rank's folders in tiers. Empty: the leader."""
     shared_namespace: str = ""

@@ -6,12 +6,38 @@ Planner ◄── Report(op, tier, failures) ── TransferEngine        (from 
 
 from __future__ import annotations
 
+import enum
+
 import msgspec
 
 from kvbm_core.block import BlockKey
 from kvbm_core.tier import Capabilities, Reason
 
-__all__ = ["Fill", "Load", "Lookup", "Plan", "Probe", "Report", "Store", "TierStatus", "WriteOrder"]
+__all__ = [
+    "Fill",
+    "FillReason",
+    "Load",
+    "Lookup",
+    "Plan",
+    "Probe",
+    "Report",
+    "Store",
+    "TierStatus",
+    "WriteOrder",
+]
+
+
+class FillReason(enum.Enum):
+    """Why blocks go from tier to tier. The words are also labels of a counter."""
+
+    WRITE_BACK = "write_back"
+    """Stored in the host pool, and due in a tier below."""
+    DEMOTION = "demotion"
+    """About to be evicted above."""
+    PROMOTION = "promotion"
+    """Loaded from below, and kept above."""
+    PREFETCH = "prefetch"
+    """Wanted soon."""
 
 
 class Store(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -20,6 +46,7 @@ class Store(msgspec.Struct, frozen=True, array_like=True, gc=False):
     op: int
     """Number of the operation; the transfer engine reports once for each of `tiers`."""
     keys: list[BlockKey]
+    """Of the blocks."""
     blocks: list[int]
     """Device blocks to gather, one a key."""
     tiers: list[int]
@@ -32,16 +59,21 @@ class Load(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Neighbouring blocks of one request to be read from one tier into device blocks."""
 
     op: int
+    """As of a store."""
     request: str
     """Whose prefix it is; its loads are complete together."""
     tier: int
+    """Position of the tier that has the blocks."""
     fill: int
     """The tier that keeps the blocks that are read: the host pool; -1 for none."""
     keys: list[BlockKey]
+    """Of the blocks."""
     blocks: list[int]
+    """Device blocks to fill, one a key."""
     in_step: bool = False
     """The engine uses the blocks in the very step that the load is planned for, and its device waits."""
     group: int = 0
+    """As of a store."""
     head: BlockKey = b""
     """The key of the prompt's first block in the group. Empty: not known."""
 
@@ -79,6 +111,7 @@ class Fill(msgspec.Struct, frozen=True, array_like=True, gc=False):
     host_pool: int
     """Position of the host pool, whose memory is read or filled in place; -1 for none."""
     group: int = 0
+    reason: FillReason = FillReason.WRITE_BACK
 
     @property
     def tiers(self) -> list[int]:
@@ -118,8 +151,11 @@ class Plan(msgspec.Struct, frozen=True, array_like=True):
     drops: list[tuple[int, list[BlockKey]]] = []
     """Tier and the keys it shall forget."""
     stores: list[Store] = []
+    """Device blocks to be written into tiers."""
     loads: list[Load] = []
+    """Device blocks to be filled from tiers."""
     lookups: list[Lookup] = []
+    """Questions to tiers."""
     overwrites: list[int] = []
     """Device blocks that the engine writes anew from this step on, beside those of the loads."""
     unordered: list[int] = []
@@ -129,7 +165,9 @@ class Plan(msgspec.Struct, frozen=True, array_like=True):
     """True if the blocks of all stores were computed before the latest plan that overwrites any. They are
     then read beside what the engine has begun since, not after it."""
     probes: list[Probe] = []
+    """Tiers that shall be tried."""
     fills: list[Fill] = []
+    """Copies from tier to tier."""
 
     def __bool__(self) -> bool:
         operations = self.stores or self.loads or self.lookups or self.fills or self.probes
@@ -140,7 +178,9 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
     """How one operation ended in one tier, on one rank."""
 
     op: int
+    """Number of the operation."""
     tier: int
+    """Position of the tier it ended in."""
     failures: dict[int, Reason] = {}
     """Position in the operation's keys to why it did not work; all others did."""
     seconds: float = 0.0
@@ -158,7 +198,9 @@ class TierStatus(msgspec.Struct, frozen=True):
     """What a worker says of one of its tiers when it has opened it."""
 
     name: str
+    """What the configuration calls it."""
     capabilities: Capabilities
+    """Of the tier behind its layers."""
     inventory: list[tuple[BlockKey, int]]
     """The objects found at open, oldest first: key, and the bytes of the capacity that each takes."""
     charges: tuple[int, ...] = (1,)

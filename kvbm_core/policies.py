@@ -56,6 +56,12 @@ class Fifo(dict[BlockKey, int], EvictionPolicy):
         self.nbytes -= self.pop(key)
         self._candidates.pop(key, None)
 
+    def next_victims(self, count: int) -> Sequence[BlockKey]:
+        """See `EvictionPolicy.next_victims`."""
+        if len(self._candidates) < min(count, len(self)):
+            self._take_candidates(2 * count)
+        return list(itertools.islice(reversed(self._candidates), count))
+
     def admitted(self, keys: list[BlockKey], fitting: int, nbytes: int) -> list[BlockKey]:
         """Give the leading keys that are let in: here all.
 
@@ -76,9 +82,7 @@ class Fifo(dict[BlockKey, int], EvictionPolicy):
             if missing <= 0 or not spared:
                 break
             if not candidates:
-                count = max(_CANDIDATES, len(self) // _CANDIDATES_PART)
-                candidates = dict.fromkeys(reversed(list(itertools.islice(self, count))))
-                self._candidates = candidates
+                candidates = self._take_candidates(_CANDIDATES)
             key, _ = candidates.popitem()
             if key in pinned or key in protected:
                 self[key] = pop(key)
@@ -89,6 +93,12 @@ class Fifo(dict[BlockKey, int], EvictionPolicy):
                 spared += _SPARED_EACH
         self.nbytes -= nbytes - missing
         return victims
+
+    def _take_candidates(self, count: int) -> dict[BlockKey, None]:
+        """Look up so many objects at the front, or more where the way there is long."""
+        count = max(count, len(self) // _CANDIDATES_PART)
+        self._candidates = dict.fromkeys(reversed(list(itertools.islice(self, count))))
+        return self._candidates
 
 
 class Lru(Fifo):

@@ -64,6 +64,17 @@ class EvictionPolicy(ABC):
             not named, the core chooses among them, and tells it by `remove`.
         """
 
+    def next_victims(self, count: int) -> Sequence[BlockKey]:
+        """Name the objects that `evict` would choose next, and change nothing. By default none.
+
+        A tier below that gets its objects by demotion gets these ahead of time. Of a policy that names none
+        the core takes the least recently used for them.
+
+        Args:
+            count: So many at most, the next one first. A guess is enough.
+        """
+        return ()
+
     def admits(self, key: BlockKey, nbytes: int) -> bool:
         """Say whether an object shall be stored for which others would have to go. By default, yes.
 
@@ -97,6 +108,8 @@ class Policy:
     name: str
     """As written after ``policy:``, and the name of the entry point."""
     config_type: type[PolicyConfig]
+    """A subclass of `PolicyConfig`."""
     make: Callable[[Any, PolicyContext], EvictionPolicy]
     """``make(config, context)``. Raises `ConfigError` for what it cannot work with."""
     contract_version: int = CONTRACT_VERSION
+    """As of a `Backend`."""

@@ -13,6 +13,7 @@ from kvbm_core.codec import CodecConfig, CodecKind
 from kvbm_core.config import StackConfig, convert, refuse_unknown
 from kvbm_core.coordinator import Coordinator
 from kvbm_core.errors import BackendError, ConfigError
+from kvbm_core.extras import extra_command
 from kvbm_core.leader.guarded_policy import GuardedPolicy
 from kvbm_core.leader.tier_state import MakePolicy
 from kvbm_core.policies import Fifo, Lru
@@ -176,7 +177,10 @@ def _plugin(point: EntryPoint) -> pluggy.PluginManager:
     try:
         plugin = point.load()
     except Exception as error:
-        raise BackendError(f"backend {point.name!r} of {owner} cannot be imported: {error}") from error
+        remedy = _remedy(point) if isinstance(error, ModuleNotFoundError) else ""
+        raise BackendError(
+            f"backend {point.name!r} of {owner} cannot be imported: {error}{remedy}"
+        ) from error
     manager = pluggy.PluginManager(hookspecs.ENTRY_POINT_GROUP)
     manager.add_hookspecs(hookspecs)
     for name in vars(hookspecs):
@@ -206,6 +210,12 @@ def _check(found: Backend | CodecKind | Policy, whose: str, base: type, *functio
     for name in functions:
         if not callable(getattr(found, name)):
             raise BackendError(f"{whose}: {name} must be a function")
+
+
+def _remedy(point: EntryPoint) -> str:
+    """Give the command that installs the extra named like an entry point, if its distribution has one."""
+    extras = point.dist.metadata.get_all("Provides-Extra") or [] if point.dist else []
+    return f"; {extra_command(point.name, point.dist.name)}" if point.dist and point.name in extras else ""
 
 
 def _owner(point: EntryPoint) -> str:

@@ -68,7 +68,10 @@ class Stack:
         policy = registry.policies(config)
         worker = Worker(config, device, namespace, registry=registry, facts=facts)
         try:
-            planner = Planner([worker.status()], max_store_blocks=config.max_store_blocks, policy=policy)
+            planner = Planner(
+                [worker.status()], max_store_blocks=config.max_store_blocks, policy=policy,
+                movements=[entry.movement for entry in config.tiers],
+            )  # fmt: skip
         except BaseException:
             worker.close()
             raise

@@ -61,6 +61,7 @@ class Outcome(enum.Enum):
     """How a transfer ended."""
 
     DONE = "done"
+    """It worked."""
     MISSING = "missing"
     """There is no such object. After a LOAD the region is as it was."""
     FAILED = "failed"
@@ -71,7 +72,9 @@ class Reason(enum.Enum):
     """Why a transfer did not end DONE. The words are also the labels of the counters."""
 
     NONE = "none"
+    """It is DONE."""
     MISSING = "missing"
+    """There is no such object."""
     CORRUPT = "corrupt"
     """Bytes came back, but not those that were stored."""
     FULL = "full"
@@ -100,6 +103,7 @@ class Region:
     address: int
     """Of the first byte."""
     nbytes: int
+    """Its length."""
     on_device: bool = False
     """False: host memory. True: memory of the accelerator, for tiers that are `device_direct`."""
     owner: Any = field(default=None, repr=False, compare=False)
@@ -124,7 +128,9 @@ class Transfer:
     ticket: int
     """Chosen by the core, unique among the transfers in flight in this tier."""
     op: Op
+    """What is asked."""
     key: BlockKey
+    """Of the object: 32 bytes."""
     region: Region | None = None
     """Of a STORE: the object, at most ``TierContext.max_bytes`` long. Of a LOAD: at least as long as the
     object; the tier fills its first bytes, see `Completion.nbytes`. The tier's own from submit to
@@ -142,7 +148,9 @@ class Completion:
     """How one transfer ended."""
 
     ticket: int
+    """The transfer's."""
     outcome: Outcome
+    """How it ended."""
     reason: Reason = Reason.NONE
     """NONE when DONE, MISSING when MISSING."""
     detail: str = ""
@@ -349,12 +357,14 @@ class Backend:
     name: str
     """As written after ``backend:`` in the configuration, and the name of the entry point."""
     config_type: type[TierConfig]
+    """A subclass of `TierConfig`: the keys beside ``backend``, as one frozen type."""
     open: Callable[[Any, TierContext], Tier]
     """``open(config, context)``. Raises `TierOpenError`."""
     check: Callable[[Any], None] = lambda config: None
     """Find mistakes early, before an engine loads its model: a path that cannot be written, a
     directory in use. Changes nothing. Raises `TierOpenError`."""
     contract_version: int = CONTRACT_VERSION
+    """The version of the contract that it was written for. Write the number, not the constant."""
     shared: bool = False
     """Its tiers are `shared`. Then of neighbouring ranks that hold the same bytes only the first writes,
     and all are told the same rank, so that they read what it has written."""

@@ -29,7 +29,7 @@ MAY_SWALLOW = {
     "backends/kvbm_lmdb/_tier.py": "the tops of the readers' threads",
     "backends/kvbm_lmdb/_writing.py": "the top of the writer's thread",
     "backends/kvbm_remote/_tier.py": "the edge to foreign client libraries: it becomes a completion",
-    "backends/kvbm_remote/_gc.py": "the program's top: a client's error may quote a password",
+    "plugins/kvbm_cli/_app.py": "the program's top: no traceback for a user",
     "plugins/kvbm_etcd/_coordinator.py": "the top of the registration's thread",
     "kvbm_core/testing/_watch.py": "the top of a test's thread: it is raised where the test is",
     "kvbm_core/testing/_whole.py": "a waived test is expected to fail, in whatever way",
@@ -40,19 +40,20 @@ MAY_SWALLOW = {
 
 TIER_BACKENDS = ("kvbm_cpu", "kvbm_lmdb", "kvbm_gds", "kvbm_remote")
 WINGS = {
-    "kvbm_core/*.py": 2030,
-    "kvbm_core/leader/*.py": 1630,
+    "kvbm_core/*.py": 2160,
+    "kvbm_core/leader/*.py": 1660,
     "kvbm_core/worker/*.py": 1400,
     "kvbm_core/layers/*.py": 520,
     "backends/kvbm_cpu/*.py": 365,
     "backends/kvbm_lmdb/*.py": 1560,
     "backends/kvbm_gds/*.py": 1350,
-    "backends/kvbm_remote/*.py": 1950,
+    "backends/kvbm_remote/*.py": 1965,
     "backends/kvbm_device/*.py": 1600,
-    "backends/kvbm_crypt/*.py": 220,
+    "backends/kvbm_crypt/*.py": 260,
     "backends/kvbm_zstd/*.py": 150,
-    "plugins/kvbm_engine/*.py": 1110,
-    "plugins/kvbm_vllm/**/*.py": 2020,
+    "plugins/kvbm_engine/*.py": 1235,
+    "plugins/kvbm_vllm/**/*.py": 2250,
+    "plugins/kvbm_replay/*.py": 1880,
 }
 """Lines of code of each wing at most, without comments, docstrings and empty lines."""
 
@@ -90,8 +91,11 @@ def test_functions_have_at_most_eight_parameters():
     many = [
         (path, node.name)
         for path, node in FUNCTIONS
-        # `self` is counted here. What a kernel is compiled for are parameters of it, too.
-        if len(node.args.args) + len(node.args.kwonlyargs) > 9 and path.name != "_kernel.py"
+        # `self` is counted here. What a kernel is compiled for are parameters of it, too, and typer reads an
+        # option of a verb from each.
+        if len(node.args.args) + len(node.args.kwonlyargs) > 9
+        if path.name != "_kernel.py"
+        and not any("answers" in ast.unparse(each) for each in node.decorator_list)
     ]
     assert many == []
 
@@ -147,6 +151,11 @@ def test_lines_of_backends_name_their_tier():
         if isinstance(node.value, ast.Name) and node.value.id == "logging"
     ]
     assert loggers == []
+
+
+def test_a_checksum_that_can_be_made_to_collide_finds_damage_and_names_nothing():
+    users = {str(path.relative_to(ROOT)) for path in FILES if "xxhash" in path.read_text()}
+    assert users == {"kvbm_core/layers/seal.py", "backends/kvbm_gds/_slab.py"}
 
 
 def test_who_may_import_whom():

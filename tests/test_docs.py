@@ -40,9 +40,11 @@ from kvbm_vllm._stats import PREFIX
 from kvbm_zstd import ZstdConfig
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+make_reference = importlib.import_module("make_reference")
 DOCS = ROOT / "docs"
 REFERENCE = DOCS / "reference"
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 READMES = sorted((ROOT / "backends").glob("*/README.md"))
 
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -375,6 +377,32 @@ def test_the_version_of_the_contract_is_documented():
     assert f"Contract version: {kvbm_core.CONTRACT_VERSION} (`CONTRACT_VERSION`)" in CONTRACT.read_text()
 
 
+# What docstrings say.
+
+
+@pytest.mark.parametrize("page", sorted(REFERENCE.glob("*.md")), ids=name_of)
+def test_the_reference_is_what_the_docstrings_say(page):
+    assert page.read_text() == make_reference.renew(page.read_text()), "run tools/make_reference.py"
+
+
+def test_every_public_name_has_a_place_in_the_reference():
+    headings = {
+        heading
+        for page in REFERENCE.glob("*.md")
+        for heading in re.findall(r"^## `?(\w+)`?$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    }
+    elsewhere = {
+        "BlockKey", "Namespace",  # 32 and 16 bytes.
+        "CONTRACT_VERSION", "PAGE_BYTES", "__version__",
+        "StackConfig",  # The tables of the configuration.
+        "Fifo", "Lru", "hookimpl",
+    }  # fmt: skip
+    named = {name for name in kvbm_core.__all__ if name not in errors.__all__}
+    assert named - headings - elsewhere == set()
+    text = "".join(page.read_text() for page in DOCS.rglob("*.md"))
+    assert [name for name in elsewhere if name not in text] == []
+
+
 # Testing.
 
 TESTING = REFERENCE / "testing.md"
@@ -545,6 +573,18 @@ def test_commands_of_make_exist():
         for info, text in blocks(page):
             if info[:1] == ["console"]:
                 assert set(re.findall(r"^make ([a-z-]+)", text, re.MULTILINE)) <= targets, name_of(page)
+
+
+def test_the_page_on_security_names_tests_that_are_there():
+    page = ROOT / "docs/explanation/security.md"
+    text = page.read_text()
+    files = {(page.parent / link).resolve() for link in re.findall(r"\]\(([\w./-]+\.py)\)", text)}
+    there = {
+        name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)
+    }
+    named = set(re.findall(r"`(test_\w+)`", text))
+    assert len(named) > 10
+    assert named <= there
 
 
 def test_scripts_that_are_named_exist():

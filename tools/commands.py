@@ -29,15 +29,15 @@ def pip(python: Path, *arguments: str) -> None:
     run([str(python), "-m", "pip", "--no-input", "--disable-pip-version-check", *arguments])
 
 
-def run(command: Sequence[str]) -> None:
-    """Run a command.
+def run(command: Sequence[str], cwd: Path | None = None) -> None:
+    """Run a command, in a folder if one is given.
 
     Raises:
         CommandError: It failed; the message holds the end of what it wrote.
     """
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         status = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, check=False
+            command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, check=False
         ).returncode
         if status:
             log.seek(0)

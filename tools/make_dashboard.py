@@ -15,7 +15,7 @@ TARGET: Final = Path(__file__).parent.parent / "plugins/kvbm_metrics/deploy/graf
 
 Json: TypeAlias = dict[str, Any]
 
-ENGINE: Final = 'instance=~"$instance", engine=~"$engine"'
+ENGINE: Final = 'job=~"$job", instance=~"$instance", model_name=~"$model_name", engine=~"$engine"'
 TIER: Final = f'{ENGINE}, tier=~"$tier"'
 SOURCE: Final = {"type": "prometheus", "uid": "${datasource}"}
 COLUMNS: Final = 24
@@ -87,7 +87,10 @@ STACKED: Final = {"stacking": {"mode": "normal", "group": "A"}, "fillOpacity": 4
 LOGARITHMIC: Final = {"scaleDistribution": {"type": "log", "log": 10}}
 GOOD: Final = steps((None, "red"), (0.05, "orange"), (0.3, "green"))
 BAD: Final = steps((None, "green"), (1, "red"))
-FULL: Final = {"max": 1, **steps((None, "green"), (0.9, "orange"))}
+FULL: Final = {"max": 1, "thresholds": {"mode": "absolute", "steps": [{"value": None, "color": "blue"}]}}
+"""A cache is there to be full: no colour says that it should not be."""
+DOCUMENTATION: Final = "https://example.org/kvbm-core/blob/main/docs"
+"""As in pyproject.toml, which is not read here: Grafana's users have the file alone."""
 
 _ASKED: Final = rate("hit_blocks", "tier"), rate("missed_blocks", "tier")
 
@@ -132,6 +135,9 @@ ROWS: Final[Sequence[tuple[str, Sequence[Json]]]] = [
               "A full tier evicts as much as it stores. That is no harm while it also serves.", "short",
               (rate("stored_blocks", "tier"), "{{tier}} stored"),
               (rate("evicted_blocks", "tier"), "{{tier}} evicted"), width=6),
+        panel("timeseries", "Bytes moved between tiers", "Beside what comes from the engine. A source is a "
+              "position in the stack, 0 the fastest.", "Bps",
+              (rate("filled_bytes", "source, tier, reason"), "{{source}} to {{tier}} {{reason}}"), width=6),
         panel("timeseries", "Blocks waiting", "On their way, or waiting for it.", "short",
               (gauge("queued_blocks", "tier, operation"), "{{tier}} {{operation}}"), width=6),
     ]),
@@ -148,12 +154,13 @@ ROWS: Final[Sequence[tuple[str, Sequence[Json]]]] = [
         panel("timeseries", "Device copies",
               "Between the engine's memory and host memory; on a GPU, what was measured at the start.", "Bps",
               (rate("device_copied_bytes", "direction", ENGINE), "{{direction}}"),
-              (f'min by (direction) (vllm:kvbm_device_copy_bytes_per_second{{{ENGINE}, chosen="yes"}})',
-               "{{direction}} can be"), width=6),
+              (f'min by (instance, direction) '
+               f'(vllm:kvbm_device_copy_bytes_per_second{{{ENGINE}, chosen="yes"}})',
+               "{{instance}} {{direction}} can be"), width=6),
     ]),
     ("What fails?", [
-        panel("state-timeline", "Tiers in use", "After failures a tier is left alone for a while.", "none",
-              (gauge("tier_usable", how="min"), "{{tier}}"),
+        panel("state-timeline", "Tiers in use", "By server. After failures a tier is left alone.", "none",
+              (gauge("tier_usable", "instance, engine, tier", how="min"), "{{instance}} {{engine}} {{tier}}"),
               defaults={"max": 1, **steps((None, "red"), (1, "green")), "mappings": [
                   {"type": "value", "options": {"0": {"text": "left alone", "index": 0},
                                                 "1": {"text": "in use", "index": 1}}}]}),
@@ -171,6 +178,22 @@ ROWS: Final[Sequence[tuple[str, Sequence[Json]]]] = [
               (total("device_staging_full_blocks", labels=ENGINE), "blocks"), height=4, defaults=BAD),
     ]),
 ]  # fmt: skip
+
+
+def alerts() -> Json:
+    """Mark on every panel when one of our alerts fired."""
+    return {
+        "name": "Alerts", "datasource": SOURCE, "enable": True, "hide": False, "iconColor": "red",
+        "expr": 'ALERTS{alertname=~"Kvbm.*", alertstate="firing", job=~"$job", instance=~"$instance"}',
+    }  # fmt: skip
+
+
+def link(title: str, page: str) -> Json:
+    """Lead to a page of the documentation."""
+    return {
+        "type": "link", "title": title, "url": f"{DOCUMENTATION}/{page}", "icon": "doc", "tooltip": "",
+        "tags": [], "asDropdown": False, "targetBlank": True, "includeVars": False, "keepTime": False,
+    }  # fmt: skip
 
 
 def variable(name: str, label: str, query: str) -> Json:
@@ -210,11 +233,20 @@ def dashboard() -> Json:
     }  # fmt: skip
     variables = [
         source,
-        variable("instance", "Server", values % ("", "instance")),
-        variable("engine", "Engine", values % ('instance=~"$instance"', "engine")),
+        variable("job", "Job", values % ("", "job")),
+        variable("instance", "Server", values % ('job=~"$job"', "instance")),
+        variable("model_name", "Model", values % ('job=~"$job", instance=~"$instance"', "model_name")),
+        variable(
+            "engine", "Engine",
+            values % ('job=~"$job", instance=~"$instance", model_name=~"$model_name"', "engine"),
+        ),
         variable("tier", "Tier", values % (ENGINE, "tier")),
-    ]
+    ]  # fmt: skip
     return {
+        "annotations": {"list": [alerts()]},
+        "links": [
+            link("What each alert asks for", "how-to/runbook.md"), link("Metrics", "reference/metrics.md")
+        ],
         "uid": "kvbm", "title": "KV cache tiers", "tags": ["kvbm", "vllm"], "schemaVersion": 39,
         "description": "Is prefill being saved, which tier serves, how full, how fast, what fails.",
         "timezone": "browser", "editable": True, "graphTooltip": 1, "refresh": "5s",

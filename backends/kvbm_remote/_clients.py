@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvbm_core.errors import TierOpenError
+from kvbm_core.extras import extra_command
 from kvbm_core.log_limit import Log, TierLog
 from kvbm_remote._async_stores import AsyncStore, ObjectStore
 from kvbm_remote._config import RemoteConfig, shown_url
 from kvbm_remote._faults import classify
-from kvbm_remote._install import extra_command
 from kvbm_remote._local_store import LocalStore
 from kvbm_remote._redirects import aiohttp_tracing, aws_session, obstore_guard, uses_proxy
 from kvbm_remote._stores import Store, ThreadStore

@@ -6,33 +6,25 @@ stored in which minute is all that is kept in memory.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import dataclasses
-import json
 import math
 import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-from kvbm_core.config import parse_size, size_text
-from kvbm_core.errors import KvbmError
 from kvbm_remote._clients import make_store
-from kvbm_remote._config import RemoteConfig, shown_url
+from kvbm_remote._config import RemoteConfig
 from kvbm_remote._facts import namespace_of
 from kvbm_remote._faults import classify
 from kvbm_remote._kinds import MISSING
 from kvbm_remote._stores import LITTER_S, TOP, Entry, Store, is_temporary
 
-__all__ = ["Summary", "collect", "main"]
+__all__ = ["Summary", "collect"]
 
 _BLOCK: Final = re.compile(rf"{TOP}/[0-9a-f]{{32}}/r\d+of\d+/([0-9a-f]{{2}})/\1[0-9a-f]{{62}}")
-_AGE: Final = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
-_UNITS_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _MINUTE_S: Final = 60
 _DELETE_AT_ONCE: Final = 32
 _TELL_EVERY_S: Final = 5.0
@@ -175,61 +167,3 @@ async def collect(
     finally:
         await store.close()
     return collection.summary
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run the command line; 0 if all went well, 1 if deletions failed, 2 if nothing could be done."""
-    options = _parser().parse_args(arguments)
-    if options.max_age is None and options.max_bytes is None:
-        raise SystemExit("nothing to do: write --max-age, --max-bytes, or both")
-    try:
-        config = RemoteConfig(
-            url=options.url, storage_options=_storage_options(options.option), timeout_s=60.0
-        )
-        max_age_s = math.inf if options.max_age is None else _seconds(options.max_age)
-        max_bytes = math.inf if options.max_bytes is None else parse_size(options.max_bytes, "--max-bytes")
-        summary = asyncio.run(collect(config, max_age_s, max_bytes, dry_run=options.dry_run))
-    except KvbmError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except Exception as error:  # noqa: BLE001 - the program's top: a client's error may quote a password
-        fault = classify(error)
-        print(f"{shown_url(options.url)}: {fault}", file=sys.stderr)
-        return 2
-    print(json.dumps(dataclasses.asdict(summary)) if options.json else _text(summary))
-    return 1 if summary.failed else 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m kvbm_remote")
-    commands = parser.add_subparsers(required=True, metavar="gc")
-    command = commands.add_parser("gc", help="delete old blocks", description=__doc__)
-    command.add_argument("url", metavar="URL", help="as in the configuration")
-    command.add_argument("--max-age", help="delete what was stored longer ago: 90m, 12h, 7d, 4w")
-    command.add_argument("--max-bytes", help="delete the oldest until so much is left: 500GiB")
-    command.add_argument("--option", action="append", default=[], help="NAME=VALUE of storage_options")
-    command.add_argument("--dry-run", action="store_true", help="delete nothing, say what would be")
-    command.add_argument("--json", action="store_true", help="print the summary as JSON")
-    return parser
-
-
-def _storage_options(pairs: Sequence[str]) -> dict[str, Any]:
-    if any("=" not in pair for pair in pairs):
-        raise SystemExit("--option: write NAME=VALUE, like endpoint_url=http://host:9000")
-    return {name: value for name, _, value in (pair.partition("=") for pair in pairs)}
-
-
-def _seconds(text: str) -> float:
-    match = _AGE.fullmatch(text)
-    if match is None:
-        raise SystemExit(f"--max-age: {text!r} is not an age; write a number and s, m, h, d or w, like 7d")
-    return float(match[1]) * _UNITS_S[match[2]]
-
-
-def _text(summary: Summary) -> str:
-    would = "would be deleted" if summary.dry_run else "deleted"
-    return (
-        f"{summary.found_blocks} blocks found, {size_text(summary.found_bytes)}; "
-        f"{summary.deleted_blocks} {would}, {size_text(summary.deleted_bytes)}; "
-        f"{summary.deleted_litter} unfinished files {would}; {summary.failed} deletions failed"
-    )

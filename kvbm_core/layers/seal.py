@@ -1,4 +1,8 @@
-"""The seal that follows a block's bytes: written on store, proved on load."""
+"""The seal that follows a block's bytes: written on store, proved on load.
+
+It finds damage, and needs no cryptographic digest for that: who could forge one writes the block as well.
+Against strangers a codec signs, see `kvbm_crypt`.
+"""
 
 from __future__ import annotations
 

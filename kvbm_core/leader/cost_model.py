@@ -22,13 +22,17 @@ _MEMORY: Final = 0.7
 _MIN_TOKENS: Final = 512
 """Steps with fewer say more of the engine's fixed cost than of computing."""
 _MIN_BLOCKS: Final = 8
-"""Likewise of loads."""
+"""Likewise of loads. Fewer that took longer than computing `_MIN_TOKENS` were slow beyond doubt."""
+_SOME_TOKENS: Final = 32
+"""Steps with fewer say nothing at all."""
 _TRIAL_BLOCKS: Final = 16
 """Loaded of a prefix, at most, from a tier that nothing is known of, once it is known how fast the engine
 computes."""
 _TRIAL_FRACTION: Final = 0.05
 """Of a prompt's computing time: what a new try of a tier that was found slow may cost, at most."""
 _TRIAL_EVERY_S: Final = 30.0
+_TRIAL_SHARE: Final = 0.01
+"""Of the time since a slow tier was last tried or measured: what a try of one block may cost."""
 
 
 @dataclass(slots=True)
@@ -41,9 +45,13 @@ class _Speed:
     """When the last one ended. What waited for it before it began itself was not slow."""
 
     def note(self, units: float, seconds: float, now_s: float) -> None:
-        self.took_s = _MEMORY * self.took_s + now_s - max(now_s - seconds, self.ended_s)
+        self.took_s = _MEMORY * self.took_s + self.own_seconds(seconds, now_s)
         self.units = _MEMORY * self.units + units
         self.ended_s = now_s
+
+    def own_seconds(self, seconds: float, now_s: float) -> float:
+        """Give the time of what ends now that was not spent waiting for the one before."""
+        return now_s - max(now_s - seconds, self.ended_s)
 
     @property
     def seconds(self) -> float | None:
@@ -64,6 +72,8 @@ class CostModel:
         self._block_tokens = block_tokens
         self._trusted = trusted
         self._computing = _Speed()
+        self._short_steps = _Speed()
+        """They take longer a token than long ones, so what is slower than these is slow."""
         self._loading = [_Speed() for _ in range(tiers)]
         self._tried_s = [-_TRIAL_EVERY_S] * tiers
 
@@ -80,15 +90,31 @@ class CostModel:
         """
         if tokens >= _MIN_TOKENS:
             self._computing.note(tokens, seconds, now_s)
-        self._computing.ended_s = now_s
+        elif tokens >= _SOME_TOKENS:
+            self._short_steps.note(tokens, seconds, now_s)
+        self._computing.ended_s = self._short_steps.ended_s = now_s
 
-    def loaded(self, tier: int, blocks: float, seconds: float, now_s: float) -> None:
+    def loaded(
+        self, tier: int, blocks: float, seconds: float, now_s: float, *, in_part: bool = False
+    ) -> None:
         """Take in that blocks have been loaded, this time after the plan's arrival.
 
-        Blocks of several KV groups are counted in blocks of the largest.
+        The time is all that passed until the last was where the engine reads it: the medium, codecs, seals.
+        Blocks of several KV groups are counted in blocks of the largest. A load `in_part`, of which some
+        blocks failed, or of a few blocks can show that a tier is slow; that one is fast, only a try of a slow
+        one.
         """
-        if blocks >= _MIN_BLOCKS:
-            self._loading[tier].note(blocks, seconds, now_s)
+        speed, computing = self._loading[tier], self._block_seconds()
+        if blocks >= _MIN_BLOCKS and not in_part:
+            speed.note(blocks, seconds, now_s)
+        elif computing is not None:
+            own_s, most = speed.own_seconds(seconds, now_s), max(blocks, _MIN_TOKENS / self._block_tokens)
+            if self.is_slow(tier) and not in_part:
+                # A try: it says what the next may cost, and if the tier is still slow.
+                self._loading[tier] = _Speed()
+                self._loading[tier].note(blocks, own_s, now_s)
+            elif own_s >= most * computing:
+                speed.note(most, seconds, now_s)
 
     def is_slow(self, tier: int) -> bool:
         """Say whether a block from this tier takes longer than computing it."""
@@ -136,7 +162,7 @@ class CostModel:
         Returns:
             Its position among the options; -1 if computing is expected to be faster than each.
         """
-        computing = self._computing.seconds
+        computing = self._token_seconds()
         if computing is None or not self._block_tokens or not options:
             return 0 if options else -1
         budget_s = _TRIAL_FRACTION * computing * options[0][0]
@@ -155,8 +181,12 @@ class CostModel:
         for tier in filter(self.is_slow, dict.fromkeys(tiers)):
             self._tried_s[tier] = now_s
 
-    def _block_seconds(self) -> float | None:
+    def _token_seconds(self) -> float | None:
         seconds = self._computing.seconds
+        return self._short_steps.seconds if seconds is None else seconds
+
+    def _block_seconds(self) -> float | None:
+        seconds = self._token_seconds()
         return None if seconds is None or not self._block_tokens else seconds * self._block_tokens
 
     def _cost(self, tier: int, budget_s: float, now_s: float) -> tuple[float, float]:
@@ -167,6 +197,12 @@ class CostModel:
         """
         seconds = self._loading[tier].seconds
         if seconds is None:
-            return 0.0, math.inf if tier == self._trusted else _TRIAL_BLOCKS
-        is_due = self.is_slow(tier) and not self.should_skip(tier, now_s)
-        return (0.0, budget_s / seconds) if is_due else (seconds, math.inf)
+            is_first = tier == self._trusted or self._computing.seconds is None
+            return 0.0, math.inf if is_first else _TRIAL_BLOCKS
+        if not self.is_slow(tier) or self.should_skip(tier, now_s):
+            return seconds, math.inf
+        most_blocks = budget_s / seconds
+        since_s = now_s - max(self._tried_s[tier], self._loading[tier].ended_s)
+        if most_blocks < 1 and seconds <= _TRIAL_SHARE * since_s:
+            most_blocks = 1.0
+        return 0.0, most_blocks

@@ -14,16 +14,23 @@ class TierCounts:
     """What has happened in one tier since the start, in blocks if nothing else is said."""
 
     stored: int = 0
+    """Blocks that were written here on every rank."""
     stored_bytes: int = 0
     """Of the blocks, over all ranks, as the engine has them; likewise `loaded_bytes`."""
     loaded: int = 0
+    """Blocks that were read from here into the engine's memory."""
     loaded_bytes: int = 0
+    """As `stored_bytes`."""
     evicted: int = 0
+    """Blocks that went to make room."""
     declined: int = 0
     """Found here, and computed all the same, because that was expected to be faster."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Not even tried, by why: ``backlog`` (too many were waiting to be stored here), ``unusable`` (the
-    tier is left alone after failures), ``gone`` (it left the host pool before its turn came)."""
+    tier is left alone after failures), ``gone`` (it left the host pool before its turn came), ``late``
+    (evicted from the tier above before it was copied here)."""
+    filled_bytes: Counter[tuple[int, str]] = field(default_factory=Counter)
+    """Of `stored_bytes` those that came from another tier: by its position, and why (see `FillReason`)."""
     failed: Counter[tuple[str, str]] = field(default_factory=Counter)
     """By operation (``store``, ``load``, ``lookup``) and reason."""
 

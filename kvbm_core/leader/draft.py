@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from kvbm_core.block import BlockKey
 from kvbm_core.leader.in_flight import InFlight
 from kvbm_core.leader.tier_state import Tiers
-from kvbm_core.plan import Fill, Load, Lookup, Plan, Probe, Store, WriteOrder
+from kvbm_core.plan import Fill, FillReason, Load, Lookup, Plan, Probe, Store, WriteOrder
 
 __all__ = ["Draft"]
+
+_TOGETHER: Final = 64
+"""Blocks of small stores that are one operation: it ends with the last, so a prompt waits for no other."""
 
 
 class Draft:
@@ -24,6 +28,8 @@ class Draft:
         self._tiers = tiers
         self._in_flight = in_flight
         self._stores: list[Store] = []
+        self._small: dict[tuple[tuple[int, ...], int], Store] = {}
+        """The latest small store by its tiers and its group: requests that decode store a block each."""
         self._loads: list[Load] = []
         self._lookups: list[Lookup] = []
         self._fills: list[Fill] = []
@@ -33,19 +39,42 @@ class Draft:
         return f"<Draft {counts}, {len(self._fills)} fills>"
 
     def stores(
-        self, targets: Mapping[BlockKey, tuple[int, ...]], blocks: Mapping[BlockKey, int], group: int
+        self,
+        targets: Mapping[int, list[BlockKey]],
+        keys: Sequence[BlockKey],
+        blocks: Sequence[int],
+        group: int,
     ) -> None:
-        """Add blocks to be written from the device, one store for each set of tiers."""
-        together: dict[tuple[int, ...], list[BlockKey]] = {}
-        for key, tiers in targets.items():
-            if tiers:
-                together.setdefault(tiers, []).append(key)
-        for tiers, keys in together.items():
-            store = Store(self._in_flight.number(), keys, [blocks[key] for key in keys], list(tiers), group)
-            self._stores.append(store)
+        """Add blocks to be written from the device, one store for each set of tiers; small ones together.
+
+        Args:
+            targets: By position in the stack what each tier gets, in the order of `keys`.
+            keys: That the engine offers.
+            blocks: The device blocks, one a key.
+            group: Number of the KV group.
+        """
+        first, *others = targets.values()
+        # As a rule they are equal, and lists of the same objects are quickly compared.
+        is_one = all(each == first for each in others)
+        together = {tuple(targets): first} if is_one else _by_tiers(targets)
+        block_of = dict(zip(keys, blocks, strict=True))
+        for tiers, stored in together.items():
+            here = list(blocks) if len(stored) == len(keys) else [block_of[key] for key in stored]
             for tier in tiers:
-                self._tiers[tier].storing += len(keys)
+                self._tiers[tier].storing += len(stored)
+            small = self._small.get((tiers, group))
+            if small is not None and len(small.keys) + len(stored) <= _TOGETHER:
+                small.keys.extend(stored)
+                small.blocks.extend(here)
+                continue
+            store = Store(self._in_flight.number(), stored, here, list(tiers), group)
+            self._stores.append(store)
+            self._small[tiers, group] = store
             self._in_flight.expect(store)
+
+    def seal(self) -> None:
+        """Have what is added from here on be operations of their own: a reset dooms those of before."""
+        self._small.clear()
 
     def load(self, load: Load, *, pinned: bool) -> None:
         """Add a load; `pinned` says whether its blocks are kept from being evicted."""
@@ -57,15 +86,19 @@ class Draft:
         self._lookups.append(lookup)
         self._in_flight.expect(lookup)
 
-    def fill(self, source: int, target: int, keys: Sequence[BlockKey], group: int) -> None:
+    def fill(
+        self, source: int, target: int, keys: Sequence[BlockKey], group: int, reason: FillReason
+    ) -> None:
         """Add blocks to be copied from one tier to another: pinned in the source, reserved in the target."""
-        fill = Fill(self._in_flight.number(), source, target, list(keys), self._tiers.host_pool, group)
+        number, host_pool = self._in_flight.number(), self._tiers.host_pool
+        fill = Fill(number, source, target, list(keys), host_pool, group, reason)
         self._fills.append(fill)
         self._tiers[target].storing += len(keys)
         self._in_flight.expect(fill)
 
     def take(self, order: WriteOrder, probes: list[Probe]) -> Plan:
         """Take everything, with what the engine writes and the tiers that are to be tried."""
+        self._small.clear()
         stores, self._stores = self._stores, []
         loads, self._loads = self._loads, []
         lookups, self._lookups = self._lookups, []
@@ -74,3 +107,15 @@ class Draft:
             self._tiers.take_drops(), stores, loads, lookups,
             order.overwrites, order.unordered, order.blocks_final, probes, fills,
         )  # fmt: skip
+
+
+def _by_tiers(targets: Mapping[int, list[BlockKey]]) -> dict[tuple[int, ...], list[BlockKey]]:
+    """Turn what each tier gets into the tiers that each key goes to, those together that go to the same."""
+    tiers_of: dict[BlockKey, tuple[int, ...]] = {}
+    for position, keys in targets.items():
+        for key in keys:
+            tiers_of[key] = (*tiers_of.get(key, ()), position)
+    together: dict[tuple[int, ...], list[BlockKey]] = {}
+    for key, tiers in tiers_of.items():
+        together.setdefault(tiers, []).append(key)
+    return together

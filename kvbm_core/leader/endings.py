@@ -13,10 +13,11 @@ from kvbm_core.block import BlockKey
 from kvbm_core.leader.breaker import Breaker
 from kvbm_core.leader.cost_model import CostModel
 from kvbm_core.leader.in_flight import InFlight, LegEnded, Pending
+from kvbm_core.leader.movements import Movements
 from kvbm_core.leader.shortage import Shortages
 from kvbm_core.leader.tier_state import Tiers, TierState
 from kvbm_core.log_limit import LogLimit, clock_words
-from kvbm_core.plan import Fill, Load, Lookup, Probe, Store
+from kvbm_core.plan import Fill, FillReason, Load, Lookup, Probe, Store
 from kvbm_core.tier import Op, Reason
 
 __all__ = ["Endings"]
@@ -32,15 +33,22 @@ class Endings:
         in_flight: The leader's operations under way.
         cost_model: Learns how long loads took.
         shortages: Learns which media are full.
+        movements: Learns which blocks have arrived in a tier.
     """
 
     def __init__(
-        self, tiers: Tiers, in_flight: InFlight, cost_model: CostModel, shortages: Shortages
+        self,
+        tiers: Tiers,
+        in_flight: InFlight,
+        cost_model: CostModel,
+        shortages: Shortages,
+        movements: Movements,
     ) -> None:
         self._tiers = tiers
         self._in_flight = in_flight
         self._cost_model = cost_model
         self._shortages = shortages
+        self._movements = movements
         self._lines = LogLimit(logger)
         self.took: list[tuple[str, str, float]] = []
         """Operations that have ended: ``store``, ``load`` or ``lookup``, the tier's name, and the seconds
@@ -67,14 +75,12 @@ class Endings:
             kind = Op.LOAD
             tier.counts.loaded += len(op.keys) - len(failures)
             tier.counts.loaded_bytes += (len(op.keys) - len(failures)) * tier.block_bytes[op.group]
-            if not failures:
-                blocks = len(op.keys) * tier.weight(op.group)
-                self._cost_model.loaded(position, blocks, pending.took_s[position], now_s)
+            blocks, took_s = len(op.keys) * tier.weight(op.group), pending.took_s[position]
+            self._cost_model.loaded(position, blocks, took_s, now_s, in_part=bool(failures))
             self._end_load(pending, op)
         else:
             kind = Op.STORE
-            tier.counts.stored += len(op.keys) - len(failures)
-            tier.counts.stored_bytes += (len(op.keys) - len(failures)) * tier.block_bytes[op.group]
+            self._count_stored(tier, op, len(op.keys) - len(failures))
             self._end_store(pending, op, position)
         absent = Reason.MISSING if kind is Op.LOOKUP else None  # An answer, not a failure.
         tier.counts.failed.update((kind.value, why.value) for why in failures.values() if why is not absent)
@@ -88,7 +94,7 @@ class Endings:
             if kind is not Op.STORE or worst is not Reason.MISSING:
                 self._judge(position, kind, worst, pending.details.get(position, ""), now_s)
         if leg.is_last and isinstance(op, Fill):
-            self._tiers.unpin(op.source, op.keys)
+            self._tiers.unpin(op.source, op.keys, was_used=False)
 
     def _judge(self, position: int, kind: Op, worst: Reason, detail: str, now_s: float) -> None:
         """Have the breaker learn of an end, and say when the tier is left alone and when it works again."""
@@ -165,6 +171,15 @@ class Endings:
             if reason in (Reason.CORRUPT, Reason.MISSING):
                 self._tiers.drop(position, keys[at], corrupt=reason is Reason.CORRUPT)
 
+    def _count_stored(self, tier: TierState, op: Store | Load | Fill, blocks: int) -> None:
+        nbytes = blocks * tier.block_bytes[op.group]
+        tier.counts.stored += blocks
+        tier.counts.stored_bytes += nbytes
+        if isinstance(op, Fill):
+            tier.counts.filled_bytes[op.source, op.reason.value] += nbytes
+        elif isinstance(op, Load):
+            tier.counts.filled_bytes[op.tier, FillReason.PROMOTION.value] += nbytes
+
     def _end_store(self, pending: Pending, op: Store | Load | Fill, position: int) -> None:
         tier = self._tiers[position]
         if not isinstance(op, Load):
@@ -179,6 +194,8 @@ class Endings:
                 tier.index.stored(op.keys[at], charges[at] if charges else None)
                 if pending.doomed:
                     self._tiers.drop(position, op.keys[at])
+        if not pending.doomed:
+            self._movements.arrived(position, op.keys, failures)
 
 
 def _worst(failures: Mapping[int, Reason]) -> Reason:

@@ -21,11 +21,13 @@ from kvbm_core.leader.endings import Endings
 from kvbm_core.leader.group_matches import GroupMatch, GroupMatcher
 from kvbm_core.leader.in_flight import InFlight
 from kvbm_core.leader.matches import Match, Matcher, Prefix
+from kvbm_core.leader.movements import Movements
 from kvbm_core.leader.questions import Questions
 from kvbm_core.leader.shortage import Shortages
 from kvbm_core.leader.tier_state import MakePolicy, Tiers, make_lru
 from kvbm_core.leader.write_back import WriteBack
-from kvbm_core.plan import Load, Plan, Report, TierStatus, WriteOrder
+from kvbm_core.movement import Movement
+from kvbm_core.plan import FillReason, Load, Plan, Report, TierStatus, WriteOrder
 from kvbm_core.tier import Reason
 
 __all__ = ["Planner"]
@@ -42,6 +44,8 @@ class Planner:
         block_tokens: Tokens a block, where only what loads faster than the engine computes shall be loaded;
             the engine tells `cost_model` how fast it computes. 0: what a tier has is loaded.
         ops: Numbers for operations, where planners follow each other: no late report may fit another one.
+        movements: For each tier how blocks come there from the tiers above, and go back. Empty: every block
+            is written through to every tier.
 
     Raises:
         ConfigError: If the ranks have different stacks; names rank and difference.
@@ -56,6 +60,7 @@ class Planner:
         policy: MakePolicy = make_lru,
         block_tokens: int = 0,
         ops: Iterator[int] | None = None,
+        movements: Sequence[Movement] = (),
     ) -> None:
         self._world_size = len(ranks)
         self._tiers = Tiers(ranks, policy, groups)
@@ -64,8 +69,13 @@ class Planner:
         self._write_back = WriteBack(self._tiers, max_store_blocks)
         self.cost_model = CostModel(len(self._tiers), block_tokens, self._tiers.host_pool)
         self._shortages = Shortages(self._tiers, len(ranks))
-        self._endings = Endings(self._tiers, self._in_flight, self.cost_model, self._shortages)
         self._draft = Draft(self._tiers, self._in_flight)
+        self._movements = Movements(
+            self._tiers, self._draft, self.cost_model, movements, self._write_back.max_storing, groups
+        )
+        self._endings = Endings(
+            self._tiers, self._in_flight, self.cost_model, self._shortages, self._movements
+        )
         self._questions = Questions(self._tiers, self._in_flight, self._draft, self.cost_model)
         self._group_matcher = GroupMatcher(self._tiers, groups, self._in_flight, self._questions)
         self.loading_blocks = 0
@@ -102,7 +112,8 @@ class Planner:
     def busy(self, now_s: float) -> bool:
         """Return True if something is under way, or would be if `take` were called."""
         unsaid = self._tiers.has_drops or self._endings.probes
-        return bool(self._in_flight or unsaid or self._write_back.is_due(now_s))
+        is_due = self._write_back.is_due(now_s) or self._movements.is_due(now_s)
+        return bool(self._in_flight or unsaid or is_due)
 
     def match(self, keys: Sequence[BlockKey], now_s: float) -> list[int]:
         """Find the longest prefix that can be loaded.
@@ -218,6 +229,7 @@ class Planner:
         for position in set(tiers):
             there = [key for key, tier in zip(keys, tiers, strict=True) if tier == position]
             gone.update(self._tiers[position].index.pin(there))
+            self._movements.loaded(position, there)
         assert not (gone and in_step), "a load in step cannot fail"
         pinned = [key not in gone for key in keys] if gone else [True] * len(keys)
         fills = self._plan_fills(keys, tiers, gone, prefix, group)
@@ -237,7 +249,7 @@ class Planner:
         now_s: float,
         group: int = 0,
     ) -> None:
-        """Plan to write blocks through to every tier that has them not.
+        """Plan to write blocks to every tier that has them not; by demotion a tier gets them later.
 
         Args:
             keys: Of consecutive blocks that are complete in device memory.
@@ -247,23 +259,30 @@ class Planner:
             now_s: The time, as in `match`.
             group: Number of the KV group.
         """
-        targets: dict[BlockKey, tuple[int, ...]] = dict.fromkeys(keys, ())
+        targets: dict[int, list[BlockKey]] = {}
+        rest: Sequence[BlockKey] = keys
         for position, tier in enumerate(self._tiers):
-            # The head of a prefix is the most recently used, and so evicted last.
-            tier.index.touch(reversed(keys))
+            absent = tier.index.absent(keys)
+            if len(absent) < len(keys):
+                # The head of a prefix is the most recently used, and so evicted last.
+                tier.index.touch(reversed(keys))
             if tier.capabilities.read_only:
                 continue
-            wanted = keys
+            offered = wanted = self._movements.offered(position, absent, rest)
             if not tier.is_host_pool or not tier.breaker.closed(now_s):
-                wanted = self._write_back.admit(tier, tier.index.absent(keys), prefix, now_s, group)
+                wanted = self._write_back.admit(tier, offered, prefix, now_s, group)
             # Some of `keys` may be there already: the others must not push these out.
-            for key in self._tiers.reserve(position, wanted, prefix, group):
-                targets[key] += (position,)
-        self._draft.stores(targets, dict(zip(keys, blocks, strict=True)), group)
+            filling = self._tiers.reserve(position, wanted, prefix, group, are_absent=True)
+            if filling:
+                targets[position] = filling
+            self._movements.computed(position, filling)
+            rest = self._movements.not_taken(position, offered, filling)
+        if targets:
+            self._draft.stores(targets, keys, blocks, group)
 
     def fill(
         self, source: int, target: int, keys: Sequence[BlockKey], now_s: float,
-        prefix: Container[BlockKey] = (), group: int = 0,
+        prefix: Container[BlockKey] = (), group: int = 0, reason: FillReason = FillReason.PREFETCH,
     ) -> list[BlockKey]:  # fmt: skip
         """Plan to copy blocks from one tier to another: to demote, promote or prefetch them.
 
@@ -274,6 +293,7 @@ class Planner:
             now_s: The time, as in `match`.
             prefix: The keys of the same prefix, as in `store`.
             group: Number of the KV group.
+            reason: For counters.
 
         Returns:
             Those that are planned: READY in the source, absent in the target, and it has room.
@@ -285,17 +305,18 @@ class Planner:
         filling = self._tiers.reserve(target, there, prefix, group)
         above.index.pin(filling)
         if filling:
-            self._draft.fill(source, target, filling, group)
+            self._draft.fill(source, target, filling, group, reason)
         return filling
 
     def take(self, now_s: float, order: WriteOrder | None = None) -> Plan:
         """Take everything planned since the last call, with what the engine writes."""
         self._shortages.grow(now_s)
+        self._movements.plan(now_s)
         if self.host_pool >= 0:
             for position in range(len(self._tiers)):
                 for group, keys in self._write_back.due(position, now_s).items():
                     if keys:
-                        self._draft.fill(self.host_pool, position, keys, group)
+                        self._draft.fill(self.host_pool, position, keys, group, FillReason.WRITE_BACK)
         probes, self._endings.probes = self._endings.probes, []
         return self._draft.take(order or WriteOrder(), probes)
 
@@ -319,6 +340,8 @@ class Planner:
     def reset(self) -> None:
         """Forget every block in every tier, those on their way too. In a shared tier they stay."""
         self._in_flight.doom()
+        self._draft.seal()
+        self._movements.forget()
         self._tiers.drop_all()
 
     def _plan_fills(
@@ -328,14 +351,15 @@ class Planner:
         """Choose which blocks the host pool keeps as they pass through its memory."""
         host_pool = self.host_pool
         lower = [
-            key
+            (key, tier)
             for key, tier in zip(keys, tiers, strict=True)
             if tier > host_pool >= 0 and not self._tiers[tier].capabilities.device_direct and key not in gone
         ]
         if not lower:
             return [-1] * len(keys)
+        wanted = self._movements.kept_above([key for key, _ in lower], [tier for _, tier in lower])
         # Their ancestors in the group need no mention: `load` has pinned them.
-        kept = set(self._tiers.reserve(host_pool, lower, prefix, group))
+        kept = set(self._tiers.reserve(host_pool, wanted, prefix, group))
         return [host_pool if key in kept else -1 for key in keys]
 
     def _blocks_by_tier(self, parts: Iterable[Part]) -> dict[int, float]:

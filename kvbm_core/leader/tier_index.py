@@ -81,6 +81,8 @@ class TierIndex:
         """The READY objects, for loops that ask thousands of times."""
         self._departures = departures or LatestKeys()
         self._arrivals = arrivals
+        self.eviction_rounds = 1
+        """How often the policy is asked for one reservation: a round stops at 64 objects that must stay."""
         self._order = order
         self._pins: dict[BlockKey, int] = {}
         self._filling: dict[BlockKey, int] = {}
@@ -102,6 +104,11 @@ class TierIndex:
     def used_bytes(self) -> int:
         """Bytes that all objects take, those on their way in and out among them."""
         return self._order.nbytes + self._other_bytes
+
+    @property
+    def ready_count(self) -> int:
+        """Objects that are READY."""
+        return len(self._order)
 
     def __len__(self) -> int:
         return len(self._order) + len(self._filling) + len(self._leaving)
@@ -131,7 +138,10 @@ class TierIndex:
         """Give the keys that are ABSENT, each once."""
         # `state`, written out: a lookup asks thousands of times.
         order, filling, leaving = self._order, self._filling, self._leaving
-        return [key for key in dict.fromkeys(keys) if not (key in order or key in filling or key in leaving)]
+        keys = dict.fromkeys(keys)
+        if order.keys().isdisjoint(keys) and not (filling or leaving):
+            return list(keys)
+        return [key for key in keys if not (key in order or key in filling or key in leaving)]
 
     def touch(self, keys: Iterable[BlockKey]) -> None:
         """Note that objects were used, those that are READY."""
@@ -150,8 +160,19 @@ class TierIndex:
                 gone.append(key)
         return gone
 
-    def unpin(self, keys: Iterable[BlockKey]) -> list[BlockKey]:
-        """Take one pin of each object back; return those that were LEAVING and are gone with it."""
+    def next_victims(self, count: int) -> Sequence[BlockKey]:
+        """Guess so many READY objects at most that are evicted next, those with a pin among them."""
+        return self._order.next_victims(count)
+
+    def is_pinned(self, key: BlockKey) -> bool:
+        """Return True if an object may not be evicted now."""
+        return key in self._pins
+
+    def unpin(self, keys: Iterable[BlockKey], *, was_used: bool = True) -> list[BlockKey]:
+        """Take one pin of each object back; return those that were LEAVING and are gone with it.
+
+        `was_used`: they count as used now, as after a load.
+        """
         pins, leaving, touch = self._pins, self._leaving, self._order.touch
         gone: list[BlockKey] = []
         for key in keys:
@@ -163,13 +184,18 @@ class TierIndex:
                 self._move(key, BlockEvent.RELEASED)
                 self._other_bytes -= leaving.pop(key)
                 gone.append(key)
-            else:
+            elif was_used:
                 touch(key)
             del pins[key]
         return gone
 
     def reserve(
-        self, keys: Sequence[BlockKey], charge: int, protected: Container[BlockKey] = ()
+        self,
+        keys: Sequence[BlockKey],
+        charge: int,
+        protected: Container[BlockKey] = (),
+        *,
+        are_absent: bool = False,
     ) -> tuple[list[BlockKey], list[BlockKey]]:
         """Set room aside for objects about to be stored, evicting where needed.
 
@@ -178,21 +204,24 @@ class TierIndex:
             charge: The bytes that each takes at most.
             protected: The objects of the same prefix, which are not evicted for `keys`: a prefix without
                 its head is worth nothing. Asked for each candidate, so it should answer at once.
+            are_absent: All of them are ABSENT, each is named once.
 
         Returns:
             The keys that are FILLING now: a leading part of those that were ABSENT; and the keys
             evicted for them.
         """
-        wanted = self.absent(keys)
+        wanted = list(keys) if are_absent else self.absent(keys)
         evicted: list[BlockKey] = []
         if self.capacity_bytes is not None and charge:
             order, room_bytes = self._order, self.capacity_bytes - self._other_bytes
             if order.nbytes + len(wanted) * charge > room_bytes:
                 wanted = order.admitted(wanted, (room_bytes - order.nbytes) // charge, charge)
-            if (excess_bytes := order.nbytes + len(wanted) * charge - room_bytes) > 0:
-                evicted = order.evict(excess_bytes, protected, self._pins)
-                self._departures.note(evicted)
-                del wanted[max(0, room_bytes - order.nbytes) // charge :]
+            for _ in range(self.eviction_rounds):
+                if (excess_bytes := order.nbytes + len(wanted) * charge - room_bytes) <= 0:
+                    break
+                evicted += order.evict(excess_bytes, protected, self._pins)
+            self._departures.note(evicted)
+            del wanted[max(0, room_bytes - order.nbytes) // charge :]
         self._filling.update(dict.fromkeys(wanted, charge))
         self._other_bytes += len(wanted) * charge
         return wanted, evicted

@@ -62,6 +62,8 @@ class TierState:
     """True while the ranks try it, see `Probe`."""
     storing: int = 0
     """Objects on their way in."""
+    on_evicted: Callable[[list[BlockKey]], None] | None = None
+    """Is told which objects have made room for others."""
     write_back: OrderedDict[BlockKey, tuple[Container[BlockKey], int]] = field(default_factory=OrderedDict)
     """Blocks in the host pool that this tier gets when fewer are on their way, each with its prefix and its
     KV group."""
@@ -144,14 +146,24 @@ class Tiers:
         return list(drops.items())
 
     def reserve(
-        self, position: int, keys: Sequence[BlockKey], prefix: Container[BlockKey], group: int = 0
+        self,
+        position: int,
+        keys: Sequence[BlockKey],
+        prefix: Container[BlockKey],
+        group: int = 0,
+        *,
+        are_absent: bool = False,
     ) -> list[BlockKey]:
         """Set room aside in a tier, see `TierIndex.reserve`, and have it forget the objects evicted."""
         tier = self._states[position]
-        filling, evicted = tier.index.reserve(keys, tier.charges[group], prefix)
+        filling, evicted = tier.index.reserve(
+            keys, tier.charges[group], prefix, are_absent=are_absent
+        )
         if not tier.capabilities.shared:  # Else they are forgotten here and stay there.
             self.discard(position, evicted)
             tier.counts.evicted += len(evicted)
+        if evicted and tier.on_evicted is not None:
+            tier.on_evicted(evicted)
         return filling
 
     def make_room_for_probe(self, position: int) -> None:
@@ -162,9 +174,9 @@ class Tiers:
         for key in self.reserve(position, [PROBE_KEY], (), charges.index(max(charges))):
             index.not_stored(key)
 
-    def unpin(self, position: int, keys: Iterable[BlockKey]) -> None:
-        """Take one pin of each block back; a doomed block goes with its last."""
-        self.discard(position, self._states[position].index.unpin(keys))
+    def unpin(self, position: int, keys: Iterable[BlockKey], *, was_used: bool = True) -> None:
+        """Take one pin of each block back, see `TierIndex.unpin`; a doomed block goes with its last."""
+        self.discard(position, self._states[position].index.unpin(keys, was_used=was_used))
 
     def drop(self, position: int, key: BlockKey, *, corrupt: bool = False) -> None:
         """Forget a READY block, as soon as nobody reads it."""

@@ -27,11 +27,11 @@ class WriteBack:
 
     def __init__(self, tiers: Tiers, max_store_blocks: int) -> None:
         self._tiers = tiers
-        self._max_waiting = self._max_storing = max_store_blocks
+        self._max_waiting = self.max_storing = max_store_blocks
         pool = tiers[tiers.host_pool] if tiers.host_pool >= 0 else None
         if pool is not None and pool.capacity_bytes is not None:
             objects = pool.capacity_bytes // max(pool.charges)
-            self._max_storing = min(max_store_blocks, max(_SMALL_SHARE, objects // _SHARES))
+            self.max_storing = min(max_store_blocks, max(_SMALL_SHARE, objects // _SHARES))
 
     def __repr__(self) -> str:
         return f"<WriteBack {sum(len(tier.write_back) for tier in self._tiers)} blocks>"
@@ -49,7 +49,7 @@ class WriteBack:
         are too many at once. Without a host pool the surplus is dropped.
         """
         usable = tier.breaker.closed(now_s)
-        room = max(0, self._max_storing - tier.storing) if usable else 0
+        room = max(0, self.max_storing - tier.storing) if usable else 0
         if self._tiers.host_pool < 0 or tier.is_host_pool:
             tier.counts.dropped["backlog" if usable else "unusable"] += len(keys[room:])
             return keys[:room]
@@ -71,7 +71,7 @@ class WriteBack:
         if not tier.write_back or not tier.breaker.closed(now_s):
             return {}
         due: list[tuple[BlockKey, tuple[Container[BlockKey], int]]] = []
-        while tier.write_back and tier.storing + len(due) < self._max_storing:
+        while tier.write_back and tier.storing + len(due) < self.max_storing:
             key, whose = next(iter(tier.write_back.items()))
             state = host_pool.index.state(key)
             if state is BlockState.FILLING:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from kvbm_core.plan import Fill, Store
+from kvbm_core.plan import Fill, FillReason, Store
 from kvbm_core.tier import Reason
 from kvbm_core.worker.host_buffers import HostBuffers, Lease
 from kvbm_core.worker.jobs import Job, Jobs, Move
@@ -45,7 +45,10 @@ class Fills:
         if op.source == self._host_pool:
             self.forward_from_host_pool(job, range(len(op.keys)), [op.target])
         else:
-            self._queues[op.source].loads.extend(Move(job, at, op.source) for at in range(len(op.keys)))
+            queue = self._queues[op.source]
+            # Of a prefetch a request will wait for it; nobody does for the others.
+            waiting = queue.loads if op.reason is FillReason.PREFETCH else queue.copies
+            waiting.extend(Move(job, at, op.source) for at in range(len(op.keys)))
 
     def landed(self, job: Job, moves: Sequence[Move]) -> None:
         """Take in blocks that the source has brought into host memory."""

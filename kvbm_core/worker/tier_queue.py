@@ -11,7 +11,7 @@ from typing import Final
 from kvbm_core.block import BlockKey
 from kvbm_core.errors import QueueFullError, TierError
 from kvbm_core.layers import DeadlineTier
-from kvbm_core.plan import Load
+from kvbm_core.plan import Fill, Load
 from kvbm_core.tier import Completion, Op, Outcome, Reason, Transfer
 from kvbm_core.worker.host_buffers import HostBuffers
 from kvbm_core.worker.jobs import Jobs, Move
@@ -63,6 +63,8 @@ class TierQueue:
         """Not yet submitted: the tier's queue is full, or no region is free."""
         self.stores: deque[Move] = deque()
         """Likewise. They wait for the loads, and leave half of the tier's queue to them."""
+        self.copies: deque[Move] = deque()
+        """Of fills, blocks that are read here and that no request waits for. They wait for the stores, too."""
         self.open: dict[int, Move] = {}
         self.late: dict[int, Move] = {}
         """Given up, but the region is still the tier's."""
@@ -70,7 +72,8 @@ class TierQueue:
         """Keys of late moves, to be forgotten when the tier has let go: dropped, or stored too late."""
 
     def __repr__(self) -> str:
-        return f"{len(self.open)} open {len(self.loads) + len(self.stores)} queued"
+        queued = len(self.loads) + len(self.stores) + len(self.copies)
+        return f"{len(self.open)} open {queued} queued"
 
     @property
     def failing_since_s(self) -> float | None:
@@ -88,8 +91,10 @@ class TierQueue:
         room = self._depth - len(self.open) - len(self.late)
         room -= self._feed_from(self.loads, room)
         in_tier = itertools.chain(self.open.values(), self.late.values())
-        stores = sum(move.kind is Op.STORE for move in in_tier)
-        self._feed_from(self.stores, min(room, max(1, self._depth // 2) - stores))
+        others = sum(move.kind is Op.STORE or isinstance(move.job.op, Fill) for move in in_tier)
+        room = min(room, max(1, self._depth // 2) - others)
+        room -= self._feed_from(self.stores, room)
+        self._feed_from(self.copies, room)
         if self._share is not None and len(self.open) + len(self.late) + len(self.stores) > self._share:
             self._shed(self._share)
 
@@ -218,7 +223,8 @@ class TierQueue:
 
     def is_busy_with(self, key: BlockKey) -> bool:
         """Return True if a block is on its way, or may be written to still."""
-        moves = itertools.chain(self.open.values(), self.late.values(), self.loads, self.stores)
+        queued = (self.loads, self.stores, self.copies)
+        moves = itertools.chain(self.open.values(), self.late.values(), *queued)
         return any(move.key == key for move in moves)
 
 

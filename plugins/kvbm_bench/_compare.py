@@ -5,14 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import msgspec
 from rich.markup import escape
 from rich.table import Table
 
-from kvbm_bench._report import Run, percentile, summarise
+from kvbm_bench._report import Run, Summary, percentile, summarise
 from kvbm_core.printable import printable
 
 Groups = Mapping[str, Sequence[Run]]
 """Runs by label, in the order of their first appearance."""
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """What `kvbm bench compare --json` writes."""
+
+    runs: dict[str, Summary]
+    """By label; runs of one label count as one."""
+    doubts: list[str]
+    """What makes the comparison doubtful."""
+
+
+def compared(groups: Groups, runs: Sequence[Run]) -> Comparison:
+    """Give the comparison for programs."""
+    return Comparison(
+        runs={label: summarise(each) for label, each in groups.items()}, doubts=differences(runs)
+    )
 
 
 def group(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -205,13 +205,13 @@ def write_csv(file: Path, requests: Sequence[Request]) -> None:
             rows.writerow(getattr(request, field) for field in CSV_COLUMNS.values())
 
 
-def write_json(file: Path, run: Run) -> None:
+def write_run(file: Path, run: Run) -> None:
     """Write the run."""
     file.write_bytes(msgspec.json.format(msgspec.json.encode(run), indent=1))
 
 
 def read_json(file: Path) -> Run:
-    """Read what `write_json` wrote.
+    """Read what `write_run` wrote.
 
     Raises:
         BenchError: it is not such a file.
@@ -219,4 +219,4 @@ def read_json(file: Path) -> Run:
     try:
         return msgspec.json.decode(file.read_bytes(), type=Run)
     except (OSError, msgspec.DecodeError) as error:
-        raise BenchError(f"{file} is no run of `kvbm_bench chat --json`: {error}") from error
+        raise BenchError(f"{file} is no run of `kvbm bench chat --out`: {error}") from error

@@ -1,12 +1,17 @@
-"""The command `kvbm`: shows on your machine what a stack of tiers does for time to first token."""
+"""The command `kvbm`: checks, sizes and inspects stacks of tiers, and what installed packages add to it."""
 
 from __future__ import annotations
 
+import signal
 import sys
+from types import FrameType
+
+from kvbm_core.command import ExitCode
+from kvbm_core.extras import extra_command
 
 __all__ = ["main"]
 
-_EXTRA = frozenset({"httpx", "prometheus_client", "rich", "typer"})
+_EXTRA = frozenset({"rich", "typer"})
 """What the extra `cli` brings, by import name."""
 
 
@@ -18,5 +23,13 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _EXTRA:
             raise
-        sys.exit(f"kvbm needs {error.name}, which is not installed: pip install 'kvbm-core[cli]'")
+        print(f"kvbm needs {error.name}, which is not installed: {extra_command('cli')}", file=sys.stderr)
+        sys.exit(ExitCode.UNUSABLE)
+    # A closed terminal and a plain `kill` take the way of Ctrl-C: what was started is stopped then, too.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     sys.exit(run())
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

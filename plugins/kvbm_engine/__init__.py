@@ -12,8 +12,9 @@ from kvbm_engine._keys import BlockKeys, hash_tokens
 from kvbm_engine._ledger import Ledger
 from kvbm_engine._parked import Parked
 from kvbm_engine._rank import Copies, CopyCounter, Progress, Rank
+from kvbm_engine._recorder import Recorder, check_record
 from kvbm_engine._session import Session
-from kvbm_engine._sparse import SparseStores, sparse_stores
+from kvbm_engine._sparse import SparseStores, prompt_ends, sparse_stores
 from kvbm_engine._storing import Storing
 from kvbm_engine._values import EngineRequest, GroupBlocks, Outcome, Schedule, Scheduled, State, Step
 
@@ -28,6 +29,7 @@ __all__ = [
     "Parked",
     "Progress",
     "Rank",
+    "Recorder",
     "Schedule",
     "Scheduled",
     "Session",
@@ -35,6 +37,8 @@ __all__ = [
     "State",
     "Step",
     "Storing",
+    "check_record",
     "hash_tokens",
+    "prompt_ends",
     "sparse_stores",
 ]

@@ -13,6 +13,7 @@ from kvbm_core import Planner, Report, TierCounts
 from kvbm_core.plan import WriteOrder
 from kvbm_engine._ledger import Ledger, Writes
 from kvbm_engine._matching import Matching
+from kvbm_engine._recorder import Recorder
 from kvbm_engine._sparse import SparseStores
 from kvbm_engine._storing import Storing
 from kvbm_engine._values import EngineRequest, GroupBlocks, Schedule, Step
@@ -31,6 +32,7 @@ class Session:
         max_load_blocks: Device blocks of requests that load, at once.
         joins: True if a step can wait for the load of its blocks, on every rank.
         storing: Chooses what is stored. By default of windows those ahead of a prompt's end.
+        recorder: Writes down what is asked for.
     """
 
     def __init__(
@@ -42,12 +44,14 @@ class Session:
         *,
         joins: bool,
         storing: Storing | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.planner = planner
         self.ledger = ledger
         self.matching = Matching(ledger, planner, tally, max_load_blocks, joins=joins)
         self._storing = storing or Storing(ledger, planner, SparseStores(None))
         self._tally = tally
+        self._recorder = recorder
 
     def __repr__(self) -> str:
         return f"<Session {len(self.ledger)} requests; {self.planner!r}>"
@@ -79,6 +83,8 @@ class Session:
         if (state := admission.state) is None:
             return
         self.matching.count(state)
+        if self._recorder and admission.begins:
+            self._recorder.began(request.request_id, admission.had_tokens, now_s)
         # The engine may have preempted it since the last step: what was computed for it is in the old blocks,
         # which are not overwritten before this step's plan is carried out.
         self._storing.offer(state, now_s)
@@ -102,6 +108,11 @@ class Session:
     def finished(self, name: str, now_s: float) -> None:
         """Forget a request. What it has computed last is stored a little later."""
         self._tally.finished(name)
+        if self._recorder and (state := self.ledger.find(name)):
+            tokens, size = state.request.num_tokens, self.ledger.groups[0].block_tokens
+            # The KV of the last token is never computed.
+            keys = state.keys.slice(0, (tokens - 1) // size)
+            self._recorder.ended(name, state.prompt_tokens, tokens - state.prompt_tokens, keys)
         self.ledger.finish(name, now_s)
 
     def outcomes(self, reports: Sequence[Report], step: int, copied: Mapping[str, int], now_s: float) -> None:

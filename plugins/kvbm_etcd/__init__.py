@@ -2,7 +2,7 @@
 
     coordinator: {backend: etcd, endpoints: ["http://etcd-1:2379"]}
 
-`EtcdCoordinator` does it, `EtcdConfig` has its settings. ``python -m kvbm_etcd ls`` lists the engines.
+`EtcdCoordinator` does it, `EtcdConfig` has its settings. ``kvbm etcd ls`` lists the engines.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""Command line: ``python -m kvbm_etcd ls`` and ``watch``."""
+"""The old form of `kvbm etcd`."""
 
 from __future__ import annotations
 
-import sys
-
-from kvbm_etcd._list import main
+from kvbm_core.command import moved
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    moved("python -m kvbm_etcd", "etcd")

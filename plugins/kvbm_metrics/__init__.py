@@ -3,7 +3,7 @@
     planner, reports ──► Tally ──► readings ──► Exporter on the engine's /metrics
                                            └──► MetricsServer, on a port of its own, which adds them up itself
 
-The dashboard, the alert rules and a compose file lie in `deploy`; ``python -m kvbm_metrics FOLDER``
+The dashboard, the alert rules and a compose file lie in `deploy`; ``kvbm metrics copy FOLDER``
 copies them out.
 """
 
@@ -18,6 +18,7 @@ from kvbm_metrics._table import (
     Metric,
     Readings,
     device_readings,
+    labels_of,
     merge,
     rate_reading,
     reading,
@@ -34,6 +35,7 @@ __all__ = [
     "Readings",
     "Tally",
     "device_readings",
+    "labels_of",
     "merge",
     "rate_reading",
     "read_address",

@@ -67,6 +67,11 @@ class MetricsServer:
     def __repr__(self) -> str:
         return f"<MetricsServer {self._address}; {self._totals!r}; {len(self._open)} connections>"
 
+    @property
+    def url(self) -> str:
+        """Where others of this machine's network ask for the metrics."""
+        return self._address.url(socket.gethostname())
+
     def observe(self, readings: Mapping[str, Any]) -> None:
         """Add readings."""
         self._totals.observe(readings)

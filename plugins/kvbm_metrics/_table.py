@@ -56,6 +56,10 @@ METRICS: Final[Mapping[str, Metric]] = {
         Metric("loaded_bytes", _COUNTER, "Bytes loaded into the engine, over all ranks.", ("tier",)),
         Metric("stored_blocks", _COUNTER, "Blocks stored.", ("tier",)),
         Metric("stored_bytes", _COUNTER, "Bytes stored, over all ranks.", ("tier",)),
+        Metric(
+            "filled_bytes", _COUNTER, "Bytes stored that came from another tier, over all ranks.",
+            ("reason", "source", "tier"),
+        ),
         Metric("evicted_blocks", _COUNTER, "Blocks evicted to make room.", ("tier",)),
         Metric("dropped_blocks", _COUNTER, "Blocks not even tried to be stored.", ("reason", "tier")),
         Metric(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kvbm_core import Load, Plan, Planner, Reason
+from kvbm_core.plan import FillReason
 from kvbm_metrics._table import Readings, device_readings, reading
 
 __all__ = ["Tally"]
@@ -17,7 +18,7 @@ _FAILURES: Final = {
     "load": ("missing", "corrupt", "full", "busy", "deadline", "error"),
     "lookup": ("busy", "deadline", "error"),
 }
-_DROPS: Final = ("backlog", "unusable", "gone")
+_DROPS: Final = ("backlog", "unusable", "gone", "late")
 _PLAIN: Final = ("saved_tokens", "hit_blocks", "missed_blocks")
 
 
@@ -161,6 +162,8 @@ class Tally:
             yield f"stored_blocks|{tier}", counts.stored
             yield f"stored_bytes|{tier}", counts.stored_bytes
             yield f"evicted_blocks|{tier}", counts.evicted
+            for (source, reason), nbytes in counts.filled_bytes.items():
+                yield f"filled_bytes|{reason}|{source}|{tier}", nbytes
             for reason, count in counts.dropped.items():
                 yield f"dropped_blocks|{reason}|{tier}", count
             for (operation, reason), count in counts.failed.items():
@@ -181,8 +184,21 @@ class Tally:
         """Name the series that will be there: what appears with its first event has no rate."""
         yield "asked_tokens"
         yield from device_readings(0, 0, 0)
-        for tier in self._tiers:
+        for position, tier in enumerate(self._tiers):
             yield from (reading(name, tier) for name in _PLAIN)
+            for source, reason in self._fills_into(position):
+                yield reading("filled_bytes", reason.value, str(source), tier)
             yield from (reading("dropped_blocks", reason, tier) for reason in _DROPS)
             for operation, reasons in _FAILURES.items():
                 yield from (reading("failed_transfers", operation, reason, tier) for reason in reasons)
+
+    def _fills_into(self, position: int) -> Iterator[tuple[int, FillReason]]:
+        """Name the ways by which blocks may come into a tier from others."""
+        host_pool = self._planner.host_pool
+        if position:
+            yield position - 1, FillReason.DEMOTION
+        if 0 <= host_pool < position:
+            yield host_pool, FillReason.WRITE_BACK
+        if position == host_pool:
+            for lower in range(position + 1, len(self._tiers)):
+                yield lower, FillReason.PROMOTION

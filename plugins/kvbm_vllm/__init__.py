@@ -8,8 +8,22 @@
 `DynamoConnector` too, and to the environment variables of NVIDIA's KVBM.
 """
 
-from kvbm_vllm._connector import KvbmConnector
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvbm_vllm._connector import KvbmConnector
+
+    DynamoConnector = KvbmConnector
 
 __all__ = ["DynamoConnector", "KvbmConnector"]
 
-DynamoConnector = KvbmConnector
+
+def __getattr__(name: str) -> Any:
+    """Import the connector, and vLLM with it, when somebody asks for it: `kvbm check` does without."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from kvbm_vllm._connector import KvbmConnector
+
+    return KvbmConnector

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+from importlib.metadata import entry_points
 from typing import Final
+
+from kvbm_core.hookspecs import ENTRY_POINT_GROUP
 
 __all__ = ["share_log"]
 
-_OURS: Final = (
-    "kvbm_core", "kvbm_cpu", "kvbm_crypt", "kvbm_device", "kvbm_engine", "kvbm_etcd", "kvbm_gds",
-    "kvbm_lmdb", "kvbm_metrics", "kvbm_remote", "kvbm_vllm",
-)  # fmt: skip
+_OURS: Final = ("kvbm_core", "kvbm_device", "kvbm_engine", "kvbm_metrics", "kvbm_vllm")
+"""Beside these each plug-in logs under the name of its package, those of others too."""
 _given: Final[set[logging.Handler]] = set()
 """Handlers of vLLM's that our loggers have from here."""
 
@@ -23,7 +24,8 @@ def share_log() -> None:
     theirs = logging.getLogger("vllm")
     # vLLM may have taken the root's handlers too; those get our lines already.
     handlers = [each for each in theirs.handlers if each not in logging.getLogger().handlers]
-    for name in _OURS:
+    plug_ins = {point.module.partition(".")[0] for point in entry_points(group=ENTRY_POINT_GROUP)}
+    for name in plug_ins.union(_OURS):
         ours = logging.getLogger(name)
         ours.setLevel(theirs.level)
         for handler in _given.difference(handlers):

@@ -12,8 +12,8 @@ from kvbm_vllm._weights import UNKNOWN, weights_digest
 
 __all__ = ["namespace_facts", "shared_facts", "told_facts"]
 
-_FORMAT: Final = 1
-"""Raise it when the order of bytes in a block changes."""
+_FORMAT: Final = 2
+"""Raise it when the order of bytes in a block changes, or how these facts are digested."""
 
 _NOT_CONTENT: Final = ("_name_or_path", "transformers_version", "name_or_path")
 

@@ -27,7 +27,7 @@ import msgspec
 from kvbm_core import ConfigError, Peers, Registry, StackConfig
 from kvbm_core.config import TierEntry
 
-__all__ = ["Replicas", "note_replicas", "replicas_of"]
+__all__ = ["Replicas", "note_replicas", "replica_number", "replicas_of"]
 
 logger = logging.getLogger("kvbm_vllm")
 
@@ -125,6 +125,11 @@ def replicas_of(parallel: Any) -> Replicas:
             "VLLM_PLUGINS"
         )
     return noted or Replicas()
+
+
+def replica_number(parallel: Any) -> int | None:
+    """Give an engine's number among several replicas of one configuration; None if it is alone."""
+    return _number(parallel) if replicas_of(parallel).total > 1 else None
 
 
 def _own_path(tier: TierEntry) -> str | None:

@@ -15,14 +15,16 @@ from typing import Any, Final
 import vllm
 
 from kvbm_core import Coordinator, KvbmError, StackConfig, TierCounts
-from kvbm_engine import Ledger, Parked, Session, Step
+from kvbm_engine import Ledger, Parked, Recorder, Session, Step
 from kvbm_metrics import MetricsServer
 from kvbm_vllm._groups import engine_groups, tell_groups
 from kvbm_vllm._keys import KeyMaker
 from kvbm_vllm._membership import join_as_leader
 from kvbm_vllm._models import release
+from kvbm_vllm._overview import overview
+from kvbm_vllm._replicas import replica_number
 from kvbm_vllm._schedule import ScheduleReader
-from kvbm_vllm._startup import NoTiers, RollCall, begin_session
+from kvbm_vllm._startup import NoTiers, RollCall, begin_session, open_recorder
 from kvbm_vllm._stats import KvbmStats, open_server
 from kvbm_vllm._values import Handshake, Outcomes
 from kvbm_vllm._weights import AdapterDigests
@@ -68,6 +70,7 @@ class SchedulerHalf:
         self._roll = RollCall(vllm_config.parallel_config)
         self._coordinator: Coordinator | None = None
         self._server: MetricsServer | None = None
+        self._recorder: Recorder | None = None
 
     def __repr__(self) -> str:
         return f"<SchedulerHalf {self._stage!r}>"
@@ -104,8 +107,11 @@ class SchedulerHalf:
                 logger.warning("the workers have opened their tiers anew: what was under way is forgotten")
                 self.ledger.lose_all()
             self._coordinator = self._coordinator or join_as_leader(self._config, self._vllm_config)
+            self._recorder = self._recorder or open_recorder(
+                handshakes, self._config, self.ledger, replica_number(self._vllm_config.parallel_config)
+            )
             self._stage = begin_session(
-                handshakes, self._config, self.ledger, self._max_load_blocks, self._ops
+                handshakes, self._config, self.ledger, self._max_load_blocks, self._ops, self._recorder
             )
             self._server = self._server or open_server(self._vllm_config)
         except KvbmError:
@@ -117,7 +123,9 @@ class SchedulerHalf:
             self.ledger.parked.lose_loads()
             self._stage = NoTiers(self.ledger)
             return
-        logger.info("KvbmConnector is ready: %r", self._stage)
+        metrics = self._server.url if self._server else "with the engine's own"
+        for line in overview(handshakes, self._config, self._groups.groups, metrics):
+            logger.info("%s", line)
 
     def arrived(self, request: Any) -> None:
         """Note that a request waits to be scheduled."""
@@ -187,10 +195,13 @@ class SchedulerHalf:
         return KvbmStats(data=dict(news)) if news else None
 
     def close(self) -> None:
-        """Be listed no more, and stop serving metrics. May be called twice."""
+        """Be listed no more, and stop serving metrics and recording. May be called twice."""
         coordinator, self._coordinator = self._coordinator, None
         if coordinator:
             coordinator.close()
         server, self._server = self._server, None
         if server:
             server.close()
+        recorder, self._recorder = self._recorder, None
+        if recorder:
+            recorder.close()

@@ -6,17 +6,15 @@ import os
 from fractions import Fraction
 from typing import Any
 
-from kvbm_core import ConfigError, KvbmError, StackConfig, check_stack, load_config
-from kvbm_core.config import refuse_unknown
+from kvbm_core import ConfigError, KvbmError, StackConfig, check_stack
 from kvbm_device import check_copy
+from kvbm_engine import check_record
 from kvbm_metrics import read_address
+from kvbm_vllm._extra import FILE_KEY, read_stack
 from kvbm_vllm._models import check_engine, has_unlike_layers, replicas
 from kvbm_vllm._replicas import replicas_of
-from kvbm_vllm.kvbm import check_environment, makes_stack, read_tiers
 
 __all__ = ["check_settings", "read_settings", "replicas"]
-
-_FILE_KEY = "config"
 
 
 def read_settings(vllm_config: Any) -> StackConfig:
@@ -28,47 +26,12 @@ def read_settings(vllm_config: Any) -> StackConfig:
     Raises:
         ConfigError: If something in it is wrong, or both say what the stack is.
     """
-    return replicas_of(vllm_config.parallel_config).apart(_read(vllm_config))
-
-
-def _read(vllm_config: Any) -> StackConfig:
-    check_environment(os.environ)
-    extra = dict(vllm_config.kv_transfer_config.kv_connector_extra_config or {})
-    written, variables = [key for key in ("tiers", _FILE_KEY) if key in extra], makes_stack(os.environ)
-    if written and variables:
-        raise ConfigError(
-            f"kv_connector_extra_config has {written[0]!r}, and the environment has {', '.join(variables)}: "
-            "both say what the tiers are; take one of them away"
-        )
-    if variables:
-        parallel = vllm_config.parallel_config
-        engines = replicas_of(parallel).count
-        tiers = read_tiers(os.environ, lambda: _block_bytes(vllm_config), parallel.world_size, engines)
-        return load_config({**extra, "tiers": tiers})
-    if not extra:
-        raise ConfigError(
-            "kv_connector_extra_config is empty: write 'tiers' or 'config' there, or set "
-            "DYN_KVBM_CPU_CACHE_GB, DYN_KVBM_DISK_CACHE_GB or both in the environment"
-        )
-    return _read_extra(extra)
-
-
-def _read_extra(extra: dict[str, Any]) -> StackConfig:
-    refuse_unknown(extra, [*StackConfig.__struct_fields__, _FILE_KEY], "kv_connector_extra_config")
-    if _FILE_KEY not in extra:
-        return load_config(extra)
-    path = extra.pop(_FILE_KEY)
-    if not isinstance(path, str):  # Not shown: it may be the whole stack, with its passwords.
-        raise ConfigError(
-            f"kv_connector_extra_config: 'config': a {type(path).__name__}; write the path of a YAML file, "
-            "or the keys themselves, beginning with 'tiers', in place of 'config'"
-        )
-    if extra:
-        raise ConfigError(
-            f"kv_connector_extra_config: 'config': {path!r} names a file, so {sorted(map(str, extra))} must "
-            "be written there"
-        )
-    return load_config(path)
+    parallel, replicas_here = vllm_config.parallel_config, replicas_of(vllm_config.parallel_config)
+    extra = vllm_config.kv_transfer_config.kv_connector_extra_config or {}
+    config = read_stack(
+        extra, os.environ, lambda: _block_bytes(vllm_config), parallel.world_size, replicas_here.count
+    )
+    return replicas_here.apart(config)
 
 
 def check_settings(vllm_config: Any) -> None:
@@ -87,13 +50,14 @@ def check_settings(vllm_config: Any) -> None:
     config = read_settings(vllm_config)
     check_copy(config.device_copy)
     check_engine(vllm_config)
+    check_record(config)
     try:
         check_stack(
             config, block_bytes=_block_bytes(vllm_config), share=_host_share(parallel),
             engines=replicas_here.count,
         )  # fmt: skip
     except KvbmError as error:
-        file = (vllm_config.kv_transfer_config.kv_connector_extra_config or {}).get(_FILE_KEY)
+        file = (vllm_config.kv_transfer_config.kv_connector_extra_config or {}).get(FILE_KEY)
         if file:
             error.args = (f"configuration file {file}: {error}",)
         raise

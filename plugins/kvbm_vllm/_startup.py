@@ -10,15 +10,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from kvbm_core import ConfigError, Plan, Planner, Registry, Report, StackConfig, TierCounts, TierStatus
-from kvbm_engine import EngineRequest, GroupBlocks, Ledger, Schedule, Session, Step, Storing, sparse_stores
+from kvbm_engine import (
+    EngineRequest,
+    GroupBlocks,
+    Ledger,
+    Recorder,
+    Schedule,
+    Session,
+    Step,
+    Storing,
+    sparse_stores,
+)
 from kvbm_metrics import Readings, Tally
 from kvbm_vllm._ranks import check_ranks
 from kvbm_vllm._values import Handshake
 
-__all__ = ["NoTiers", "RollCall", "begin_session"]
+__all__ = ["NoTiers", "RollCall", "begin_session", "open_recorder"]
 
 logger = logging.getLogger("kvbm_vllm")
 
@@ -164,6 +175,7 @@ def begin_session(
     ledger: Ledger,
     max_load_blocks: int,
     ops: Iterator[int],
+    recorder: Recorder | None = None,
 ) -> Session:
     """Begin with what all ranks say of their tiers.
 
@@ -173,6 +185,7 @@ def begin_session(
         ledger: What is known of the engine.
         max_load_blocks: Device blocks of requests that load, at once.
         ops: Numbers for operations, which go on where another session ended.
+        recorder: Writes down what is asked for.
     """
     ranks = sorted(handshakes, key=lambda handshake: handshake.rank)
     status = [handshake.status for handshake in ranks]
@@ -184,6 +197,7 @@ def begin_session(
         policy=Registry().policies(config),
         block_tokens=block_tokens if config.only_faster else 0,
         ops=ops,
+        movements=[entry.movement for entry in config.tiers],
     )
     constants: dict[str, int] = {}
     for handshake in ranks:  # Of several ranks the slowest counts.
@@ -192,7 +206,36 @@ def begin_session(
     tally = Tally(planner, block_tokens if ledger.is_plain else 0, constants)
     joins = all(handshake.joins for handshake in ranks)
     storing = Storing(ledger, planner, sparse_stores(config, ledger.groups), _junction)
-    return Session(ledger, planner, tally, max_load_blocks, joins=joins, storing=storing)
+    return Session(ledger, planner, tally, max_load_blocks, joins=joins, storing=storing, recorder=recorder)
+
+
+def open_recorder(
+    handshakes: Sequence[Handshake], config: StackConfig, ledger: Ledger, replica: int | None
+) -> Recorder | None:
+    """Begin the log of hashes that the configuration asks for.
+
+    Args:
+        handshakes: One of each rank.
+        config: The stack.
+        ledger: What is known of the engine.
+        replica: The engine's number, where several read the same configuration.
+
+    Raises:
+        ConfigError: If the file cannot be written, or a replay of it would say nothing true.
+    """
+    if config.record is None:
+        return None
+    if not ledger.is_plain:
+        raise ConfigError(
+            "record: this model keeps its KV in several groups, or needs not all of it, which a replay does "
+            "not know: leave 'record' out"
+        )
+    path = Path(config.record).expanduser()
+    block_tokens = ledger.groups[0].block_tokens
+    block_bytes = sum(handshake.status[0].block_bytes[0] for handshake in handshakes)
+    if replica is not None:
+        path = path.with_name(f"{path.name}.dp{replica}")
+    return Recorder(path, block_tokens, block_bytes // block_tokens, config.record_capacity)
 
 
 def _block_tokens(ledger: Ledger, status: Sequence[Sequence[TierStatus]]) -> int:

@@ -31,6 +31,8 @@ class Handshake(KVConnectorHandshakeMetadata):
     """Readings of this rank that do not change, see `kvbm_metrics`."""
     incarnation: str = ""
     """Drawn when the tiers were opened. Another: they were opened anew, and nothing is under way."""
+    namespace: str = ""
+    """Of this rank, in hexadecimal digits, for people."""
 
 
 @dataclass

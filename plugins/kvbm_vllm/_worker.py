@@ -34,6 +34,8 @@ class Opened:
     joins: bool = False
     """True if the device can have a step wait for the load of its blocks."""
     coordinator: Coordinator | None = None
+    namespace: str = ""
+    """In hexadecimal digits."""
 
     @property
     def counts(self) -> CopyCounts:
@@ -122,6 +124,7 @@ class WorkerHalf:
             opened.joins,
             rates,
             self._incarnation,
+            opened.namespace,
         )
 
     def begin(self, step: object) -> None:
@@ -213,7 +216,7 @@ class WorkerHalf:
         except BaseException:
             worker.close()
             raise
-        return Opened(worker, device, ranks, joins, coordinator)
+        return Opened(worker, device, ranks, joins, coordinator, namespace.hex())
 
 
 def layers_by_group(

@@ -9,7 +9,7 @@ import pytest
 from kvbm_core import CodecContext, ConfigError, CorruptError, UnverifiableError
 from kvbm_core.config import convert
 from kvbm_core.testing.codec_suite import CodecSuite
-from kvbm_crypt import CryptCodec, CryptConfig
+from kvbm_crypt import CryptCodec, CryptConfig, _codec
 from kvbm_crypt._keys import Key
 
 KEY = b"k" * 32
@@ -72,10 +72,8 @@ def decoded(codec, source, key=KEY):
 )
 def test_it_is_xaes_256_gcm_as_published(key, said, sealed):
     """The test vectors of c2sp.org/XAES-256-GCM; of the two keys one has the top bit of CMAC's L set."""
-    cipher = Key(key).cipher(b"ABCDEFGHIJKLMNOPQRSTUVWX").encryptor()
-    cipher.authenticate_additional_data(said)
-    content = cipher.update(b"XAES-256-GCM") + cipher.finalize()
-    assert (content + cipher.tag).hex() == sealed
+    cipher = Key(key).derive(b"ABCDEFGHIJKL")
+    assert cipher.encrypt(b"MNOPQRSTUVWX", b"XAES-256-GCM", said).hex() == sealed
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -122,7 +120,7 @@ def test_what_another_key_has_written_is_not_to_be_judged_and_not_written_to_the
 def test_a_later_version_is_left_to_who_knows_it(tmp_path):
     one = codec(key_file(tmp_path))
     later = encoded(one)
-    later[len(CONTENT) + 4] = 2
+    later[len(CONTENT) + 20] = 2
     with pytest.raises(UnverifiableError, match="format 2, this release has 1"):
         decoded(one, later)
 
@@ -161,9 +159,23 @@ def test_encrypted_objects_show_nothing_and_signed_ones_are_readable(tmp_path):
 
 def test_a_nonce_is_never_used_twice(tmp_path):
     one = codec(key_file(tmp_path), mode="sign")
-    made = [bytes(encoded(one)[-40:-16]) for _ in range(1000)]
-    assert len(set(made)) == len(made)
-    assert all(len({nonce[at] for nonce in made}) > 100 for at in range(24))
+    made = [bytes(encoded(one)[-24:]) for _ in range(10_000)]
+    assert len({nonce[12:] for nonce in made}) == len(made)
+    assert all(len({nonce[at] for nonce in made}) == 256 for at in range(12, 24))
+    # One derivation serves 4,096 objects.
+    assert [len({nonce[:12] for nonce in made[:count]}) for count in (4096, 4097, 10_000)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_reader_remembers_is_bounded_whoever_fills_the_store(tmp_path, mode):
+    one = codec(key_file(tmp_path), mode=mode)
+    sound, planted = encoded(one), encoded(one)
+    for _ in range(2 * _codec._MOST_DERIVED):
+        planted[-24:-12] = os.urandom(12)
+        with pytest.raises(CorruptError, match="planted"):
+            decoded(one, planted)
+    assert len(one._derived) == _codec._MOST_DERIVED
+    assert decoded(one, sound) == CONTENT
 
 
 HEX = bytes(range(32)).hex()
@@ -268,5 +280,5 @@ def test_neither_its_state_nor_its_identity_nor_the_log_shows_the_key(tmp_path, 
 
 def test_the_trailer_is_as_documented(tmp_path):
     one = codec(key_file(tmp_path))
-    magic, version, mode, zero, key_id = struct.unpack("<4sBBH16s24x16x", encoded(one)[-TRAILER:])
+    magic, version, mode, zero, key_id = struct.unpack("<16x4sBBH16s24x", encoded(one)[-TRAILER:])
     assert (magic, version, mode, zero, key_id) == (b"kvbm", 1, 1, 0, Key(bytes(range(32))).id)

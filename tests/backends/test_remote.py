@@ -20,15 +20,17 @@ from pathlib import Path
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from published import published
 from test_cpu import BLOCK, NAMESPACE, content, key, load, lookup, region, run, store
 
+from kvbm_cli._app import run as kvbm
+from kvbm_core.command import ExitCode
 from kvbm_core.config import convert, size_text
 from kvbm_core.errors import ConfigError, TierError, TierOpenError
 from kvbm_core.log_limit import TierLog
 from kvbm_core.tier import Op, Outcome, Reason, TierContext, Transfer
 from kvbm_remote import RemoteConfig, RemoteTier, _runners
 from kvbm_remote._clients import check
-from kvbm_remote._gc import main
 from kvbm_remote._local_store import LocalStore
 from kvbm_remote._runners import run_through
 from kvbm_remote._stores import ThreadStore
@@ -582,11 +584,11 @@ def left(tmp_path, open_tier):
 
 def test_the_collector_deletes_by_age(aged, open_tier, capsys):
     arguments = ["gc", f"file://{aged}/kv", "--max-age", "6.5d", "--json"]
-    assert main([*arguments, "--dry-run"]) == 0
+    assert kvbm(["remote", *arguments, "--dry-run"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["deleted_blocks"], said["dry_run"]) == (3, True)
     assert left(aged, open_tier) == list(range(10))
-    assert main(arguments) == 0
+    assert kvbm(["remote", *arguments]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said == {
         "found_blocks": 10, "found_bytes": 10 * BLOCK, "deleted_blocks": 3, "deleted_bytes": 3 * BLOCK,
@@ -597,8 +599,9 @@ def test_the_collector_deletes_by_age(aged, open_tier, capsys):
 
 def test_the_collector_deletes_the_oldest_until_it_fits(aged, open_tier):
     command = [sys.executable, "-m", "kvbm_remote", "gc", f"file://{aged}/kv", "--max-bytes", str(4 * BLOCK)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert said.startswith(
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == "`python -m kvbm_remote` is now `kvbm remote`\n"
+    assert done.stdout.startswith(
         f"10 blocks found, {size_text(10 * BLOCK)}; 6 deleted, {size_text(6 * BLOCK)}; 0 unfinished"
     )
     assert left(aged, open_tier) == [0, 1, 2, 3]
@@ -611,38 +614,44 @@ def test_the_collector_deletes_what_dead_writers_left(aged, capsys):
     foreign = [folder / ".bashrc", folder / ("." + "0" * 32), aged / "kv/v1/tmp/notes.txt"]
     for file in (*litter, *foreign):
         file.write_bytes(b"half")
-    assert main(["gc", f"file://{aged}/kv", "--max-age", "99d", "--json"]) == 0
+
+    def collect():
+        assert kvbm(["remote", "gc", f"file://{aged}/kv", "--max-age", "99d", "--json"]) == 0
+        said = published("remote gc", capsys.readouterr().out)
+        return said["deleted_blocks"], said["deleted_litter"]
+
+    assert collect() == (0, 0)
     assert all(file.exists() for file in litter)
     for file in (*litter, *foreign):
         os.utime(file, (time.time() - 7200,) * 2)
-    assert main(["gc", f"file://{aged}/kv", "--max-age", "99d", "--json"]) == 0
-    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(each["deleted_blocks"], each["deleted_litter"]) for each in said] == [(0, 0), (0, 2)]
+    assert collect() == (0, 2)
     assert not any(file.exists() for file in litter)
     assert all(file.exists() for file in foreign)
 
 
 def test_age_and_size_together_delete_no_more_than_they_must(aged, open_tier):
-    assert main(["gc", f"file://{aged}/kv", "--max-age", "5d", "--max-bytes", str(3 * BLOCK + 1)]) == 0
+    assert (
+        kvbm(["remote", "gc", f"file://{aged}/kv", "--max-age", "5d", "--max-bytes", str(3 * BLOCK + 1)]) == 0
+    )
     assert left(aged, open_tier) == [0, 1, 2]
 
 
 def test_the_collector_says_what_it_cannot_do(tmp_path, capsys):
-    assert main(["gc", "ess3://bucket", "--max-age", "1d"]) == 2
+    assert kvbm(["remote", "gc", "ess3://bucket", "--max-age", "1d"]) == ExitCode.UNUSABLE
     assert "no file system is called 'ess3'" in capsys.readouterr().err
     for arguments, said in (
         (["gc", "s3://b"], "nothing to do: write --max-age, --max-bytes, or both"),
         (["gc", "s3://b", "--max-age", "week"], "'week' is not an age; write a number and s, m, h, d or w"),
         (["gc", "s3://b", "--max-age", "1d", "--option", "x"], "write NAME=VALUE"),
     ):
-        with pytest.raises(SystemExit, match=said):
-            main(arguments)
+        assert kvbm(["remote", *arguments]) == ExitCode.WRONG
+        assert said in capsys.readouterr().err
 
 
 def test_engines_that_lose_a_block_miss_it(aged, open_tier):
     tier = open_tier(f"file://{aged}/kv")
     assert lookup(tier, 9) is Outcome.DONE
-    main(["gc", f"file://{aged}/kv", "--max-age", "1d"])
+    kvbm(["remote", "gc", f"file://{aged}/kv", "--max-age", "1d"])
     completion, target = load(tier, 9)
     assert completion.outcome is Outcome.MISSING
     assert target == b"\xaa" * BLOCK

@@ -8,9 +8,9 @@ import time
 import pytest
 from test_cpu import BLOCK, NAMESPACE, content, key, load, lookup, region, run, store
 
+from kvbm_cli._app import run as kvbm
 from kvbm_core.tier import Op, Outcome, Reason, TierContext, Transfer
 from kvbm_remote import RemoteConfig, RemoteTier, _local_store
-from kvbm_remote._gc import main
 from kvbm_remote._local_store import LocalStore
 
 HOURS_AGO = time.time() - 7200
@@ -97,7 +97,7 @@ def test_nothing_is_written_or_deleted_through_a_link(tmp_path, open_tier, caplo
     assert "look who made it and remove it" in end.detail
     tier.discard([key(1)])
     tier.close()
-    main(["gc", f"file://{tmp_path}/kv", "--max-age", "1h"])
+    kvbm(["remote", "gc", f"file://{tmp_path}/kv", "--max-age", "1h"])
     assert precious.exists()
     assert block.exists()
     assert [each.name for each in block.parent.iterdir() if each.name not in (LITTER, block.name)] == []

@@ -11,9 +11,10 @@ import pytest
 from servers import FaultProxy
 from test_cpu import BLOCK, NAMESPACE, content, key, load, lookup, region, run, store
 
+from kvbm_cli._app import run as kvbm
+from kvbm_core.command import ExitCode
 from kvbm_core.tier import Op, Outcome, Reason, TierContext, Transfer
 from kvbm_remote import RemoteConfig, RemoteTier
-from kvbm_remote._gc import main
 
 CLIENTS = ["obstore", "fsspec"]
 QUICK = {"timeout_s": 2.0, "connect_timeout_s": 1.0}
@@ -365,22 +366,25 @@ def test_the_collector_on_s3(server, open_tier, capsys):
     for n in range(8):
         store(tier, n)
     arguments = ["gc", tier._config.url, "--option", f"endpoint_url={server.endpoint}", "--json"]
-    assert main([*arguments, "--max-bytes", str(3 * BLOCK), "--dry-run"]) == 0
+    assert kvbm(["remote", *arguments, "--max-bytes", str(3 * BLOCK), "--dry-run"]) == 0
     assert json.loads(capsys.readouterr().out)["deleted_blocks"] == 5
-    assert main([*arguments, "--max-bytes", str(3 * BLOCK)]) == 0
+    assert kvbm(["remote", *arguments, "--max-bytes", str(3 * BLOCK)]) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["found_blocks"], said["deleted_blocks"], said["failed"]) == (8, 5, 0)
     other = open_tier(client="fsspec")
     assert sum(load(other, n)[0].outcome is Outcome.DONE for n in range(8)) == 3
     time.sleep(1.1)
-    assert main([*arguments, "--max-age", "1s"]) == 0
+    assert kvbm(["remote", *arguments, "--max-age", "1s"]) == 0
     assert all(load(other, n)[0].outcome is Outcome.MISSING for n in range(8))
 
 
 def test_the_collector_without_permission_says_so(server, capsys, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "S3CR3TM4RK3R")
     url = f"s3://{server.bucket}/x"
-    assert main(["gc", url, "--max-age", "1d", "--option", f"endpoint_url={server.endpoint}"]) == 2
+    assert (
+        kvbm(["remote", "gc", url, "--max-age", "1d", "--option", f"endpoint_url={server.endpoint}"])
+        == ExitCode.UNUSABLE
+    )
     said = capsys.readouterr().err
     assert "signature refused" in said
     assert "S3CR3T" not in said

@@ -7,7 +7,6 @@ from typing import Literal
 
 import msgspec
 import pytest
-import rich
 
 from kvbm_core import ConfigError, TierConfig, load_config
 from kvbm_core.config import convert, parse_size
@@ -129,6 +128,7 @@ class Sensitive(TierConfig, frozen=True):
 
 
 def printed(value):
+    rich = pytest.importorskip("rich", reason="rich is not installed")
     rich.print(value, file=(text := io.StringIO()))
     return text.getvalue()
 

@@ -82,7 +82,8 @@ def test_a_slow_tier_is_tried_again_later_at_a_twentieth_of_the_cost():
     assert load(made, [0] * 1000, 101.0) == 12  # 12 * 0.04 s are 4.8 % of 1000 * 0.01 s.
     assert made.blocks_to_load([0] * 1000, 130.9) == 0
     assert load(made, [0] * 1000, 131.1) == 12
-    assert made.blocks_to_load([0] * 10, 170.0) == 0  # Not even one block is cheap enough.
+    assert made.blocks_to_load([0] * 10, 134.0) == 0  # Not even one block is cheap enough.
+    assert load(made, [0] * 10, 170.0) == 1  # It takes a hundredth of 4 s: after such a time it is.
     for at in range(12):
         made.loaded(0, 12, 12 * 0.001, 200.0 + at)
     assert not made.is_slow(0)
@@ -103,8 +104,52 @@ def test_loads_that_waited_for_others_are_not_slow():
 def test_steps_of_a_few_tokens_and_loads_of_a_few_blocks_say_nothing():
     made = cost_model(0.01, 0.001)
     made.computed(16, 1.0, 200.0)
-    made.loaded(0, 7, 100.0, 200.0)
+    made.loaded(0, 7, 0.31, 200.0)  # As long as 31 blocks take to compute.
     assert repr(made) == "<CostModel ms a block: computed 10, loaded 1>"
+
+
+@pytest.mark.parametrize(("blocks", "in_part"), [(1, False), (7, False), (7, True), (32, True)])
+def test_a_load_that_takes_longer_than_computing_512_tokens_is_slow_however_few_blocks_it_brings(
+    blocks, in_part
+):
+    made = cost_model(0.01, None)
+    made.loaded(0, blocks, 0.31, 200.0, in_part=in_part)
+    assert not made.is_slow(0)
+    made.loaded(0, blocks, 0.33, 300.0, in_part=in_part)
+    assert made.is_slow(0)
+
+
+def test_a_load_that_failed_in_part_does_not_show_that_a_tier_is_fast():
+    made = cost_model(0.01, 0.04)
+    for at in range(20):
+        made.loaded(0, 100, 0.001, 200.0 + at, in_part=True)
+    assert "loaded 40>" in repr(made)
+
+
+def test_of_a_slow_tier_the_last_try_counts():
+    """One block that takes a second may cost a hundredth of the time, once in 100 s."""
+    made = cost_model(0.01, 1.0)
+    assert [load(made, [0] * 50, at) for at in (199.0, 201.0, 231.0)] == [0, 1, 0]
+    made.loaded(0, 1, 4.0, 205.0)
+    assert [load(made, [0] * 50, at) for at in (306.0, 604.0, 606.0)] == [0, 0, 1]
+    made.loaded(0, 1, 0.02, 607.0)  # Still slow; and now a twentieth is a block.
+    assert [load(made, [0] * 50, at) for at in (636.5, 638.0)] == [1, 0]
+    made.loaded(0, 1, 0.009, 639.0)
+    assert load(made, [0] * 50, 640.0) == 50
+
+
+def test_steps_of_a_few_tokens_show_what_is_slow_as_long_as_nothing_else_does():
+    made = cost_model(None, 0.04)
+    made.computed(31, 0.001, 100.0)
+    assert load(made, [0] * 1000, 101.0) == 1000
+    made.computed(100, 0.1, 102.0)  # A block in 16 ms at most.
+    assert made.is_slow(0)
+    assert load(made, [0] * 10, 103.0) == 0
+    unknown = cost_model(None, None)
+    unknown.computed(100, 0.1, 102.0)
+    assert unknown.blocks_to_load([0] * 1000, 103.0) == 1000
+    made.computed(1000, 3.0, 110.0)
+    assert not made.is_slow(0)
 
 
 def test_the_planner_measures_its_loads_and_counts_what_it_declines():

@@ -54,6 +54,32 @@ def kvbm_backends():
 """
 
 
+_SLOW = """
+import time
+from kvbm_core import Codec, CodecConfig, CodecKind, hookimpl
+
+takes_s = 0.0    # set by the test: for each object
+
+
+class Slow(Codec):
+    def max_bytes(self, nbytes):
+        return nbytes
+
+    def encode(self, key, source, target):
+        target[: len(source)] = source
+        return len(source)
+
+    def decode(self, key, source, target):
+        time.sleep(takes_s)
+        return self.encode(key, source, target)
+
+
+@hookimpl
+def kvbm_codecs():
+    return [CodecKind("slow", CodecConfig, lambda config, context: Slow())]
+"""
+
+
 def pytest_collection_modifyitems(items):
     """The engine's own warnings are not ours to mend."""
     for item in items:
@@ -78,6 +104,14 @@ def faulty(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     yield install(tmp_path / "site", "faulty", _FAULTY)
     del sys.modules["kvbm_faulty"]
+
+
+@pytest.fixture
+def slow(tmp_path, monkeypatch):
+    """A codec that decodes as slowly as it is told."""
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    yield install(tmp_path / "site", "slow", _SLOW)
+    del sys.modules["kvbm_slow"]
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 Protocol on stdin and stdout, one JSON line each: ``go`` starts a life, ``last`` one that ends by itself when
 it has loaded something; the life says its process and how many committed blocks it does not find; when it
-has ended, how many answers were wrong.
+has ended, how many answers were wrong. Where the job has several ``stacks``, an order names one: ``go disk``.
 """
 
 import json
@@ -13,17 +13,20 @@ import sys
 from engines import connector, drain, forget, generate, loaded, make_engine
 
 
-def live(job, life, pipe, *, is_last):
+def live(job, life, pipe, *, stack="", is_last=False):
     def say(words):
         pipe.write(json.dumps(words) + "\n")
         pipe.flush()
 
-    llm = make_engine(job["model"], job["tiers"])
+    tiers = job["stacks"][stack] if stack else job["tiers"]
+    llm = make_engine(job["model"], tiers, **job.get("options", {}))
     planner = connector(llm)._leader.session.planner
-    at = next(i for i, tier in enumerate(planner._tiers) if tier.name == "lmdb")
-    with open(job["acknowledged"], "a+") as log:
+    at = len(tiers) - 1
+    with open(job["acknowledged"] + stack, "a+") as log:
         log.seek(0)
         committed = {bytes.fromhex(line.strip()) for line in log if len(line) == 65}
+        if planner._tiers[at].capabilities.remote_lookup:
+            committed = set()  # What is there is known when it is asked for.
         lost = sum(key not in planner._tiers[at].index for key in committed)
         watch(planner, at, log)
         say({"pid": os.getpid(), "lost": lost})
@@ -68,7 +71,8 @@ def main():
         pid = os.fork()
         if pid == 0:
             os.close(read)
-            live(job, life, os.fdopen(write, "w"), is_last=order.strip() == "last")
+            what, *stack = order.split()
+            live(job, life, os.fdopen(write, "w"), stack="".join(stack), is_last=what == "last")
             os._exit(0)
         os.close(write)
         wrong = count = 0

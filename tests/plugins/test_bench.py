@@ -20,9 +20,9 @@ from pathlib import Path
 import msgspec
 import numpy
 import pytest
+from published import published
 from rich.console import Console
 
-from kvbm_bench._app import run
 from kvbm_bench._chat import Load
 from kvbm_bench._compare import differences, group, make_comparison
 from kvbm_bench._errors import BenchError
@@ -30,6 +30,8 @@ from kvbm_bench._plan import Plan
 from kvbm_bench._progress import describe, watch
 from kvbm_bench._report import Request, Run, percentile, read_json, spread, summarise
 from kvbm_bench._text import Script, Sentences
+from kvbm_cli._app import run as kvbm
+from kvbm_core.command import ExitCode
 
 STORY = resources.files("kvbm_cli").joinpath("story.txt").read_text()
 PATIENCE_S = 30
@@ -127,7 +129,7 @@ def server():
 
 
 def chat(server, *arguments):
-    return run(["chat", "--url", server.url, *SMALL, "--answer", "5", *map(str, arguments)])
+    return kvbm(["bench", "chat", "--url", server.url, *SMALL, "--answer", "5", *map(str, arguments)])
 
 
 def request(user=1, number=1, **changes):
@@ -234,62 +236,61 @@ def test_answers_of_one_token_have_no_time_between_tokens():
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--users", "0"], "--users: '0' cannot be used; write a whole number from 1"),
-        (["--rounds", "1.5"], "--rounds: '1.5'"),
+        (["--users", "0"], "'--users':"),
+        (["--rounds", "1.5"], "'--rounds':"),
         (["--history", "-3"], "--history"),
-        (["--qps", "0"], "--qps: '0' cannot be used; write a number above 0"),
-        (["--qps", "nan"], "--qps: 'nan'"),
+        (["--qps", "0"], "'--qps': 0.0 cannot be used; write a number above 0"),
+        (["--qps", "nan"], "'--qps': nan"),
         (["--duration", "inf"], "--duration"),
-        (["--url", "127.0.0.1:8000"], "--url: '127.0.0.1:8000' is no address; write one like http://"),
-        (["--json", "/no/such/folder/run.json"], "--json"),
+        (["--url", "127.0.0.1:8000"], "'--url': '127.0.0.1:8000' is no address; write one like http://"),
+        (["--out", "/no/such/folder/run.json"], "--out"),
         (["--speed", "1"], "--speed"),
     ],
 )
 def test_a_wrong_option_is_named(arguments, named, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run(["chat", *arguments])
-    assert stop.value.code == 2
-    assert named in capsys.readouterr().err
+    assert kvbm(["bench", "chat", *arguments]) == ExitCode.WRONG
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert named in said
 
 
 def test_a_server_that_is_not_there_is_named(server, capsys):
     server.shutdown()
     server.server_close()
-    assert chat(server) == 1
+    assert chat(server) == ExitCode.UNUSABLE
     assert f"--url {server.url}: no OpenAI-compatible server answers there" in capsys.readouterr().err
 
 
 def test_something_else_that_answers_is_no_server(server, capsys):
     server.models = 3
-    assert chat(server) == 1
+    assert chat(server) == ExitCode.UNUSABLE
     assert "no OpenAI-compatible server answers there" in capsys.readouterr().err
 
 
 def test_an_unknown_model_is_answered_with_those_there_are(server, capsys):
-    assert chat(server, "--model", "verbs") == 1
+    assert chat(server, "--model", "verbs") == ExitCode.UNUSABLE
     assert "--model verbs: the server has words; write one of these" in capsys.readouterr().err
     server.models.append({"id": "verbs"})
-    assert chat(server) == 1
+    assert chat(server) == ExitCode.UNUSABLE
     assert "--model is missing: the server has words, verbs" in capsys.readouterr().err
     assert server.asked == []
 
 
 def test_a_conversation_too_long_for_the_model_is_refused_before_it_starts(server, capsys):
-    assert chat(server, "--history", 1900) == 1
+    assert chat(server, "--history", 1900) == ExitCode.UNUSABLE
     assert "--history 1900 --rounds 3: the last prompt would have about 20" in capsys.readouterr().err
     assert server.asked == []
 
 
 def test_a_server_that_does_not_count_tokens_is_refused(server, capsys):
     server.counts_usage = False
-    assert chat(server) == 1
+    assert chat(server) == ExitCode.UNUSABLE
     assert "does not count tokens in a stream" in capsys.readouterr().err
 
 
 def test_what_a_server_says_cannot_command_the_terminal(server, capsys):
     owned = "\x1b]0;owned\x07"
     server.models[:] = [{"id": f"a{owned}"}, {"id": "b"}]
-    assert chat(server) == 1
+    assert chat(server) == ExitCode.UNUSABLE
     assert r"the server has a\x1b]0;owned\x07, b" in capsys.readouterr().err
 
     def fail(user, number):
@@ -297,7 +298,7 @@ def test_what_a_server_says_cannot_command_the_terminal(server, capsys):
 
     server.before = fail
     server.models[:] = [{"id": f"a{owned}"}]
-    assert chat(server) == 1
+    assert chat(server) == ExitCode.UNUSABLE
     shown = capsys.readouterr()
     assert r"(500): no\x1b]0;owned\x07" in shown.err
     assert not {"\x1b", "\x07"} & set(shown.out + shown.err)
@@ -310,7 +311,7 @@ def test_all_users_ask_all_rounds_with_all_that_was_said_before(server, tmp_path
     # Each round is answered when all three users have asked: they talk at the same time.
     together = threading.Barrier(3)
     server.before = lambda user, number: together.wait(PATIENCE_S)
-    assert chat(server, "--csv", tmp_path / "run.csv", "--json", tmp_path / "run.json", "--exact") == 0
+    assert chat(server, "--csv", tmp_path / "run.csv", "--out", tmp_path / "run.json", "--exact") == 0
     assert sorted((user, number) for user, number, _ in server.asked) == [
         (user, number) for user in (1, 2, 3) for number in (1, 2, 3)
     ]
@@ -336,16 +337,23 @@ def test_all_users_ask_all_rounds_with_all_that_was_said_before(server, tmp_path
 
     kept = read_json(tmp_path / "run.json")
     assert kept.label == "run"
-    assert kept.command.startswith(f"python -m kvbm_bench chat --url {server.url} --users 3")
     assert kept.summary == summarise([kept])
     assert kept.counted == {"tier cpu": 9}
     assert all(len(request.gaps_s) == 4 for request in kept.requests)
     assert "run: 9 requests in" in capsys.readouterr().out
 
 
+def test_what_programs_read(server, tmp_path, capsys):
+    assert chat(server, "--json", "--out", tmp_path / "run.json") == 0
+    run = published("bench chat", capsys.readouterr().out)
+    assert len(run["requests"]) == 9
+    assert kvbm(["bench", "compare", str(tmp_path / "run.json"), "--json"]) == 0
+    assert published("bench compare", capsys.readouterr().out)["runs"] == {"run": run["summary"]}
+
+
 def test_a_slow_answer_makes_the_next_question_late_not_early(server, tmp_path, capsys):
     server.before = lambda user, number: time.sleep(0.3)  # Ten times the gap.
-    assert chat(server, "--json", tmp_path / "run.json", "--rounds", 2) == 0
+    assert chat(server, "--out", tmp_path / "run.json", "--rounds", 2) == 0
     assert server.overlaps == 0
     assert {r.number: r.late for r in read_json(tmp_path / "run.json").requests if r.user == 1}[2]
     assert "of 6 requests were sent late" in capsys.readouterr().out
@@ -357,7 +365,7 @@ def test_a_failed_request_ends_its_conversation_and_no_other(server, tmp_path, c
             raise RuntimeError("out of memory")
 
     server.before = fail
-    assert chat(server, "--json", tmp_path / "run.json") == 1
+    assert chat(server, "--out", tmp_path / "run.json") == 1
     kept = read_json(tmp_path / "run.json")
     assert [(each.user, each.number) for each in kept.failures] == [(2, 2)]
     assert len(kept.requests) == 7
@@ -367,7 +375,7 @@ def test_a_failed_request_ends_its_conversation_and_no_other(server, tmp_path, c
 
 
 def test_with_a_duration_new_users_take_the_places_of_those_who_finish(server, tmp_path):
-    assert chat(server, "--json", tmp_path / "run.json", "--duration", 1, "--rounds", 2) == 0
+    assert chat(server, "--out", tmp_path / "run.json", "--duration", 1, "--rounds", 2) == 0
     requests = read_json(tmp_path / "run.json").requests
     assert max(each.user for each in requests) > 3
     assert max(each.number for each in requests) == 2
@@ -384,6 +392,7 @@ def test_an_interrupted_run_keeps_what_it_has(server, tmp_path):
             go_on.wait(PATIENCE_S)
 
     server.before = stall
+    # The form that it had before it was a group of `kvbm`.
     command = [sys.executable, "-m", "kvbm_bench", "chat", "--url", server.url, *SMALL, "--json", "run.json"]
     with subprocess.Popen(
         [*command, "--users", "1"],
@@ -419,12 +428,13 @@ def test_a_log_is_told_how_far_the_load_is():
     assert "1/4" in sink.getvalue()
 
 
-def test_a_missing_extra_is_one_line_that_says_what_to_install():
-    program = "import sys; sys.modules['rich'] = None; from kvbm_bench import main; main()"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "pip install 'kvbm-core[bench]'" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_missing_package_is_one_line_that_says_what_to_install():
+    program = "import sys; sys.modules['httpx'] = None; from kvbm_cli import main; main()"
+    command = [sys.executable, "-c", program, "bench", "compare", "x.json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == ExitCode.UNUSABLE
+    assert done.stderr.startswith("kvbm bench: verb 'bench' needs httpx, which is not installed")
+    assert done.stderr.count("\n") == 1
 
 
 # ---- comparison
@@ -456,10 +466,13 @@ def test_runs_that_cannot_be_compared_are_said_to_be_so():
 
 @pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
 def test_the_picture_is_drawn(suffix, start, server, tmp_path, capsys):
-    assert chat(server, "--json", tmp_path / "a.json") == 0
-    assert chat(server, "--json", tmp_path / "b.json", "--label", "with tiers") == 0
+    assert chat(server, "--out", tmp_path / "a.json") == 0
+    assert chat(server, "--out", tmp_path / "b.json", "--label", "with tiers") == 0
     picture = tmp_path / f"chart.{suffix}"
-    assert run(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--plot", str(picture)]) == 0
+    assert (
+        kvbm(["bench", "compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--plot", str(picture)])
+        == 0
+    )
     assert picture.read_bytes().startswith(start)
     if suffix == "svg":
         drawn = picture.read_text()
@@ -469,12 +482,11 @@ def test_the_picture_is_drawn(suffix, start, server, tmp_path, capsys):
 
 def test_a_file_that_is_no_run_is_named(tmp_path, capsys):
     (tmp_path / "x.json").write_text("{}")
-    assert run(["compare", str(tmp_path / "x.json")]) == 1
-    assert "x.json is no run of `kvbm_bench chat --json`" in capsys.readouterr().err
+    assert kvbm(["bench", "compare", str(tmp_path / "x.json")]) == ExitCode.UNUSABLE
+    assert "x.json is no run of `kvbm bench chat --out`" in capsys.readouterr().err
     with pytest.raises(BenchError, match="no request was answered"):
         summarise([make_run("a", [])])
-    with pytest.raises(SystemExit):
-        run(["compare", "x.json", "--plot", "chart.bmp"])
+    assert kvbm(["bench", "compare", "x.json", "--plot", "chart.bmp"]) == ExitCode.WRONG
 
 
 # ---- a real vLLM, with the connector, and less KV memory than the conversations need
@@ -482,7 +494,7 @@ def test_a_file_that_is_no_run_is_named(tmp_path, capsys):
 
 @pytest.fixture
 def real_server(tmp_path):
-    from kvbm_cli._app import read_port
+    from kvbm_cli._demo_verb import read_port
     from kvbm_cli._engine import ServeSettings, find_engine, serve_command, serve_environment
     from kvbm_cli._model import prepare_model
     from kvbm_cli._server import Server
@@ -506,7 +518,10 @@ def real_server(tmp_path):
 def test_a_real_engine_is_asked_what_was_planned_and_counts_the_same(real_server, tmp_path):
     file: Path = tmp_path / "run.json"
     load = ["--users", "3", "--rounds", "3", "--qps", "2", "--system-prompt", "150", "--history", "450"]
-    assert run(["chat", "--url", real_server, *load, "--answer", "8", "--exact", "--json", str(file)]) == 0
+    assert (
+        kvbm(["bench", "chat", "--url", real_server, *load, "--answer", "8", "--exact", "--out", str(file)])
+        == 0
+    )
     kept = read_json(file)
     assert sorted((each.user, each.number) for each in kept.requests) == [
         (user, number) for user in (1, 2, 3) for number in (1, 2, 3)

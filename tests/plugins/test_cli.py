@@ -9,20 +9,25 @@ import time
 from importlib import resources
 from pathlib import Path
 
+import msgspec
 import pytest
+from published import published
 from rich.console import Console
 from typer.testing import CliRunner
 
-from kvbm_cli._app import app
+from kvbm_cli._answer import answer
+from kvbm_cli._app import app, run
 from kvbm_cli._client import Reply, _events, _text_of
 from kvbm_cli._demo import story_messages
 from kvbm_cli._engine import Engine, ServeSettings, cpu_dtype, serve_command, serve_environment
 from kvbm_cli._errors import DemoError
 from kvbm_cli._metrics import TierCounters, parse_counters
 from kvbm_cli._model import MODEL_NAME, _publish, cache_dir, is_prepared
-from kvbm_cli._report import Report, Run, make_table, to_json
+from kvbm_cli._report import Report, Run, make_table
 from kvbm_cli._screen import Screen
 from kvbm_cli._server import Server
+from kvbm_core.command import ExitCode
+from kvbm_core.extras import extra_command
 
 METRICS = """\
 # HELP vllm:kvbm_loaded_blocks_total Blocks loaded.
@@ -47,7 +52,9 @@ CUDA = Engine("vllm", "0.32.0")
 def started(monkeypatch):
     """Collects the settings of demos that would have been started."""
     calls = []
-    monkeypatch.setattr("kvbm_cli._app.run_demo", lambda settings, screen: calls.append(settings) or 0)
+    monkeypatch.setattr(
+        "kvbm_cli._demo.run_demo", lambda settings, screen: calls.append(settings) or make_report()
+    )
     return calls
 
 
@@ -68,7 +75,6 @@ def invoke(*arguments):
         (["--max-tokens", "0"], "--max-tokens"),
         (["--model", "/no/such/folder"], "/no/such/folder"),
         (["--prompt", "/no/such/file"], "--prompt"),
-        (["--json", "/no/such/folder/numbers.json"], "--json"),
         (["--speed", "1"], "--speed"),
     ],
 )
@@ -121,24 +127,26 @@ def test_help_explains_every_option():
         assert option in output
 
 
-def test_the_models_folder_is_printed_and_an_error_is_one_line(monkeypatch):
-    monkeypatch.setattr("kvbm_cli._app.prepare_model", lambda: Path("/models/small"))
+def test_the_models_folder_is_printed_and_an_error_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("kvbm_cli._demo_verb.prepare_model", lambda: Path("/models/small"))
     assert CliRunner().invoke(app, ["model"]).stdout == "/models/small\n"
+    document = published("model", CliRunner().invoke(app, ["model", "--json"]).stdout)
+    assert document == {"path": "/models/small"}
 
     def refuse():
         raise DemoError("the model is not there")
 
-    monkeypatch.setattr("kvbm_cli._app.prepare_model", refuse)
-    result = CliRunner().invoke(app, ["model"])
-    assert (result.exit_code, result.stderr) == (1, "kvbm model: the model is not there\n")
+    monkeypatch.setattr("kvbm_cli._demo_verb.prepare_model", refuse)
+    assert run(["model"]) == ExitCode.UNUSABLE
+    assert capsys.readouterr().err == "kvbm model: the model is not there\n"
 
 
 def test_a_missing_extra_is_one_line_that_says_what_to_install():
     hide = "import sys; sys.modules['typer'] = None; import kvbm_cli; kvbm_cli.main()"
     result = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True)
-    assert result.returncode == 1
+    assert result.returncode == ExitCode.UNUSABLE
     assert result.stderr.count("\n") == 1
-    assert "pip install 'kvbm-core[cli]'" in result.stderr
+    assert extra_command("cli") in result.stderr
 
 
 # ---- the prompt
@@ -301,11 +309,11 @@ def test_another_answer_is_said_but_is_no_failure():
 def test_a_tier_that_served_nothing_is_a_failure():
     report = make_report(lmdb_blocks=0)
     assert report.problems() == ["The run 'LMDB' loaded nothing from the tier lmdb."]
-    assert json.loads(to_json(report))["problems"] == report.problems()
+    assert answer(report).problems == report.problems()
 
 
 def test_the_json_holds_the_numbers_and_the_versions():
-    document = json.loads(to_json(make_report()))
+    document = published("demo", msgspec.to_builtins(answer(make_report())))
     assert [run["speedup"] for run in document["runs"]] == [1.0, 20.0, 12.5]
     assert document["runs"][1]["loaded_bytes"] == {"cpu": 76 << 20}
     assert document["versions"]["kvbm-core"]

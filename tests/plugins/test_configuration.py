@@ -252,6 +252,24 @@ def test_what_the_pair_is_told_to_write_is_accepted(llama, monkeypatch):
     configure(llama, None, **several(dynamo, THEIRS))
 
 
+def test_what_a_strangers_backend_logs_goes_where_vllms_lines_go(tmp_path, monkeypatch):
+    from kvbm_vllm._logging import share_log
+
+    metadata = tmp_path / "kvbm_shelf-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: kvbm-shelf\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text("[kvbm_core]\nshelf = kvbm_shelf.tiers\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    handler = logging.NullHandler()
+    monkeypatch.setattr(logging.getLogger("vllm"), "handlers", [handler])
+    share_log()
+    assert all(
+        handler in logging.getLogger(name).handlers for name in ("kvbm_shelf", "kvbm_lmdb", "kvbm_core")
+    )
+    monkeypatch.undo()
+    share_log()
+
+
 def test_a_line_comes_once_where_vllm_makes_its_handlers_anew(monkeypatch):
     """As it does in a process that it forks."""
     from kvbm_vllm._logging import share_log

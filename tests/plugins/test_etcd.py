@@ -18,13 +18,15 @@ from pathlib import Path
 
 import pytest
 from certificates import make_certificates
+from published import published
 from servers import EtcdServer, FaultProxy, ServerMissingError
 
+from kvbm_cli._app import run as kvbm
 from kvbm_core import BackendError, ConfigError, Coordinator, CoordinatorError, Member, Registry, load_config
+from kvbm_core.command import ExitCode
 from kvbm_core.config import convert
 from kvbm_etcd import EtcdConfig
 from kvbm_etcd._config import init_timeout_s, read_access
-from kvbm_etcd._list import main
 
 LEASE_S = 2
 """The shortest there is."""
@@ -96,8 +98,8 @@ def until(holds):
 def listed(capsys, server, *arguments):
     """What ``ls --json`` shows."""
     capsys.readouterr()
-    assert main(["ls", "--json", "--endpoint", server.endpoint, *arguments]) == 0
-    return json.loads(capsys.readouterr().out)
+    assert kvbm(["etcd", "ls", "--json", "--endpoint", server.endpoint, *arguments]) == 0
+    return published("etcd ls", capsys.readouterr().out)
 
 
 def ranks(capsys, server, engine):
@@ -372,7 +374,7 @@ def test_tls_with_a_user_heals_too(join, safe, safe_server, engine, tmp_path, ca
     config = tmp_path / "kvbm.yaml"
     tiers = [{"backend": "cpu", "capacity": "1GiB"}]
     config.write_text(json.dumps({"tiers": tiers, "coordinator": {"backend": "etcd", **safe}}))
-    assert main(["ls", "--config", str(config)]) == 0
+    assert kvbm(["etcd", "ls", "--config", str(config)]) == 0
     assert engine in capsys.readouterr().out
     log.clear()
     # It forgets everybody's token.
@@ -517,7 +519,7 @@ def test_etcd_is_no_tier():
 def test_a_table_of_engines(join, etcd_server, engine, capsys):
     join(metrics="http://host:8000/metrics", versions={"kvbm-core": "0.1.0"})
     join(0, settings={"metrics_address": "http://else:1/metrics"}, versions={"kvbm-core": "0.1.0"})
-    assert main(["ls", "--endpoint", etcd_server.endpoint]) == 0
+    assert kvbm(["etcd", "ls", "--endpoint", etcd_server.endpoint]) == 0
     heading, leader, worker = (line.split("  ") for line in capsys.readouterr().out.splitlines())
     assert heading[0] == "ENGINE"
     assert [engine, "leader", "http://host:8000/metrics"] == [c.strip() for c in leader if c.strip()][:2] + [
@@ -529,7 +531,7 @@ def test_a_table_of_engines(join, etcd_server, engine, capsys):
 
 
 def test_nobody_is_registered(etcd_server, capsys):
-    assert main(["ls", "--endpoint", etcd_server.endpoint, "--prefix", "/nobody"]) == 0
+    assert kvbm(["etcd", "ls", "--endpoint", etcd_server.endpoint, "--prefix", "/nobody"]) == 0
     assert capsys.readouterr().out == "no engine is registered under /nobody\n"
     assert listed(capsys, etcd_server, "--prefix", "/nobody") == {}
 
@@ -541,16 +543,16 @@ def test_what_is_not_ours_is_left_out(etcd_server, capsys):
 
 
 def test_an_etcd_that_is_away_is_an_error_of_the_command(capsys):
-    assert main(["ls", "--endpoint", "127.0.0.1:9"]) == 2
+    assert kvbm(["etcd", "ls", "--endpoint", "127.0.0.1:9"]) == ExitCode.UNUSABLE
     assert "etcd at http://127.0.0.1:9: " in capsys.readouterr().err
-    assert main(["ls", "--endpoint", "nowhere"]) == 2
+    assert kvbm(["etcd", "ls", "--endpoint", "nowhere"]) == ExitCode.WRONG
     assert "endpoints: number 1 of 1; write http://host:port" in capsys.readouterr().err
 
 
 def test_a_file_without_a_coordinator_is_an_error_of_the_command(tmp_path, capsys):
     file = tmp_path / "kvbm.yaml"
     file.write_text("tiers: [{backend: cpu, capacity: 1GiB}]")
-    assert main(["ls", "--config", str(file)]) == 2
+    assert kvbm(["etcd", "ls", "--config", str(file)]) == ExitCode.WRONG
     assert "has no coordinator with 'backend: etcd'" in capsys.readouterr().err
 
 
@@ -576,6 +578,27 @@ def test_watching(join, etcd_server, engine):
             assert "? etcd is back" in watch.stdout.readline()
         finally:
             watch.send_signal(signal.SIGINT)
+    assert watch.returncode == 0
+
+
+def test_watching_as_json(join, etcd_server, engine):
+    join(0)
+    command = [
+        sys.executable,
+        "-m",
+        "kvbm_cli",
+        "etcd",
+        "watch",
+        "--json",
+        "--endpoint",
+        etcd_server.endpoint,
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watch:
+        try:
+            seen = published("etcd watch", watch.stdout.readline())
+        finally:
+            watch.terminate()
+    assert (seen["sign"], seen["engine"], seen["rank"]) == ("+", engine, 0)
     assert watch.returncode == 0
 
 
@@ -606,7 +629,7 @@ def test_what_others_wrote_cannot_command_the_terminal(etcd_server, capsys):
     etcd_server.ctl("put", "/odd/v1/e/3", "[" * 100_000)
     etcd_server.ctl("put", "/odd/v1/e/\udcff".encode("utf-8", "surrogateescape"), "x")
     for arguments in (["ls"], ["ls", "--json"]):
-        assert main([*arguments, "--prefix", "/odd", "--endpoint", etcd_server.endpoint]) == 0
+        assert kvbm(["etcd", *arguments, "--prefix", "/odd", "--endpoint", etcd_server.endpoint]) == 0
         printed = capsys.readouterr().out
         assert all(c.isprintable() or c == "\n" for c in printed)
         assert "x1b" in printed

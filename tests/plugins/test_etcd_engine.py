@@ -7,7 +7,7 @@ import threading
 import pytest
 from engines import connector, drain, forget, generate, loaded, make_prompts
 
-from kvbm_etcd._list import main
+from kvbm_cli._app import run as kvbm
 
 pytestmark = pytest.mark.engine
 
@@ -24,7 +24,7 @@ def test_etcd_is_killed_under_load_and_comes_back(llama, start, etcd_server, cap
 
     def listed():
         capsys.readouterr()
-        assert main(["ls", "--json", "--endpoint", etcd_server.endpoint]) == 0
+        assert kvbm(["etcd", "ls", "--json", "--endpoint", etcd_server.endpoint]) == 0
         return json.loads(capsys.readouterr().out).get(ENGINE, [])
 
     entry = {"backend": "etcd", "endpoints": [etcd_server.endpoint], "lease_s": 2, "timeout_s": 1}

@@ -1,11 +1,16 @@
 """Whatever a tier does, a request completes with the right answer and the engine lives."""
 
+import time
+from types import SimpleNamespace
+
 import pytest
 from engines import connector, drain, forget, generate, keys_of, loaded, make_prompts
 
 from kvbm_core import Op
 
 pytestmark = pytest.mark.engine
+
+PATIENCE_S = 300
 
 
 def failures(llm, tier):
@@ -58,6 +63,37 @@ def test_what_loads_more_slowly_than_it_computes_is_computed_after_one_try(fault
     counts = connector(llm).counts["faulty"]
     assert (counts.loaded, counts.failed.total()) == (tried, 0)
     assert counts.declined == 3 * ((len(prompt) - 1) // 32) - tried
+
+
+def test_a_tier_with_a_slow_codec_is_computed_after_one_try_and_comes_back_when_it_is_fast(
+    slow, llama, start, monkeypatch
+):
+    """Two threads decode four blocks a second; the engine computes a multiple of that."""
+    from kvbm_vllm import _scheduler
+
+    passed_s, true_s = [0.0], time.monotonic
+    monkeypatch.setattr(_scheduler, "time", SimpleNamespace(monotonic=lambda: true_s() + passed_s[0]))
+    prompt = next(p for p in make_prompts(60, seed=17, longest=1900) if len(p) > 1500)
+    blocks = (len(prompt) - 1) // 32
+    tier = {"backend": "memory", "capacity": "256MiB", "codecs": [{"name": "slow"}]}
+    llm = start(llama, [tier], extra={"only_faster": True, "load_deadline_s": 60})
+    answer = generate(llm, [prompt])
+
+    def ask():
+        """Give how many blocks were loaded; half a minute has passed."""
+        forget(llm)
+        passed_s[0] += 31
+        before = loaded(llm)["memory"]
+        assert generate(llm, [prompt]) == answer
+        return loaded(llm)["memory"] - before
+
+    slow.takes_s = 0.5
+    assert 0 < ask() <= 16
+    assert max(ask() for _ in range(3)) <= 1
+    slow.takes_s = 0.0
+    give_up_s = time.monotonic() + PATIENCE_S
+    while ask() < blocks:
+        assert time.monotonic() < give_up_s, connector(llm)._leader.session.planner.cost_model
 
 
 def test_only_the_part_before_a_failed_block_is_used(faulty, llama, start):

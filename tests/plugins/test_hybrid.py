@@ -314,12 +314,12 @@ def two_ranks(start, watch, monkeypatch, tmp_path):
     disk = {"backend": "lmdb", "capacity": "256MiB", "path": str(tmp_path / "lmdb")}
     prompts = [make_prompt(length, seed=length) for length in LENGTHS[:4]]
 
-    def prove(model, **options):
-        llm = start(model, [CPU, disk], **options_of("gemma3", **options))
+    def prove(model, kind="gemma3", **options):
+        llm = start(model, [CPU, disk], **options_of(kind, **options))
         own = [own_answer(llm, prompt) for prompt in prompts]
         assert_restored(llm, watch, prompts, own)
         drain(llm)
-        llm = start(model, [disk], **options_of("gemma3", **options))
+        llm = start(model, [disk], **options_of(kind, **options))
         assert_restored(llm, watch, prompts, own)
         assert failed_loads(llm) == 0
 
@@ -329,6 +329,12 @@ def two_ranks(start, watch, monkeypatch, tmp_path):
 @pytest.mark.soak
 def test_two_tensor_parallel_ranks_each_restore_their_part_of_every_group(folder, two_ranks):
     two_ranks(folder("gemma3"), tensor_parallel_size=2)
+
+
+@pytest.mark.soak
+def test_two_tensor_parallel_ranks_each_restore_their_heads_of_a_recurrent_state(tmp_path, two_ranks):
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    two_ranks(write_model(tmp_path / "model", "qwen3_next", **heads), "qwen3_next", tensor_parallel_size=2)
 
 
 @pytest.mark.soak

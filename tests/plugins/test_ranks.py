@@ -51,8 +51,8 @@ def test_ranks_that_are_alike_pass_in_any_order():
         ({"namespace": {"vllm": "0.33"}}, "vllm is 0.33, there 0.32"),
         ({"namespace": {"models": [{"config": '{"rope_theta": 5, "hidden": 8}', "weights": "unknown:7"}]}},
          "models.0.config.rope_theta is 5, there 10000"),
-        ({"namespace": {"models": [{"config": '{"rope_theta": 10000, "hidden": 8}', "weights": "xxh3:ab"}]}},
-         "models.0.weights is xxh3:ab, there unknown"),
+        ({"namespace": {"models": [{"config": '{"rope_theta": 10000, "hidden": 8}', "weights": "blake3:a"}]}},
+         "models.0.weights is blake3:a, there unknown"),
         ({"namespace": {"layers": [["0", "fp8"]]}}, "layers.0.1 is fp8, there bf16"),
     ],
 )  # fmt: skip

@@ -1,12 +1,18 @@
 """Of models that people serve our groups, and the bytes that are loaded of each, are those of the rules."""
 
+import json
+from collections import Counter
+
 import pytest
 
 pytest.importorskip("vllm")
 import planned
 import real_shapes
+from model_configs import CONFIGS
 from real_shapes import MODELS, blocks_needed, shape_of, stored_blocks, stored_bytes
 
+from kvbm_cli.size._groups import Ranks, make_groups
+from kvbm_cli.size._layers import read_model
 from kvbm_core import Capabilities, Planner, TierStatus
 from kvbm_core.groups import Rule, alignment, group_keys
 
@@ -159,3 +165,20 @@ def test_the_connector_leaves_vllms_groups_on(tmp_path):
     assert not ours.scheduler_config.disable_hybrid_kv_cache_manager
     for field in ("block_size", "kv_cache_layout", "cache_dtype", "prefix_cache_retention_interval"):
         assert getattr(ours.cache_config, field) == getattr(alone.cache_config, field)
+
+
+def test_the_command_comes_to_the_same_from_the_config_alone(planned_model, tmp_path):
+    name, shape = planned_model
+    if name not in CONFIGS:
+        pytest.skip("the command says that it does not know such a model")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(CONFIGS[name]))
+    made = make_groups(read_model(file), Ranks())
+
+    def told(group, layers, nbytes):
+        return group.block_tokens, group.coverage, layers, nbytes
+
+    planned_groups = map(told, shape.groups, shape.layers, shape.nbytes)
+    assert Counter(told(each.group, each.layers, each.block_bytes) for each in made) == Counter(
+        planned_groups
+    )

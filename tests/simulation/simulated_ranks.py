@@ -14,7 +14,7 @@ REASONS = [reason for reason in Reason if reason is not Reason.NONE]
 class SimulatedRanks:
     """The ranks of an engine with several KV groups, of which one rank may have no layer of a group."""
 
-    def __init__(self, groups, rng):
+    def __init__(self, groups, rng, capacities=None):
         self.groups, self.rng = groups, rng
         self.count = rng.choice([1, 2, 3])
         self.lends, self.has_remote = rng.random() < 0.6, rng.random() < 0.5
@@ -22,7 +22,7 @@ class SimulatedRanks:
         self.charges = [[nbytes - rng.choice([0, 0, 500]) for nbytes in longest] for _ in range(self.count)]
         if self.count > 1:
             self.charges[rng.randrange(self.count)][rng.randrange(len(groups))] = 0
-        self.capacities = [rng.randint(20, 120) * 1000, rng.randint(20, 300) * 1000]
+        self.capacities = capacities or [rng.randint(20, 120) * 1000, rng.randint(20, 300) * 1000]
         self._group_of = {each.tag: number for number, each in enumerate(groups)}
         tiers = range(len(self.capacities) + self.has_remote)
         self.held = [[{} for _ in tiers] for _ in range(self.count)]
@@ -32,7 +32,7 @@ class SimulatedRanks:
         self.seen = Counter()
         self.failing = 0.0
 
-    def planner(self):
+    def planner(self, **options):
         kinds = [
             Capabilities(capacity_bytes=capacity, addressable=self.lends and tier == 0)
             for tier, capacity in enumerate(self.capacities)
@@ -49,7 +49,8 @@ class SimulatedRanks:
             ]
             for rank in range(self.count)
         ]  # fmt: skip
-        return Planner(ranks, groups=self.groups, max_store_blocks=self.rng.randint(2, 40), ops=self._numbers)
+        options.setdefault("max_store_blocks", self.rng.randint(2, 40))
+        return Planner(ranks, groups=self.groups, ops=self._numbers, **options)
 
     def keeps(self, rank, key):
         """Say whether a rank has layers of an object's group."""
@@ -62,7 +63,8 @@ class SimulatedRanks:
     def submit(self, plan, planner):
         """Take a plan in: drops at once, and of each operation a report to come from each rank and tier."""
         for tier, keys in plan.drops:
-            assert all(planner._tiers[tier].index.state(key) is not BlockState.READY for key in keys)
+            index = planner._tiers[tier].index
+            assert all(index.state(key) is not BlockState.READY and not index.is_pinned(key) for key in keys)
             for rank in self.held:
                 for key in keys:
                     rank[tier].pop(key, None)

@@ -11,8 +11,8 @@ import sys
 
 import pytest
 
-from kvbm_remote import _install
-from kvbm_remote._install import extra_command
+from kvbm_core import extras
+from kvbm_core.extras import extra_command
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ORIGINS = {
@@ -67,7 +67,7 @@ def test_the_command_installs_from_where_the_package_came(installed, note, comma
 
 def test_a_package_that_is_not_installed_at_all_is_named():
     # Without site-packages nothing is installed; the module needs the standard library alone.
-    program = f"import runpy; print(runpy.run_path({_install.__file__!r})['extra_command']('remote'))"
+    program = f"import runpy; print(runpy.run_path({extras.__file__!r})['extra_command']('remote'))"
     command = [sys.executable, "-I", "-S", "-c", program]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert said.strip() == "pip install 'kvbm-core[remote]'"

@@ -1,4 +1,4 @@
-"""The command that installs an extra of this package, from where the package itself came."""
+"""The command that installs an extra of a package, from where the package itself came."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from urllib.parse import unquote, urlsplit
 
 __all__ = ["extra_command"]
 
-_PACKAGE = "kvbm-core"
 
-
-def extra_command(extra: str) -> str:
+def extra_command(extra: str, package: str = "kvbm-core") -> str:
     """Give the command, like ``pip install -e '/src/kvbm-core[remote]'``.
 
     Args:
         extra: Its name, as in the package's metadata.
+        package: Name of the distribution.
     """
-    name = f"{_PACKAGE}[{extra}]"
+    name = f"{package}[{extra}]"
     try:
-        origin = json.loads(metadata.distribution(_PACKAGE).read_text("direct_url.json") or "{}")
+        origin = json.loads(metadata.distribution(package).read_text("direct_url.json") or "{}")
         return f"pip install {_source(origin, name, extra)}"
     except (metadata.PackageNotFoundError, ValueError, KeyError):
         return f"pip install {shlex.quote(name)}"

@@ -1,0 +1,200 @@
+"""Tries a tier: opens it with its layers, writes objects, reads them back, and removes them.
+
+An engine's objects are in no danger. A tier that keeps a directory is tried in a new folder within it, which
+is removed; a shared one under a namespace of its own; one in memory is nobody else's. Of any other it is not
+known what opening it with another namespace would delete, so it is not tried.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import hashlib
+import mmap
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from kvbm_core.block import make_namespace
+from kvbm_core.config import StackConfig, TierEntry, parse_size
+from kvbm_core.errors import QueueFullError, TierError
+from kvbm_core.layers import SEAL_BYTES
+from kvbm_core.registry import Registry
+from kvbm_core.testing import MemoryDevice
+from kvbm_core.tier import Capabilities, Completion, Op, Outcome, Region, Tier, TierContext, Transfer
+from kvbm_core.worker.opening import open_tiers
+from kvbm_core.worker.peers import Peers
+
+__all__ = ["Trial", "nearest_folder", "place_of", "try_tier", "why_not_tried"]
+
+_TRIAL_BYTES: Final = 64 << 20
+"""Are written and read, or one object if that is more."""
+_MOST_OBJECTS: Final = 64
+_FILE_URL: Final = "file://"
+_POLL_S: Final = 0.0005
+_KEY_BYTES: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What was seen of a tier."""
+
+    capabilities: Capabilities
+    objects: int
+    object_bytes: int
+    store_s: float
+    load_s: float
+
+
+def place_of(settings: Any) -> Path | None:
+    """Give the directory that a tier keeps its objects in, if it is one of this machine."""
+    path, url = settings.get("path"), settings.get("url")
+    if isinstance(url, str) and url.startswith(_FILE_URL):
+        path = url.removeprefix(_FILE_URL)
+    return Path(os.path.expanduser(path)).absolute() if isinstance(path, str) and path else None
+
+
+def nearest_folder(place: Path) -> Path:
+    """Give a directory, or the nearest one above that is there."""
+    return next((folder for folder in (place, *place.parents) if folder.is_dir()), Path("/"))
+
+
+def why_not_tried(entry: TierEntry, *, shared: bool) -> str:
+    """Say why a tier cannot be tried without danger; empty if it can."""
+    if place_of(entry.settings) or shared:
+        return ""
+    texts = [key for key, value in entry.settings.items() if isinstance(value, str) and key != "capacity"]
+    if not texts:
+        return ""
+    return (
+        f"not tried: {', '.join(texts)} may say where it keeps its objects, and opening it for a try could "
+        "delete what is there"
+    )
+
+
+def try_tier(config: StackConfig, entry: TierEntry, block_bytes: int) -> Trial:
+    """Try one tier of a stack.
+
+    Args:
+        config: Its stack, for deadlines.
+        entry: The tier.
+        block_bytes: Of the blocks that are written.
+
+    Raises:
+        KvbmError: It cannot be opened, or does not do what a tier must; the message says what to change.
+    """
+    with _aside(entry) as (moved, folder):
+        count = max(1, min(_MOST_OBJECTS, _TRIAL_BYTES // block_bytes))
+        alone = msgspec.structs.replace(
+            config, tiers=(_smaller(moved, 2 * count * (block_bytes + SEAL_BYTES)),)
+        )
+        namespace = make_namespace({"kvbm": "check", "pid": os.getpid(), "time": time.time_ns()})
+        context = TierContext(namespace, block_bytes + SEAL_BYTES)
+        device = MemoryDevice(1, block_bytes)
+        [opened] = open_tiers(alone, context, [block_bytes + SEAL_BYTES], Peers(), Registry(), device)
+        try:
+            trial = _try(opened.tier, config, entry, count, block_bytes)
+        finally:
+            opened.tier.close()
+    detail = trial.capabilities.detail.replace(folder, str(place_of(entry.settings))) if folder else ""
+    seen = dataclasses.replace(trial.capabilities, detail=detail or trial.capabilities.detail)
+    return dataclasses.replace(trial, capabilities=seen)
+
+
+@contextmanager
+def _aside(entry: TierEntry) -> Iterator[tuple[TierEntry, str]]:
+    """Give the tier with a folder of its own in place of the directory of its objects."""
+    if (place := place_of(entry.settings)) is None:
+        yield entry, ""
+        return
+    folder = tempfile.mkdtemp(prefix=".kvbm-check-", dir=nearest_folder(place))
+    try:
+        key = "path" if "path" in entry.settings else "url"
+        value = folder if key == "path" else _FILE_URL + folder
+        yield msgspec.structs.replace(entry, settings={**entry.settings, key: value}), folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _smaller(entry: TierEntry, nbytes: int) -> TierEntry:
+    """Give the tier with no more capacity than a try needs: some media are written whole at open."""
+    if "capacity" not in entry.settings:
+        return entry
+    capacity = min(parse_size(entry.settings["capacity"], "capacity"), max(nbytes, _TRIAL_BYTES))
+    return msgspec.structs.replace(entry, settings={**entry.settings, "capacity": capacity})
+
+
+def _try(tier: Tier, config: StackConfig, entry: TierEntry, count: int, block_bytes: int) -> Trial:
+    capabilities = tier.capabilities
+    if capabilities.read_only:
+        raise TierError(f"tier {entry.name}: it is read-only, so nothing can be tried", tier=entry.name)
+    if capabilities.capacity_bytes is not None:
+        count = min(count, capabilities.capacity_bytes // capabilities.charge(block_bytes + SEAL_BYTES))
+    keys = [os.urandom(_KEY_BYTES) for _ in range(count)]
+    regions = [_region(block_bytes + SEAL_BYTES) for _ in keys]
+    for key, region in zip(keys, regions, strict=True):
+        # Half of it repeats the key, so that a codec that compresses is not made to look useless.
+        half = region.view()[: block_bytes // 2]
+        half[:] = (key * (1 + len(half) // _KEY_BYTES))[: len(half)]
+        region.view()[len(half) : block_bytes] = os.urandom(block_bytes - len(half))
+    written = [_digest(region, block_bytes) for region in regions]
+    store_s = _run(tier, Op.STORE, keys, regions, config.store_deadline_s, entry.name)
+    for region in regions:
+        region.view()[:] = bytes(region.nbytes)
+    load_s = _run(tier, Op.LOAD, keys, regions, config.load_deadline_s, entry.name)
+    if [_digest(region, block_bytes) for region in regions] != written:
+        raise TierError(f"tier {entry.name}: other bytes were read than were written", tier=entry.name)
+    tier.discard(keys)
+    return Trial(capabilities, count, block_bytes, store_s, load_s)
+
+
+def _digest(region: Region, nbytes: int) -> bytes:
+    return hashlib.blake2b(region.view()[:nbytes], digest_size=16).digest()
+
+
+def _run(
+    tier: Tier, op: Op, keys: Sequence[bytes], regions: Sequence[Region], deadline_s: float, name: str
+) -> float:
+    """Do one operation with every object, and give the seconds it took.
+
+    Raises:
+        TierError: It did not end well for one of them. The tier's own layer answers at the deadline.
+    """
+    started_s = time.monotonic()
+    waiting = [
+        Transfer(at, op, key, region, started_s + deadline_s)
+        for at, (key, region) in enumerate(zip(keys, regions, strict=True))
+    ]
+    ended = 0
+    while ended < len(keys):
+        batch = waiting[: tier.capabilities.queue_depth]
+        with contextlib.suppress(QueueFullError):
+            tier.submit(batch)
+            del waiting[: len(batch)]
+        done = tier.poll()
+        for each in done:
+            _refuse(each, op, name)
+        ended += len(done)
+        if not done:
+            time.sleep(_POLL_S)
+    return time.monotonic() - started_s
+
+
+def _refuse(end: Completion, op: Op, name: str) -> None:
+    if end.outcome is not Outcome.DONE:
+        detail = f": {end.detail}" if end.detail else ""
+        raise TierError(f"tier {name}: {op.value} ended {end.reason.value}{detail}", tier=name)
+
+
+def _region(nbytes: int) -> Region:
+    memory = mmap.mmap(-1, nbytes)
+    return Region(ctypes.addressof(ctypes.c_char.from_buffer(memory)), nbytes, owner=memory)

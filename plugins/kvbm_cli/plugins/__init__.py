@@ -1,0 +1,1 @@
+"""The group `kvbm plugins`: what is installed, and new packages."""

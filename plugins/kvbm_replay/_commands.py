@@ -1,0 +1,266 @@
+"""The verbs `kvbm replay` and `kvbm plan`. Every option is checked here, before anything long starts."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+import yaml
+from rich.console import Console
+
+from kvbm_core.command import answers, write_json
+from kvbm_core.config import parse_size
+from kvbm_core.errors import ConfigError
+from kvbm_core.registry import Registry
+from kvbm_replay._answer import ReplayAnswer
+from kvbm_replay._layout import read_layout
+from kvbm_replay._machine import Machine, read_speed
+from kvbm_replay._plan_table import advice_lines, draw_plan, make_tables
+from kvbm_replay._planning import MEMORY, PlanAnswer, Question, answer_question
+from kvbm_replay._reader import read_trace, write_trace
+from kvbm_replay._sizes import read_blocks
+from kvbm_replay._sweep import Sweep, run_sweep
+from kvbm_replay._table import draw_replay, figure_class, make_table, remarks
+from kvbm_replay.generators import generate
+from kvbm_replay.trace import Trace
+
+__all__ = ["plan", "replay"]
+
+_DEFAULT_SIZES: Final = "1,2,3,5,10,20M"
+_MACHINE: Final = Machine()
+_PLAIN_WIDTH: Final = 200
+"""Without a terminal there is no width to fit; rich would assume 80 and fold the table."""
+
+Traces = Annotated[
+    list[Path] | None,
+    typer.Argument(metavar="[TRACE]...", help="Mooncake's format, or the files of an engine's `record`."),
+]
+Load = Annotated[
+    str | None,
+    typer.Option(
+        "--generate", metavar="LOAD", help="Make one: chat:seed=1,requests=5000 (docs: replay-a-trace)."
+    ),
+]
+EngineCache = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="The engine's own prefix cache. Default: as recorded, or none."),
+]
+Prefill = Annotated[float, typer.Option(metavar="N", help="Tokens that the engine computes a second.")]
+Link = Annotated[str, typer.Option(metavar="SIZE", help="Bytes a second between accelerator and host.")]
+TokenBytes = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="KV of a token over all ranks. Default: as recorded, or 128KiB."),
+]
+Speeds = Annotated[
+    list[str] | None,
+    typer.Option("--speed", metavar="TIER=LOAD/STORE/MS", help="Like lmdb=6GB/3GB/0.1; may be repeated."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON, and all else to stderr.")]
+Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it: .png or .svg (needs matplotlib).")]
+
+StackFile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="The connector's YAML or JSON, in a file or inline. Default: one cpu tier."
+    ),
+]
+Capacity = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZES",
+        help="Of one tier: 1,2,5M (tokens) or 1TiB. Default: as configured; without --stack 1 to 20M.",
+    ),
+]
+Vary = Annotated[str | None, typer.Option(metavar="TIER", help="Whose capacity that is. Default: the first.")]
+Policies = Annotated[
+    str | None, typer.Option(metavar="NAMES", help="Of all tiers, like lru,fifo. Default: as configured.")
+]
+
+
+@answers(ReplayAnswer)
+def replay(
+    traces: Traces = None,
+    load: Load = None,
+    stack: StackFile = None,
+    capacity: Capacity = None,
+    vary: Vary = None,
+    policy: Policies = None,
+    engine_cache: EngineCache = None,
+    paced: Annotated[
+        bool, typer.Option("--paced", help="Writes take time: a tier that is too slow loses stores.")
+    ] = False,
+    references: Annotated[bool, typer.Option(help="Compute LRU and Belady, too.")] = True,
+    prefill: Prefill = _MACHINE.prefill_tokens_per_s,
+    link: Link = "50GB",
+    token_bytes: TokenBytes = None,
+    speed: Speeds = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write what --generate made, in Mooncake's format.")
+    ] = None,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Replay a trace through the planner of a stack: hits, bytes written, and times to the first token."""
+    check_picture(plot)
+    trace = _trace(traces, load)
+    if save:
+        write_trace(trace, save)
+    machine = _machine(trace, prefill, link, token_bytes, speed)
+    block_bytes = trace.block_tokens * machine.token_bytes
+    if stack is None:
+        capacity = capacity or _DEFAULT_SIZES
+    layout = read_layout(_read_stack(stack), block_bytes, Registry())
+    check_speeds(machine, [tier.name for tier in layout.tiers])
+    sweep = Sweep(
+        layout, machine,
+        varied=layout.position(vary) if vary else 0,
+        sizes=read_blocks("--capacity", capacity, trace.block_tokens, block_bytes) if capacity else (),
+        policies=policy.split(",") if policy else (),
+        engine_blocks=_engine_blocks(engine_cache, trace, block_bytes),
+        paced=paced, references=references,
+    )  # fmt: skip
+    console = _console(as_json)
+    with console.status("replaying") as status:
+        answer = run_sweep(trace, sweep, lambda row: status.update(f"replayed {row.policy}"))
+    if as_json:
+        write_json(answer)
+    console.print(make_table(answer))
+    for line in remarks(answer):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if plot:
+        draw_replay(answer, plot)
+        console.print(f"Drawn: {plot}", markup=False, soft_wrap=True)
+
+
+@answers(PlanAnswer)
+def plan(
+    traces: Traces = None,
+    load: Load = None,
+    capacity: Annotated[
+        str | None, typer.Option(metavar="SIZES", help="To be shown. Default: powers of two.")
+    ] = None,
+    disk: Annotated[str, typer.Option(metavar="BACKEND", help="Below the memory: lmdb or gds.")] = "lmdb",
+    goal: Annotated[
+        float, typer.Option(min=1, max=100, help="Percent of what memory without an end would save.")
+    ] = 80.0,
+    price: Annotated[float, typer.Option(min=0, help="Of a GiB of memory, in GiB of disk.")] = 30.0,
+    policy: Annotated[str, typer.Option(metavar="NAME", help="Of all tiers.")] = "lru",
+    engine_cache: EngineCache = None,
+    sample: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=100, help="Percent of the blocks that are looked at. Default: 300,000."),
+    ] = None,
+    prefill: Prefill = _MACHINE.prefill_tokens_per_s,
+    link: Link = "50GB",
+    token_bytes: TokenBytes = None,
+    speed: Speeds = None,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how much memory and disk a load needs, and what each further GiB would save."""
+    check_picture(plot)
+    trace = _trace(traces, load)
+    machine = _machine(trace, prefill, link, token_bytes, speed)
+    check_speeds(machine, [MEMORY, disk])
+    block_bytes = trace.block_tokens * machine.token_bytes
+    question = Question(
+        machine, disk, goal / 100, price, policy,
+        sizes=read_blocks("--capacity", capacity, trace.block_tokens, block_bytes) if capacity else (),
+        engine_blocks=_engine_blocks(engine_cache, trace, block_bytes) or 0,
+        part=sample / 100 if sample else None,
+    )  # fmt: skip
+    answer = answer_question(trace, question)
+    console = _console(as_json)
+    if as_json:
+        write_json(answer)
+    for table in make_tables(answer):
+        console.print(table)
+    for line in advice_lines(answer):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if plot:
+        draw_plan(answer, plot)
+        console.print(f"Drawn: {plot}", markup=False, soft_wrap=True)
+
+
+def _trace(paths: list[Path] | None, load: str | None) -> Trace:
+    """Read a trace, or make one."""
+    if bool(paths) == bool(load):
+        raise ConfigError("write the path of a trace, or --generate LOAD: one of the two")
+    return generate(load) if load else read_trace(paths or [])
+
+
+def _machine(
+    trace: Trace, prefill: float, link: str, token_bytes: str | None, speeds: list[str] | None
+) -> Machine:
+    """Read the machine's options."""
+    if not 0 < prefill < math.inf:
+        raise ConfigError(f"--prefill {prefill}: write tokens a second, above 0")
+    sizes = {
+        "--link": int(parse_size(link, "--link")),
+        "--token-bytes": int(parse_size(token_bytes, "--token-bytes"))
+        if token_bytes
+        else trace.token_bytes or _MACHINE.token_bytes,
+    }
+    for option, size in sizes.items():
+        if size <= 0:
+            raise ConfigError(f"{option} {size}: write a size above 0, like 128KiB")
+    return Machine(prefill, sizes["--link"], sizes["--token-bytes"], dict(map(read_speed, speeds or ())))
+
+
+def check_speeds(machine: Machine, tiers: Sequence[str]) -> None:
+    """Refuse the speed of a tier that is not there."""
+    for name in machine.speeds:
+        if name not in tiers:
+            raise ConfigError(f"--speed {name}: there is no such tier; write one of {', '.join(tiers)}")
+
+
+def check_picture(file: Path | None) -> None:
+    """Refuse a file that cannot be drawn, before anything long starts."""
+    if file is None:
+        return
+    figure_class()
+    folder = file.parent
+    if file.suffix not in (".png", ".svg") or file.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(
+            f"--plot {file}: write a name that ends with .png or .svg, in a folder that is there"
+        )
+
+
+def _engine_blocks(text: str | None, trace: Trace, block_bytes: int) -> int | None:
+    """Read the size of the engine's own cache. None: as recorded."""
+    if text is None:
+        return None
+    if text.strip() == "0":
+        return 0
+    [*others, blocks] = read_blocks("--engine-cache", text, trace.block_tokens, block_bytes)
+    if others:
+        raise ConfigError(f"--engine-cache {text}: write one size, like 500k (tokens) or 40GiB")
+    return blocks
+
+
+def _read_stack(text: str | None) -> Mapping[str, Any] | str:
+    """Give the stack: a mapping written inline, or the path of a file."""
+    if text is None:
+        return {"tiers": [{"backend": MEMORY, "capacity": "1TiB"}]}
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict):
+        raise ConfigError(
+            "--stack: not a mapping; write JSON or YAML that begins with {, or the path of a file"
+        )
+    return value
+
+
+def _console(as_json: bool) -> Console:
+    console = Console(stderr=as_json)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _PLAIN_WIDTH
+    return console

@@ -1,0 +1,85 @@
+"""Replays of one trace at several sizes and with several policies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kvbm_core.config import PartEntry
+from kvbm_core.registry import Registry
+from kvbm_replay._answer import MachineAnswer, ReplayAnswer, Row, TraceAnswer, make_row
+from kvbm_replay._driver import replay
+from kvbm_replay._layout import Layout
+from kvbm_replay._machine import Machine
+from kvbm_replay._reference import belady_hits, lru_hits, reuse_hits
+from kvbm_replay.trace import Keys, Trace
+
+__all__ = ["Sweep", "run_sweep"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What shall be replayed."""
+
+    layout: Layout
+    machine: Machine
+    varied: int = 0
+    """Position of the tier whose size is varied."""
+    sizes: Sequence[int] = ()
+    """Blocks that it holds. Empty: as configured."""
+    policies: Sequence[str] = ()
+    """Of every tier. Empty: as configured."""
+    engine_blocks: int | None = None
+    """Of the engine's own prefix cache. None: as recorded, or none."""
+    paced: bool = False
+    references: bool = True
+    """True if LRU and Belady are computed, too."""
+
+    def layouts(self) -> list[tuple[str, Layout]]:
+        """Give every stack, with the name of its policies."""
+        sized = [self.layout.with_blocks(self.varied, blocks) for blocks in self.sizes] or [self.layout]
+        if not self.policies:
+            return [(_policy_names(each), each) for each in sized]
+        return [(name, each.with_policy(_entry(name))) for each in sized for name in self.policies]
+
+
+def run_sweep(trace: Trace, sweep: Sweep, tell: Callable[[Row], None] = lambda _: None) -> ReplayAnswer:
+    """Replay a trace through every stack of a sweep; `tell` hears of each as it ends."""
+    registry, keys, rows = Registry(), Keys(), []
+    engine_blocks = sweep.engine_blocks or 0
+    known: dict[int, tuple[float, float]] = {}
+    for policy, layout in sweep.layouts():
+        outcome = replay(
+            trace, layout, sweep.machine, registry=registry, keys=keys, engine_blocks=sweep.engine_blocks,
+            paced=sweep.paced,
+        )  # fmt: skip
+        references: tuple[float | None, float | None] = (None, None)
+        if sweep.references:
+            total = trace.unique if layout.blocks is None else layout.blocks + engine_blocks
+            if total not in known:
+                known[total] = _references(trace, total)
+            references = known[total]
+        rows.append(make_row(policy, layout, engine_blocks, trace.block_tokens, outcome, references))
+        tell(rows[-1])
+    tokens = sum(request.input_tokens for request in trace.requests)
+    return ReplayAnswer(
+        trace=TraceAnswer.of(trace, reuse_hits(trace.requests)),
+        machine=MachineAnswer.of(sweep.machine, sweep.layout, paced=sweep.paced),
+        uncached_first_token_s=tokens / sweep.machine.prefill_tokens_per_s / len(trace.requests),
+        rows=tuple(rows),
+    )
+
+
+def _references(trace: Trace, blocks: int) -> tuple[float, float]:
+    accesses = max(1, trace.accesses)
+    requests = trace.requests
+    return lru_hits(requests, blocks) / accesses, belady_hits(requests, blocks) / accesses
+
+
+def _entry(name: str) -> PartEntry:
+    return PartEntry(name=name, settings={})
+
+
+def _policy_names(layout: Layout) -> str:
+    names = [entry.policy.name if entry.policy else "lru" for entry in layout.config.tiers]
+    return names[0] if len(set(names)) == 1 else ", ".join(names)

@@ -1,0 +1,99 @@
+"""Two tiers with each movement between them, against one of the same size: hits, bytes written, first tokens.
+
+    python tests/benchmarks/bench_movement.py [--brief] [TRACE ...] [--generate LOAD ...]
+
+Replays through the real planner (`kvbm replay`'s machine: an 8B model on an H100, host memory, NVMe disks; writes
+take their time). A row is a movement; `late` are blocks that were evicted above before they were copied.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from kvbm_core.registry import Registry
+from kvbm_replay._driver import replay
+from kvbm_replay._layout import Layout, read_layout
+from kvbm_replay._machine import Machine
+from kvbm_replay._reader import read_trace
+from kvbm_replay.generators import generate
+from kvbm_replay.trace import Keys, Trace
+
+MOVEMENTS: Final[dict[str, dict[str, Any]]] = {
+    "write_through": {},
+    "write_through, promotion measured": {"promotion": "measured"},
+    "demotion": {"stores": "demotion"},
+    "demotion, promotion measured": {"stores": "demotion", "promotion": "measured"},
+    "demotion, promotion never": {"stores": "demotion", "promotion": "never"},
+    "demotion, exclusive": {"stores": "demotion", "copies": "exclusive"},
+    "demotion, exclusive, measured": {"stores": "demotion", "copies": "exclusive", "promotion": "measured"},
+}
+SIZES: Final = ((1, 2), (2, 3), (1, 5), (1, 20))
+"""Millions of tokens in host memory and on disk."""
+LOADS: Final = (
+    "zipf:seed=1", "loop:seed=1", "phases:seed=1", "chat:seed=1,requests=4000", "agents:seed=1,requests=4000",
+    "chat:seed=2,requests=2000+scan:seed=2,requests=2000",
+)  # fmt: skip
+
+
+def layout_of(blocks: list[int], movement: dict[str, Any], machine: Machine, block_tokens: int) -> Layout:
+    """Give a stack of host memory, and a disk if there are two sizes."""
+    disk = {"backend": "gds", "path": "/", "capacity": "1TiB", "movement": movement}
+    tiers = [{"backend": "cpu", "capacity": "1TiB"}, disk][: len(blocks)]
+    layout = read_layout({"tiers": tiers}, block_tokens * machine.token_bytes, Registry())
+    for position, count in enumerate(blocks):
+        layout = layout.with_blocks(position, count)
+    return layout
+
+
+def row(name: str, trace: Trace, keys: Keys, blocks: list[int], movement: dict[str, Any]) -> str:
+    machine = Machine()
+    outcome = replay(trace, layout_of(blocks, movement, machine, trace.block_tokens), machine, keys=keys, paced=True)
+    host, *lower = outcome.tiers
+    disk_gib = sum(tier.stored_bytes for tier in lower) / 2**30
+    return (
+        f"{name:<36} {outcome.hit_ratio:>7.4f} {host.hits / outcome.accesses:>9.4f} "
+        f"{host.stored_bytes / 2**30:>9,.0f} {disk_gib:>9,.0f} {outcome.mean_first_token_s * 1e3:>9,.1f} "
+        f"{outcome.percentile_s(0.95) * 1e3:>9,.0f} {sum(tier.dropped for tier in lower):>7,}"
+    )
+
+
+def table(trace: Trace, sizes: tuple[tuple[float, float], ...]) -> None:
+    keys = Keys()
+    for memory, disk in sizes:
+        blocks = [int(each * 1e6) // trace.block_tokens for each in (memory, disk)]
+        print(f"\n{trace.name}, {memory:g} M tokens in memory and {disk:g} M on disk")
+        print(
+            f"{'':<36} {'hits':>7} {'in memory':>9} {'GiB to':>9} {'GiB to':>9} {'mean ms':>9} {'p95 ms':>9}"
+            f"\n{'':<36} {'':>7} {'':>9} {'memory':>9} {'disk':>9} {'to first token':>19} {'dropped':>7}"
+        )
+        for name, movement in MOVEMENTS.items():
+            print(row(name, trace, keys, blocks, movement), flush=True)
+        print(row("one tier of memory, as large as both", trace, keys, [sum(blocks)], {}), flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("traces", nargs="*", type=Path, help="in Mooncake's format")
+    parser.add_argument("--generate", action="append", help=f"default: {' '.join(LOADS)}")
+    parser.add_argument("--brief", action="store_true", help="few requests: does it run at all?")
+    options = parser.parse_args()
+    print(f"command: python {' '.join(sys.argv)}\nmachine: {Machine().text()}")
+    if options.brief:
+        table(generate("chat:seed=1,requests=100"), ((0.1, 0.2),))
+        return 0
+    for path in options.traces:
+        table(read_trace([path]), SIZES)
+    for load in options.generate or LOADS:
+        trace = generate(load)
+        part = trace.unique * trace.block_tokens / 1e6  # Sizes as parts of what the load has.
+        table(trace, ((round(0.1 * part, 2), round(0.2 * part, 2)), (round(0.05 * part, 2), round(0.5 * part, 2))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""`kvbm check`: reads what the connector would read, tries every tier, and leaves all as it was."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from fsspec.implementations.memory import MemoryFileSystem
+from model_configs import CONFIGS
+from published import published
+
+from kvbm_cli._app import run as kvbm
+from kvbm_core import Stack, chain_keys, make_namespace, root_key
+from kvbm_core.command import ExitCode
+from kvbm_core.testing import MemoryDevice
+
+BLOCK_BYTES, BLOCKS = 8192, 4
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("DYN_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def check(tmp_path, capsys):
+    """Gives a function that checks tiers, and gives what was found by the tier's name, and of the stack."""
+
+    def run(tiers, *arguments, status=0, **stack):
+        file = tmp_path / "kvbm.yaml"
+        file.write_text(yaml.safe_dump({"tiers": tiers, **stack}))
+        capsys.readouterr()
+        assert kvbm(["check", str(file), "--json", "--block-bytes", "64KiB", *arguments]) == status
+        found = published("check", capsys.readouterr().out)
+        return {each["name"]: each for each in found["tiers"]}, found
+
+    return run
+
+
+def everywhere(folder):
+    return [
+        {"backend": "cpu", "capacity": "4MiB"},
+        {"backend": "gds", "capacity": "16MiB", "path": f"{folder}/gds"},
+        {"backend": "lmdb", "capacity": "32MiB", "path": f"{folder}/lmdb", "codecs": ["zstd"]},
+        {"backend": "remote", "url": f"file://{folder}/remote"},
+    ]
+
+
+def tree(folder):
+    return sorted((str(file), file.stat().st_mtime_ns) for file in folder.rglob("*") if file.is_file())
+
+
+def test_every_tier_is_tried_and_left_as_it_was(tmp_path, check):
+    place = tmp_path / "tiers"
+    place.mkdir()
+    namespace, keys = make_namespace({"model": "m"}), chain_keys(root_key(), range(64), block_tokens=16)
+    for tier in everywhere(place)[1:]:
+        with Stack.open({"tiers": [tier]}, MemoryDevice(BLOCKS, BLOCK_BYTES), namespace) as stack:
+            stack.store(keys, list(range(BLOCKS)))
+            stack.wait()
+    before = tree(place)
+    tiers, found = check(everywhere(place))
+    assert found["problems"] == found["warnings"] == []
+    for name, tier in tiers.items():
+        assert tier["problem"] is tier["not_tried"] is None
+        assert tier["tried_objects"] >= 1
+        assert tier["store_bytes_per_s"] > 0
+        assert tier["load_bytes_per_s"] > 0
+        assert tier["plugin"].startswith("kvbm-core "), name
+    assert tiers["lmdb"]["traits"] == ["durable"]
+    assert tiers["remote"]["detail"].startswith(f"file://{place}/remote by ")
+    assert tree(place) == before
+    for tier in everywhere(place)[1:]:
+        with Stack.open({"tiers": [tier]}, MemoryDevice(BLOCKS, BLOCK_BYTES), namespace) as stack:
+            assert stack.load(keys, list(range(BLOCKS))) == BLOCKS, tier["backend"]
+
+
+def test_a_place_that_is_not_there_yet_is_not_made(tmp_path, check):
+    tiers, _ = check([{"backend": "lmdb", "capacity": "32MiB", "path": f"{tmp_path}/new/kv"}])
+    assert tiers["lmdb"]["load_bytes_per_s"] > 0
+    assert tiers["lmdb"]["free_bytes"] > 0
+    assert [each.name for each in tmp_path.iterdir()] == ["kvbm.yaml"]
+
+
+def test_nothing_is_left_in_a_shared_store(check):
+    MemoryFileSystem.store.clear()
+    tiers, _ = check([{"backend": "remote", "url": "memory://checked"}])
+    assert tiers["remote"]["tried_objects"] == 64
+    assert MemoryFileSystem.store == {}
+
+
+def test_the_tokens_that_fit(tmp_path, check):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIGS["Llama-3.1-8B"]))
+    tiers, found = check(
+        [{"backend": "cpu", "capacity": "1GiB"}], "--model", str(config), "--prompt-tokens", "4096"
+    )
+    assert found["block_bytes"] == 2 << 20
+    # A block of 16 tokens, with its seal, in pages.
+    assert tiers["cpu"]["fits_tokens"] == (1 << 30) * 16 // ((2 << 20) + 4096)
+    divided, found = check([{"backend": "cpu", "capacity": "1GiB"}], "--model", str(config), "-tp", "2")
+    assert (found["block_bytes"], found["ranks"]) == (1 << 20, 2)
+    assert divided["cpu"]["fits_tokens"] < tiers["cpu"]["fits_tokens"]
+
+
+# ---- what is wrong, and what to write instead
+
+
+@pytest.mark.parametrize(
+    ("tier", "said"),
+    [
+        ({"backend": "lmbd", "path": "/x"}, "unknown backend 'lmbd'; did you mean 'lmdb'?"),
+        ({"backend": "lmdb", "path": "/x", "capcity": 1}, "tiers[1] (lmdb): unknown key 'capcity'"),
+        ({"backend": "lmdb", "path": "/proc/no", "capacity": "1GiB"}, "path: /proc"),
+        ({"backend": "lmdb", "path": "/tmp", "capacity": "9000TiB"}, "its file system has only"),
+        ({"backend": "remote", "url": "ess3://bucket"}, "no file system is called 'ess3'"),
+        ({"backend": "memory", "capacity": "1MiB", "policy": "lfu"}, "unknown policy 'lfu'"),
+        ({"backend": "memory", "capacity": "1MiB", "codecs": ["zip"]}, "unknown codec 'zip'"),
+    ],
+)  # fmt: skip
+def test_each_tier_says_what_to_mend(check, tier, said):
+    good = {"backend": "cpu", "capacity": "1MiB"}
+    tiers, _ = check([good, {**tier, "name": tier["backend"]}], status=ExitCode.MEND)
+    assert said in tiers[tier["backend"]]["problem"]
+    assert tiers["cpu"]["problem"] is None
+
+
+def test_two_tiers_in_one_place_and_a_wrong_order(tmp_path, check):
+    one = {"backend": "lmdb", "capacity": "32MiB", "path": f"{tmp_path}/kv"}
+    _, found = check([one, {**one, "name": "two"}], status=ExitCode.MEND)
+    assert "have the same path or URL" in found["problems"][0]
+    _, found = check(
+        [
+            {"backend": "remote", "url": f"file://{tmp_path}/remote"},
+            {"backend": "cpu", "capacity": "8MiB"},
+            {"backend": "memory", "capacity": "4MiB"},
+        ]
+    )
+    assert "tier remote is remote and stands above tier cpu" in found["warnings"][0]
+    assert "tier memory (capacity 4MiB) is smaller than tier cpu above it" in found["warnings"][1]
+
+
+def test_an_engine_that_uses_the_place_is_named(tmp_path, check):
+    tier = {"backend": "lmdb", "capacity": "32MiB", "path": f"{tmp_path}/kv"}
+    with Stack.open({"tiers": [tier]}, MemoryDevice(1, BLOCK_BYTES), make_namespace({"m": 1})):
+        tiers, _ = check([tier], status=ExitCode.MEND)
+    assert f"is in use by another engine (pid {os.getpid()})" in tiers["lmdb"]["problem"]
+
+
+STRANGER = """
+from kvbm_core import Backend, ByteSize, TierConfig, hookimpl
+from kvbm_core.memory import MemoryTier
+
+class Config(TierConfig, frozen=True):
+    capacity: ByteSize
+    file: str = ""
+
+class Tier(MemoryTier):
+    def poll(self):
+        for each in self._objects:
+            self._objects[each] = bytes(len(self._objects[each]))
+        return super().poll()
+
+@hookimpl
+def kvbm_backends():
+    return [Backend("strange", Config, Tier, contract_version=2)]
+"""
+
+
+@pytest.fixture
+def strange(tmp_path, monkeypatch):
+    folder = tmp_path / "site"
+    info = folder / "kvbm_strange-2.5.dist-info"
+    info.mkdir(parents=True)
+    (folder / "kvbm_strange.py").write_text(STRANGER)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvbm-strange\nVersion: 2.5\n")
+    (info / "entry_points.txt").write_text("[kvbm_core]\nstrange = kvbm_strange\n")
+    monkeypatch.syspath_prepend(str(folder))
+    yield
+    sys.modules.pop("kvbm_strange", None)
+
+
+def test_a_tier_that_gives_other_bytes_is_found(strange, check):
+    bad = {"backend": "strange", "capacity": "8MiB", "checked": False}
+    tiers, _ = check([bad], status=ExitCode.MEND)
+    assert "tier strange: other bytes were read than were written" in tiers["strange"]["problem"]
+    tiers, _ = check([{**bad, "checked": True}], status=ExitCode.MEND)
+    assert "tier strange: load ended corrupt" in tiers["strange"]["problem"]
+
+
+def test_a_tier_that_might_lose_what_it_has_is_not_tried(strange, check):
+    tiers, _ = check([{"backend": "strange", "capacity": "8MiB", "file": "/var/kv"}])
+    assert tiers["strange"]["not_tried"].startswith("not tried: file may say where it keeps its objects")
+    tiers, _ = check([{"backend": "strange", "capacity": "8MiB"}], "--read-only")
+    assert tiers["strange"]["not_tried"] == "not asked for"
+
+
+# ---- where it reads
+
+
+def sources(capsys, *arguments, status=0):
+    capsys.readouterr()
+    assert kvbm(["check", *arguments, "--json", "--block-bytes", "64KiB"]) == status
+    out = capsys.readouterr()
+    return published("check", out.out) if out.out else out.err
+
+
+def test_what_vllm_is_given_is_read(tmp_path, capsys):
+    tiers = [{"backend": "cpu", "capacity": "1MiB"}]
+    ours = {"kv_connector": "KvbmConnector", "kv_role": "kv_both"}
+    given = {**ours, "kv_connector_extra_config": {"tiers": tiers}}
+    children = {"connectors": [{"kv_connector": "NixlConnector"}, given]}
+    both = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": children}
+    file = tmp_path / "kvbm.yaml"
+    file.write_text(yaml.safe_dump({"tiers": tiers}))
+    named = {**ours, "kv_connector_extra_config": {"config": str(file)}}
+    for source in ({"tiers": tiers}, given, both, named):
+        found = sources(capsys, json.dumps(source))
+        assert [tier["name"] for tier in found["tiers"]] == ["cpu"]
+        assert found["source"] == "the JSON given"
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("{", "CONFIG: begins with { and is no JSON"),
+        ('{"kv_connector": "NixlConnector"}', "kv_connector: 'NixlConnector'; write 'KvbmConnector'"),
+        ('{"kv_connector": "KvbmConnector", "kv_role": "kv_producer"}', "kv_role: 'kv_producer'"),
+        ('{"kv_connector": "KvbmConnector", "kv_role": "kv_both"}', "kv_connector_extra_config is empty"),
+        ('{"tires": []}', "unknown key 'tires'; did you mean 'tiers'?"),
+        ('{"tiers": [], "config": "x"}', "'config': 'x' names a file"),
+        ("/no/such.yaml", "configuration file /no/such.yaml: No such file or directory"),
+    ],
+)
+def test_what_cannot_be_read_is_wrong(capsys, source, said):
+    assert said in sources(capsys, source, status=ExitCode.WRONG)
+
+
+def test_kvbms_variables_are_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DYN_KVBM_CPU_CACHE_GB", "0.001")
+    monkeypatch.setenv("DYN_KVBM_DISK_CACHE_GB", "0.1")
+    monkeypatch.setenv("DYN_KVBM_DISK_CACHE_DIR", str(tmp_path))
+    found = sources(capsys)
+    assert {tier["name"]: tier["capacity_bytes"] for tier in found["tiers"]} == {
+        "cpu": 10**6, "gds": 10**8,
+    }  # fmt: skip
+    assert found["source"] == "the environment"
+    assert "both say what the tiers are" in sources(capsys, '{"tiers": []}', status=ExitCode.WRONG)
+    monkeypatch.setenv("DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS", "10")
+    assert "the bytes of this model's blocks are not known" in sources(capsys, status=ExitCode.WRONG)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIGS["Llama-3.1-8B"]))
+    [cpu, _] = sources(capsys, "--model", str(config))["tiers"]
+    assert cpu["capacity_bytes"] >= 10 * (2 << 20)
+    monkeypatch.setenv("DYN_KVBM_CPU_CASH_GB", "1")
+    assert "did you mean DYN_KVBM_CPU_CACHE_GB" in sources(capsys, status=ExitCode.WRONG)
+
+
+def test_it_needs_no_vllm(tmp_path):
+    file = tmp_path / "kvbm.yaml"
+    file.write_text("tiers: [{backend: cpu, capacity: 8MiB}]")
+    program = (
+        "import sys; from kvbm_cli._app import run; status = run(['check', sys.argv[1]]);"
+        "print(status, [name for name in ('vllm', 'torch') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", program, str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\n0 []\n")
+    assert "works" in done.stdout

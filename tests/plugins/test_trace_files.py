@@ -1,0 +1,200 @@
+"""Trace files: what is read, what is refused by line, and the log that the recorder writes."""
+
+import gzip
+import json
+import threading
+
+import pytest
+
+from kvbm_core import ConfigError, StackConfig, load_config
+from kvbm_engine import Recorder, check_record
+from kvbm_replay import generate
+from kvbm_replay._reader import read_trace, write_trace
+
+REQUEST = '{"timestamp": 5000, "input_length": 1030, "output_length": 3, "hash_ids": [1, 2, 3]}'
+HEADER = '{"kvbm_log": 1, "run": "a", "block_tokens": 16, "token_bytes": 100}'
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Write lines into a file; give its path."""
+
+    def write(*lines, name="trace"):
+        path = tmp_path / name
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    return write
+
+
+def test_mooncakes_format_has_blocks_of_512_and_no_short_one(written):
+    first = '{"timestamp": 0, "input_length": 512, "output_length": 9, "hash_ids": [1], "more": true}'
+    trace = read_trace([written(REQUEST, "", first)])
+    assert trace.block_tokens == 512
+    assert [(each.at_s, each.blocks, each.asked, each.answer) for each in trace.requests] == [
+        (0.0, [1], 1, []),
+        (5.0, [1, 2], 2, []),
+    ]
+    assert trace.token_bytes is None
+
+
+def test_a_packed_file_is_read(written, tmp_path):
+    path = tmp_path / "trace.gz"
+    path.write_bytes(gzip.compress(REQUEST.encode()))
+    assert len(read_trace([path]).requests) == 1
+    path.write_bytes(gzip.compress(REQUEST.encode())[:-9])
+    with pytest.raises(ConfigError, match=r"trace.gz: it is damaged"):
+        read_trace([path])
+
+
+def test_a_log_has_the_blocks_of_answers_and_what_the_engine_had(written):
+    row = (
+        '{"timestamp": 1, "input_length": 32, "output_length": 20, "engine_blocks": 1, "hash_ids": [7, 8, 9]}'
+    )
+    trace = read_trace([written(HEADER, row, '{"lost": 2}')])
+    [request] = trace.requests
+    # An engine computes the last token of a prompt itself, so the block that ends with it is not asked for.
+    assert (request.blocks, request.answer, request.asked, request.engine_blocks) == ([7, 8], [9], 1, 1)
+    assert (trace.block_tokens, trace.token_bytes, trace.lost) == (16, 100, 2)
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["{"], "trace:1: not a line of a trace"),
+        ([REQUEST, "[]"], "trace:2: not a line of a trace: .*write one JSON object a line"),
+        ([REQUEST, REQUEST.replace("1030", '"x"')], "trace:2: input_length: expected `int`, got `str`"),
+        (
+            [REQUEST, REQUEST.replace("[1, 2, 3]", "[1, null]")],
+            r"trace:2: hash_ids\[1\]: expected `int`, got `null`",
+        ),
+        (['{"input_length": 3, "hash_ids": []}'], "trace:1: no timestamp; a request has timestamp, input_"),
+        (['{"timestamp": 0, "input_length": 3}'], "trace:1: no hash_ids"),
+        ([REQUEST.replace("1030", "9999")], "trace:1: hash_ids: 3; an input_length of 9999 has 19 blocks"),
+        ([""], "trace: no requests"),
+        ([HEADER], "trace: no requests"),
+        ([HEADER.replace("1,", "2,", 1)], "trace:1: kvbm_log: 2; this release reads version 1"),
+        ([HEADER, HEADER], "trace:2: a header must be the first line of its file"),
+        (
+            [HEADER.replace("16", "0")],
+            "trace:1: a header must be the first line of its file, with block_tokens",
+        ),
+    ],
+)
+def test_a_wrong_line_is_named(written, lines, said):
+    with pytest.raises(ConfigError, match=said):
+        read_trace([written(*lines)])
+
+
+def test_files_that_do_not_belong_together_are_refused(written, tmp_path):
+    row = '{"timestamp": 1, "input_length": 32, "hash_ids": [7, 8]}'
+    one, again = written(HEADER, row, name="one"), written(HEADER, row, name="again")
+    assert len(read_trace([one, again]).requests) == 2
+    with pytest.raises(ConfigError, match="two:1: this log is of another start of an engine"):
+        read_trace([one, written(HEADER.replace('"a"', '"b"'), row, name="two")])
+    with pytest.raises(ConfigError, match="other:1: no header"):
+        read_trace([one, written(REQUEST, name="other")])
+    with pytest.raises(ConfigError, match="nowhere: No such file or directory; write the path of a trace"):
+        read_trace([tmp_path / "nowhere"])
+
+
+def test_what_was_made_is_written_and_read_again(tmp_path):
+    trace = generate("chat:seed=1,requests=40")
+    write_trace(trace, tmp_path / "trace")
+    again = read_trace([tmp_path / "trace"])
+    assert [each.blocks for each in again.requests] == [each.blocks for each in trace.requests]
+    assert [each.input_tokens for each in again.requests] == [each.input_tokens for each in trace.requests]
+    with pytest.raises(ConfigError, match="blocks of 16 tokens; the format has 512: write block_tokens=512"):
+        write_trace(generate("chat:block_tokens=16,requests=2"), tmp_path / "trace")
+
+
+# ---- the recorder
+
+
+def keys_of(count, first=0):
+    return [bytes([first + at]) * 32 for at in range(count)]
+
+
+def test_the_recorder_keeps_two_files_of_bounded_size(tmp_path):
+    path = tmp_path / "log"
+    recorder = Recorder(path, 16, 100, capacity_bytes=4_000)
+    for at in range(40):
+        recorder.began(str(at), 16, at / 10)
+        recorder.ended(str(at), 33, 2, keys_of(2, first=at))
+    recorder.close()
+    files = [tmp_path / "log.1", path]
+    assert sorted(tmp_path.iterdir()) == sorted(files)
+    assert all(1_000 < file.stat().st_size <= 2_000 for file in files)
+    trace = read_trace(files)
+    assert [request.at_s for request in trace.requests] == [at / 10 for at in range(40)][
+        -len(trace.requests) :
+    ]
+    assert {request.engine_blocks for request in trace.requests} == {1}
+
+
+def test_equal_keys_have_equal_hashes_in_one_start_only(tmp_path):
+    hashes = []
+    for start in ("first", "second"):
+        recorder = Recorder(tmp_path / start, 16, 100, capacity_bytes=1 << 20)
+        for name in "ab":
+            recorder.began(name, 0, 0.0)
+            recorder.ended(name, 40, 9, keys_of(3))
+        recorder.close()
+        one, other = (
+            json.loads(line)["hash_ids"] for line in (tmp_path / start).read_text().splitlines()[1:]
+        )
+        assert one == other
+        assert len({*one}) == 3
+        assert max(one) < 1 << 48
+        hashes.append(one)
+    assert not {*hashes[0]} & {*hashes[1]}
+
+
+def test_what_it_cannot_take_is_counted_and_a_request_is_written_once(tmp_path, monkeypatch):
+    let_go, write = threading.Event(), Recorder._write
+    monkeypatch.setattr(Recorder, "_write", lambda self, row: (let_go.wait(), write(self, row)))
+    recorder = Recorder(tmp_path / "log", 16, 100, capacity_bytes=1 << 20)
+    for at in range(1_200):
+        recorder.began(str(at), 0, 0.0)
+        recorder.began(str(at), 16, 9.0)  # It was preempted, and admitted again.
+        recorder.ended(str(at), 40, 9, keys_of(1))
+        recorder.ended(str(at), 40, 9, keys_of(1))
+    recorder.ended("never admitted", 40, 9, keys_of(1))
+    let_go.set()
+    recorder.close()
+    trace = read_trace([tmp_path / "log"])
+    assert len(trace.requests) + trace.lost == 1_200
+    # One may have been taken out already when the queue was full.
+    assert trace.lost in (175, 176)
+    assert {(request.at_s, request.engine_blocks) for request in trace.requests} == {(0.0, 0)}
+
+
+def test_a_disk_that_fails_ends_the_recording_and_nothing_else(tmp_path, caplog):
+    recorder = Recorder(tmp_path / "log", 16, 100, capacity_bytes=4_000)
+    (tmp_path / "log").unlink()
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "in the way").touch()
+    (tmp_path / "log.1").touch()
+    for at in range(60):
+        recorder.began(str(at), 0, 0.0)
+        recorder.ended(str(at), 33, 2, keys_of(2))
+    recorder.close()
+    recorder.close()
+    assert "nothing more is recorded" in caplog.text
+
+
+def test_a_place_that_cannot_be_written_is_refused_early(tmp_path):
+    def check(**settings):
+        check_record(load_config({"tiers": [{"backend": "cpu", "capacity": "1GiB"}], **settings}))
+
+    assert StackConfig(tiers=()).record is None
+    check()
+    check(record=str(tmp_path / "log"))
+    with pytest.raises(ConfigError, match=r"record: .*write a file in a folder that can be written"):
+        check(record=str(tmp_path / "no" / "log"))
+    with pytest.raises(ConfigError, match="write a file in a folder"):
+        check(record=str(tmp_path))
+    with pytest.raises(ConfigError, match="record_capacity: 1000; write at least 1MiB"):
+        check(record=str(tmp_path / "log"), record_capacity=1000)
+    with pytest.raises(ConfigError, match=r"record: .*No such file"):
+        Recorder(tmp_path / "no" / "log", 16, 100, 1 << 20)
