@@ -12,7 +12,7 @@ import threading
 import warnings
 from typing import Any
 
-__all__ = ["process_state"]
+__all__ = ["changes", "process_state"]
 
 
 def process_state() -> dict[str, Any]:
@@ -35,3 +35,17 @@ def process_state() -> dict[str, Any]:
         "switch interval": sys.getswitchinterval(),
         "priority": os.nice(0),
     }
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Name what is different. Of the environment only names are told: values may be secret."""
+    found = []
+    for name, value in before.items():
+        other = after[name]
+        if value == other:
+            continue
+        if isinstance(value, dict):
+            found += [f"{name}: {key}" for key in {*value, *other} if value.get(key) != other.get(key)]
+        else:
+            found.append(f"{name}: {value} before, {other} after")
+    return found

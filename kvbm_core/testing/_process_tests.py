@@ -15,7 +15,7 @@ import pytest
 
 from kvbm_core.testing._broken_files import children
 from kvbm_core.testing._child import IdleChild
-from kvbm_core.testing._process import process_state
+from kvbm_core.testing._process import changes, process_state
 from kvbm_core.testing._rig import PATIENCE_S, Rig
 from kvbm_core.tier import Op
 
@@ -41,9 +41,8 @@ class ProcessTests:
         rig.must_miss(tier, 3)
         during = process_state()
         rig.close(tier)
-        for state, when in ((during, "while the tier is open"), (process_state(), "when it is closed")):
-            changed = {name: (before[name], state[name]) for name in before if state[name] != before[name]}
-            assert not changed, f"{when}, before and after: {changed}"
+        assert changes(before, during) == [], "while the tier is open"
+        assert changes(before, process_state()) == [], "when it is closed"
 
     def test_nothing_is_printed(self, rig: Rig) -> None:
         """Neither to the standard output nor to the standard error: an engine's are its own. Log it."""

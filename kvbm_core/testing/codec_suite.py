@@ -40,7 +40,7 @@ from kvbm_core.config import convert
 from kvbm_core.errors import CorruptError, UnverifiableError
 from kvbm_core.registry import Registry
 from kvbm_core.testing._machine import settings_of
-from kvbm_core.testing._process import process_state
+from kvbm_core.testing._process import changes, process_state
 from kvbm_core.testing._rig import NAMESPACE, Memory, lengths
 from kvbm_core.testing._watch import handles
 from kvbm_core.testing._whole import WholeSuite, insist_on_the_whole
@@ -418,9 +418,7 @@ class CodecSuite(WholeSuite):
             other = _Bench(self.opened(tmp_path))
             other.decode(other.encode(b"some bytes"), 100)
             other.bear(b"some bytes", 100)
-        after = process_state()
-        changed = {name: (before[name], after[name]) for name in before if after[name] != before[name]}
-        assert not changed, f"before and after: {changed}"
+        assert changes(before, process_state()) == []
         assert not said.getvalue(), f"it printed {said.getvalue()[:200]!r}"
 
     def test_any_object_survives(self, bench: _Bench) -> None:

@@ -31,7 +31,7 @@ from kvbm_core.config import convert
 from kvbm_core.policy import EvictionPolicy, Policy, PolicyConfig, PolicyContext
 from kvbm_core.registry import Registry
 from kvbm_core.testing._machine import settings_of
-from kvbm_core.testing._process import process_state
+from kvbm_core.testing._process import changes, process_state
 from kvbm_core.testing._watch import handles
 from kvbm_core.testing._whole import WholeSuite
 from kvbm_core.tier import CONTRACT_VERSION
@@ -430,9 +430,7 @@ class PolicySuite(WholeSuite):
             policy = _filled(self.made(), range(_OBJECTS))
             policy.touch(_key(1))
             policy.evict(_CAPACITY_BYTES // 3, ())
-        after = process_state()
-        changed = {name: (before[name], after[name]) for name in before if after[name] != before[name]}
-        assert not changed, f"before and after: {changed}"
+        assert changes(before, process_state()) == []
         assert handles() <= open_before, f"{handles() - open_before} files and threads more"
         assert not said.getvalue(), f"it printed {said.getvalue()[:200]!r}"
 

@@ -204,6 +204,34 @@ def test_a_test_that_fails_shows_the_values(tmp_path):
     assert "capacity_bytes: 409267 != 409600" in shown
 
 
+CRASHING = """
+import ctypes
+import os
+
+import pytest
+from kvbm_core import Backend
+from kvbm_core.memory import MemoryConfig, MemoryTier
+from kvbm_core.testing.suite import TierSuite
+
+class Crashes(MemoryTier):
+    def discard(self, keys):
+        %s
+
+class TestCrashing(TierSuite):
+    backend = Backend("crashes", MemoryConfig, Crashes)
+    def settings(self, folder):
+        return {"capacity": "400KiB"}
+"""
+
+
+@pytest.mark.parametrize("crash", ["os._exit(0)", "ctypes.memset(8, 0, 8)", "os.kill(os.getpid(), 9)"])
+def test_an_interpreter_that_ends_names_its_test(crash, tmp_path):
+    done = run_strangers(CRASHING % crash, "discarding_an_absent_key", tmp_path)
+    name = "test_waived.py::TestCrashing::test_discarding_an_absent_key_is_ignored"
+    assert f"kvbm_core.testing: the process ended in the midst of {name}" in done.stderr
+    assert "passed" not in done.stdout
+
+
 def test_a_waived_test_must_fail_and_the_mark_is_its_class_own(tmp_path):
     result = run_strangers(WAIVED, "close_may or submit_after", tmp_path)
     name = "test_close_may_be_called_twice"
