@@ -92,7 +92,7 @@ class BoundTests:
         rig.close(tier)
         taken_bytes = bytes_in(rig.folder) - empty_bytes
         assert taken_bytes <= _SLACK * len(numbers) * charge + _SLACK_BYTES, (
-            f"{len(numbers)} objects of one byte are charged {len(numbers) * charge} bytes, and take {taken_bytes}"
+            f"{len(numbers)} objects of a byte cost {len(numbers) * charge}, and take {taken_bytes} bytes"
         )
 
     @listing
@@ -137,5 +137,5 @@ def _insist(rig: Rig, full_bytes: int, what: str) -> None:
     most_bytes = _SLACK * max(full_bytes, capacity_bytes) + _SLACK_BYTES
     found_bytes = bytes_in(rig.folder)
     assert found_bytes <= most_bytes, (
-        f"{what}: {found_bytes} bytes of files, when it was first full {full_bytes}, capacity {capacity_bytes}"
+        f"{what}: files have {found_bytes} bytes, when it was full {full_bytes}, capacity {capacity_bytes}"
     )

@@ -1,8 +1,8 @@
 """Files that fail: what a test can do to a local medium without a privilege or a driver.
 
-    in use here      ─► every open file of the folder is replaced by a descriptor that can do nothing
-    opened later     ─► in the folder's place stands a link to itself
-    written by others ─► child processes may write no further than byte 0 of any file
+in use here      ─► every open file of the folder is replaced by a descriptor that can do nothing
+opened later     ─► in the folder's place stands a link to itself
+written by others ─► child processes may write no further than byte 0 of any file
 """
 
 from __future__ import annotations

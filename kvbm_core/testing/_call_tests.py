@@ -113,7 +113,9 @@ class CallTests:
         parts = [whole.part(at * step_bytes, rig.length(at)) for at in numbers]
         for number, part in zip(numbers, parts, strict=True):
             part.view()[:] = rig.content(number)
-        stores = [Transfer(1 + at, Op.STORE, key_of(at), part) for at, part in zip(numbers, parts, strict=True)]
+        stores = [
+            Transfer(1 + at, Op.STORE, key_of(at), part) for at, part in zip(numbers, parts, strict=True)
+        ]
         assert {end.outcome for end in rig.run(tier, stores).values()} == {Outcome.DONE}
         rig.must_hold(tier, *numbers)
         for part in parts:
@@ -158,7 +160,10 @@ class CallTests:
             worker.join(PATIENCE_S)
         assert all(set(memory.read()) == {0x33} for memory in memories), "written to after `close`"
 
-    @needs("able to store objects of 128 KiB", lambda c: not c.read_only and (c.capacity_bytes or 1 << 40) >= 3 << 17)
+    @needs(
+        "able to store objects of 128 KiB",
+        lambda c: not c.read_only and (c.capacity_bytes or 1 << 40) >= 3 << 17,
+    )
     def test_long_objects_are_kept_whole(self, rig: Rig) -> None:
         """Longer than 16 bits can count."""
         longest = 2 * 65536 + 96
@@ -196,11 +201,13 @@ class CallTests:
             rig.wait(tier, lookups)
 
     def test_every_completion_is_announced_by_a_wake(self, rig: Rig) -> None:
-        """Whoever polls after each `wake` and never else misses nothing: one `poll` takes all that there is."""
+        """Whoever polls after each `wake` and never else misses nothing: `poll` takes all that there is."""
         woken = threading.Event()
         tier = rig.open(wake=woken.set)
         for _ in range(3):
-            lookups = [rig.transfer(Op.LOOKUP, number) for number in range(min(8, tier.capabilities.queue_depth))]
+            lookups = [
+                rig.transfer(Op.LOOKUP, number) for number in range(min(8, tier.capabilities.queue_depth))
+            ]
             left = {lookup.ticket for lookup in lookups}
             tier.submit(lookups)
             while left:

@@ -122,7 +122,9 @@ class IdleChild(_Child):
             give_up_s = time.monotonic() + PATIENCE_S
             try:
                 while process.poll() is None:
-                    assert time.monotonic() < give_up_s, "the process does not end: threads of the tier keep it"
+                    assert time.monotonic() < give_up_s, (
+                        "the process does not end: threads of the tier keep it"
+                    )
                     time.sleep(0.001)
             finally:
                 process.kill()

@@ -158,7 +158,9 @@ class MediumTests:
         with cut_files(rig.max_bytes // 2):
             failed = [number for number in range(1000, 1000 + count) if _failed(rig, tier, number)]
         with self.broken_medium(rig.folder):
-            failed += [number for number in range(1000 + count, 1000 + 2 * count) if _failed(rig, tier, number)]
+            failed += [
+                number for number in range(1000 + count, 1000 + 2 * count) if _failed(rig, tier, number)
+            ]
         if not failed:
             pytest.skip(_NOTHING)
         self._wait_until_well(rig, tier)
@@ -202,11 +204,14 @@ class MediumTests:
     def test_a_place_that_cannot_be_used_is_refused_with_a_tier_open_error(self, rig: Rig) -> None:
         """By `check` and by `open`; or the tier is open, and says FAILED."""
         with self.broken_medium(rig.folder):
-            for use in (lambda: rig.backend.check(rig.config()), lambda: rig.close(rig.open())):
+            for use in (self._check, self._open):
                 try:
-                    use()
-                except TierOpenError as error:
-                    assert str(error).strip(), "it does not say why"
+                    use(rig)
+                except TierOpenError as refused:
+                    said = str(refused).strip()
+                else:
+                    said = "it waits for its medium"
+                assert said, "it does not say why"
         rig.close(rig.open())
 
     @writable
@@ -241,6 +246,12 @@ class MediumTests:
 
     # What these are written with.
 
+    def _check(self, rig: Rig) -> None:
+        rig.backend.check(rig.config())
+
+    def _open(self, rig: Rig) -> None:
+        rig.close(rig.open())
+
     @contextmanager
     def _stocked(self, rig: Rig) -> Iterator[Tier]:
         """Give an open tier that has some objects."""
@@ -252,8 +263,7 @@ class MediumTests:
 
     def _troubles(self, rig: Rig) -> list[_End]:
         with self._stocked(rig) as tier, self.broken_medium(rig.folder):
-            ends = [end for round_ in range(2) for end in self._trouble(rig, tier, round_)]
-        return ends
+            return [end for round_ in range(2) for end in self._trouble(rig, tier, round_)]
 
     def _trouble(self, rig: Rig, tier: Tier, round_: int) -> list[_End]:
         """Use a tier whose medium fails; give how each transfer ended. Something must have failed."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -44,7 +47,9 @@ class PlaceTests:
     def test_the_backend_and_its_tiers_say_the_same(self, rig: Rig) -> None:
         """Whether they are shared; in one line each how they work."""
         tier = rig.open()
-        assert rig.backend.shared is tier.capabilities.shared, "`Backend.shared` and `Capabilities.shared` differ"
+        assert rig.backend.shared is tier.capabilities.shared, (
+            "`Backend.shared` and `Capabilities.shared` differ"
+        )
         assert "\n" not in tier.capabilities.detail
         assert rig.backend.contract_version >= 1
 
@@ -68,7 +73,7 @@ class PlaceTests:
         for blocks, nbytes in ((12, rig.max_bytes), (12, 4 * PAGE_BYTES), (100, 700)):
             share_bytes = rig.backend.share_bytes(blocks, nbytes)
             settings = {**rig.settings(), "capacity": share_bytes}
-            other = Rig(rig.name, lambda _, said=settings: said, rig.folder, nbytes)
+            other = Rig(rig.name, functools.partial(_said, settings), rig.folder, nbytes)
             tier = other.open()
             other.set_length(nbytes, *range(blocks))
             other.must_store(tier, *range(blocks))
@@ -165,7 +170,9 @@ class PlaceTests:
             rig.close(tier)
         give_up_s = time.monotonic() + PATIENCE_S
         while handles() >= before + 3:  # What it left to others ends soon.
-            assert time.monotonic() < give_up_s, f"{handles()} files and threads, before it was tried {before}"
+            assert time.monotonic() < give_up_s, (
+                f"{handles()} files and threads, before it was tried {before}"
+            )
             time.sleep(0.01)
         rig.close(rig.open())
 
@@ -251,3 +258,6 @@ class PlaceTests:
         rig.close(second)
         rig.must_hold(rig.open(), 1)
 
+
+def _said(settings: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    return settings

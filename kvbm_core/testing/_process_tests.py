@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
+import itertools
 import os
 import threading
 import time
@@ -128,7 +128,7 @@ class ProcessTests:
         rig.close(tier)
         assert sorted(undone) == sorted(ranges), f"pinned {len(ranges)}, unpinned {len(undone)}"
         ordered = sorted(ranges)
-        assert all(low[0] + low[1] <= high[0] for low, high in zip(ordered, ordered[1:], strict=False))
+        assert all(low[0] + low[1] <= high[0] for low, high in itertools.pairwise(ordered))
 
     def test_a_process_ends_that_does_not_close_its_tier(self, rig: Rig) -> None:
         """Its threads and processes do not keep it: an engine may end by an error."""

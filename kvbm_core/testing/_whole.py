@@ -30,7 +30,7 @@ class WholeSuite:
 
     @pytest.fixture(autouse=True)
     def _watch(self, request: pytest.FixtureRequest) -> Iterator[None]:
-        """Have a test fail that makes no progress, and be named if the interpreter ends in the midst of it."""
+        """Have a test fail that makes no progress, and be named if the interpreter ends in it."""
         capture = request.config.pluginmanager.getplugin("capturemanager")
         with witnessed(request.node.nodeid, capture), watched(PATIENCE_S):
             yield

@@ -1,8 +1,8 @@
 """Names the test in which the interpreter ended: a tier's library crashes, or ends the process.
 
-                     name of the test, an empty line after it
-    this process ────────────────────────────────────────────► a shell
-                                                                 └─ at the end of the pipe: was there a name?
+                 name of the test, an empty line after it
+this process ────────────────────────────────────────────► a shell
+                                                             └─ at the end of the pipe: was there a name?
 """
 
 from __future__ import annotations

@@ -15,17 +15,10 @@ overridden, see `kvbm_core.testing.suite`. Who is registered is seen through the
 from __future__ import annotations
 
 import contextlib
-import itertools
-import json
 import logging
-import os
 import re
-import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -35,14 +28,13 @@ import pytest
 
 from kvbm_core.coordinator import Coordinator, Member
 from kvbm_core.errors import ConfigError, CoordinatorError
-from kvbm_core.registry import Registry
+from kvbm_core.testing._hall import PAUSE_S, Hall, killed
 from kvbm_core.testing._rig import PATIENCE_S
 from kvbm_core.testing._watch import handles, returns
 from kvbm_core.testing._whole import WholeSuite, insist_on_the_whole
 
 __all__ = ["CoordinatorSuite"]
 
-_PAUSE_S: Final = 0.01
 _MOST_LINES: Final = 10
 _ALIKE: Final[dict[str, Any]] = {
     "world_size": 3,
@@ -53,76 +45,11 @@ _ALIKE: Final[dict[str, Any]] = {
 """What must be equal in all processes of an engine, and another value of each."""
 
 
-class _Hall:
-    """Makes coordinators of one kind, and the processes that register with them."""
-
-    def __init__(self, suite: CoordinatorSuite, folder: Path) -> None:
-        self.suite = suite
-        self.folder = folder
-        self._made: list[Coordinator] = []
-        self._engines = itertools.count()
-        self._pids = itertools.count(100)
-        self.engine = self.name("an engine")
-
-    def name(self, text: str) -> str:
-        """Make a name of an engine that no other test has."""
-        return f"{text} {next(self._engines)} {self.folder.parent.name} {os.getpid()}"
-
-    def make(self, *, hasty: bool = False, **more: Any) -> Coordinator:
-        """Make a coordinator; it is closed when the test is over."""
-        settings = self.suite.hasty(self.folder) if hasty else self.suite.settings(self.folder)
-        self._made.append(made(self.suite.coordinator, {**settings, **more}))
-        return self._made[-1]
-
-    def member(self, rank: int | None, world_size: int = 2, **facts: Any) -> Member:
-        """Describe a process."""
-        return Member(
-            **{
-                "engine": self.engine,
-                "rank": rank,
-                "world_size": world_size,
-                "host": f"host-{rank}",
-                "pid": next(self._pids),
-                "namespace": "" if rank is None else f"{rank:032x}",
-                "shared_namespace": "" if rank is None else "aa" * 16,
-                "stack": ("cpu 8GiB", "lmdb 100GiB"),
-                "versions": {"kvbm-core": "1.0"},
-                **facts,
-            }
-        )
-
-    def join(self, rank: int | None, world_size: int = 2, *, hasty: bool = False, **facts: Any) -> Coordinator:
-        """Register a process."""
-        coordinator = self.make(hasty=hasty)
-        coordinator.join(self.member(rank, world_size, **facts))
-        return coordinator
-
-    def until_listed(self, leader: Coordinator) -> None:
-        """Wait until the leader finds all its workers."""
-        give_up_s = time.monotonic() + PATIENCE_S
-        while True:
-            with contextlib.suppress(CoordinatorError):
-                if leader.gather():
-                    return
-            assert time.monotonic() < give_up_s, "a process is not registered again"
-            time.sleep(_PAUSE_S)
-
-    def close(self) -> None:
-        """Close all."""
-        for coordinator in reversed(self._made):
-            coordinator.close()
-
-
-def made(kind: str | Callable[[Mapping[str, Any]], Coordinator], settings: Mapping[str, Any]) -> Coordinator:
-    """Make a coordinator as the core does, or by a function."""
-    return Registry().coordinator({"backend": kind, **settings}) if isinstance(kind, str) else kind(settings)
-
-
 class CoordinatorSuite(WholeSuite):
     """Subclass it, name a coordinator, give settings, and run pytest."""
 
-    coordinator: ClassVar[str | Callable[[Mapping[str, Any]], Coordinator]]
-    """The name of an entry point, or a static function that makes one of settings."""
+    coordinator: ClassVar[Any]
+    """The name of an entry point, or a static function that makes a `Coordinator` of settings."""
     forget_s: ClassVar[float] = 10.0
     """A process that was killed is listed no more after so many seconds: the time of a lease."""
     waivers: ClassVar[Mapping[str, str]] = {}
@@ -146,12 +73,12 @@ class CoordinatorSuite(WholeSuite):
         raise NotImplementedError("write a method `away`")
 
     @pytest.fixture
-    def hall(self, tmp_path: Path) -> Iterator[_Hall]:
+    def hall(self, tmp_path: Path) -> Iterator[Hall]:
         """Give the test its coordinators, and close them."""
         insist_on_the_whole(type(self))
         folder = tmp_path / "hall"
         folder.mkdir()
-        hall = _Hall(self, folder)
+        hall = Hall(self, folder)
         try:
             yield hall
         finally:
@@ -159,7 +86,7 @@ class CoordinatorSuite(WholeSuite):
 
     # Making one.
 
-    def test_the_coordinator_is_what_the_core_expects(self, hall: _Hall) -> None:
+    def test_the_coordinator_is_what_the_core_expects(self, hall: Hall) -> None:
         """It is a `Coordinator`, and its state is one line at any time."""
         coordinator = hall.make()
         assert isinstance(coordinator, Coordinator)
@@ -170,12 +97,12 @@ class CoordinatorSuite(WholeSuite):
         shown.append(repr(coordinator))
         assert not [text for text in shown if "\n" in text or not text]
 
-    def test_a_wrong_setting_is_refused_when_it_is_made(self, hall: _Hall) -> None:
+    def test_a_wrong_setting_is_refused_when_it_is_made(self, hall: Hall) -> None:
         """`ConfigError` for a key that there is not: before an engine loads its model."""
         with pytest.raises(ConfigError):
             hall.make(no_such_key=1)
 
-    def test_making_one_connects_nowhere(self, hall: _Hall) -> None:
+    def test_making_one_connects_nowhere(self, hall: Hall) -> None:
         """It opens no file and starts no thread, and nobody need be there."""
         hall.make()
         before = handles()
@@ -186,7 +113,7 @@ class CoordinatorSuite(WholeSuite):
 
     # Who comes.
 
-    def test_the_leader_gets_its_workers_by_rank(self, hall: _Hall) -> None:
+    def test_the_leader_gets_its_workers_by_rank(self, hall: Hall) -> None:
         """As they have described themselves, in whatever order they came."""
         leader = hall.join(None, 3)
         members = {rank: hall.member(rank, 3, metrics=f"http://host-{rank}:9") for rank in (2, 0, 1)}
@@ -198,20 +125,28 @@ class CoordinatorSuite(WholeSuite):
             for name in Member.__struct_fields__:
                 assert getattr(worker, name) == getattr(members[rank], name), f"{name} of worker {rank}"
 
-    def test_the_leader_waits_for_workers_that_come_late(self, hall: _Hall) -> None:
+    def test_the_leader_waits_for_workers_that_come_late(self, hall: Hall) -> None:
         """It has begun to wait when the last one comes."""
         leader = hall.join(None)
         hall.join(1)
         with ThreadPoolExecutor(1) as pool:
             gathered = pool.submit(leader.gather)
-            time.sleep(_PAUSE_S)
+            time.sleep(PAUSE_S)
             hall.join(0)
             assert [worker.rank for worker in gathered.result(PATIENCE_S)] == [0, 1]
 
-    def test_an_engine_may_have_any_name(self, hall: _Hall) -> None:
+    def test_an_engine_may_have_any_name(self, hall: Hall) -> None:
         """With separators, dots, spaces, letters of all kinds; and one name may begin with another."""
         base = hall.name("e")
-        names = [base, f"{base}/0", f"{base}/leader", f"../{base}", f"{base} %2F é☃", f"{base}x", "." * 2 + base]
+        names = [
+            base,
+            f"{base}/0",
+            f"{base}/leader",
+            f"../{base}",
+            f"{base} %2F é☃",
+            f"{base}x",
+            "." * 2 + base,
+        ]
         leaders = [hall.join(None, 1, engine=name) for name in names]
         workers = [hall.member(0, 1, engine=name) for name in names]
         for worker in workers:
@@ -219,7 +154,7 @@ class CoordinatorSuite(WholeSuite):
         for leader, worker in zip(leaders, workers, strict=True):
             assert [each.pid for each in leader.gather()] == [worker.pid], f"engine {worker.engine!r}"
 
-    def test_gather_may_be_called_again(self, hall: _Hall) -> None:
+    def test_gather_may_be_called_again(self, hall: Hall) -> None:
         """And says the same."""
         leader = hall.join(None, 1)
         hall.join(0, 1)
@@ -227,7 +162,7 @@ class CoordinatorSuite(WholeSuite):
 
     # Who does not.
 
-    def test_workers_that_do_not_come_are_named(self, hall: _Hall) -> None:
+    def test_workers_that_do_not_come_are_named(self, hall: Hall) -> None:
         """By their ranks; and the error says who came."""
         leader = hall.join(None, 5, hasty=True)
         for rank in (0, 4):
@@ -238,7 +173,7 @@ class CoordinatorSuite(WholeSuite):
         assert all(re.search(rf"\b{rank}\b", text) for rank in (1, 2, 3)), text
         assert "host-4" in text, f"it does not say who came: {text}"
 
-    def test_what_differs_is_named_with_both_values(self, hall: _Hall) -> None:
+    def test_what_differs_is_named_with_both_values(self, hall: Hall) -> None:
         """What must be equal in all processes of an engine: of two workers, or of the leader and a worker."""
         for name, other in _ALIKE.items():
             hall.engine = hall.name("differs")
@@ -253,14 +188,15 @@ class CoordinatorSuite(WholeSuite):
             assert name in text, f"{name} is not named: {text}"
             assert shown in text, f"the other value is not named: {text}"
 
-    def test_a_second_process_in_a_place_is_refused_and_the_first_stays(self, hall: _Hall) -> None:
+    def test_a_second_process_in_a_place_is_refused_and_the_first_stays(self, hall: Hall) -> None:
         """Also when the second has been closed; a leader as well as a worker."""
         leader = hall.join(None, 1)
         hall.join(0, 1)
         second = {rank: hall.make(hasty=True) for rank in (0, None)}
         with ThreadPoolExecutor(2) as pool:  # Each waits until the lease of a dead one would end.
             joins = [
-                pool.submit(each.join, hall.member(rank, 1, host="the-second")) for rank, each in second.items()
+                pool.submit(each.join, hall.member(rank, 1, host="the-second"))
+                for rank, each in second.items()
             ]
             refused = [isinstance(join.exception(), CoordinatorError) for join in joins]
         assert refused == [True, True], "worker and leader, refused or not"
@@ -270,7 +206,7 @@ class CoordinatorSuite(WholeSuite):
 
     # Until it ends.
 
-    def test_who_closes_is_listed_no_more_and_the_place_is_free(self, hall: _Hall) -> None:
+    def test_who_closes_is_listed_no_more_and_the_place_is_free(self, hall: Hall) -> None:
         """At once: an engine is started again."""
         leader = hall.join(None, 1, hasty=True)
         worker = hall.join(0, 1)
@@ -281,17 +217,17 @@ class CoordinatorSuite(WholeSuite):
         hall.join(0, 1, host="the-next")
         assert [each.host for each in leader.gather()] == ["the-next"]
 
-    def test_who_lives_stays_listed(self, hall: _Hall) -> None:
+    def test_who_lives_stays_listed(self, hall: Hall) -> None:
         """For longer than a dead process would."""
         leader = hall.join(None, 1)
         hall.join(0, 1)
         time.sleep(1.5 * self.forget_s)
         hall.until_listed(leader)
 
-    def test_who_is_killed_is_listed_no_more_after_a_while(self, hall: _Hall) -> None:
+    def test_who_is_killed_is_listed_no_more_after_a_while(self, hall: Hall) -> None:
         """And another process may take its place."""
         leader = hall.join(None, 1, hasty=True)
-        _killed(self.coordinator, self.settings(hall.folder), hall.member(0, 1, host="the-dead"))
+        killed(self.coordinator, self.settings(hall.folder), hall.member(0, 1, host="the-dead"))
         give_up_s = time.monotonic() + PATIENCE_S
         while True:
             with contextlib.suppress(CoordinatorError):
@@ -301,7 +237,7 @@ class CoordinatorSuite(WholeSuite):
         hall.until_listed(leader)
         assert [each.host for each in leader.gather()] == ["the-next"]
 
-    def test_close_may_be_called_twice_and_without_join(self, hall: _Hall) -> None:
+    def test_close_may_be_called_twice_and_without_join(self, hall: Hall) -> None:
         """And from another thread than the others."""
         hall.make().close()
         coordinator = hall.join(0)
@@ -309,7 +245,7 @@ class CoordinatorSuite(WholeSuite):
             pool.submit(coordinator.close).result(PATIENCE_S)
         coordinator.close()
 
-    def test_close_lets_go_of_files_and_threads(self, hall: _Hall) -> None:
+    def test_close_lets_go_of_files_and_threads(self, hall: Hall) -> None:
         """Nothing grows with each process that was registered."""
         counts = []
         for _ in range(4):
@@ -318,11 +254,11 @@ class CoordinatorSuite(WholeSuite):
         give_up_s = time.monotonic() + PATIENCE_S
         while handles() >= counts[0] + 3:  # What it left to others ends soon.
             assert time.monotonic() < give_up_s, f"files, sockets and threads, one after the other: {counts}"
-            time.sleep(_PAUSE_S)
+            time.sleep(PAUSE_S)
 
     # When it is away.
 
-    def test_an_engine_starts_while_the_coordinator_is_away(self, hall: _Hall) -> None:
+    def test_an_engine_starts_while_the_coordinator_is_away(self, hall: Hall) -> None:
         """`join` returns and `gather` is empty; neither raises. When it is back, all are registered."""
         with self.away(hall.folder):
             leader, worker = hall.make(), hall.make()
@@ -335,7 +271,7 @@ class CoordinatorSuite(WholeSuite):
             returns(use, PATIENCE_S)
         hall.until_listed(leader)
 
-    def test_who_is_registered_stays_so_over_an_absence(self, hall: _Hall) -> None:
+    def test_who_is_registered_stays_so_over_an_absence(self, hall: Hall) -> None:
         """Or registers again by itself."""
         leader = hall.join(None, 1)
         hall.join(0, 1)
@@ -343,13 +279,13 @@ class CoordinatorSuite(WholeSuite):
             time.sleep(1.2 * self.forget_s)
         hall.until_listed(leader)
 
-    def test_close_returns_while_the_coordinator_is_away(self, hall: _Hall) -> None:
+    def test_close_returns_while_the_coordinator_is_away(self, hall: Hall) -> None:
         """An engine that ends waits for nobody."""
         coordinator = hall.join(0)
         with self.away(hall.folder):
             returns(coordinator.close, PATIENCE_S)
 
-    def test_an_absence_is_said_in_a_few_lines(self, hall: _Hall) -> None:
+    def test_an_absence_is_said_in_a_few_lines(self, hall: Hall) -> None:
         """Not once for each attempt; and it is said."""
         lines: list[str] = []
         handler = logging.Handler(logging.WARNING)
@@ -364,48 +300,3 @@ class CoordinatorSuite(WholeSuite):
             logging.getLogger().removeHandler(handler)
         assert lines, "nobody is told"
         assert len(lines) <= 2 * _MOST_LINES, f"{len(lines)} lines, the last of them: {lines[-1]}"
-
-
-def _killed(
-    kind: str | Callable[[Mapping[str, Any]], Coordinator], settings: Mapping[str, Any], member: Member
-) -> None:
-    """Register a process of its own, and kill it when it is registered."""
-    facts = {name: getattr(member, name) for name in Member.__struct_fields__}
-    if isinstance(kind, str):
-        main = "from kvbm_core.testing.coordinator_suite import live; live()"
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        job = json.dumps({"kind": kind, "settings": dict(settings), "facts": facts})
-        command = [sys.executable, "-c", main, job]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
-        assert process.stdout is not None
-        said = process.stdout.readline()
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        assert said, "the child did not register; see the standard error"
-        return
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            made(kind, settings).join(member)
-            os.write(writer, b"!")
-            threading.Event().wait()
-        finally:
-            os._exit(1)
-    os.close(writer)
-    said = os.read(reader, 1)
-    os.close(reader)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    assert said, "the child did not register; see the standard error"
-
-
-def live() -> None:
-    """Be the child: register and wait to be killed. The job is the command line's JSON."""
-    job = json.loads(sys.argv[1])
-    facts = {**job["facts"], "stack": tuple(job["facts"]["stack"])}
-    coordinator = made(job["kind"], job["settings"])
-    coordinator.join(Member(**facts))
-    print("registered", flush=True)
-    threading.Event().wait()

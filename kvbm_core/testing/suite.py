@@ -23,7 +23,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -85,9 +85,7 @@ class TierSuite(CallTests, PlaceTests, BoundTests, MediumTests, ProcessTests, Wh
     """The name of an entry point, or a `Backend`."""
     waivers: ClassVar[Mapping[str, str]] = {}
     """Tests that this backend cannot pass, and why. Each must fail, else the waiver is out of date."""
-    members = frozenset(
-        {"backend", "settings", "waivers", "fill", "broken_medium", "max_bytes", "programs"}
-    )
+    members = frozenset({"backend", "settings", "waivers", "fill", "broken_medium", "max_bytes", "programs"})
     max_bytes: ClassVar[int] = 16 * 1024 + 96
     """Length of the longest object; not a multiple of a page, as in service. Others are shorter."""
     _capabilities: ClassVar[Capabilities]

@@ -1,10 +1,10 @@
 """Tiers behind codecs pass the suite of tiers: wrapping keeps the contract.
 
-The codecs are opened as the core does it, and the tiers are `remote` in a folder and `memory`, one durable and
-shared, the other bounded.
+The codecs are opened as the core does it. The tiers are `remote` in a folder (durable, shared), and `memory`.
 """
 
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 
@@ -18,7 +18,7 @@ TRAILER_BYTES = 64
 
 
 class Told(ForwardTier):
-    """Counts as the core does, which knows how long objects are: the tier's answers tell the encoded length."""
+    """Counts as the core does, which knows how long objects are: the tier tells the encoded length."""
 
     def __init__(self, inner, overhead_bytes):
         super().__init__(inner)
@@ -76,7 +76,7 @@ def _key(monkeypatch):
 class TestZstdAndCryptOverFiles(TierSuite):
     backend = behind("remote", BOTH)
     programs = 20
-    waivers = {"test_wake_is_called_when_poll_has_something_and_without_a_lock": HANDED_ON}
+    waivers: ClassVar = {"test_wake_is_called_when_poll_has_something_and_without_a_lock": HANDED_ON}
 
     def settings(self, folder):
         return {"url": f"file://{folder}/kv"}

@@ -499,4 +499,6 @@ class TakesASignal(Zlib):
 
     def __init__(self, config, context):
         super().__init__(config, context)
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN if signal.getsignal(signal.SIGUSR2) == 0 else signal.SIG_DFL)
+        signal.signal(
+            signal.SIGUSR2, signal.SIG_IGN if signal.getsignal(signal.SIGUSR2) == 0 else signal.SIG_DFL
+        )

@@ -151,7 +151,8 @@ class CountsTheMissing(FolderCoordinator):
     """Says how many did not come, and not who."""
 
     def absence(self, missing, workers):
-        return f"{len(missing)} of {self.member.world_size} workers did not come; {', '.join(map(str, workers))} did"
+        came = ", ".join(map(str, workers))
+        return f"{len(missing)} of {self.member.world_size} workers did not come; {came} did"
 
 
 @found_by("test_workers_that_do_not_come_are_named")
@@ -392,4 +393,3 @@ class SaysNothing(FolderCoordinator):
     def claim(self):
         self.warned = True
         return super().claim()
-

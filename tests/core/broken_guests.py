@@ -1,4 +1,4 @@
-"""Tiers that are wrong on purpose in what they do to the process that they are guests of. See `broken_tiers`."""
+"""Tiers that are wrong on purpose in what they do to their process. See `broken_tiers`."""
 
 from __future__ import annotations
 

@@ -34,7 +34,9 @@ class FilesByHead(MemoryTier):
     """Keeps objects in folders named for `Transfer.head`, and finds them only there."""
 
     def _run(self, transfer: Transfer) -> Completion:
-        key = hashlib.sha256((transfer.head or b"") + transfer.key).digest() if transfer.head else transfer.key
+        key = (
+            hashlib.sha256((transfer.head or b"") + transfer.key).digest() if transfer.head else transfer.key
+        )
         return super()._run(replace(transfer, key=key))
 
 
@@ -360,7 +362,9 @@ class ShowsItsQueue(MemoryTier):
         return "\n".join([super().__repr__(), *map(repr, self._done)])
 
 
-@found_by("test_the_share_that_blocks_take_has_room_for_them", share_bytes=lambda blocks, nbytes: blocks * nbytes)
+@found_by(
+    "test_the_share_that_blocks_take_has_room_for_them", share_bytes=lambda blocks, nbytes: blocks * nbytes
+)
 class PromisesTooSmallAShare(FolderTier):
     """Forgets that files take whole blocks when it says what so many objects need."""
 

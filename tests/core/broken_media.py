@@ -1,4 +1,4 @@
-"""Tiers that are wrong on purpose where their medium fails, and in what they leave on it. See `broken_tiers`."""
+"""Tiers that are wrong on purpose where their medium fails, and in what they leave. See `broken_tiers`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Writes the table of planted faults: each, and the test of the suite that finds it.
 
-    python tests/core/faults_table.py             write docs/reference/faults.md
-    python tests/core/faults_table.py --check     exit status 1 if the page says anything else
+python tests/core/faults_table.py             write docs/reference/faults.md
+python tests/core/faults_table.py --check     exit status 1 if the page says anything else
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ def text() -> str:
     count = sum(map(len, FAULTS.values()))
     parts = [
         "# Planted faults",
-        f"{count} tiers, codecs, policies and coordinators that are wrong on purpose, each in one way, and the test that\n"
-        "must find it. The tests of this repository run that test on each and insist that it fails. They are in\n"
-        "`tests/core/broken_*.py`, and no part of the wheel. [Testing](testing.md) describes the suites.\n"
+        f"{count} tiers, codecs, policies and coordinators that are wrong on purpose, each in one way, and\n"
+        "the test that must find it. The tests of this repository run that test on each and insist that it\n"
+        "fails. They are in `tests/core/broken_*.py`, and no part of the wheel.\n"
+        "[Testing](testing.md) describes the suites.\n"
         "`make faults` writes this page.",
     ]
     for suite, faults in FAULTS.items():

@@ -1,6 +1,6 @@
 """A small sound coordinator: what the broken ones are made from, and a model to read.
 
-    <path>/e-<engine>/leader, 0, 1 ...    a file each, locked by the process as long as it lives
+<path>/e-<engine>/leader, 0, 1 ...    a file each, locked by the process as long as it lives
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ import pytest
 from broken_codecs import BROKEN, Keyed, Pad, Zlib, kind
 from hypothesis import Phase
 
+from kvbm_core.testing._bench import Bench
 from kvbm_core.testing._whole import members_of
-from kvbm_core.testing.codec_suite import CodecSuite, _Bench
+from kvbm_core.testing.codec_suite import CodecSuite
 
 
 class TestZlib(CodecSuite):
@@ -40,7 +41,7 @@ def tried(codec, test, folder, monkeypatch, **members):
     members = {"programs": 500, "settings": settings, "another": lambda self, folder: {"level": 9}, **members}
     suite = type("Suite", (CodecSuite,), {"codec": codec, **members})()
     names = inspect.signature(getattr(suite, test)).parameters
-    fixtures = {"bench": _Bench(suite.opened(folder)), "tmp_path": folder}
+    fixtures = {"bench": Bench(suite.opened(folder)), "tmp_path": folder}
     getattr(suite, test)(**{name: fixtures[name] for name in names})
 
 

@@ -266,6 +266,4 @@ def _check(config: ToyConfig) -> None:
 @kvbm.hookimpl
 def kvbm_backends() -> Sequence[kvbm.Backend]:
     """Offer the backend ``toy``."""
-    return [
-        kvbm.Backend("toy", ToyConfig, ToyTier, _check, contract_version=2, share_bytes=_share_bytes)
-    ]
+    return [kvbm.Backend("toy", ToyConfig, ToyTier, _check, contract_version=2, share_bytes=_share_bytes)]
