@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import difflib
 import enum
-import math
 import re
 import types
 from collections.abc import Iterable, Mapping
@@ -26,6 +25,7 @@ from kvbm_core.errors import ConfigError
 from kvbm_core.field_docs import show_fields
 from kvbm_core.movement import WRITE_THROUGH, Movement
 from kvbm_core.printable import noun, shown
+from kvbm_core.ranges import check_ranges
 from kvbm_core.sizes import ByteSize, parse_size, size_text
 from kvbm_core.yaml_file import read_yaml
 
@@ -144,6 +144,16 @@ class StackConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     weights_id: str | None = None
     """Names the model's weights, in place of the digest of their files. Give it where the files
     cannot be read by the engine, and change it whenever the weights change."""
+    prefetch_fraction: float = 0.25
+    """Largest part of the host pool that holds blocks which were brought into it for requests that wait.
+    At least 0, which stands for none, at most 1."""
+    keep_fraction: float = 0.25
+    """Largest part of each tier, and of a tenant's quota there, whose blocks may be kept for requests. At
+    least 0, which stands for none, below 1."""
+    max_keep_s: float = 3600.0
+    """So long may a request have its blocks kept. Seconds, above 0."""
+    tenants: Mapping[str, Mapping[str, ByteSize]] = {}
+    """Quotas, by tenant and by the name of a tier; ``default``: of each tenant that is not named."""
     record: str | None = None
     """A file for the log of hashes, without text, that `kvbm replay` reads. None: nothing is recorded."""
     record_capacity: ByteSize = ByteSize(1 << 30)
@@ -216,7 +226,7 @@ def _stack(value: Mapping[str, Any], where: str) -> StackConfig:
             raise ConfigError(f"{where}: two tiers are called {name!r}; give each a 'name' of its own")
     config = convert({**value, "tiers": ()}, StackConfig, where)
     config = msgspec.structs.replace(config, tiers=entries)
-    _check_ranges(config, where)
+    check_ranges(config, where)
     return config
 
 
@@ -276,23 +286,6 @@ def _part(value: object, where: str, example: str) -> PartEntry:
             f"{where}: {shown(value)}; write its name, or a mapping with a 'name', like {example}"
         )
     return PartEntry(name=value["name"], settings={k: v for k, v in value.items() if k != "name"})
-
-
-def _check_ranges(config: StackConfig, where: str) -> None:
-    for key in ("load_deadline_s", "store_deadline_s", "lookup_deadline_s"):
-        if not 0 < getattr(config, key) < math.inf:
-            raise ConfigError(f"{where}: {key}: {getattr(config, key)!r}; write seconds above 0")
-    if not 0 < config.max_load_fraction <= 1:
-        raise ConfigError(
-            f"{where}: max_load_fraction: {config.max_load_fraction!r}; write a number above 0, at most 1"
-        )
-    if config.max_store_blocks < 1:
-        raise ConfigError(f"{where}: max_store_blocks: {config.max_store_blocks!r}; write at least 1")
-    every = config.sparse_stores_every_tokens
-    if every is not None and every < 0:
-        raise ConfigError(
-            f"{where}: sparse_stores_every_tokens: {every!r}; write tokens, like 2048, or 0 for none"
-        )
 
 
 def _decode(to: type[Any], value: object) -> object:

@@ -195,7 +195,7 @@ class LocalDirectory:
         Raises:
             TierOpenError: If another engine uses it.
         """
-        for other, folder in self._ranks():
+        for other, folder in self.ranks():
             if other >= world_size and other % world_size == rank:
                 log.warning("%s: more ranks or replicas than there are now left it; dropping it", folder)
                 left = HeldFolder(folder, self._tier)
@@ -229,7 +229,7 @@ class LocalDirectory:
                 self._check_folder(rank0)
         except OSError as error:
             raise unusable(existing, error, self._tier) from error
-        used_bytes = sum(_du_bytes(folder) for _, folder in self._ranks())
+        used_bytes = sum(_du_bytes(folder) for _, folder in self.ranks())
         room_bytes = free_bytes(existing)
         if capacity_bytes - used_bytes > room_bytes:
             most_bytes = used_bytes + room_bytes
@@ -241,12 +241,23 @@ class LocalDirectory:
                 operation="check", tier=self._tier,
             )  # fmt: skip
 
-    def _ranks(self) -> list[tuple[int, Path]]:
+    def owner(self, rank: int) -> str:
+        """Say which process holds a rank's folder, by its id; empty if nobody does. Changes nothing."""
+        try:
+            fd = os.open(self.rank_path(rank) / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            return ""
+        try:
+            return who_holds(fd)[0] if is_locked(fd) else ""
+        finally:
+            os.close(fd)
+
+    def ranks(self) -> list[tuple[int, Path]]:
         """Give numbers and folders of the ranks that are there. Links are nobody's."""
         if not self.root.is_dir():
             return []
         matches = [match for each in os.listdir(self.root) if (match := _RANK.fullmatch(each))]
-        found = [(int(match[1]), self.root / match[0]) for match in matches]
+        found = sorted((int(match[1]), self.root / match[0]) for match in matches)
         return [(rank, path) for rank, path in found if path.is_dir() and not path.is_symlink()]
 
     def _check_folder(self, path: Path) -> None:

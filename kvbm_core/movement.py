@@ -30,7 +30,8 @@ class Movement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """If a block that is loaded from the tier is kept above, too. ``measured``: as long as blocks kept so are
     loaded from there again."""
     copies: Literal["inclusive", "exclusive"] = "inclusive"
-    """If the tier keeps a block that a tier above has got. ``exclusive``: it does not."""
+    """What the tier does with a block that a tier above has got. ``exclusive``: it makes room before any
+    other does."""
     low_watermark: float = 0.2
     """Demotion begins when less than this part of the capacity above could be given away without a loss:
     it is free, or the next to be evicted are in this tier already. Above 0, at most `high_watermark`."""

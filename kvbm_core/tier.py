@@ -371,3 +371,6 @@ class Backend:
     share_bytes: Callable[[int, int], int] = whole_pages
     """``share_bytes(blocks, block_bytes)`` gives a rank's share of the `capacity` with which its tier holds
     at least so many blocks. The default counts each block in whole pages, and nothing beside them."""
+    stored: Callable[[Any], Sequence[Any]] | None = None
+    """``stored(config)`` lists what lies in the place, each a `kvbm_core.stored.Stored`, without opening it
+    and also beside an engine that uses it. Changes nothing. None: that cannot be told."""

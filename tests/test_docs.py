@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import hashlib
 import importlib
+import importlib.util
 import os
 import re
 import struct
@@ -382,7 +383,7 @@ def test_the_version_of_the_contract_is_documented():
 
 @pytest.mark.parametrize("page", sorted(REFERENCE.glob("*.md")), ids=name_of)
 def test_the_reference_is_what_the_docstrings_say(page):
-    assert page.read_text() == make_reference.renew(page.read_text()), "run tools/make_reference.py"
+    assert page.read_text() == make_reference.renew(page.read_text()), "run `make reference`"
 
 
 def test_every_public_name_has_a_place_in_the_reference():
@@ -560,6 +561,22 @@ def test_every_tier_and_fault_has_a_row_for_operators():
     assert running | starting | impossible == {(tier, fault) for tier in tiers for fault in faults}
     assert not impossible & (running | starting)
     assert all(all(row[:2]) and row[-2 if len(row) == 6 else -1] for row in rows(page.read_text()))
+
+
+# Come from another connector.
+
+
+def test_the_settings_of_vllms_own_connector_are_in_its_sources():
+    package = Path(importlib.util.find_spec("vllm").origin).parent
+    folders = ("v1/kv_offload", "distributed/kv_transfer/kv_connector/v1/offloading", "config")
+    sources = "".join(path.read_text() for folder in folders for path in (package / folder).rglob("*.py"))
+    page = DOCS / "how-to" / "from-offloading-connector.md"
+    cells = " ".join(first for first, *_ in rows(page.read_text().split("\n## ")[0]))
+    names = re.findall(r"`(?:type: )?(\w+)`", cells)
+    assert len(names) > 12
+    # As a key, a parameter, or the name of a kind.
+    unknown = [name for name in names if not re.search(rf'"{name}"|\b{name}\b *[:=]', sources)]
+    assert unknown == []
 
 
 # What the documentation speaks of.

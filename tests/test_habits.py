@@ -22,7 +22,7 @@ def test_hooks_run_what_lint_runs():
 def test_the_workflow_runs_what_maintainers_run():
     jobs = yaml.safe_load((GITHUB / "workflows" / "ci.yml").read_text())["jobs"]
     commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
-    assert commands == [".ci/run"]
+    assert commands[-1] == ".ci/run"
 
 
 @pytest.mark.parametrize(

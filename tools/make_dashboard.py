@@ -141,6 +141,17 @@ ROWS: Final[Sequence[tuple[str, Sequence[Json]]]] = [
         panel("timeseries", "Blocks waiting", "On their way, or waiting for it.", "short",
               (gauge("queued_blocks", "tier, operation"), "{{tier}} {{operation}}"), width=6),
     ]),
+    ("Who has what?", [
+        panel("timeseries", "Bytes of tenants", "Over all ranks; a quota is a bound and a promise.", "bytes",
+              (gauge("tenant_used_bytes", "tenant, tier"), "{{tenant}} {{tier}}"),
+              (gauge("tenant_quota_bytes", "tenant, tier"), "{{tenant}} {{tier}} quota"), width=6),
+        panel("timeseries", "Bytes kept", "For requests that have asked for it, over all ranks.", "bytes",
+              (gauge("kept_bytes"), "{{tier}}"), width=6),
+        panel("timeseries", "Hints", "Of requests that ended, a second, by their answers.", "short",
+              (rate("hints", "hint, answer", ENGINE), "{{hint}} {{answer}}"), width=6),
+        panel("timeseries", "Read ahead", "Blocks a second, for requests that waited.", "short",
+              (rate("prefetched_blocks", "tier"), "{{tier}}"), width=6),
+    ]),
     ("How fast?", [
         panel("timeseries", "Time of a load", "Of the neighbouring blocks of one request, slowest rank.", "s",
               (operation(0.5, "load"), "{{tier}} median"), (operation(0.95, "load"), "{{tier}} 95 %"),

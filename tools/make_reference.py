@@ -17,6 +17,7 @@ import importlib
 import inspect
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 TYPE_CHECKING = False
@@ -117,7 +118,7 @@ def markdown(target: object) -> Iterator[str]:
         line = lines[at]
         indented = _indented(lines, at + 1)
         if heading := _SECTION.fullmatch(line):
-            yield from _section(heading[1], inspect.cleandoc("\n".join(indented)))
+            yield from _section(heading[1], textwrap.dedent("\n".join(indented)))
             at += len(indented)
         elif indented and (not line or line.endswith("::")):
             # A drawing, or code.
@@ -156,7 +157,7 @@ def _section(title: str, text: str) -> Iterator[str]:
 
 
 def _flush(lines: list[str]) -> list[str]:
-    return inspect.cleandoc("\n" + "\n".join(lines)).split("\n")
+    return textwrap.dedent("\n".join(lines)).strip("\n").split("\n")
 
 
 def _code(text: str) -> Iterator[str]:

@@ -48,6 +48,12 @@ def directory_of(config: GdsConfig) -> LocalDirectory:
     return LocalDirectory(config.path, "gds")
 
 
+def sound_fields(entry: bytes) -> bytes:
+    """Give the fields of an entry; nothing if it is empty, damaged or half written."""
+    fields, checksum = entry[: ENTRY.size], entry[ENTRY.size :]
+    return fields if any(checksum) and xxhash.xxh3_64_digest(fields) == checksum else b""
+
+
 class Slab:
     """A rank's files, held by this engine alone from construction to `close`.
 
@@ -190,9 +196,7 @@ class Slab:
     def _parse(self, content: bytes) -> list[Entry]:
         entries, lost = [], 0
         for slot, at in enumerate(range(HEADER_BYTES, len(content) - ENTRY_BYTES + 1, ENTRY_BYTES)):
-            raw = content[at : at + ENTRY_BYTES]
-            fields, checksum = raw[: ENTRY.size], raw[ENTRY.size :]
-            if not any(checksum) or xxhash.xxh3_64_digest(fields) != checksum:
+            if not (fields := sound_fields(content[at : at + ENTRY_BYTES])):
                 continue
             if slot >= self._sizing.slots:
                 lost += 1

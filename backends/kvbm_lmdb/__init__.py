@@ -14,6 +14,7 @@ from kvbm_core.hookspecs import hookimpl
 from kvbm_core.tier import Backend
 from kvbm_lmdb._config import LmdbConfig
 from kvbm_lmdb._directory import check, share_bytes
+from kvbm_lmdb._stored import stored
 from kvbm_lmdb._tier import LmdbTier
 
 __all__ = ["LmdbConfig", "LmdbTier", "kvbm_backends"]
@@ -22,4 +23,4 @@ __all__ = ["LmdbConfig", "LmdbTier", "kvbm_backends"]
 @hookimpl
 def kvbm_backends() -> Sequence[Backend]:
     """Offer the backend ``lmdb``."""
-    return [Backend("lmdb", LmdbConfig, LmdbTier, check, share_bytes=share_bytes)]
+    return [Backend("lmdb", LmdbConfig, LmdbTier, check, share_bytes=share_bytes, stored=stored)]

@@ -121,9 +121,12 @@ class CostModel:
         computing, loading = self._block_seconds(), self._loading[tier].seconds
         return computing is not None and loading is not None and loading >= computing
 
-    def should_skip(self, tier: int, now_s: float) -> bool:
-        """Say whether a tier need not even be asked: it is slow, and no new try is due."""
-        return self.is_slow(tier) and now_s - self._tried_s[tier] < _TRIAL_EVERY_S
+    def should_skip(self, tier: int, now_s: float, blocks: float = math.inf) -> bool:
+        """Say whether a tier need not be asked for so many blocks: it is slow, and no try is due."""
+        computing = self._block_seconds()
+        if computing is None or not self.is_slow(tier):
+            return False
+        return self._blocks_to_try(tier, _TRIAL_FRACTION * computing * blocks, now_s) < 1
 
     def blocks_to_load(self, tiers: Sequence[int], now_s: float) -> int:
         """Count the leading blocks that shall be loaded.
@@ -199,10 +202,13 @@ class CostModel:
         if seconds is None:
             is_first = tier == self._trusted or self._computing.seconds is None
             return 0.0, math.inf if is_first else _TRIAL_BLOCKS
-        if not self.is_slow(tier) or self.should_skip(tier, now_s):
-            return seconds, math.inf
-        most_blocks = budget_s / seconds
+        most_blocks = self._blocks_to_try(tier, budget_s, now_s) if self.is_slow(tier) else 0.0
+        return (0.0, most_blocks) if most_blocks >= 1 else (seconds, math.inf)
+
+    def _blocks_to_try(self, tier: int, budget_s: float, now_s: float) -> float:
+        """Say how many blocks a try of a slow tier may load now; below 1 if none is due."""
+        seconds = self._loading[tier].seconds
+        if seconds is None or now_s - self._tried_s[tier] < _TRIAL_EVERY_S:
+            return 0.0
         since_s = now_s - max(self._tried_s[tier], self._loading[tier].ended_s)
-        if most_blocks < 1 and seconds <= _TRIAL_SHARE * since_s:
-            most_blocks = 1.0
-        return 0.0, most_blocks
+        return max(budget_s / seconds, 1.0 if seconds <= _TRIAL_SHARE * since_s else 0.0)

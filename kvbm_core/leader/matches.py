@@ -97,7 +97,6 @@ class Matcher:
 
     def __init__(self, tiers: Tiers, pending: Container[int]) -> None:
         self._tiers = tiers
-        self._ready = [tier.index.ready for tier in tiers]
         self._departures = tiers.departures
         self._pending = pending
 
@@ -130,8 +129,8 @@ class Matcher:
         missed = match.start + len(match.tiers)
         if missed < match.stop:
             key = prefix[missed]
-            for ok, ready in zip(match.usable, self._ready, strict=True):
-                if ok and key in ready:
+            for ok, tier in zip(match.usable, self._tiers, strict=True):
+                if ok and key in tier.index.ready:
                     return False
         if self._departures.any_since(match.departures, prefix):
             return False

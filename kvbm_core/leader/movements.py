@@ -2,7 +2,7 @@
 
     store ──► tier 0 ──demotion──► tier 1 ──write_through: from the device, or written back──► ...
                  ▲                   │
-                 └──── promotion ────┘  with the load; `exclusive`: then the lower copy goes
+                 └──── promotion ────┘  with the load; `exclusive`: the lower copy is the first to go
 
 Where every edge writes through, promotes always and is inclusive, all methods return at once.
 """
@@ -20,6 +20,7 @@ from kvbm_core.leader.cost_model import CostModel
 from kvbm_core.leader.demotion import Demotion
 from kvbm_core.leader.draft import Draft
 from kvbm_core.leader.promotion import Promotion
+from kvbm_core.leader.spare_copies import SpareCopies
 from kvbm_core.leader.tier_state import Tiers
 from kvbm_core.movement import WRITE_THROUGH, Movement
 
@@ -47,8 +48,8 @@ class Movements:
         self._tiers = tiers
         self._cost_model = cost_model
         self._demotions: dict[int, Demotion] = {}
-        """By the position of the lower tier; so are the next two."""
-        self._exclusive: list[int] = []
+        """By the position of the lower tier; so are the others."""
+        self._spares: dict[int, SpareCopies] = {}
         self._promotions: dict[int, Promotion | None] = {}
         """Where not all is kept above; None where nothing is."""
         numbers = {group.tag: number for number, group in enumerate(groups)}
@@ -59,18 +60,19 @@ class Movements:
             if movement.stores == "demotion":
                 self._demotions[position] = Demotion(tiers, draft, position, movement, max_moving, numbers)
             if movement.copies == "exclusive":
-                self._exclusive.append(position)
+                self._spares[position] = SpareCopies(tiers, position)
             if movement.promotion != "always":
                 self._promotions[position] = Promotion() if movement.promotion == "measured" else None
         self._watched = {
             self._above(position): promotion for position, promotion in self._promotions.items() if promotion
         }
         """Measured promotions, by the position of the tier that keeps what comes up."""
-        for position in {*self._watched, *(below - 1 for below in self._demotions)}:
+        below_spares = range(max(self._spares, default=0))
+        for position in {*self._watched, *(below - 1 for below in self._demotions), *below_spares}:
             tiers[position].on_evicted = self._evicted_from(position)
 
     def __repr__(self) -> str:
-        return f"<Movements {[*self._demotions.values()]}, exclusive {self._exclusive}, {self._promotions}>"
+        return f"<Movements {[*self._demotions.values()]}, {[*self._spares.values()]}, {self._promotions}>"
 
     def is_due(self, now_s: float) -> bool:
         """Return True if `plan` would begin to copy something that is known to be due."""
@@ -139,15 +141,12 @@ class Movements:
             promotion.loaded_above(keys)
 
     def arrived(self, position: int, keys: Sequence[BlockKey], failed: Collection[int]) -> None:
-        """Take in blocks that a tier has got, but for those at some positions: exclusive copies below go."""
+        """Take in blocks that a tier has got, but for those at some positions: exclusive copies are spare."""
         if failed and position in self._demotions:
             self._demotions[position].failed()
-        for below in self._exclusive:
+        for below, spares in self._spares.items():
             if below > position:
-                there = self._tiers[below].index.ready
-                for at, key in enumerate(keys):
-                    if key in there and at not in failed:
-                        self._tiers.drop(below, key)
+                spares.add(key for at, key in enumerate(keys) if at not in failed)
 
     def _above(self, position: int) -> int:
         """Give the tier that keeps what is loaded from another."""
@@ -155,12 +154,15 @@ class Movements:
 
     def _evicted_from(self, position: int) -> Callable[[list[BlockKey]], None]:
         demotion, promotion = self._demotions.get(position + 1), self._watched.get(position)
+        spares = [each for below, each in self._spares.items() if below > position]
 
         def evicted(keys: list[BlockKey]) -> None:
             if demotion:
                 demotion.evicted(keys)
             if promotion:
                 promotion.evicted_above(keys)
+            for each in spares:
+                each.evicted_above(keys)
 
         return evicted
 
@@ -176,7 +178,7 @@ def _possible(tiers: Tiers, position: int, movement: Movement) -> Movement:
             "it is write_through here", below.name, above.name,
         )  # fmt: skip
         return msgspec.structs.replace(movement, stores="write_through", copies="inclusive")
-    if movement.copies == "exclusive" and below.capabilities.shared:
+    if movement.copies == "exclusive" and (below.capabilities.shared or below.capacity_bytes is None):
         logger.warning(
             "tier %s: movement: copies: exclusive: other engines use its blocks; it is inclusive here",
             below.name,

@@ -14,6 +14,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from kvbm_core.block import BlockKey
 from kvbm_core.groups import KvGroup
 from kvbm_core.leader.boundaries import GroupPrefix, Part
+from kvbm_core.leader.claims import claim_of
 from kvbm_core.leader.cost_model import CostModel
 from kvbm_core.leader.counts import TierCounts, TierLevels
 from kvbm_core.leader.draft import Draft
@@ -24,10 +25,12 @@ from kvbm_core.leader.matches import Match, Matcher, Prefix
 from kvbm_core.leader.movements import Movements
 from kvbm_core.leader.questions import Questions
 from kvbm_core.leader.shortage import Shortages
+from kvbm_core.leader.tenants import Tenants
 from kvbm_core.leader.tier_state import MakePolicy, Tiers, make_lru
 from kvbm_core.leader.write_back import WriteBack
 from kvbm_core.movement import Movement
 from kvbm_core.plan import FillReason, Load, Plan, Report, TierStatus, WriteOrder
+from kvbm_core.sharing import Sharing
 from kvbm_core.tier import Reason
 
 __all__ = ["Planner"]
@@ -46,6 +49,7 @@ class Planner:
         ops: Numbers for operations, where planners follow each other: no late report may fit another one.
         movements: For each tier how blocks come there from the tiers above, and go back. Empty: every block
             is written through to every tier.
+        sharing: How tenants share the tiers. By default there are none.
 
     Raises:
         ConfigError: If the ranks have different stacks; names rank and difference.
@@ -61,9 +65,11 @@ class Planner:
         block_tokens: int = 0,
         ops: Iterator[int] | None = None,
         movements: Sequence[Movement] = (),
+        sharing: Sharing | None = None,
     ) -> None:
         self._world_size = len(ranks)
         self._tiers = Tiers(ranks, policy, groups)
+        self.tenants = Tenants(self._tiers, sharing or Sharing(), policy, len(ranks))
         self._in_flight = InFlight(len(ranks), ops)
         self._matcher = Matcher(self._tiers, self._in_flight)
         self._write_back = WriteBack(self._tiers, max_store_blocks)
@@ -177,6 +183,15 @@ class Planner:
         """Return True if a tier has a block."""
         return key in self._tiers[tier].index
 
+    @property
+    def tiers(self) -> Tiers:
+        """The state of each tier, to be read."""
+        return self._tiers
+
+    def touch(self, keys: Sequence[BlockKey], tier: int) -> None:
+        """Note that blocks are wanted, those that a tier has; `keys` are in the order of their prefix."""
+        self._tiers[tier].index.touch(reversed(keys))
+
     def decline(self, tiers: Iterable[int]) -> None:
         """Note that blocks found in these tiers are computed, because `cost_model` finds that faster."""
         for tier in tiers:
@@ -279,6 +294,8 @@ class Planner:
             rest = self._movements.not_taken(position, offered, filling)
         if targets:
             self._draft.stores(targets, keys, blocks, group)
+        if (claim := claim_of(prefix)) and claim.keep_s:
+            self.tenants.keep(keys, claim, now_s)
 
     def fill(
         self, source: int, target: int, keys: Sequence[BlockKey], now_s: float,
@@ -311,6 +328,7 @@ class Planner:
     def take(self, now_s: float, order: WriteOrder | None = None) -> Plan:
         """Take everything planned since the last call, with what the engine writes."""
         self._shortages.grow(now_s)
+        self.tenants.release(now_s)
         self._movements.plan(now_s)
         if self.host_pool >= 0:
             for position in range(len(self._tiers)):

@@ -25,7 +25,7 @@ _MIN_ENDS: Final = 64
 """Before so many ends nothing is concluded."""
 _FRACTION: Final = 0.5
 _LEAST: Final = 0.05
-"""Promoted blocks that are worth less than this, or than that fraction of computed ones, are not kept above."""
+"""Promoted blocks worth less than that, or than this fraction of computed ones, do not stay above."""
 _FIRST_PAUSE: Final = 4096
 _LONGEST_PAUSE: Final = 1 << 18
 """So many blocks are not kept above then; each trial that fails doubles it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 from kvbm_core.block import BlockKey, BlockState
@@ -36,7 +37,7 @@ class Questions:
     ) -> frozenset[int]:
         """Ask for the leading blocks of a run, see `Planner.lookup`."""
         asking: set[int] = set()
-        for position, tier, probe in self._to_be_asked(now_s):
+        for position, tier, probe in self._to_be_asked(now_s, len(keys)):
             # A block that is on its way there needs no question, and is no hit yet.
             if tier.index.state(keys[0]) is not BlockState.ABSENT:
                 continue
@@ -67,10 +68,12 @@ class Questions:
         probes = [probe for _, _, probe in self._to_be_asked(now_s)]
         return lambda key: any(probe.absent_until_s(key) <= now_s for probe in probes)
 
-    def _to_be_asked(self, now_s: float) -> Iterator[tuple[int, TierState, PrefixProbe]]:
+    def _to_be_asked(
+        self, now_s: float, blocks: float = math.inf
+    ) -> Iterator[tuple[int, TierState, PrefixProbe]]:
         for position, tier in enumerate(self._tiers):
             probe = tier.probe
             if probe is None or not tier.breaker.closed(now_s):
                 continue
-            if not self._cost_model.should_skip(position, now_s):
+            if not self._cost_model.should_skip(position, now_s, blocks):
                 yield position, tier, probe

@@ -168,6 +168,10 @@ class TierIndex:
         """Return True if an object may not be evicted now."""
         return key in self._pins
 
+    def is_kept(self, key: BlockKey) -> bool:
+        """Return True if an object makes no room for just anybody. Here all do, see `PartitionedIndex`."""
+        return False
+
     def unpin(self, keys: Iterable[BlockKey], *, was_used: bool = True) -> list[BlockKey]:
         """Take one pin of each object back; return those that were LEAVING and are gone with it.
 

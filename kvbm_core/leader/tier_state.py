@@ -64,6 +64,8 @@ class TierState:
     """Objects on their way in."""
     on_evicted: Callable[[list[BlockKey]], None] | None = None
     """Is told which objects have made room for others."""
+    make_room: Callable[[int], None] | None = None
+    """Is asked for room for so many bytes before objects are evicted."""
     write_back: OrderedDict[BlockKey, tuple[Container[BlockKey], int]] = field(default_factory=OrderedDict)
     """Blocks in the host pool that this tier gets when fewer are on their way, each with its prefix and its
     KV group."""
@@ -156,9 +158,9 @@ class Tiers:
     ) -> list[BlockKey]:
         """Set room aside in a tier, see `TierIndex.reserve`, and have it forget the objects evicted."""
         tier = self._states[position]
-        filling, evicted = tier.index.reserve(
-            keys, tier.charges[group], prefix, are_absent=are_absent
-        )
+        if tier.make_room is not None:
+            tier.make_room(len(keys) * tier.charges[group])
+        filling, evicted = tier.index.reserve(keys, tier.charges[group], prefix, are_absent=are_absent)
         if not tier.capabilities.shared:  # Else they are forgotten here and stay there.
             self.discard(position, evicted)
             tier.counts.evicted += len(evicted)

@@ -47,7 +47,7 @@ class Fills:
         else:
             queue = self._queues[op.source]
             # Of a prefetch a request will wait for it; nobody does for the others.
-            waiting = queue.loads if op.reason is FillReason.PREFETCH else queue.copies
+            waiting = queue.prefetches if op.reason is FillReason.PREFETCH else queue.copies
             waiting.extend(Move(job, at, op.source) for at in range(len(op.keys)))
 
     def landed(self, job: Job, moves: Sequence[Move]) -> None:

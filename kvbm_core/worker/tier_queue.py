@@ -61,10 +61,12 @@ class TierQueue:
         """Kinds of operation that failed by its own fault, to when they did first since one worked last."""
         self.loads: deque[Move] = deque()
         """Not yet submitted: the tier's queue is full, or no region is free."""
+        self.prefetches: deque[Move] = deque()
+        """Of fills, blocks that are read here for a request that will want them. They wait for the loads."""
         self.stores: deque[Move] = deque()
-        """Likewise. They wait for the loads, and leave half of the tier's queue to them."""
+        """Likewise. They wait for both. All but the loads leave half of the tier's queue to these."""
         self.copies: deque[Move] = deque()
-        """Of fills, blocks that are read here and that no request waits for. They wait for the stores, too."""
+        """Of fills, blocks read here that no request waits for. They wait for the stores, too."""
         self.open: dict[int, Move] = {}
         self.late: dict[int, Move] = {}
         """Given up, but the region is still the tier's."""
@@ -72,7 +74,7 @@ class TierQueue:
         """Keys of late moves, to be forgotten when the tier has let go: dropped, or stored too late."""
 
     def __repr__(self) -> str:
-        queued = len(self.loads) + len(self.stores) + len(self.copies)
+        queued = len(self.loads) + len(self.prefetches) + len(self.stores) + len(self.copies)
         return f"{len(self.open)} open {queued} queued"
 
     @property
@@ -93,6 +95,7 @@ class TierQueue:
         in_tier = itertools.chain(self.open.values(), self.late.values())
         others = sum(move.kind is Op.STORE or isinstance(move.job.op, Fill) for move in in_tier)
         room = min(room, max(1, self._depth // 2) - others)
+        room -= self._feed_from(self.prefetches, room)
         room -= self._feed_from(self.stores, room)
         self._feed_from(self.copies, room)
         if self._share is not None and len(self.open) + len(self.late) + len(self.stores) > self._share:
@@ -223,7 +226,7 @@ class TierQueue:
 
     def is_busy_with(self, key: BlockKey) -> bool:
         """Return True if a block is on its way, or may be written to still."""
-        queued = (self.loads, self.stores, self.copies)
+        queued = (self.loads, self.prefetches, self.stores, self.copies)
         moves = itertools.chain(self.open.values(), self.late.values(), *queued)
         return any(move.key == key for move in moves)
 

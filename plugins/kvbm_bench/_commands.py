@@ -92,14 +92,15 @@ def chat(
         float | None,
         typer.Option(
             callback=read_above_zero,
-            help="Seconds in which users who finish are replaced.  [default: one conversation each]",
+            help="Seconds in which users who finish are replaced.",
+            show_default="one conversation each",
         ),
     ] = None,
     exact: Annotated[
         bool, typer.Option("--exact", help="Answers of full length (ignore_eos: vLLM, SGLang).")
     ] = False,
     label: Annotated[
-        str | None, typer.Option(help="For comparisons.  [default: the name of the --out file]")
+        str | None, typer.Option(help="For comparisons.", show_default="the name of the --out file")
     ] = None,
     csv: Annotated[
         Path | None,

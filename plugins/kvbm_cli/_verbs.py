@@ -13,6 +13,7 @@ from typer.main import get_command, get_group
 
 from kvbm_core.command import COMMANDS_GROUP
 from kvbm_core.errors import KvbmError
+from kvbm_core.extras import extra_command
 
 __all__ = ["Verbs", "command_of", "load", "missing_package", "verb_points"]
 
@@ -69,7 +70,7 @@ def missing_package(error: ModuleNotFoundError, points: Sequence[EntryPoint]) ->
     if not extras or distribution is None:
         return needed
     extra = points[0].name if points[0].name in extras else extras[0]
-    return f"{needed}: pip install '{distribution.name}[{extra}]'"
+    return f"{needed}: {extra_command(extra, distribution.name)}"
 
 
 def _canonical(name: str) -> str:

@@ -8,6 +8,7 @@
 An engine's connector translates its own values into these, and its own envelopes around them.
 """
 
+from kvbm_engine._hints import Answers, refuse_all
 from kvbm_engine._keys import BlockKeys, hash_tokens
 from kvbm_engine._ledger import Ledger
 from kvbm_engine._parked import Parked
@@ -16,15 +17,17 @@ from kvbm_engine._recorder import Recorder, check_record
 from kvbm_engine._session import Session
 from kvbm_engine._sparse import SparseStores, prompt_ends, sparse_stores
 from kvbm_engine._storing import Storing
-from kvbm_engine._values import EngineRequest, GroupBlocks, Outcome, Schedule, Scheduled, State, Step
+from kvbm_engine._values import EngineRequest, GroupBlocks, Limits, Outcome, Schedule, Scheduled, State, Step
 
 __all__ = [
+    "Answers",
     "BlockKeys",
     "Copies",
     "CopyCounter",
     "EngineRequest",
     "GroupBlocks",
     "Ledger",
+    "Limits",
     "Outcome",
     "Parked",
     "Progress",
@@ -40,5 +43,6 @@ __all__ = [
     "check_record",
     "hash_tokens",
     "prompt_ends",
+    "refuse_all",
     "sparse_stores",
 ]

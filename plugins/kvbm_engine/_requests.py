@@ -93,6 +93,10 @@ class RequestState:
     """When the request finished. None: it has not."""
     ended_step: int = 0
     """The last step that had been planned then."""
+    no_store: bool = False
+    """True if nothing that it computes shall be stored."""
+    loads_all: bool = False
+    """True if all is loaded that is found of it, however fast the engine computes."""
     owes_end: bool = False
     """True if the end of the request is a boundary whose blocks are to be offered."""
 
@@ -113,12 +117,16 @@ class RequestState:
 
     def is_to_offer(self, groups: Sequence[KvGroup]) -> bool:
         """Return True if blocks of it are to be offered, now or when steps have ended."""
-        return self.may_store and bool(
-            self.steps_under_way
-            or self.owes_end
-            or any(
-                self.complete_blocks(at, group.block_tokens) > self.offered[at]
-                for at, group in enumerate(groups)
+        return (
+            self.may_store
+            and not self.no_store
+            and bool(
+                self.steps_under_way
+                or self.owes_end
+                or any(
+                    self.complete_blocks(at, group.block_tokens) > self.offered[at]
+                    for at, group in enumerate(groups)
+                )
             )
         )
 
@@ -129,6 +137,7 @@ class RequestState:
 
     def forget(self, keys: BlockKeys) -> None:
         """Go on under other keys: nothing known of before is true of them."""
+        keys.claim = self.keys.claim
         self.keys, self.offered = keys, [0] * len(self.offered)
         self.finding.clear()
         if any(self.blocks):

@@ -69,7 +69,9 @@ class PrefixSearch(Search):
         last = finding.judged
         if isinstance(last, Match) and (last.start, last.tiers) == (match.start, match.tiers):
             return finding.worth_tokens, finding.parts
-        blocks = self._planner.cost_model.blocks_to_load(match.tiers, now_s)
+        blocks = len(match.tiers)
+        if not state.loads_all:
+            blocks = self._planner.cost_model.blocks_to_load(match.tiers, now_s)
         parts = [Part(0, match.start, match.tiers[:blocks])] if blocks else []
         return blocks * self._size, parts
 
@@ -104,7 +106,10 @@ class BoundarySearch(Search):
         """Choose the boundary that saves the most time."""
         match = state.finding.match
         assert isinstance(match, GroupMatch)
-        tokens, parts = self._planner.choose_boundary(match, now_s)
+        if state.loads_all and match.tokens:
+            tokens, parts = match.tokens[0], match.boundaries.parts(match.tokens[0], self._groups)
+        else:
+            tokens, parts = self._planner.choose_boundary(match, now_s)
         # Where no group needs a block, there is nothing whose arrival the engine could be told of.
         return (tokens - match.start, parts) if parts else (0, [])
 

@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 
 from kvbm_core import Planner, Report, TierCounts
 from kvbm_core.plan import WriteOrder
+from kvbm_engine._hints import Answers, HintDesk
 from kvbm_engine._ledger import Ledger, Writes
 from kvbm_engine._matching import Matching
+from kvbm_engine._prefetch import Prefetch
 from kvbm_engine._recorder import Recorder
 from kvbm_engine._sparse import SparseStores
 from kvbm_engine._storing import Storing
-from kvbm_engine._values import EngineRequest, GroupBlocks, Schedule, Step
+from kvbm_engine._values import EngineRequest, GroupBlocks, Limits, Schedule, Step
 from kvbm_metrics import Readings, Tally
 
 __all__ = ["Session"]
@@ -33,6 +35,7 @@ class Session:
         joins: True if a step can wait for the load of its blocks, on every rank.
         storing: Chooses what is stored. By default of windows those ahead of a prompt's end.
         recorder: Writes down what is asked for.
+        limits: What requests may have of the tiers by hints and ahead of their turn. By default nothing.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Session:
         joins: bool,
         storing: Storing | None = None,
         recorder: Recorder | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self.planner = planner
         self.ledger = ledger
@@ -52,6 +56,9 @@ class Session:
         self._storing = storing or Storing(ledger, planner, SparseStores(None))
         self._tally = tally
         self._recorder = recorder
+        limits = limits or Limits()
+        self._desk = HintDesk(ledger.groups, planner, tally, limits)
+        self._prefetch = Prefetch(ledger, planner, tally, limits)
 
     def __repr__(self) -> str:
         return f"<Session {len(self.ledger)} requests; {self.planner!r}>"
@@ -60,6 +67,31 @@ class Session:
     def counts(self) -> dict[str, TierCounts]:
         """What has happened so far, by the tier's name."""
         return self.planner.counts
+
+    def arrived(
+        self,
+        request: EngineRequest,
+        now_s: float,
+        *,
+        reads_cache: bool = True,
+        hints: object = None,
+        max_tokens: int = 1,
+    ) -> None:
+        """Note that a request waits to be scheduled.
+
+        Args:
+            request: That has come.
+            now_s: The time.
+            reads_cache: False if the request must be computed whatever is found.
+            hints: What its client asks for, as that came. None: nothing.
+            max_tokens: That it may compute after its prompt.
+        """
+        name = request.request_id
+        self.ledger.arrived(name)
+        if hints is not None:
+            self._desk.begin(name, self.ledger.state(request), hints, max_tokens, now_s)
+        if reads_cache and self._prefetch.is_used:
+            self._prefetch.arrived(self.ledger.state(request), name)
 
     def match(
         self, request: EngineRequest, computed_tokens: int, now_s: float, *, reads_cache: bool
@@ -75,10 +107,14 @@ class Session:
             now_s: The time.
             reads_cache: False if the request must be computed whatever is found.
         """
+        if self._prefetch.delayed and self._prefetch.delays(request.request_id, now_s):
+            self.ledger.look_at(request, computed_tokens)
+            return None, False
         return self.matching.match(request, computed_tokens, now_s, reads_cache=reads_cache)
 
     def allocated(self, request: EngineRequest, blocks: GroupBlocks, load_tokens: int, now_s: float) -> None:
         """Plan the load that was matched, into the blocks the engine has given to the request."""
+        self._prefetch.gone(request.request_id)
         admission = self.ledger.admit(request, blocks)
         if (state := admission.state) is None:
             return
@@ -97,6 +133,7 @@ class Session:
 
     def step(self, schedule: Schedule, now_s: float) -> Step:
         """Plan one step, given what the engine has scheduled for it."""
+        self._prefetch.step(now_s)
         self._storing.offer_confirmed(now_s)
         writes = self.ledger.follow(schedule)
         self._storing.offer_due(now_s, writes.written)
@@ -105,8 +142,14 @@ class Session:
         self._storing.planned(plan)
         return self.ledger.begin(plan, writes, schedule.tokens, now_s)
 
-    def finished(self, name: str, now_s: float) -> None:
-        """Forget a request. What it has computed last is stored a little later."""
+    def finished(self, name: str, now_s: float) -> Answers | None:
+        """Forget a request. What it has computed last is stored a little later.
+
+        Returns:
+            What became of its hints. None: it had none, or came before the session began.
+        """
+        answers = self._desk.end(name, now_s)
+        self._prefetch.gone(name)
         self._tally.finished(name)
         if self._recorder and (state := self.ledger.find(name)):
             tokens, size = state.request.num_tokens, self.ledger.groups[0].block_tokens
@@ -114,6 +157,7 @@ class Session:
             keys = state.keys.slice(0, (tokens - 1) // size)
             self._recorder.ended(name, state.prompt_tokens, tokens - state.prompt_tokens, keys)
         self.ledger.finish(name, now_s)
+        return answers
 
     def outcomes(self, reports: Sequence[Report], step: int, copied: Mapping[str, int], now_s: float) -> None:
         """Take in what the ranks report of a step.
@@ -129,6 +173,7 @@ class Session:
         self._tally.ended(self.planner.took, copied)
         for load, failures in finished:
             self._tally.loaded(load, failures)
+            self._desk.loaded(load, len(failures))
             if not load.in_step:
                 self.ledger.parked.loaded(load.request, len(load.keys))
             if failures and (state := self.ledger.find(load.request)):
@@ -146,6 +191,7 @@ class Session:
         """
         self.ledger.reset()
         self.planner.reset()
+        self._prefetch.reset()
         return not self.ledger.parked
 
     def take_readings(self, now_s: float) -> Readings:

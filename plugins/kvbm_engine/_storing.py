@@ -66,6 +66,8 @@ class Storing:
 
     def offer(self, state: RequestState, now_s: float, *, final: bool = False) -> None:
         """Offer the blocks that are complete now and were not offered before."""
+        if state.no_store:
+            return
         ended = state.owes_end and state.has_ended
         for at, group in enumerate(self._ledger.groups):
             complete, offered = state.complete_blocks(at, group.block_tokens), state.offered[at]

@@ -8,7 +8,7 @@ from typing import Protocol, TypeAlias
 
 from kvbm_core import Plan, Report
 
-__all__ = ["EngineRequest", "GroupBlocks", "Outcome", "Schedule", "Scheduled", "State", "Step"]
+__all__ = ["EngineRequest", "GroupBlocks", "Limits", "Outcome", "Schedule", "Scheduled", "State", "Step"]
 
 
 class EngineRequest(Protocol):
@@ -43,6 +43,20 @@ plain tuple: there are many."""
 State: TypeAlias = tuple[int, int, int]
 """A recurrent state that an engine hands over: the KV group, the device block that it is in when the step has
 ended, and the tokens that it is of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What requests may have of the tiers by hints, and ahead of their turn."""
+
+    keep_fraction: float = 0.0
+    """The part of a tier, and of a tenant's quota there, that may be kept. 0: nothing is."""
+    max_keep_s: float = 0.0
+    """So long may blocks be kept."""
+    prefetch_fraction: float = 0.0
+    """The part of the host pool that may hold blocks brought for requests which still wait. 0: none are."""
+    patience_s: float = 0.0
+    """A request waits no longer for what is on its way, from when that was planned."""
 
 
 @dataclass(slots=True)

@@ -32,7 +32,7 @@ ConfigOption = Annotated[
 EndpointOption = Annotated[
     list[str] | None, typer.Option(help="http://host:port; may be given several times.")
 ]
-PrefixOption = Annotated[str | None, typer.Option(help="Of the keys.  [default: /kvbm]")]
+PrefixOption = Annotated[str | None, typer.Option(help="Of the keys.", show_default="/kvbm")]
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,6 +13,7 @@ from kvbm_metrics._address import MetricsAddress, read_address
 from kvbm_metrics._exporter import Exporter
 from kvbm_metrics._server import MetricsServer
 from kvbm_metrics._table import (
+    HINTS,
     METRICS,
     Kind,
     Metric,
@@ -26,6 +27,7 @@ from kvbm_metrics._table import (
 from kvbm_metrics._tally import Tally
 
 __all__ = [
+    "HINTS",
     "METRICS",
     "Exporter",
     "Kind",

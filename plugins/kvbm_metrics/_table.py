@@ -7,7 +7,20 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-__all__ = ["METRICS", "Kind", "Metric", "Readings", "device_readings", "labels_of", "merge", "reading"]
+__all__ = [
+    "HINTS",
+    "METRICS",
+    "Kind",
+    "Metric",
+    "Readings",
+    "device_readings",
+    "labels_of",
+    "merge",
+    "reading",
+]
+
+HINTS: Final = ("keep", "no_store", "prefetch_only", "tenant")
+"""What a client may ask for."""
 
 Readings: TypeAlias = MutableMapping[str, Any]
 """News since the last time, by `reading`. Of a counter what was added, of a gauge the value, of a
@@ -81,6 +94,17 @@ METRICS: Final[Mapping[str, Metric]] = {
             "1; 0 from when the tier is left alone after failures until what failed works again.",
             ("tier",),
         ),
+        Metric(
+            "prefetched_blocks", _COUNTER,
+            "Blocks brought from here into the memory tier for requests that waited.", ("tier",),
+        ),
+        Metric("kept_bytes", _GAUGE, "Bytes of blocks kept for requests, over all ranks.", ("tier",)),
+        Metric(
+            "tenant_used_bytes", _GAUGE, "Bytes of the tenant's blocks in the tier, over all ranks.",
+            ("tenant", "tier"),
+        ),
+        Metric("tenant_quota_bytes", _GAUGE, "Bytes that the tenant may have there.", ("tenant", "tier")),
+        Metric("hints", _COUNTER, "Hints of requests, by what became of them.", ("hint", "answer")),
         Metric("queued_blocks", _GAUGE, "Blocks on their way or waiting for it.", ("operation", "tier")),
         Metric(
             "device_copied_bytes", _COUNTER, "Bytes copied between the engine's memory and host memory.",

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kvbm_core import Load, Plan, Planner, Reason
+from kvbm_core.leader.tenants import TenantLevel
 from kvbm_core.plan import FillReason
-from kvbm_metrics._table import Readings, device_readings, reading
+from kvbm_metrics._table import HINTS, Readings, device_readings, reading
 
 __all__ = ["Tally"]
 
@@ -19,7 +20,8 @@ _FAILURES: Final = {
     "lookup": ("busy", "deadline", "error"),
 }
 _DROPS: Final = ("backlog", "unusable", "gone", "late")
-_PLAIN: Final = ("saved_tokens", "hit_blocks", "missed_blocks")
+_PLAIN: Final = ("saved_tokens", "hit_blocks", "missed_blocks", "prefetched_blocks")
+_ANSWERS: Final = ("accepted", "clipped", "refused")
 
 
 @dataclass(slots=True)
@@ -57,6 +59,8 @@ class Tally:
         self._counted: Counter[str] = Counter()
         self._seconds: dict[str, list[float]] = {}
         self._told: dict[str, int] = {}
+        self._of_tenants: dict[str, int] = {}
+        """Gauges of the tenants that were there last."""
 
     def __repr__(self) -> str:
         return f"<Tally {len(self._requests)} requests loading>"
@@ -135,6 +139,14 @@ class Tally:
             left -= tokens
         self._counted[reading("saved_tokens", shares.most_common(1)[0][0])] += left
 
+    def prefetched(self, tier: int, blocks: int) -> None:
+        """Count blocks brought from a tier, by its position, into the host pool for a request that waits."""
+        self._counted[reading("prefetched_blocks", self._tiers[tier])] += blocks
+
+    def hinted(self, hint: str, answer: str) -> None:
+        """Count a hint that was answered."""
+        self._counted[reading("hints", hint, answer)] += 1
+
     def finished(self, request: str) -> None:
         """Forget a request: what still loads for it saves nothing."""
         self._requests.pop(request, None)
@@ -171,6 +183,11 @@ class Tally:
 
     def _gauges(self, now_s: float) -> Iterator[tuple[str, int]]:
         yield from self._constants.items()
+        tenants = self._planner.tenants
+        yield from ((f"kept_bytes|{tier}", kept) for tier, kept in tenants.kept_bytes().items())
+        yield from dict.fromkeys(self._of_tenants, 0).items()  # A tenant that is gone has nothing.
+        self._of_tenants = dict(_tenant_gauges(tenants.levels()))
+        yield from self._of_tenants.items()
         for tier, levels in self._planner.levels(now_s).items():
             yield f"tier_used_bytes|{tier}", levels.used_bytes
             yield f"tier_usable|{tier}", int(levels.usable)
@@ -184,6 +201,7 @@ class Tally:
         """Name the series that will be there: what appears with its first event has no rate."""
         yield "asked_tokens"
         yield from device_readings(0, 0, 0)
+        yield from (reading("hints", hint, answer) for hint in HINTS for answer in _ANSWERS)
         for position, tier in enumerate(self._tiers):
             yield from (reading(name, tier) for name in _PLAIN)
             for source, reason in self._fills_into(position):
@@ -202,3 +220,11 @@ class Tally:
         if position == host_pool:
             for lower in range(position + 1, len(self._tiers)):
                 yield lower, FillReason.PROMOTION
+                yield lower, FillReason.PREFETCH
+
+
+def _tenant_gauges(levels: Iterable[TenantLevel]) -> Iterator[tuple[str, int]]:
+    """Give what tenants have as readings."""
+    for tenant, tier, used_bytes, quota_bytes in levels:
+        yield reading("tenant_used_bytes", tenant, tier), used_bytes
+        yield reading("tenant_quota_bytes", tenant, tier), quota_bytes

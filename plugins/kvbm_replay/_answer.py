@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -11,7 +12,22 @@ from kvbm_replay._machine import Machine, Speed
 from kvbm_replay._outcome import Outcome
 from kvbm_replay.trace import Trace
 
-__all__ = ["MachineAnswer", "ReplayAnswer", "Row", "TierAnswer", "TraceAnswer", "make_row"]
+__all__ = [
+    "LoadAnswer",
+    "MachineAnswer",
+    "PolicyAnswer",
+    "ReplayAnswer",
+    "Row",
+    "RowNames",
+    "TierAnswer",
+    "TraceAnswer",
+    "compare",
+    "gain",
+    "make_row",
+]
+
+_NOTHING: Final = 0.001
+"""A difference of hit ratios in which no policy can show anything."""
 
 
 class TraceAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,12 +67,13 @@ class MachineAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """True if writes took time."""
 
     @classmethod
-    def of(cls, machine: Machine, layout: Layout, *, paced: bool) -> MachineAnswer:
-        """Describe a machine with a stack."""
+    def of(cls, machine: Machine, layouts: Sequence[Layout], *, paced: bool) -> MachineAnswer:
+        """Describe a machine with the tiers of some stacks."""
+        tiers = [tier for layout in layouts for tier in layout.tiers]
         return cls(
             prefill_tokens_per_s=machine.prefill_tokens_per_s, link_bytes_per_s=machine.link_bytes_per_s,
             token_bytes=machine.token_bytes, paced=paced,
-            tiers={tier.name: machine.speed(tier.name, tier.backend) for tier in layout.tiers},
+            tiers={tier.name: machine.speed(tier.name, tier.backend) for tier in tiers},
         )  # fmt: skip
 
 
@@ -80,6 +97,8 @@ class TierAnswer(msgspec.Struct, frozen=True, kw_only=True):
 class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One replay, and what LRU and Belady hit in one cache of the same total size."""
 
+    stack: str
+    """What it was called, or where it was read."""
     policy: str
     capacity_blocks: int | None
     """Of all tiers and the engine's cache together. None: no bound."""
@@ -99,8 +118,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     belady_hit_ratio: float | None = None
 
 
-class ReplayAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """All of it."""
+class LoadAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """All replays of one load."""
 
     trace: TraceAnswer
     machine: MachineAnswer
@@ -109,8 +128,59 @@ class ReplayAnswer(msgspec.Struct, frozen=True, kw_only=True):
     rows: tuple[Row, ...]
 
 
+class PolicyAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """One policy over all replays."""
+
+    policy: str
+    replays: int
+    worst_over_lru: float
+    """The smallest difference of its hit ratio to that of LRU; below 0 where it hits less."""
+    mean_gain: float | None
+    """Of what Belady has over LRU, the mean part that it has, where that is more than a thousandth."""
+
+
+class ReplayAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """All of it."""
+
+    loads: tuple[LoadAnswer, ...]
+    policies: tuple[PolicyAnswer, ...]
+    """Empty if LRU and Belady were not computed."""
+
+
+def gain(row: Row) -> float | None:
+    """Give the part of what Belady has over LRU that a replay has; None where that is next to nothing."""
+    if row.lru_hit_ratio is None or row.belady_hit_ratio is None:
+        return None
+    most = row.belady_hit_ratio - row.lru_hit_ratio
+    return (row.hit_ratio - row.lru_hit_ratio) / most if most > _NOTHING else None
+
+
+def compare(loads: Sequence[LoadAnswer]) -> ReplayAnswer:
+    """Put loads together, and say of each policy how it stands to LRU and Belady over all of them."""
+    rows = [row for load in loads for row in load.rows if row.lru_hit_ratio is not None]
+    policies = []
+    for policy in dict.fromkeys(row.policy for row in rows):
+        own = [row for row in rows if row.policy == policy]
+        gains = [part for part in map(gain, own) if part is not None]
+        policies.append(
+            PolicyAnswer(
+                policy=policy, replays=len(own),
+                worst_over_lru=min(row.hit_ratio - (row.lru_hit_ratio or 0.0) for row in own),
+                mean_gain=sum(gains) / len(gains) if gains else None,
+            )
+        )  # fmt: skip
+    return ReplayAnswer(loads=tuple(loads), policies=tuple(policies))
+
+
+class RowNames(NamedTuple):
+    """What a row is called."""
+
+    stack: str
+    policy: str
+
+
 def make_row(
-    policy: str, layout: Layout, engine_blocks: int, block_tokens: int, outcome: Outcome,
+    names: RowNames, layout: Layout, engine_blocks: int, block_tokens: int, outcome: Outcome,
     references: Sequence[float | None] = (None, None),
 ) -> Row:  # fmt: skip
     """Put a replay's numbers in order; `references` are the hit ratios of LRU and Belady."""
@@ -125,7 +195,7 @@ def make_row(
         for tier in outcome.tiers
     )  # fmt: skip
     return Row(
-        policy=policy, capacity_blocks=blocks,
+        stack=names.stack, policy=names.policy, capacity_blocks=blocks,
         capacity_tokens=None if blocks is None else blocks * block_tokens,
         hit_ratio=outcome.hit_ratio, engine_hit_ratio=outcome.engine_hits / accesses,
         loaded_ratio=outcome.loaded / accesses, tiers=tiers,

@@ -11,20 +11,22 @@ from typing import Annotated, Any, Final
 import typer
 import yaml
 from rich.console import Console
+from rich.table import Table
 
 from kvbm_core.command import answers, write_json
-from kvbm_core.config import parse_size
 from kvbm_core.errors import ConfigError
+from kvbm_core.printable import printable
 from kvbm_core.registry import Registry
-from kvbm_replay._answer import ReplayAnswer
-from kvbm_replay._layout import read_layout
+from kvbm_core.sizes import parse_size
+from kvbm_replay._answer import ReplayAnswer, compare
+from kvbm_replay._layout import Layout, read_layout
 from kvbm_replay._machine import Machine, read_speed
 from kvbm_replay._plan_table import advice_lines, draw_plan, make_tables
 from kvbm_replay._planning import MEMORY, PlanAnswer, Question, answer_question
 from kvbm_replay._reader import read_trace, write_trace
 from kvbm_replay._sizes import read_blocks
 from kvbm_replay._sweep import Sweep, run_sweep
-from kvbm_replay._table import draw_replay, figure_class, make_table, remarks
+from kvbm_replay._table import draw_replay, figure_class, make_comparison, make_table, remarks
 from kvbm_replay.generators import generate
 from kvbm_replay.trace import Trace
 
@@ -62,17 +64,34 @@ Speeds = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON, and all else to stderr.")]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it: .png or .svg (needs matplotlib).")]
 
-StackFile = Annotated[
-    str | None,
+Loads = Annotated[
+    list[str] | None,
     typer.Option(
-        metavar="FILE", help="The connector's YAML or JSON, in a file or inline. Default: one cpu tier."
+        "--generate",
+        metavar="LOAD",
+        help="Make one: chat:seed=1,requests=5000 (docs: replay-a-trace). May be repeated.",
+    ),
+]
+Paced = Annotated[
+    bool, typer.Option("--paced", help="Writes take time: a tier that is too slow loses stores.")
+]
+Save = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write what --generate made, in Mooncake's format.")
+]
+Stacks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stack",
+        metavar="FILE",
+        help="The connector's YAML or JSON, in a file or inline; may be repeated. Default: one cpu tier.",
     ),
 ]
 Capacity = Annotated[
     str | None,
     typer.Option(
         metavar="SIZES",
-        help="Of one tier: 1,2,5M (tokens) or 1TiB. Default: as configured; without --stack 1 to 20M.",
+        help="Of one tier: 1,2,5M (tokens), 1TiB or 5,10% (of the trace's different blocks). "
+        "Default: as configured; without --stack 1 to 20M.",
     ),
 ]
 Vary = Annotated[str | None, typer.Option(metavar="TIER", help="Whose capacity that is. Default: the first.")]
@@ -84,55 +103,50 @@ Policies = Annotated[
 @answers(ReplayAnswer)
 def replay(
     traces: Traces = None,
-    load: Load = None,
-    stack: StackFile = None,
+    loads: Loads = None,
+    stacks: Stacks = None,
     capacity: Capacity = None,
     vary: Vary = None,
     policy: Policies = None,
     engine_cache: EngineCache = None,
-    paced: Annotated[
-        bool, typer.Option("--paced", help="Writes take time: a tier that is too slow loses stores.")
-    ] = False,
+    paced: Paced = False,
     references: Annotated[bool, typer.Option(help="Compute LRU and Belady, too.")] = True,
     prefill: Prefill = _MACHINE.prefill_tokens_per_s,
     link: Link = "50GB",
     token_bytes: TokenBytes = None,
     speed: Speeds = None,
-    save: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write what --generate made, in Mooncake's format.")
-    ] = None,
+    save: Save = None,
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Replay a trace through the planner of a stack: hits, bytes written, and times to the first token."""
+    """Replay traces through the planner of a stack: hits, bytes written, and times to the first token."""
     check_picture(plot)
-    trace = _trace(traces, load)
+    found = [*([read_trace(traces)] if traces else []), *map(generate, loads or [])]
+    if not found or (len(found) > 1 and (save or plot)):
+        raise ConfigError("write the path of a trace or --generate LOAD; one alone for --save and --plot")
     if save:
-        write_trace(trace, save)
-    machine = _machine(trace, prefill, link, token_bytes, speed)
-    block_bytes = trace.block_tokens * machine.token_bytes
-    if stack is None:
-        capacity = capacity or _DEFAULT_SIZES
-    layout = read_layout(_read_stack(stack), block_bytes, Registry())
-    check_speeds(machine, [tier.name for tier in layout.tiers])
-    sweep = Sweep(
-        layout, machine,
-        varied=layout.position(vary) if vary else 0,
-        sizes=read_blocks("--capacity", capacity, trace.block_tokens, block_bytes) if capacity else (),
-        policies=policy.split(",") if policy else (),
-        engine_blocks=_engine_blocks(engine_cache, trace, block_bytes),
-        paced=paced, references=references,
-    )  # fmt: skip
-    console = _console(as_json)
-    with console.status("replaying") as status:
-        answer = run_sweep(trace, sweep, lambda row: status.update(f"replayed {row.policy}"))
+        write_trace(found[0], save)
+    console, answered = _console(as_json), []
+    for trace in found:
+        machine = _machine(trace, prefill, link, token_bytes, speed)
+        sizes = capacity or (None if stacks else _DEFAULT_SIZES)
+        sweep = Sweep(
+            _layouts(stacks, trace, machine), machine, vary,
+            sizes=_blocks("--capacity", sizes, trace, machine) if sizes else (),
+            policies=policy.split(",") if policy else (),
+            engine_blocks=_engine_blocks(engine_cache, trace, machine),
+            paced=paced, references=references,
+        )  # fmt: skip
+        with console.status(f"replaying {printable(trace.name)}"):
+            answered.append(run_sweep(trace, sweep))
+        _show([make_table(answered[-1])], remarks(answered[-1]), console)
+    answer = compare(answered)
     if as_json:
         write_json(answer)
-    console.print(make_table(answer))
-    for line in remarks(answer):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if len(found) > 1 and references:
+        console.print(make_comparison(answer.policies))
     if plot:
-        draw_replay(answer, plot)
+        draw_replay(answered[0], plot)
         console.print(f"Drawn: {plot}", markup=False, soft_wrap=True)
 
 
@@ -166,21 +180,17 @@ def plan(
     trace = _trace(traces, load)
     machine = _machine(trace, prefill, link, token_bytes, speed)
     check_speeds(machine, [MEMORY, disk])
-    block_bytes = trace.block_tokens * machine.token_bytes
     question = Question(
         machine, disk, goal / 100, price, policy,
-        sizes=read_blocks("--capacity", capacity, trace.block_tokens, block_bytes) if capacity else (),
-        engine_blocks=_engine_blocks(engine_cache, trace, block_bytes) or 0,
+        sizes=_blocks("--capacity", capacity, trace, machine) if capacity else (),
+        engine_blocks=_engine_blocks(engine_cache, trace, machine) or 0,
         part=sample / 100 if sample else None,
     )  # fmt: skip
     answer = answer_question(trace, question)
     console = _console(as_json)
     if as_json:
         write_json(answer)
-    for table in make_tables(answer):
-        console.print(table)
-    for line in advice_lines(answer):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    _show(make_tables(answer), advice_lines(answer), console)
     if plot:
         draw_plan(answer, plot)
         console.print(f"Drawn: {plot}", markup=False, soft_wrap=True)
@@ -230,13 +240,42 @@ def check_picture(file: Path | None) -> None:
         )
 
 
-def _engine_blocks(text: str | None, trace: Trace, block_bytes: int) -> int | None:
+def _layouts(stacks: list[str] | None, trace: Trace, machine: Machine) -> list[tuple[str, Layout]]:
+    """Read the stacks, and see that each speed is of a tier."""
+    block_bytes, registry = trace.block_tokens * machine.token_bytes, Registry()
+    layouts = [
+        (_stack_name(text, at), read_layout(_read_stack(text), block_bytes, registry))
+        for at, text in enumerate(stacks or [None], 1)
+    ]
+    check_speeds(machine, [tier.name for _, layout in layouts for tier in layout.tiers])
+    return layouts
+
+
+def _stack_name(text: str | None, at: int) -> str:
+    """Call a stack by its file, or by its place among those that are written inline."""
+    return f"stack {at}" if text is None or text.lstrip().startswith("{") else Path(text).name
+
+
+def _blocks(option: str, text: str, trace: Trace, machine: Machine) -> list[int]:
+    """Read sizes, in blocks of a trace; percents are of its different blocks."""
+    block_bytes = trace.block_tokens * machine.token_bytes
+    return read_blocks(option, text, trace.block_tokens, block_bytes, trace.unique)
+
+
+def _show(tables: Sequence[Table], lines: Sequence[str], console: Console) -> None:
+    for table in tables:
+        console.print(table)
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _engine_blocks(text: str | None, trace: Trace, machine: Machine) -> int | None:
     """Read the size of the engine's own cache. None: as recorded."""
     if text is None:
         return None
     if text.strip() == "0":
         return 0
-    [*others, blocks] = read_blocks("--engine-cache", text, trace.block_tokens, block_bytes)
+    [*others, blocks] = _blocks("--engine-cache", text, trace, machine)
     if others:
         raise ConfigError(f"--engine-cache {text}: write one size, like 500k (tokens) or 40GiB")
     return blocks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections import Counter
@@ -46,16 +45,12 @@ def replay(
         engine_blocks: Blocks of the engine's own prefix cache. None: as recorded, or none.
         paced: True if writes take the machine's time; then a slow tier loses stores.
     """
-    run = _Replay(layout, machine, registry or Registry(), keys or Keys(), engine_blocks, paced=paced)
+    keys = Keys() if keys is None else keys
+    run = _Replay(layout, machine, registry or Registry(), keys, engine_blocks, paced=paced)
     began_s = time.perf_counter()
-    # The trace is not garbage, and to look through it again and again would take most of the time.
-    gc.freeze()
-    try:
-        for request in trace.requests:
-            run.take(request)
-        run.finish()
-    finally:
-        gc.unfreeze()
+    for request in trace.requests:
+        run.take(request)
+    run.finish()
     return run.outcome(trace, time.perf_counter() - began_s)
 
 
@@ -89,8 +84,7 @@ class _Replay:
     def take(self, request: Request) -> None:
         """Look a request up, load what is worth it, compute the rest, and store its blocks."""
         planner = self._planner
-        self._now_s = max(self._now_s, request.at_s)
-        self._hear(self._now_s)
+        self._pass(request.at_s)
         known = self._in_engine(request)
         keys = self._keys.of(request.blocks)
         tiers = self._find(keys[known : request.asked])
@@ -105,12 +99,12 @@ class _Replay:
             planner.cost_model.tried(tiers, self._now_s)
             loading = self._ranks.load_seconds(tiers)
             planner.load("", keys[known : known + worth], range(worth), tiers, head=keys[0])
-            self._now_s += max(loading.values())
             self._go(loading)
+            self._pass(self._now_s + max(loading.values()))
         self._loaded += worth
         tokens = max(1, request.input_tokens - (known + worth) * self._block_tokens)
         compute_s = tokens / self._machine.prefill_tokens_per_s
-        self._now_s += compute_s
+        self._pass(self._now_s + compute_s)
         planner.cost_model.computed(tokens, compute_s, self._now_s)
         self._first_token_s.append(max(loading.values(), default=0.0) + compute_s)
         self._busy_s += self._first_token_s[-1]
@@ -118,7 +112,7 @@ class _Replay:
 
     def finish(self) -> None:
         """Write what is still to be written."""
-        self._hear(math.inf)
+        self._pass(math.inf)
 
     def outcome(self, trace: Trace, took_s: float) -> Outcome:
         """Give what was counted."""
@@ -162,11 +156,14 @@ class _Replay:
             planner.store([key], [0], prefix, self._now_s)
             self._go()
 
-    def _hear(self, until_s: float) -> None:
-        """Have the planner learn of what was written by then."""
+    def _pass(self, until_s: float) -> None:
+        """Let time pass, and have the planner learn of each write when it has ended."""
         for end_s, reports in self._ranks.ended(until_s):
-            self._planner.report(reports, end_s)
+            self._now_s = max(self._now_s, end_s)
+            self._planner.report(reports, self._now_s)
             self._go()
+        if until_s < math.inf:
+            self._now_s = max(self._now_s, until_s)
 
     def _go(self, loading: Mapping[int, float] = _NOTHING) -> None:
         """Carry out what is planned, and what follows from that."""

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from kvbm_core.config import parse_size
 from kvbm_core.errors import ConfigError
+from kvbm_core.sizes import parse_size
 
 __all__ = ["DEFAULT_SPEEDS", "Machine", "Speed", "read_speed"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from kvbm_core.config import size_text
 from kvbm_core.printable import printable
+from kvbm_core.sizes import size_text
 from kvbm_replay._planning import MEMORY, PlanAnswer
 from kvbm_replay._sizes import tokens_text
 from kvbm_replay._sizing import SizeAnswer

@@ -8,8 +8,9 @@ from typing import Any, Final
 
 import msgspec
 
+from kvbm_core.errors import ConfigError
 from kvbm_core.registry import Registry
-from kvbm_replay._answer import Row, TraceAnswer, make_row
+from kvbm_replay._answer import Row, RowNames, TraceAnswer, make_row
 from kvbm_replay._curve import Curve, Points, curve_of, sampled
 from kvbm_replay._driver import replay
 from kvbm_replay._layout import capacity_bytes, read_layout
@@ -82,6 +83,11 @@ def answer_question(trace: Trace, question: Question) -> PlanAnswer:
     curve: Curve = exact
     if question.policy != "lru":
         curve = _measured(few, part, question, exact, registry)
+    if not curve.most:
+        raise ConfigError(
+            f"{trace.name}: nothing of it was seen before, so memory of no size would save anything; write a "
+            "longer trace, or another"
+        )
     tokens = sum(request.input_tokens for request in trace.requests)
     tokens -= _engine_hits(trace, question.engine_blocks) * trace.block_tokens
     loads = Loads(curve, machine, trace.block_tokens, tokens, len(trace.requests), trace.duration_s)
@@ -98,7 +104,9 @@ def answer_question(trace: Trace, question: Question) -> PlanAnswer:
         registry=registry,
         engine_blocks=round(question.engine_blocks * part),
     )
-    row = make_row(question.policy, layout, question.engine_blocks, trace.block_tokens, outcome)
+    row = make_row(
+        RowNames("advised", question.policy), layout, question.engine_blocks, trace.block_tokens, outcome
+    )
     # A part of the blocks takes a part of the time.
     times = ("mean_first_token_s", "p50_first_token_s", "p95_first_token_s", "busy_s")
     row = msgspec.structs.replace(row, **{name: getattr(row, name) / part for name in times})

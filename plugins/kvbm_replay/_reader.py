@@ -17,7 +17,7 @@ import lzma
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO, Final, Literal
+from typing import Annotated, BinaryIO, Final, Literal
 
 import msgspec
 
@@ -28,21 +28,24 @@ __all__ = ["read_trace", "write_trace"]
 
 MOONCAKE_BLOCK_TOKENS: Final = 512
 _LOG_VERSION: Final = 1
+_MOST: Final = 2**53
+"""That a JSON reader keeps whole."""
+_Count = Annotated[int, msgspec.Meta(ge=0, le=_MOST)]
 
 
 class _Row(msgspec.Struct):
     """Any line: a request, a header, or a note of what is missing."""
 
-    timestamp: float = -1.0
-    input_length: int = -1
-    output_length: int = 0
+    timestamp: Annotated[float, msgspec.Meta(ge=0, le=_MOST)] | None = None
+    input_length: _Count | None = None
+    output_length: _Count = 0
     hash_ids: list[int] | None = None
-    engine_blocks: int | None = None
+    engine_blocks: _Count | None = None
     kvbm_log: int | None = None
     run: str = ""
-    block_tokens: int = 0
-    token_bytes: int | None = None
-    lost: int = 0
+    block_tokens: _Count = 0
+    token_bytes: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    lost: _Count = 0
 
 
 _OPEN: Final[Mapping[str, Callable[[Path, Literal["rb"]], BinaryIO]]] = MappingProxyType(
@@ -89,6 +92,7 @@ class _Reader:
 
     def read(self, path: Path, lines: Iterable[bytes]) -> None:
         """Take in one file."""
+        is_first = True
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -97,10 +101,11 @@ class _Reader:
             except msgspec.DecodeError as error:
                 raise ConfigError(f"{path}:{number}: {_explain(error)}") from None
             try:
-                self._take(row, is_first=number == 1)
+                self._take(row, is_first=is_first)
             except ConfigError as error:
                 error.args = (f"{path}:{number}: {error}",)
                 raise
+            is_first = False
 
     def _take(self, row: _Row, *, is_first: bool) -> None:
         if row.kvbm_log is not None:
@@ -133,12 +138,10 @@ class _Reader:
         return not self._is_log
 
     def _take_request(self, row: _Row) -> None:
-        if row.timestamp < 0 or row.input_length < 0 or row.hash_ids is None:
+        if row.timestamp is None or row.input_length is None or row.hash_ids is None:
             keys = {"timestamp": row.timestamp, "input_length": row.input_length, "hash_ids": row.hash_ids}
-            lacks = [key for key, value in keys.items() if value is None or value == -1]
-            raise ConfigError(
-                f"no {', '.join(lacks) or 'time of 0 or more'}; a request has {', '.join(keys)}"
-            )
+            lacks = [key for key, value in keys.items() if value is None]
+            raise ConfigError(f"no {', '.join(lacks)}; a request has {', '.join(keys)}")
         count = row.input_length // self.block_tokens
         if len(row.hash_ids) < count and not self._is_log:
             raise ConfigError(
@@ -179,7 +182,7 @@ def write_trace(trace: Trace, path: Path) -> None:
 
 def _explain(error: msgspec.DecodeError) -> str:
     """Say what is wrong with a line: the key where there is one."""
-    text, _, key = str(error).partition(" - at `$.")
+    text, _, key = str(error).replace(" | null", "").partition(" - at `$.")
     if key:
         return f"{key.rstrip('`')}: {text[0].lower()}{text[1:]}"
     return f"not a line of a trace: {text}; write one JSON object a line"

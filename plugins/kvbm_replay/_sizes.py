@@ -6,23 +6,24 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from kvbm_core.config import parse_size
 from kvbm_core.errors import ConfigError
+from kvbm_core.sizes import parse_size
 
 __all__ = ["read_blocks", "tokens_text"]
 
 _TOKENS: Final[Mapping[str, int]] = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9}
-_PART: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+_PART: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*|%)")
 
 
-def read_blocks(option: str, text: str, block_tokens: int, block_bytes: int) -> list[int]:
-    """Read sizes, in blocks: ``1,2,3M`` (millions of tokens; a unit is of all before it), ``8GiB``, ``64k``.
+def read_blocks(option: str, text: str, block_tokens: int, block_bytes: int, whole: int = 0) -> list[int]:
+    """Read sizes, in blocks: ``1,2,3M`` (millions of tokens; a unit is of all before it), ``8GiB``, ``5%``.
 
     Args:
         option: Names the option in messages.
         text: As written.
         block_tokens: Tokens a block.
         block_bytes: Bytes a block.
+        whole: Blocks of which percents are taken. 0: percents have no meaning.
 
     Raises:
         ConfigError: If one is no size, or smaller than a block.
@@ -36,7 +37,9 @@ def read_blocks(option: str, text: str, block_tokens: int, block_bytes: int) -> 
         unit = match[2] or unit
         if not unit:
             raise ConfigError(f"{option} {text}: of what? {_EXAMPLE}")
-        if unit in _TOKENS:
+        if unit == "%" and whole:
+            count = max(1, round(float(match[1]) / 100 * whole))
+        elif unit in _TOKENS:
             count = round(float(match[1]) * _TOKENS[unit]) // block_tokens
         else:
             count = parse_size(match[1] + unit, option) // block_bytes

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kvbm_core.config import PartEntry
 from kvbm_core.registry import Registry
-from kvbm_replay._answer import MachineAnswer, ReplayAnswer, Row, TraceAnswer, make_row
+from kvbm_replay._answer import LoadAnswer, MachineAnswer, RowNames, TraceAnswer, make_row
 from kvbm_replay._driver import replay
 from kvbm_replay._layout import Layout
 from kvbm_replay._machine import Machine
@@ -21,10 +21,11 @@ __all__ = ["Sweep", "run_sweep"]
 class Sweep:
     """What shall be replayed."""
 
-    layout: Layout
+    stacks: Sequence[tuple[str, Layout]]
+    """Each with what a table calls it."""
     machine: Machine
-    varied: int = 0
-    """Position of the tier whose size is varied."""
+    varied: str | None = None
+    """The tier whose size is varied. None: the first."""
     sizes: Sequence[int] = ()
     """Blocks that it holds. Empty: as configured."""
     policies: Sequence[str] = ()
@@ -35,20 +36,25 @@ class Sweep:
     references: bool = True
     """True if LRU and Belady are computed, too."""
 
-    def layouts(self) -> list[tuple[str, Layout]]:
-        """Give every stack, with the name of its policies."""
-        sized = [self.layout.with_blocks(self.varied, blocks) for blocks in self.sizes] or [self.layout]
-        if not self.policies:
-            return [(_policy_names(each), each) for each in sized]
-        return [(name, each.with_policy(_entry(name))) for each in sized for name in self.policies]
+    def layouts(self) -> Iterator[tuple[str, str, Layout]]:
+        """Give every stack in every size, with its name and that of its policies."""
+        sizes: Sequence[int | None] = self.sizes or [None]
+        for blocks in sizes:
+            for stack, layout in self.stacks:
+                at = layout.position(self.varied) if self.varied else 0
+                sized = layout if blocks is None else layout.with_blocks(at, blocks)
+                for policy in self.policies:
+                    yield stack, policy, sized.with_policy(PartEntry(name=policy, settings={}))
+                if not self.policies:
+                    yield stack, _policy_names(sized), sized
 
 
-def run_sweep(trace: Trace, sweep: Sweep, tell: Callable[[Row], None] = lambda _: None) -> ReplayAnswer:
-    """Replay a trace through every stack of a sweep; `tell` hears of each as it ends."""
+def run_sweep(trace: Trace, sweep: Sweep) -> LoadAnswer:
+    """Replay a trace through every stack of a sweep."""
     registry, keys, rows = Registry(), Keys(), []
     engine_blocks = sweep.engine_blocks or 0
     known: dict[int, tuple[float, float]] = {}
-    for policy, layout in sweep.layouts():
+    for stack, policy, layout in sweep.layouts():
         outcome = replay(
             trace, layout, sweep.machine, registry=registry, keys=keys, engine_blocks=sweep.engine_blocks,
             paced=sweep.paced,
@@ -59,12 +65,12 @@ def run_sweep(trace: Trace, sweep: Sweep, tell: Callable[[Row], None] = lambda _
             if total not in known:
                 known[total] = _references(trace, total)
             references = known[total]
-        rows.append(make_row(policy, layout, engine_blocks, trace.block_tokens, outcome, references))
-        tell(rows[-1])
+        names = RowNames(stack, policy)
+        rows.append(make_row(names, layout, engine_blocks, trace.block_tokens, outcome, references))
     tokens = sum(request.input_tokens for request in trace.requests)
-    return ReplayAnswer(
+    return LoadAnswer(
         trace=TraceAnswer.of(trace, reuse_hits(trace.requests)),
-        machine=MachineAnswer.of(sweep.machine, sweep.layout, paced=sweep.paced),
+        machine=MachineAnswer.of(sweep.machine, [layout for _, layout in sweep.stacks], paced=sweep.paced),
         uncached_first_token_s=tokens / sweep.machine.prefill_tokens_per_s / len(trace.requests),
         rows=tuple(rows),
     )
@@ -74,10 +80,6 @@ def _references(trace: Trace, blocks: int) -> tuple[float, float]:
     accesses = max(1, trace.accesses)
     requests = trace.requests
     return lru_hits(requests, blocks) / accesses, belady_hits(requests, blocks) / accesses
-
-
-def _entry(name: str) -> PartEntry:
-    return PartEntry(name=name, settings={})
 
 
 def _policy_names(layout: Layout) -> str:

@@ -91,16 +91,14 @@ class KvbmConnector(KVConnectorBase_V1):
         return StepPlan(step, asks=self._scheduler().asks())
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """Note that what is left shall be stored. vLLM may free the blocks at once."""
-        self._scheduler().finished(request)
-        return False, None
+        """Note that what is left shall be stored, and answer hints. vLLM may free the blocks at once."""
+        return False, self._scheduler().finished(request)
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """As `request_finished`, where vLLM keeps KV in several groups."""
-        self._scheduler().finished(request)
-        return False, None
+        return False, self._scheduler().finished(request)
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Take in what the workers report."""

@@ -15,7 +15,7 @@ from typing import Any, Final
 import vllm
 
 from kvbm_core import Coordinator, KvbmError, StackConfig, TierCounts
-from kvbm_engine import Ledger, Parked, Recorder, Session, Step
+from kvbm_engine import Answers, Ledger, Parked, Recorder, Session, Step, refuse_all
 from kvbm_metrics import MetricsServer
 from kvbm_vllm._groups import engine_groups, tell_groups
 from kvbm_vllm._keys import KeyMaker
@@ -34,6 +34,26 @@ __all__ = ["SchedulerHalf", "has_one_queue"]
 logger = logging.getLogger("kvbm_vllm")
 
 _TWO_QUEUES_SINCE: Final = (0, 31)
+
+
+KEY: Final = "kvbm"
+"""Of a request's `kv_transfer_params`, whose value are the hints, and of the answer's."""
+_CAME_TOO_EARLY: Final = "the tiers were not open when the request came"
+_ANSWERS_TOGETHER_SINCE: Final = (0, 32)
+
+
+def hints_of(request: Any) -> object:
+    """Give the hints of a request, whatever they are. None: it has none."""
+    params = request.kv_transfer_params
+    return params.get(KEY) if isinstance(params, dict) else None
+
+
+def may_answer(request: Any, version: str) -> bool:
+    """Return False where an answer of ours beside another connector's would end the engine.
+
+    Up to 0.31 vLLM's MultiConnector may raise an error where two connectors answer a request.
+    """
+    return release(version) >= _ANSWERS_TOGETHER_SINCE or len(request.kv_transfer_params) == 1
 
 
 def has_one_queue(version: str) -> bool:
@@ -129,7 +149,13 @@ class SchedulerHalf:
 
     def arrived(self, request: Any) -> None:
         """Note that a request waits to be scheduled."""
-        self.ledger.arrived(request.request_id)
+        self._stage.arrived(
+            request,
+            time.monotonic(),
+            reads_cache=not request.skip_reading_prefix_cache,
+            hints=hints_of(request),
+            max_tokens=request.max_tokens,
+        )
 
     def match(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Say how many tokens after `num_computed_tokens` can be loaded; None: ask again.
@@ -151,9 +177,13 @@ class SchedulerHalf:
         """Plan one step, given what vLLM has scheduled for it."""
         return self._stage.step(self._reader.schedule(output), time.monotonic())
 
-    def finished(self, request: Any) -> None:
-        """Forget a request. What it has computed last is stored a little later."""
-        self._stage.finished(request.request_id, time.monotonic())
+    def finished(self, request: Any) -> dict[str, Answers] | None:
+        """Forget a request, and answer its hints. What it has computed last is stored a little later."""
+        answers = self._stage.finished(request.request_id, time.monotonic())
+        hints = hints_of(request)
+        if hints is None or not may_answer(request, vllm.__version__):
+            return None
+        return {KEY: refuse_all(hints, _CAME_TOO_EARLY) if answers is None else answers}
 
     def asks(self) -> bool:
         """Return True if a step must ask the workers for their handshakes."""

@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from kvbm_core import ConfigError, KvbmError, StackConfig, check_stack
+from kvbm_core.sharing import sharing_of
 from kvbm_device import check_copy
 from kvbm_engine import check_record
 from kvbm_metrics import read_address
@@ -52,6 +53,7 @@ def check_settings(vllm_config: Any) -> None:
     check_engine(vllm_config)
     check_record(config)
     try:
+        sharing_of(config)
         check_stack(
             config, block_bytes=_block_bytes(vllm_config), share=_host_share(parallel),
             engines=replicas_here.count,

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvbm_core import ConfigError, Plan, Planner, Registry, Report, StackConfig, TierCounts, TierStatus
+from kvbm_core.sharing import sharing_of
 from kvbm_engine import (
     EngineRequest,
     GroupBlocks,
     Ledger,
+    Limits,
     Recorder,
     Schedule,
     Session,
@@ -129,6 +131,10 @@ class NoTiers:
         """Nothing."""
         return {}
 
+    def arrived(self, request: EngineRequest, now_s: float, **asked: object) -> None:
+        """Note that a request waits. Nothing is obeyed of what it asks for."""
+        self.ledger.arrived(request.request_id)
+
     def match(
         self, request: EngineRequest, computed_tokens: int, now_s: float, *, reads_cache: bool
     ) -> tuple[int | None, bool]:
@@ -148,7 +154,7 @@ class NoTiers:
         return self.ledger.begin(Plan(), writes, schedule.tokens, now_s)
 
     def finished(self, name: str, now_s: float) -> None:
-        """Forget a request."""
+        """Forget a request. Its hints, if it has any, have no answer."""
         self.ledger.finish(name, now_s)
 
     def outcomes(self, reports: Sequence[Report], step: int, copied: Mapping[str, int], now_s: float) -> None:
@@ -198,6 +204,7 @@ def begin_session(
         block_tokens=block_tokens if config.only_faster else 0,
         ops=ops,
         movements=[entry.movement for entry in config.tiers],
+        sharing=sharing_of(config),
     )
     constants: dict[str, int] = {}
     for handshake in ranks:  # Of several ranks the slowest counts.
@@ -206,7 +213,17 @@ def begin_session(
     tally = Tally(planner, block_tokens if ledger.is_plain else 0, constants)
     joins = all(handshake.joins for handshake in ranks)
     storing = Storing(ledger, planner, sparse_stores(config, ledger.groups), _junction)
-    return Session(ledger, planner, tally, max_load_blocks, joins=joins, storing=storing, recorder=recorder)
+    limits = Limits(config.keep_fraction, config.max_keep_s, config.prefetch_fraction, config.load_deadline_s)
+    return Session(
+        ledger,
+        planner,
+        tally,
+        max_load_blocks,
+        joins=joins,
+        storing=storing,
+        recorder=recorder,
+        limits=limits,
+    )
 
 
 def open_recorder(

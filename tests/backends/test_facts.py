@@ -14,6 +14,7 @@ import pytest
 from test_cpu import BLOCK, content, key, load, region, run, store
 from test_lmdb import du_bytes
 
+from kvbm_cli._app import run as kvbm
 from kvbm_core import Registry, Stack, chain_keys, make_namespace, root_key
 from kvbm_core.codec import Codec, CodecConfig, CodecKind
 from kvbm_core.config import ByteSize
@@ -25,7 +26,6 @@ from kvbm_lmdb import LmdbConfig, LmdbTier
 from kvbm_remote import RemoteConfig, RemoteTier, _gc
 from kvbm_remote._clients import make_store
 from kvbm_remote._faults import WrongLengthError
-from kvbm_remote._gc import main
 
 MIB = 1 << 20
 STRANGER = 54321
@@ -297,7 +297,7 @@ def test_damaged_ones_are_passed_over_or_written_anew(s3, open_remote, lines):
 def test_the_collector_keeps_them_as_long_as_there_are_blocks(s3, open_remote, monkeypatch, capsys):
     def collect(*arguments):
         option = f"endpoint_url={s3['storage_options']['endpoint_url']}"
-        assert main(["gc", s3["url"], "--option", option, "--json", *arguments]) == 0
+        assert kvbm(["remote", "gc", s3["url"], "--option", option, "--json", *arguments]) == 0
         return json.loads(capsys.readouterr().out)
 
     tiers = [open_remote(s3, FACTS), open_remote(s3, OTHER)]

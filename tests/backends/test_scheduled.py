@@ -39,6 +39,7 @@ class Request:
     lora_request = cache_salt = prompt_embeds = None
     mm_features = ()
     skip_reading_prefix_cache = False
+    kv_transfer_params, max_tokens = None, 16
 
     def __init__(self, name, tokens, prompt):
         self.request_id, self.tokens, self.num_tokens = name, tokens, prompt

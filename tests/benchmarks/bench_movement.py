@@ -2,8 +2,9 @@
 
     python tests/benchmarks/bench_movement.py [--brief] [TRACE ...] [--generate LOAD ...]
 
-Replays through the real planner (`kvbm replay`'s machine: an 8B model on an H100, host memory, NVMe disks; writes
-take their time). A row is a movement; `late` are blocks that were evicted above before they were copied.
+Replays through the real planner (`kvbm replay`'s machine: an 8B model on an H100, host memory, NVMe disks;
+writes take their time). A row is a movement; dropped are blocks that were evicted above before they were
+copied, or too many at once.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def layout_of(blocks: list[int], movement: dict[str, Any], machine: Machine, blo
 
 def row(name: str, trace: Trace, keys: Keys, blocks: list[int], movement: dict[str, Any]) -> str:
     machine = Machine()
-    outcome = replay(trace, layout_of(blocks, movement, machine, trace.block_tokens), machine, keys=keys, paced=True)
+    layout = layout_of(blocks, movement, machine, trace.block_tokens)
+    outcome = replay(trace, layout, machine, keys=keys, paced=True)
     host, *lower = outcome.tiers
     disk_gib = sum(tier.stored_bytes for tier in lower) / 2**30
     return (
@@ -82,7 +84,12 @@ def main() -> int:
     parser.add_argument("--generate", action="append", help=f"default: {' '.join(LOADS)}")
     parser.add_argument("--brief", action="store_true", help="few requests: does it run at all?")
     options = parser.parse_args()
-    print(f"command: python {' '.join(sys.argv)}\nmachine: {Machine().text()}")
+    machine = Machine()
+    print(f"command: python {' '.join(sys.argv)}")
+    print(
+        f"machine: {machine.prefill_tokens_per_s:,.0f} tokens/s, {machine.token_bytes >> 10} KiB a token; "
+        f"memory {machine.speed('', 'cpu').text()}; disk {machine.speed('', 'gds').text()}"
+    )
     if options.brief:
         table(generate("chat:seed=1,requests=100"), ((0.1, 0.2),))
         return 0
@@ -91,7 +98,7 @@ def main() -> int:
     for load in options.generate or LOADS:
         trace = generate(load)
         part = trace.unique * trace.block_tokens / 1e6  # Sizes as parts of what the load has.
-        table(trace, ((round(0.1 * part, 2), round(0.2 * part, 2)), (round(0.05 * part, 2), round(0.5 * part, 2))))
+        table(trace, tuple((round(a * part, 2), round(b * part, 2)) for a, b in ((0.1, 0.2), (0.05, 0.5))))
     return 0
 
 

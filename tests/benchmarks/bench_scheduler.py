@@ -53,6 +53,8 @@ class Request:
     prompt_embeds: None = None
     mm_features: tuple[()] = ()
     skip_reading_prefix_cache: bool = False
+    kv_transfer_params: dict[str, Any] | None = None
+    max_tokens: int = 16
     resumable: bool = False
     blocks: list[int] = field(default_factory=list)
 

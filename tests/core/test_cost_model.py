@@ -193,4 +193,8 @@ def test_a_slow_tier_that_must_be_asked_is_asked_again_when_a_try_is_due():
     assert load(planner.cost_model, tiers, 4.0) > 0
     others = chain_keys(root_key(), range(1000, 2000), 1)
     assert not planner.lookup(others, 5.0)
+    # A try of one block takes 0.04 s: that is too much for a short prompt, until 4 s are over.
+    planner.cost_model.loaded(0, 100, 4.0, 39.0)
+    assert not planner.lookup(others[:10], 40.0)
     assert planner.lookup(others, 40.0)
+    assert planner.lookup(others[:10], 44.0)

@@ -223,3 +223,32 @@ def test_its_repr_shows_the_policy_or_that_there_is_none_any_more():
     adviser.insert = None
     policy.insert(key(1), USUAL)
     assert repr(policy) == "<GuardedPolicy None>"
+
+
+class Foreseeing(Broken):
+    """Names as next what `named` says."""
+
+    named = ()
+
+    def next_victims(self, count):
+        return self.named(count) if callable(self.named) else self.named
+
+
+def test_what_a_policy_evicts_next_is_asked_and_what_it_names_wrongly_left_out():
+    adviser, policy = guarded(Foreseeing())
+    adviser.named = [key(7), b"?" * 32, 3, key(5), key(6)]
+    assert policy.next_victims(4) == [key(7), key(5)]
+    assert policy.next_victims(9) == [key(7), key(5), key(6)]
+
+
+def test_of_a_policy_that_names_nothing_the_least_recently_used_are_next():
+    _, policy = guarded(Opaque(Fifo()))
+    policy.touch(key(0))
+    assert policy.next_victims(2) == [key(1), key(2)]
+
+
+def test_a_policy_that_fails_to_say_what_is_next_is_dismissed(caplog):
+    adviser, policy = guarded(Foreseeing())
+    adviser.named = lambda count: 1 / 0
+    assert policy.next_victims(2) == [key(0), key(1)]
+    assert "next_victims() raised ZeroDivisionError" in caplog.text

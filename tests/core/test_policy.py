@@ -51,6 +51,8 @@ def test_against_a_list(kind):
     for number in range(6000):
         key = rng.choice(list(model)) if model and rng.random() < 0.5 else b"%d" % number
         move = rng.choice(["insert", "insert", "touch", "remove", "evict"])
+        count = rng.randrange(12)
+        assert list(policy.next_victims(count)) == list(model)[:count]
         if move == "insert" and key not in model:
             model[key] = rng.randrange(1, 9)
             policy.insert(key, model[key])

@@ -17,6 +17,7 @@ from engines import ours as find_ours
 from random_fates import Fates
 from random_groups import MIXES, Memory
 from random_runner import CopiedTooEarlyError, Drafting, Runner
+from random_wishes import Wishes
 from random_world import Faults, World
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
@@ -130,7 +131,10 @@ class Engine:
             names = shape.chance.choice([("faulty",), ("faulty",), ("cpu", "faulty")])
             faulty.fault = Faults(self.world.counts, seed)
         self.tiers = [{"backend": name, "capacity": blocks * 4096} for name in names]
-        settings = {"tiers": self.tiers, "only_faster": False, **shape.stores}
+        self.wishes = Wishes(seed)
+        settings = {
+            "tiers": self.tiers, "only_faster": False, **shape.stores, **self.wishes.settings(self.tiers),
+        }  # fmt: skip
         transfer = None if bare else connectors(settings, other)
         config, cache = shape.configure(model, transfer, overlaps=self.overlaps), shape.cache()
         self.memory = self.world.memory = Memory(self.mix, shape.blocks)
@@ -178,7 +182,9 @@ class Engine:
         self.world.tokens[name] = tokens
         pools = chance.random() < 0.1 and not self.runner.proposed
         pooling = PoolingParams(task="embed", skip_reading_prefix_cache=chance.random() < 0.5)
-        sampling = SamplingParams(temperature=0, max_tokens=chance.randint(1, 20), ignore_eos=True)
+        sampling = SamplingParams(
+            temperature=0, max_tokens=chance.randint(1, 20), ignore_eos=True, extra_args=self.wishes.of(name)
+        )
         self.scheduler.add_request(
             Request(
                 name, tokens[:prompt], None if pools else sampling, pooling if pools else None,
@@ -211,7 +217,9 @@ class Engine:
 
     def update(self):
         output, result = self.under_way.popleft()
-        self.scheduler.update_from_output(output, result)
+        told = self.scheduler.update_from_output(output, result)
+        for answered in (each for outputs in told.values() for each in outputs.outputs if each.finish_reason):
+            self.world.counts["hints"] += self.wishes.check(answered.request_id, answered.kv_transfer_params)
         self.fates.ended(output)
         if self.runner.proposed and not self.overlaps:
             self.scheduler.update_draft_token_ids(self.runner.propose(result.req_ids))
@@ -289,6 +297,8 @@ class Engine:
     def happened(self):
         """Count what has happened, and what tiers did."""
         counts = self.world.counts
+        counted = self.ours._leader.session._tally._counted
+        counts["prefetched"] += sum(n for key, n in counted.items() if key.startswith("prefetched_blocks"))
         for tier in self.ours.counts.values():
             counts["loaded"] += tier.loaded
             counts["stored"] += tier.stored

@@ -31,7 +31,9 @@ def check(tmp_path, capsys):
 
     def run(tiers, *arguments, status=0, **stack):
         file = tmp_path / "kvbm.yaml"
-        file.write_text(yaml.safe_dump({"tiers": tiers, **stack}))
+        # What is slow here is warned of: the machine may be busy.
+        patient = {"load_deadline_s": 600, "store_deadline_s": 600}
+        file.write_text(yaml.safe_dump({"tiers": tiers, **patient, **stack}))
         capsys.readouterr()
         assert kvbm(["check", str(file), "--json", "--block-bytes", "64KiB", *arguments]) == status
         found = published("check", capsys.readouterr().out)
@@ -92,6 +94,11 @@ def test_nothing_is_left_in_a_shared_store(check):
     assert MemoryFileSystem.store == {}
 
 
+def test_a_tier_that_others_fill_is_opened_and_not_written(check):
+    tiers, _ = check([{"backend": "remote", "url": "memory://filled", "read_only": True}])
+    assert tiers["remote"]["not_tried"] == "not tried: it is read-only, others fill it"
+
+
 def test_the_tokens_that_fit(tmp_path, check):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(CONFIGS["Llama-3.1-8B"]))
@@ -141,6 +148,13 @@ def test_two_tiers_in_one_place_and_a_wrong_order(tmp_path, check):
     )
     assert "tier remote is remote and stands above tier cpu" in found["warnings"][0]
     assert "tier memory (capacity 4MiB) is smaller than tier cpu above it" in found["warnings"][1]
+
+
+def test_a_tier_that_is_too_slow_for_the_deadlines_is_named(tmp_path, check):
+    tier = {"backend": "lmdb", "capacity": "64MiB", "path": f"{tmp_path}/kv"}
+    _, found = check([tier], load_deadline_s=1e-9, store_deadline_s=1e-9)
+    assert [line.partition(",")[0].split()[2] for line in found["warnings"]] == ["storing", "loading"]
+    assert "longer than load_deadline_s (1e-09 s)" in found["warnings"][1]
 
 
 def test_an_engine_that_uses_the_place_is_named(tmp_path, check):
@@ -270,3 +284,9 @@ def test_it_needs_no_vllm(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.endswith("\n0 []\n")
     assert "works" in done.stdout
+
+
+def test_quotas_that_no_tier_can_hold_are_found(check):
+    tiers = [{"backend": "memory", "capacity": "4MiB"}]
+    _, found = check(tiers, status=ExitCode.MEND, tenants={"a": {"memory": "5MiB"}})
+    assert "tenants: a: memory: the quotas add up to 5MiB" in found["problems"][0]

@@ -209,6 +209,8 @@ def test_every_verb_and_option_has_a_text_and_says_what_its_json_is(name):
     verb = VERBS[name]
     assert verb.help.strip().endswith(".")
     assert all(each.help for each in verb.params)
+    # Brackets are taken for markup, and not shown.
+    assert not any("[" in text for text in (verb.help, *(each.help for each in verb.params)))
     assert ["--json"] in [each.opts for each in verb.params]
     assert answer_of(verb.callback)
     schema = json.loads((SCHEMAS / make_commands.file_of(name)).read_text())

@@ -73,6 +73,7 @@ def request(name="r", tokens=range(10)):
     return SimpleNamespace(
         request_id=name, all_token_ids=[*tokens], num_tokens=len(tokens), lora_request=None, cache_salt=None,
         mm_features=(), prompt_embeds=None, skip_reading_prefix_cache=False, num_computed_tokens=1 << 30,
+        kv_transfer_params=None, max_tokens=16,
     )  # fmt: skip
 
 

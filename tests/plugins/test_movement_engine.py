@@ -1,4 +1,4 @@
-"""Movements between tiers under a real engine: right answers, and loads that were counted where they must be."""
+"""Movements between tiers under a real engine: right answers, and loads counted where they must be."""
 
 import time
 
@@ -9,7 +9,6 @@ from engines import (
     drain,
     forget,
     generate,
-    loaded,
     make_prompts,
     own_answers,
     restore,
@@ -25,9 +24,10 @@ PATIENCE_S = 120
 
 
 def test_what_was_demoted_is_restored_with_the_same_answers(start, tmp_path):
-    """Host memory holds a third of the blocks; each is stored there alone, and on the disk when it must go."""
+    """Host memory holds few of the blocks; each is stored there alone, and on the disk when it must go."""
     model, tokens = story_tokens()
-    prompts = [tokens[at : at + length] for at, length in ((0, 300), (50, 416), (99, 555), (300, 480), (20, 200))]
+    places = ((0, 300), (50, 416), (99, 555), (300, 480), (20, 200))
+    prompts = [tokens[at : at + length] for at, length in places]
     movement = {"stores": "demotion", "copies": "exclusive", "low_watermark": 0.5, "high_watermark": 0.7}
     tiers = [
         {"backend": "cpu", "capacity": "56MiB"},  # 37 blocks; the longest prompt has 17.

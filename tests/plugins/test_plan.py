@@ -93,6 +93,11 @@ def test_another_policy_is_replayed_at_several_sizes(trace):
     assert 0 < fifo.memory[middle].hit_ratio < lru.memory[middle].hit_ratio + 0.02
 
 
+def test_nothing_to_save_is_said():
+    with pytest.raises(ConfigError, match="nothing of it was seen before"):
+        answer(generate("loop:requests=3"))
+
+
 def test_curves_find_the_size_for_a_number_of_hits():
     curve = Distances([1, 5, 5, 9], 1.0, 10)
     assert [curve.hits(blocks) for blocks in (0, 1, 4, 5, 9, 99)] == [0, 1, 1, 3, 4, 4]
@@ -136,8 +141,28 @@ def test_replay_prints_a_table_and_its_json_is_as_published(capsys, tmp_path):
     assert kvbm(["replay", str(tmp_path / "trace"), *words[3:], "--json"]) == 0
     captured = capsys.readouterr()
     document = published("replay", captured.out)
-    assert [row["policy"] for row in document["rows"]] == ["lru", "fifo"] * 2
+    assert [row["policy"] for row in document["loads"][0]["rows"]] == ["lru", "fifo"] * 2
     assert "Belady %" in captured.err
+
+
+def test_several_loads_are_compared_with_lru_and_belady(capsys):
+    words = ["replay", "--generate", "loop:requests=400", "--generate", LOAD, "--policy", "fifo,lru"]
+    assert kvbm([*words, "--capacity", "10,50%", "--json"]) == 0
+    captured = capsys.readouterr()
+    document = published("replay", captured.out)
+    assert [load["trace"]["name"] for load in document["loads"]] == ["loop:requests=400", LOAD]
+    rows = [row for load in document["loads"] for row in load["rows"]]
+    fifo, lru = document["policies"]
+    assert (fifo["policy"], fifo["replays"], lru["policy"]) == ("fifo", 4, "lru")
+    over = [row["hit_ratio"] - row["lru_hit_ratio"] for row in rows if row["policy"] == "fifo"]
+    assert fifo["worst_over_lru"] == min(over) < -0.01
+    assert abs(lru["worst_over_lru"]) < 0.01
+    assert fifo["mean_gain"] < lru["mean_gain"] == pytest.approx(0, abs=0.05)
+    for load in document["loads"]:
+        blocks = [row["capacity_blocks"] for row in load["rows"]]
+        assert blocks == [round(part * load["trace"]["unique_blocks"]) for part in (0.1, 0.1, 0.5, 0.5)]
+    assert "Against LRU and Belady" in captured.err
+    assert kvbm([*words, "--plot", "x.svg"]) == ExitCode.WRONG
 
 
 def test_replay_takes_the_connectors_configuration(capsys, tmp_path):
@@ -148,11 +173,27 @@ def test_replay_takes_the_connectors_configuration(capsys, tmp_path):
     for stack in (str(file), json.dumps({"tiers": tiers})):
         words = ["replay", "--generate", LOAD, "--stack", stack, "--no-references", "--paced", "--json"]
         assert kvbm([*words, "--engine-cache", "100k", "--vary", "lmdb", "--capacity", "256GiB"]) == 0
-        [row] = json.loads(capsys.readouterr().out)["rows"]
-        rows.append({key: value for key, value in row.items() if key != "replay_s"})
+        [row] = json.loads(capsys.readouterr().out)["loads"][0]["rows"]
+        rows.append({key: value for key, value in row.items() if key not in ("replay_s", "stack")})
     assert rows[0] == rows[1]
     assert [tier["capacity_blocks"] for tier in rows[0]["tiers"]] == [511, 4096]
     assert rows[0]["engine_hit_ratio"] > 0
+
+
+def test_several_stacks_stand_in_one_table(capsys, tmp_path):
+    one = {"tiers": [{"backend": "cpu", "capacity": "64GiB"}]}
+    lower = {"backend": "lmdb", "capacity": "48GiB", "path": "/x"}
+    two = {"tiers": [{"backend": "cpu", "capacity": "16GiB"}, {**lower, "movement": {"stores": "demotion"}}]}
+    file = tmp_path / "one.yaml"
+    file.write_text(json.dumps(one))
+    words = ["replay", "--generate", LOAD, "--stack", str(file), "--stack", json.dumps(two)]
+    assert kvbm([*words, "--json", "--plot", str(tmp_path / "drawn.svg")]) == 0
+    captured = capsys.readouterr()
+    rows = published("replay", captured.out)["loads"][0]["rows"]
+    assert [(row["stack"], len(row["tiers"])) for row in rows] == [("one.yaml", 1), ("stack 2", 2)]
+    assert "lmdb %" in captured.err
+    assert kvbm([*words, "--vary", "lmdb", "--capacity", "1GiB"]) == ExitCode.WRONG
+    assert "--vary lmdb: there is no such tier; write one of cpu" in capsys.readouterr().err
 
 
 def test_plan_prints_tables_and_its_json_is_as_published(capsys, tmp_path):
@@ -169,8 +210,8 @@ def test_plan_prints_tables_and_its_json_is_as_published(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "write the path of a trace, or --generate LOAD"),
-        (["x", "--generate", "chat"], "one of the two"),
+        ([], "write the path of a trace or --generate LOAD"),
+        (["x", "--generate", "chat"], "x: No such file"),
         (["/no/trace"], "/no/trace: No such file"),
         (["--generate", "chat", "--prefill", "0"], "--prefill 0.0: write tokens a second"),
         (["--generate", "chat", "--token-bytes", "0"], "--token-bytes 0: write a size above 0"),

@@ -32,7 +32,7 @@ def test_whoever_reads_a_slot_finds_the_kv_of_its_tokens_and_weights(drive, part
         if seen["slots"] >= slots // PARTS:
             break
     print(f"part {part}: seeds {FIRST_SEED + part} to {seed}: {dict(seen)}")
-    for kind in ("loaded", "other", "resets", "failed"):
+    for kind in ("loaded", "other", "resets", "failed", "hints"):
         assert seen[kind], f"nothing {kind}: the test has shown nothing of that"
 
 

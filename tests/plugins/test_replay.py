@@ -34,6 +34,11 @@ def layout(*tiers, blocks=(), **settings):
     return made
 
 
+def one(*tiers, **more):
+    """The stacks of a sweep: this one."""
+    return [("stack", layout(*tiers, **more))]
+
+
 def requests_of(*prompts):
     """A trace of prompts, each of them blocks, a second apart."""
     return Trace(
@@ -57,7 +62,7 @@ def test_the_planner_hits_on_the_chat_trace_what_lru_hits_and_belady_more(chat):
     assert [round(lru_hits(chat.requests, blocks) / total, 4) for blocks in sizes] == lru
     assert [round(belady_hits(chat.requests, blocks) / total, 4) for blocks in sizes[1:4]] == belady[1:4]
     # All sizes: `kvbm replay tests/data/mooncake_conversation_trace.jsonl.xz`.
-    answer = run_sweep(chat, Sweep(layout(HOST), MACHINE, sizes=sizes[::5], policies=["lru"]))
+    answer = run_sweep(chat, Sweep(one(HOST), MACHINE, sizes=sizes[::5], policies=["lru"]))
     assert [row.hit_ratio for row in answer.rows] == pytest.approx(lru[::5], abs=2e-4)
     assert [row.belady_hit_ratio for row in answer.rows] == pytest.approx(belady[::5], abs=1e-4)
     assert round(answer.trace.reuse_ratio, 4) == 0.3819
@@ -154,11 +159,11 @@ def test_what_the_engine_has_is_not_asked_for():
 
 def test_a_policy_is_that_of_the_name_or_of_the_configuration():
     trace = generate("scan:seed=1,requests=300")
-    sweep = Sweep(layout(HOST), MACHINE, sizes=[500], policies=["fifo", "lru"], references=False)
+    sweep = Sweep(one(HOST), MACHINE, sizes=[500], policies=["fifo", "lru"], references=False)
     fifo, lru = run_sweep(trace, sweep).rows
     assert (fifo.policy, lru.policy, lru.lru_hit_ratio) == ("fifo", "lru", None)
     assert fifo.hit_ratio != lru.hit_ratio
-    own = run_sweep(trace, Sweep(layout({**HOST, "policy": "fifo"}, blocks=[500]), MACHINE)).rows
+    own = run_sweep(trace, Sweep(one({**HOST, "policy": "fifo"}, blocks=[500]), MACHINE)).rows
     assert [row.policy for row in own] == ["fifo"]
     assert own[0].hit_ratio == fifo.hit_ratio
 

@@ -1,5 +1,6 @@
 """What the scheduler's half tells the workers of a step: which blocks are stored, loaded and overwritten."""
 
+import json
 import time
 from types import SimpleNamespace
 
@@ -7,12 +8,14 @@ import pytest
 
 pytest.importorskip("vllm")
 from kvbm_core import Capabilities, ConfigError, Op, Reason, Report, TierStatus, load_config
-from kvbm_core.groups import KvGroup
+from kvbm_core.groups import Coverage, KvGroup, Rule
+from kvbm_engine import Ledger, Parked
 from kvbm_engine._requests import RequestState
 from kvbm_metrics import rate_reading
 from kvbm_vllm import _scheduler
 from kvbm_vllm._keys import request_keys
 from kvbm_vllm._scheduler import SchedulerHalf, has_one_queue
+from kvbm_vllm._startup import open_recorder
 from kvbm_vllm._values import Handshake, Outcomes
 from kvbm_vllm._weights import AdapterDigests
 
@@ -94,7 +97,7 @@ def request(name, tokens, **other):
     return SimpleNamespace(
         request_id=name, all_token_ids=tokens, num_tokens=len(tokens), lora_request=None, cache_salt=None,
         mm_features=(), prompt_embeds=None, skip_reading_prefix_cache=False,
-        num_computed_tokens=1 << 30, **other,
+        num_computed_tokens=1 << 30, **{"kv_transfer_params": None, "max_tokens": 16, **other},
     )  # fmt: skip
 
 
@@ -891,3 +894,69 @@ def test_a_block_in_a_tier_that_is_left_alone_does_not_make_a_finding_untrue(mon
     times, asked = counted(made, monkeypatch), request("a", PROMPT)
     assert [made.match(asked, 0) for _ in range(5)] == [(TOKENS, True)] * 5
     assert len(times) == 1
+
+
+# The log of hashes.
+
+
+def open_log(path, *others, replica=None):
+    groups = [KvGroup(16), *others]
+    config = load_config({"tiers": [{"backend": "cpu", "capacity": "1MiB"}], "record": str(path)})
+    ranks = [
+        Handshake(rank, [TierStatus("cpu", CPU, [], (1,) * len(groups), (32,) * len(groups))], {})
+        for rank in range(2)
+    ]
+    ledger = Ledger(lambda _: None, groups, Parked(8, one_queue=False))
+    return open_recorder(ranks, config, ledger, replica)
+
+
+def test_a_log_counts_all_ranks_bytes_and_is_each_replicas_own(tmp_path):
+    for replica, name in ((None, "log"), (3, "log.dp3")):
+        open_log(tmp_path / "log", replica=replica).close()
+        header = json.loads((tmp_path / name).read_text())
+        assert (header["block_tokens"], header["token_bytes"]) == (16, 2 * 32 // 16)
+
+
+def test_a_model_of_several_groups_is_not_recorded(tmp_path):
+    window = KvGroup(16, Coverage(Rule.WINDOW, 32), b"wind")
+    with pytest.raises(ConfigError, match="record: this model keeps its KV in several groups"):
+        open_log(tmp_path / "log", window)
+    assert [*tmp_path.iterdir()] == []
+
+
+HINTS = {"kvbm": {"no_store": True, "keep": -1}}
+
+
+def answered(made, **params):
+    """Give what vLLM is told of a request that comes and ends."""
+    asked = request("asks", PROMPT, **params)
+    made.arrived(asked)
+    made.match(asked, 0)
+    return made.finished(asked)
+
+
+def test_a_requests_hints_are_answered_where_there_are_any():
+    assert answered(half()) is None
+    assert answered(half(), kv_transfer_params={"do_remote_decode": True}) is None
+    told = answered(half(), kv_transfer_params=HINTS)
+    assert {hint: each["answer"] for hint, each in told["kvbm"].items()} == {
+        "no_store": "accepted", "keep": "refused",
+    }  # fmt: skip
+
+
+def test_hints_that_come_before_the_tiers_are_open_are_refused():
+    told = answered(bare(), kv_transfer_params=HINTS)
+    refused = {"answer": "refused", "reason": "the tiers were not open when the request came"}
+    assert told == {"kvbm": {"no_store": refused, "keep": refused}}
+
+
+@pytest.mark.parametrize(
+    ("version", "others", "may"),
+    [("0.26.0", {}, True), ("0.31.0", {"do_remote_decode": True}, False), ("0.32.0", {"x": 1}, True)],
+)
+def test_before_032_nothing_is_answered_where_another_connector_may_answer_too(
+    monkeypatch, version, others, may
+):
+    monkeypatch.setattr(_scheduler.vllm, "__version__", version)
+    told = answered(half(), kv_transfer_params=HINTS | others)
+    assert (told is not None) == may

@@ -5,12 +5,35 @@ import json
 import threading
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvbm_core import ConfigError, StackConfig, load_config
+from kvbm_core.registry import Registry
 from kvbm_engine import Recorder, check_record
 from kvbm_replay import generate
+from kvbm_replay._driver import replay
+from kvbm_replay._layout import read_layout
+from kvbm_replay._machine import Machine
 from kvbm_replay._reader import read_trace, write_trace
+from kvbm_replay._reference import lru_hits, reuse_hits
 
+KEYS = (
+    "timestamp", "input_length", "output_length", "engine_blocks", "hash_ids", "kvbm_log", "run",
+    "block_tokens", "token_bytes", "lost",
+)  # fmt: skip
+VALUES = st.one_of(
+    st.integers(-2, 2000), st.integers(), st.floats(allow_nan=False), st.none(), st.text(max_size=3),
+    st.lists(st.integers(-3, 3) | st.integers(), max_size=5),
+)  # fmt: skip
+
+
+def line_of(keys):
+    return json.dumps({"timestamp": 1, "input_length": 600, "hash_ids": [1, 2], **keys}).encode()
+
+
+LINES = st.binary(max_size=60) | st.builds(line_of, st.dictionaries(st.sampled_from(KEYS), VALUES))
+STACK = read_layout({"tiers": [{"backend": "cpu", "capacity": "1GiB"}]}, 512 * 131_072, Registry())
 REQUEST = '{"timestamp": 5000, "input_length": 1030, "output_length": 3, "hash_ids": [1, 2, 3]}'
 HEADER = '{"kvbm_log": 1, "run": "a", "block_tokens": 16, "token_bytes": 100}'
 
@@ -84,6 +107,26 @@ def test_a_log_has_the_blocks_of_answers_and_what_the_engine_had(written):
 def test_a_wrong_line_is_named(written, lines, said):
     with pytest.raises(ConfigError, match=said):
         read_trace([written(*lines)])
+
+
+@given(st.lists(LINES, max_size=4))
+def test_any_lines_are_a_trace_or_a_mistake_that_is_named(tmp_path_factory, lines):
+    path = tmp_path_factory.getbasetemp() / "any"
+    path.write_bytes(b"\n".join(lines))
+    try:
+        trace = read_trace([path])
+    except ConfigError as mistake:
+        said = str(mistake)
+    else:
+        check_replay(trace)
+        return
+    assert said.startswith(str(path))
+
+
+def check_replay(trace):
+    outcome = replay(trace, STACK, Machine())
+    assert outcome.requests == len(trace.requests) > 0
+    assert lru_hits(trace.requests, 5) <= reuse_hits(trace.requests) <= trace.accesses
 
 
 def test_files_that_do_not_belong_together_are_refused(written, tmp_path):

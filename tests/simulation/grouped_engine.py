@@ -356,17 +356,18 @@ class Engine:
             assert time.monotonic() < give_up_s, strays
             time.sleep(0.005)
 
+    @property
+    def has_been_slow(self):
+        """Whether a deadline has passed at all."""
+        return bool(self._count_deadlines())
+
+    def forget_findings(self):
+        """Have the leader look at everything anew."""
+        self._found.clear()
+
     def was_too_slow(self):
         """Say whether a deadline has passed since the last call: the machine is busy, or a fault came."""
-        before, self._deadlines = (
-            self._deadlines,
-            sum(
-                count
-                for counts in self.planner.counts.values()
-                for (_, why), count in counts.failed.items()
-                if why == "deadline"
-            ),
-        )
+        before, self._deadlines = self._deadlines, self._count_deadlines()
         return before != self._deadlines
 
     def check_room(self, folders):
@@ -381,6 +382,14 @@ class Engine:
             )
         for folder, capacity in folders.items():
             assert disk_bytes(folder) <= capacity
+
+    def _count_deadlines(self):
+        return sum(
+            count
+            for counts in self.planner.counts.values()
+            for (_, why), count in counts.failed.items()
+            if why == "deadline"
+        )
 
     def _go(self):
         plan = self.planner.take(self.now_s)

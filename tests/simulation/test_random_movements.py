@@ -76,9 +76,7 @@ class Program:
         if action < 0.45:
             start = rng.choice([0, 0, rng.randrange(LENGTH)])
             stop = rng.randint(start + 1, LENGTH)
-            self.planner.store(
-                keys[start:stop], list(range(start, stop)), {*keys[:stop]}, self.now_s, group
-            )
+            self.planner.store(keys[start:stop], list(range(start, stop)), {*keys[:stop]}, self.now_s, group)
         elif action < 0.75:
             self._load(keys, group)
         elif action < 0.752:
@@ -98,9 +96,8 @@ class Program:
         for key, tier in zip(keys, found, strict=False):
             assert self.planner._tiers[tier].capabilities.shared or self.ranks.have(tier, key)
         self.requests += 1
-        self.planner.load(
-            str(self.requests), keys[: len(found)], list(range(len(found))), found, group=group, prefix={*keys}
-        )
+        blocks = list(range(len(found)))
+        self.planner.load(str(self.requests), keys[: len(found)], blocks, found, group=group, prefix={*keys})
 
     def _take(self):
         plan = self.planner.take(self.now_s)

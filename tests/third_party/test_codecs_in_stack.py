@@ -16,8 +16,8 @@ import pytest
 from churn import PROMPT, Churn, content_of, du_bytes, keys_of
 from toy_install import HERE
 
+from kvbm_cli._app import run as kvbm
 from kvbm_core import ConfigError
-from kvbm_remote._gc import main as collect_garbage
 
 MIB = 1 << 20
 ORDERS = ["pack", "aes-gcm", "pack,aes-gcm", "aes-gcm,pack"]
@@ -247,7 +247,7 @@ def test_a_shared_store_has_whole_objects_after_kill_9_and_is_kept_at_its_size(
             assert not churn.counts.failed
         most = int(0.6 * sum(sizes))
         arguments = [f"--option={name}={value}" for name, value in options.items()]
-        assert collect_garbage(["gc", url, "--max-bytes", str(most), *arguments]) == 0
+        assert kvbm(["remote", "gc", url, "--max-bytes", str(most), *arguments]) == 0
         assert 0.95 * most <= sum(listed()) <= most
         with Churn([tier], block_bytes) as churn:
             served = sum(churn.serve(prompt) for prompt in range(latest + 3))

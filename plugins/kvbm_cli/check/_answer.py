@@ -9,12 +9,13 @@ from pathlib import Path
 
 import msgspec
 
-from kvbm_cli.check._trial import Trial, nearest_folder, place_of, try_tier, why_not_tried
+from kvbm_cli.check._trial import NotTriedError, Trial, nearest_folder, place_of, try_tier, why_not_tried
 from kvbm_cli.size._answer import Sizes
-from kvbm_core.config import StackConfig, TierEntry, parse_size
+from kvbm_core.config import StackConfig, TierEntry, parse_size, size_text
 from kvbm_core.errors import KvbmError
 from kvbm_core.localdir import free_bytes
 from kvbm_core.registry import Registry
+from kvbm_core.sharing import sharing_of
 from kvbm_core.tier import Capabilities
 from kvbm_core.worker.opening import check_stack
 
@@ -82,9 +83,11 @@ def check_all(
     with _warnings() as warnings:
         try:
             check_stack(config)
+            sharing_of(config)
         except KvbmError as error:
             if not any(tier.problem for tier in tiers):
                 problems.append(str(error))
+    warnings += [line for tier in tiers for line in _too_slow(config, tier)]
     return CheckedStack(
         source=source,
         block_bytes=block_bytes,
@@ -117,6 +120,8 @@ def _check(
             if reason or not try_tiers:
                 return msgspec.structs.replace(found, not_tried=reason or "not asked for")
             trial = try_tier(config, entry, block_bytes)
+        except NotTriedError as error:
+            return msgspec.structs.replace(found, not_tried=str(error))
         except KvbmError as error:
             # It stood alone when it was checked.
             said = str(error).replace("tiers[0]", f"tiers[{at}]", 1)
@@ -148,6 +153,21 @@ def _fits(found: CheckedTier, capabilities: Capabilities, sizes: Sizes) -> int |
         for group in sizes.groups
     )
     return found.capacity_bytes * sizes.prompt_tokens // prompt_bytes if prompt_bytes else None
+
+
+def _too_slow(config: StackConfig, tier: CheckedTier) -> Iterator[str]:
+    """Say what an engine would give up at its deadlines."""
+    nbytes = tier.tried_objects * tier.tried_bytes
+    for verb, rate, key in (
+        ("storing", tier.store_bytes_per_s, "store_deadline_s"),
+        ("loading", tier.load_bytes_per_s, "load_deadline_s"),
+    ):
+        if rate and nbytes / rate > getattr(config, key):
+            yield (
+                f"tier {tier.name}: {verb} {size_text(nbytes)} took {nbytes / rate:.1f} s, longer than {key} "
+                f"({getattr(config, key):g} s): an engine gives up what takes longer, and computes it. Write "
+                "a longer one, or a faster place"
+            )
 
 
 def _capacity(entry: TierEntry) -> int | None:

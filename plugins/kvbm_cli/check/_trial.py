@@ -26,7 +26,7 @@ import msgspec
 
 from kvbm_core.block import make_namespace
 from kvbm_core.config import StackConfig, TierEntry, parse_size
-from kvbm_core.errors import QueueFullError, TierError
+from kvbm_core.errors import KvbmError, QueueFullError, TierError
 from kvbm_core.layers import SEAL_BYTES
 from kvbm_core.registry import Registry
 from kvbm_core.testing import MemoryDevice
@@ -34,7 +34,7 @@ from kvbm_core.tier import Capabilities, Completion, Op, Outcome, Region, Tier, 
 from kvbm_core.worker.opening import open_tiers
 from kvbm_core.worker.peers import Peers
 
-__all__ = ["Trial", "nearest_folder", "place_of", "try_tier", "why_not_tried"]
+__all__ = ["NotTriedError", "Trial", "nearest_folder", "place_of", "try_tier", "why_not_tried"]
 
 _TRIAL_BYTES: Final = 64 << 20
 """Are written and read, or one object if that is more."""
@@ -42,6 +42,12 @@ _MOST_OBJECTS: Final = 64
 _FILE_URL: Final = "file://"
 _POLL_S: Final = 0.0005
 _KEY_BYTES: Final = 32
+_PATIENCE_S: Final = 60.0
+"""A tier that is slow shall be measured; one that hangs shall end."""
+
+
+class NotTriedError(KvbmError):
+    """A tier works as far as can be told, and cannot be tried. The message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +142,7 @@ def _smaller(entry: TierEntry, nbytes: int) -> TierEntry:
 def _try(tier: Tier, config: StackConfig, entry: TierEntry, count: int, block_bytes: int) -> Trial:
     capabilities = tier.capabilities
     if capabilities.read_only:
-        raise TierError(f"tier {entry.name}: it is read-only, so nothing can be tried", tier=entry.name)
+        raise NotTriedError("not tried: it is read-only, others fill it")
     if capabilities.capacity_bytes is not None:
         count = min(count, capabilities.capacity_bytes // capabilities.charge(block_bytes + SEAL_BYTES))
     keys = [os.urandom(_KEY_BYTES) for _ in range(count)]
@@ -147,10 +153,10 @@ def _try(tier: Tier, config: StackConfig, entry: TierEntry, count: int, block_by
         half[:] = (key * (1 + len(half) // _KEY_BYTES))[: len(half)]
         region.view()[len(half) : block_bytes] = os.urandom(block_bytes - len(half))
     written = [_digest(region, block_bytes) for region in regions]
-    store_s = _run(tier, Op.STORE, keys, regions, config.store_deadline_s, entry.name)
+    store_s = _run(tier, Op.STORE, keys, regions, max(_PATIENCE_S, config.store_deadline_s), entry.name)
     for region in regions:
         region.view()[:] = bytes(region.nbytes)
-    load_s = _run(tier, Op.LOAD, keys, regions, config.load_deadline_s, entry.name)
+    load_s = _run(tier, Op.LOAD, keys, regions, max(_PATIENCE_S, config.load_deadline_s), entry.name)
     if [_digest(region, block_bytes) for region in regions] != written:
         raise TierError(f"tier {entry.name}: other bytes were read than were written", tier=entry.name)
     tier.discard(keys)

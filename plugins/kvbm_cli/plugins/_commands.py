@@ -45,7 +45,7 @@ def new(
     kind: Annotated[Kind, typer.Argument(help="What the package offers.")],
     name: Annotated[str, typer.Argument(help="As an operator will write it: letters, digits, hyphens.")],
     folder: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The package's folder.  [default: ./kvbm-NAME]")
+        Path | None, typer.Option(metavar="DIR", help="The package's folder.", show_default="./kvbm-NAME")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:

@@ -41,7 +41,7 @@ def size(
         str, typer.Option(help="As vLLM is told: auto, bfloat16, float16, float32 or fp8.")
     ] = "auto",
     block_size: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a block.  [default: as vLLM chooses on a GPU]")
+        int | None, typer.Option(min=1, help="Tokens of a block.", show_default="as vLLM chooses on a GPU")
     ] = None,
     prompt_tokens: Annotated[
         int, typer.Option(min=1, help="Length of the prompts that the tokens a GiB are counted for.")
