@@ -48,6 +48,9 @@ class Fifo(dict[BlockKey, int], EvictionPolicy):
         """From the front, the next victim last: a dictionary gives up its last key at once, and finds its
         first one slowly once many before it are gone."""
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {len(self)} objects, {self.nbytes} bytes>"
+
     def insert(self, key: BlockKey, nbytes: int) -> None:
         """See `EvictionPolicy.insert`."""
         self[key] = nbytes
