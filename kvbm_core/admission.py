@@ -54,6 +54,8 @@ class Admission:
     name: str
     """As written after ``admission:``, and the name of the entry point."""
     config_type: type[PolicyConfig]
+    """A subclass of `PolicyConfig`."""
     make: Callable[[Any, PolicyContext], AdmissionPolicy]
     """``make(config, context)``. Raises `ConfigError` for what it cannot work with."""
     contract_version: int = CONTRACT_VERSION
+    """As of a `Backend`."""
