@@ -41,7 +41,7 @@ MAY_SWALLOW = {
 
 TIER_BACKENDS = ("kvbm_cpu", "kvbm_lmdb", "kvbm_gds", "kvbm_remote")
 WINGS = {
-    "kvbm_core/*.py": 2380,
+    "kvbm_core/*.py": 2400,
     "kvbm_core/leader/*.py": 2580,
     "kvbm_core/worker/*.py": 1410,
     "kvbm_core/layers/*.py": 520,

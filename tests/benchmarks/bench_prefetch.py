@@ -87,8 +87,8 @@ def main() -> int:
     options = parser.parse_args()
     model, tokens = story_tokens()
     threads = os.environ.get("OMP_NUM_THREADS", "all")
-    print(f"command: python {' '.join(sys.argv)}\npython {platform.python_version()}, {os.cpu_count()} cores, "
-          f"threads: {threads}")  # fmt: skip
+    print(f"command: python {' '.join(sys.argv)}")
+    print(f"python {platform.python_version()}, {os.cpu_count()} cores, threads: {threads}")
     with S3Server() as server, FaultProxy(server, delay_s=options.delay_ms / 1e3) as proxy:
         os.environ |= server.env
         with tempfile.TemporaryDirectory() as name:
