@@ -6,10 +6,10 @@ import re
 from typing import Annotated, Final
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kvbm_cli._console import make_console
 from kvbm_cli.clear._answer import Choice, Cleared, clear_places
 from kvbm_cli.inspect._places import find_places
 from kvbm_core.command import ExitCode, answers, write_json
@@ -76,7 +76,7 @@ def _age(text: str) -> float:
 
 
 def _show(done: Cleared) -> None:
-    console = Console()
+    console = make_console()
     table = Table(title=f"Chosen in {done.source}", title_justify="left")
     for heading in ("Tier", "Rank", "Namespace", "Objects", "Bytes", "Left", "Bytes left"):
         table.add_column(
