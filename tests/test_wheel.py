@@ -59,7 +59,7 @@ def load(name, kinds):
 
 registry = Registry()
 [distribution] = {point.dist.name for point in entry_points(group="kvbm_core")}
-print(json.dumps({name: load(name, ("backend", "codec", "policy")) for name in registry.names()}))
+print(json.dumps({name: load(name, ("backend", "codec", "policy", "admission")) for name in registry.names()}))
 """
 
 
