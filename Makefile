@@ -5,11 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
-.PHONY: help demo services test soak coverage lint bench compat models faults site release clean fetch-services setup-demo setup-dev
-=======
-.PHONY: help demo services test soak coverage lint bench compat models reference site release clean fetch-services setup-demo setup-dev
->>>>>>> main
+.PHONY: help demo services test soak coverage lint bench compat models faults reference site release clean fetch-services setup-demo setup-dev
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=python3.12]"
@@ -58,14 +54,12 @@ compat: ## compare names with every version of vLLM that is promised, and run th
 models: setup-dev ## prove each family of models, and write the table of docs/reference/models.md (ARGS="--help")
 	@$(BIN)/python tools/prove_models.py $(ARGS)
 
-<<<<<<< HEAD
 faults: setup-dev ## write the table of planted faults, docs/reference/faults.md
 	@$(BIN)/python tests/core/faults_table.py $(ARGS)
-=======
+
 reference: setup-dev ## write what pages of the reference have from docstrings and verbs
 	@$(BIN)/python tools/make_reference.py
 	@$(BIN)/python tools/make_commands.py
->>>>>>> main
 
 site: setup-dev ## build the documentation's site into site/
 	@$(BIN)/python tools/make_site.py $(ARGS)
