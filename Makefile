@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo services test soak coverage lint bench compat models reference site release clean fetch-services setup-demo setup-dev
+.PHONY: help demo services test soak coverage lint bench compat models faults reference site release clean fetch-services setup-demo setup-dev
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=python3.12]"
@@ -53,6 +53,9 @@ compat: ## compare names with every version of vLLM that is promised, and run th
 
 models: setup-dev ## prove each family of models, and write the table of docs/reference/models.md (ARGS="--help")
 	@$(BIN)/python tools/prove_models.py $(ARGS)
+
+faults: setup-dev ## write the table of planted faults, docs/reference/faults.md
+	@$(BIN)/python tests/core/faults_table.py $(ARGS)
 
 reference: setup-dev ## write what pages of the reference have from docstrings and verbs
 	@$(BIN)/python tools/make_reference.py

@@ -4,6 +4,7 @@ Backend authors start from `Tier` and `Backend`, engine authors from `Planner`, 
 `Device`, or from `Stack`, which joins them in one process.
 """
 
+from kvbm_core.admission import Admission, AdmissionPolicy
 from kvbm_core.block import BlockKey, BlockState, Namespace, chain_keys, make_namespace, root_key
 from kvbm_core.codec import Codec, CodecConfig, CodecContext, CodecKind
 from kvbm_core.config import ByteSize, Settings, StackConfig, load_config
@@ -29,7 +30,7 @@ from kvbm_core.leader.planner import Planner
 from kvbm_core.movement import Movement
 from kvbm_core.plan import Load, Plan, Report, Store, TierStatus
 from kvbm_core.policies import Fifo, Lru
-from kvbm_core.policy import EvictionPolicy, Policy, PolicyConfig, PolicyContext
+from kvbm_core.policy import EvictionPolicy, Origin, Policy, PolicyConfig, PolicyContext
 from kvbm_core.registry import Registry
 from kvbm_core.stack import Stack
 from kvbm_core.tier import (
@@ -59,6 +60,8 @@ __all__ = [
     "CONTRACT_VERSION",
     "PAGE_BYTES",
     "Addressable",
+    "Admission",
+    "AdmissionPolicy",
     "Backend",
     "BackendError",
     "BlockKey",
@@ -86,6 +89,7 @@ __all__ = [
     "Movement",
     "Namespace",
     "Op",
+    "Origin",
     "Outcome",
     "Peers",
     "Pinnable",

@@ -5,8 +5,8 @@
       - {backend: lmdb, capacity: 200GiB, path: /nvme/kvbm}
     load_deadline_s: 5
 
-A tier's keys are ``backend``, ``name``, ``checked``, ``codecs``, ``policy``, ``movement`` and whatever its
-backend's own type declares.
+A tier's keys are ``backend``, ``name``, ``checked``, ``codecs``, ``policy``, ``admission``, ``movement`` and
+whatever its backend's own type declares.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = [
     "size_text",
 ]
 
-_OWN_KEYS: Final = ("backend", "name", "checked", "codecs", "policy", "movement")
+_OWN_KEYS: Final = ("backend", "name", "checked", "codecs", "policy", "admission", "movement")
 """Of a tier, whatever its backend."""
 _UNIONS: Final = (Union, types.UnionType)
 
@@ -91,13 +91,19 @@ class TierEntry(Settings, frozen=True, kw_only=True):
     """They transform each object on its way into the tier, in this order, and back."""
     policy: PartEntry | None = None
     """Chooses the objects that make room for others. None: the least recently used."""
+    admission: PartEntry | None = None
+    """Chooses the blocks that are written to the tier. None: all."""
     movement: Movement = WRITE_THROUGH
     """How blocks come here from the tiers above, and go back."""
 
     def __rich_repr__(self) -> list[tuple[str, Any]]:
         told: dict[str, Any] = {"backend": self.backend, "name": self.name, "checked": self.checked}
         told["codecs"] = [codec.name for codec in self.codecs]
-        told |= {"policy": self.policy and self.policy.name, "movement": self.movement.stores}
+        told |= {
+            "policy": self.policy and self.policy.name,
+            "admission": self.admission and self.admission.name,
+        }
+        told |= {"movement": self.movement.stores}
         return [*told.items(), ("settings", _hidden(self.settings))]
 
 
@@ -248,6 +254,9 @@ def _tier_entry(index: int, tier: object, where: str) -> TierEntry:
         settings=settings,
         codecs=_codecs(tier.get("codecs", ()), where),
         policy=_part(tier["policy"], f"{where}: policy", "{name: fifo}") if "policy" in tier else None,
+        admission=_part(tier["admission"], f"{where}: admission", "{name: second-touch}")
+        if "admission" in tier
+        else None,
         movement=_movement(tier["movement"], index, where) if "movement" in tier else WRITE_THROUGH,
     )
 

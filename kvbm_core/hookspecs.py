@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import pluggy
 
+from kvbm_core.admission import Admission
 from kvbm_core.codec import CodecKind
 from kvbm_core.coordinator import Coordinator
 from kvbm_core.policy import Policy
@@ -28,6 +29,7 @@ __all__ = [
     "ENTRY_POINT_GROUP",
     "hookimpl",
     "hookspec",
+    "kvbm_admissions",
     "kvbm_backends",
     "kvbm_codecs",
     "kvbm_coordinator",
@@ -52,7 +54,12 @@ def kvbm_codecs() -> Sequence[CodecKind]:  # type: ignore[empty-body]
 
 @hookspec
 def kvbm_policies() -> Sequence[Policy]:  # type: ignore[empty-body]
-    """Offer policies of eviction and admission. A package offers those its entry points name."""
+    """Offer eviction policies. A package offers those its entry points name."""
+
+
+@hookspec
+def kvbm_admissions() -> Sequence[Admission]:  # type: ignore[empty-body]
+    """Offer admission policies. A package offers those its entry points name."""
 
 
 @hookspec(firstresult=True)

@@ -8,7 +8,7 @@ from typing import Final
 
 from kvbm_core.block import BlockKey
 from kvbm_core.hookspecs import hookimpl
-from kvbm_core.policy import EvictionPolicy, Policy, PolicyConfig, PolicyContext
+from kvbm_core.policy import EvictionPolicy, Origin, Policy, PolicyConfig, PolicyContext
 
 __all__ = ["Fifo", "Lru", "kvbm_policies"]
 
@@ -16,6 +16,8 @@ _CANDIDATES: Final = 64
 _CANDIDATES_PART: Final = 256
 """So many are taken from the front of the order at once, or so small a part of all if that is more: the way
 to the front is as long as many objects have gone from there."""
+_MOST_HEADS: Final = 64
+"""Prompts of which the head is remembered until their tail has come."""
 _SPARED_AT_ONCE: Final = 64
 """Protected objects passed over in one eviction, beside `_SPARED_EACH` for each victim; the next eviction
 goes on behind them."""
@@ -35,6 +37,9 @@ class Fifo(dict[BlockKey, int], EvictionPolicy):
     Protected objects at the front go to the end when they are met, so that each is met once in a round.
     """
 
+    is_told_all = False
+    """True if `offered` wants to know of prompts of which the tier has nothing."""
+
     def __init__(self) -> None:
         super().__init__()
         self.nbytes = 0
@@ -43,6 +48,9 @@ class Fifo(dict[BlockKey, int], EvictionPolicy):
         """From the front, the next victim last: a dictionary gives up its last key at once, and finds its
         first one slowly once many before it are gone."""
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {len(self)} objects, {self.nbytes} bytes>"
+
     def insert(self, key: BlockKey, nbytes: int) -> None:
         """See `EvictionPolicy.insert`."""
         self[key] = nbytes
@@ -50,6 +58,12 @@ class Fifo(dict[BlockKey, int], EvictionPolicy):
 
     def touch(self, key: BlockKey) -> None:
         """See `EvictionPolicy.touch`."""
+
+    def offered(self, keys: Sequence[BlockKey], origin: Origin) -> None:
+        """See `EvictionPolicy.offered`. The head of a prefix is the most recently used, so it goes last."""
+        for key in reversed(keys):
+            if key in self:
+                self.touch(key)
 
     def remove(self, key: BlockKey) -> None:
         """See `EvictionPolicy.remove`."""
@@ -102,12 +116,45 @@ class Fifo(dict[BlockKey, int], EvictionPolicy):
 
 
 class Lru(Fifo):
-    """Least recently used first."""
+    """Least recently used first.
+
+    A prompt's head counts as used after its tail, also where the tail comes in later than the head was used.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._heads: dict[BlockKey, list[BlockKey]] = {}
+        """Of prompts of which the tail is on its way: the first block that comes, and those before it."""
+
+    def offered(self, keys: Sequence[BlockKey], origin: Origin) -> None:
+        """See `EvictionPolicy.offered`."""
+        super().offered(keys, origin)
+        self._await_tail(keys)
+
+    def insert(self, key: BlockKey, nbytes: int) -> None:
+        """See `EvictionPolicy.insert`."""
+        super().insert(key, nbytes)
+        # Of a prompt's new blocks the first comes in last.
+        if self._heads and (head := self._heads.pop(key, None)):
+            for each in reversed(head):
+                if each in self:
+                    self._renew(each)
 
     def touch(self, key: BlockKey) -> None:
         """See `EvictionPolicy.touch`."""
+        self._renew(key)
+
+    def _renew(self, key: BlockKey) -> None:
         self[key] = self.pop(key)
         self._candidates.pop(key, None)
+
+    def _await_tail(self, keys: Sequence[BlockKey]) -> None:
+        """Remember which of a prompt's blocks are here until the others have come."""
+        first = next((key for key in keys if key not in self), None)
+        if first is not None and (head := [key for key in keys if key in self]):
+            self._heads[first] = head
+            if len(self._heads) > _MOST_HEADS:
+                del self._heads[next(iter(self._heads))]
 
 
 def _make_lru(config: NoSettings, context: PolicyContext) -> Lru:

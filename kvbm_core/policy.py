@@ -21,7 +21,23 @@ from kvbm_core.block import BlockKey
 from kvbm_core.config import Settings
 from kvbm_core.tier import CONTRACT_VERSION
 
-__all__ = ["EvictionPolicy", "Policy", "PolicyConfig", "PolicyContext"]
+__all__ = ["EvictionPolicy", "Origin", "Policy", "PolicyConfig", "PolicyContext"]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where blocks that are offered together come from. What nobody knows is as by default."""
+
+    start: int = 0
+    """Blocks of the same KV group before them in their request."""
+    prompt_blocks: int | None = None
+    """Leading blocks of the request that are of its prompt; those after them were generated. None: all are of
+    the prompt, as far as is known."""
+
+    @property
+    def is_generated(self) -> bool:
+        """True if none of them is of a prompt."""
+        return self.prompt_blocks is not None and self.start >= self.prompt_blocks
 
 
 class EvictionPolicy(ABC):
@@ -43,6 +59,17 @@ class EvictionPolicy(ABC):
     @abstractmethod
     def touch(self, key: BlockKey) -> None:
         """Note that a known object was used: loaded, or offered to be stored again."""
+
+    def offered(self, keys: Sequence[BlockKey], origin: Origin) -> None:  # noqa: B027 - may be left out.
+        """Note that a request has these blocks: all of them, whether the tier has them or not.
+
+        Each request offers each of its blocks once, also those that were loaded. A policy that has this is
+        not told by `touch` that known ones among them were used; by default it is, the last block first.
+
+        Args:
+            keys: Of consecutive blocks.
+            origin: Where they come from.
+        """
 
     @abstractmethod
     def remove(self, key: BlockKey) -> None:
@@ -99,6 +126,8 @@ class PolicyContext:
     """That an object takes at most, for the sizes of tables; above 0."""
     tier: str
     """The tier's name in the configuration, for messages."""
+    ranks: int = 1
+    """That keep objects in it, each its own of every block; the bytes above are of one."""
 
 
 @dataclass(frozen=True, slots=True)

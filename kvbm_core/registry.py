@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, TypeVar
 
 import pluggy
 
 from kvbm_core import hookspecs
+from kvbm_core.admission import Admission, AdmissionPolicy
 from kvbm_core.codec import CodecConfig, CodecKind
 from kvbm_core.config import StackConfig, convert, refuse_unknown
 from kvbm_core.coordinator import Coordinator
 from kvbm_core.errors import BackendError, ConfigError
 from kvbm_core.extras import extra_command
 from kvbm_core.leader.guarded_policy import GuardedPolicy
-from kvbm_core.leader.tier_state import MakePolicy
+from kvbm_core.leader.tier_policies import GuardedAdmission, MakeAdmission, MakeOrder, TierPolicies
 from kvbm_core.policies import Fifo, Lru
 from kvbm_core.policy import EvictionPolicy, Policy, PolicyConfig, PolicyContext
 from kvbm_core.tier import CONTRACT_VERSION, Backend, TierConfig
@@ -87,36 +89,55 @@ class Registry:
         _check(found, f"policy {self.owner(name)}", PolicyConfig, "make")
         return found
 
-    def policies(self, config: StackConfig) -> MakePolicy:
+    def admission(self, name: str) -> Admission:
+        """Load a kind of admission policy. Raises as `backend`."""
+        found = self._offered(name, "admission policy", "kvbm_admissions", Admission)
+        _check(found, f"admission policy {self.owner(name)}", PolicyConfig, "make")
+        return found
+
+    def policies(self, config: StackConfig) -> TierPolicies:
         """Load the policies of a stack, and give the function that makes them.
 
         Raises:
             BackendError: As `backend` does.
             ConfigError: For a wrong setting.
         """
-        chosen: dict[int, tuple[Policy, PolicyConfig]] = {}
+        orders: dict[int, MakeOrder] = {}
+        admissions: dict[int, MakeAdmission] = {}
         for position, entry in enumerate(config.tiers):
+            where = f"tiers[{position}] ({entry.name}):"
             if entry.policy is not None:
                 kind = self.policy(entry.policy.name)
-                where = f"tiers[{position}] ({entry.name}): policy {kind.name}"
-                chosen[position] = kind, convert(entry.policy.settings, kind.config_type, where)
+                settings = convert(entry.policy.settings, kind.config_type, f"{where} policy {kind.name}")
+                orders[position] = partial(self._order, kind, settings)
+            if (part := entry.admission) is not None:
+                admission = self.admission(part.name)
+                settings = convert(part.settings, admission.config_type, f"{where} admission {part.name}")
+                admissions[position] = partial(self._admission, admission, settings)
+        return TierPolicies(orders, admissions)
 
-        def make(position: int, context: PolicyContext) -> Fifo:
-            if position not in chosen:
-                return Lru()
-            kind, settings = chosen[position]
-            made: Any = kind.make(settings, context)
-            # What a stranger makes from one of them is watched as well.
-            if type(made) is Lru or type(made) is Fifo:
-                return made
-            if not isinstance(made, EvictionPolicy):
-                raise BackendError(
-                    f"policy {self.owner(kind.name)}: make() gave a {type(made).__name__}; it must be a "
-                    "kvbm_core.EvictionPolicy"
-                )
-            return GuardedPolicy(made, context.tier, self.owner(kind.name))
+    def _order(self, kind: Policy, settings: PolicyConfig, context: PolicyContext) -> Fifo:
+        """Make an eviction policy; a stranger's is watched, also one made from ours."""
+        made: Any = kind.make(settings, context)
+        if type(made) is Lru or type(made) is Fifo:
+            return made
+        if not isinstance(made, EvictionPolicy):
+            raise BackendError(
+                f"policy {self.owner(kind.name)}: make() gave a {type(made).__name__}; it must be a "
+                "kvbm_core.EvictionPolicy"
+            )
+        return GuardedPolicy(made, context.tier, self.owner(kind.name))
 
-        return make
+    def _admission(
+        self, kind: Admission, settings: PolicyConfig, context: PolicyContext
+    ) -> AdmissionPolicy:  # fmt: skip
+        made: Any = kind.make(settings, context)
+        if not isinstance(made, AdmissionPolicy):
+            raise BackendError(
+                f"admission policy {self.owner(kind.name)}: make() gave a {type(made).__name__}; it must be "
+                "a kvbm_core.AdmissionPolicy"
+            )
+        return GuardedAdmission(made, context.tier, self.owner(kind.name))
 
     def _offered(self, name: str, what: str, hook: str, kind: type[P]) -> P:
         """Give what the package of an entry point offers under its name, through one of its hooks."""
@@ -198,7 +219,7 @@ def _plugin(point: EntryPoint) -> pluggy.PluginManager:
     return manager
 
 
-def _check(found: Backend | CodecKind | Policy, whose: str, base: type, *functions: str) -> None:
+def _check(found: Backend | CodecKind | Policy | Admission, whose: str, base: type, *functions: str) -> None:
     """Check what every plug-in says of itself: the contract, the type of its settings, its functions."""
     if found.contract_version != CONTRACT_VERSION:
         raise BackendError(

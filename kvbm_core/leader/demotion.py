@@ -77,7 +77,7 @@ class Demotion:
         if self._is_short():
             self._look()
         if self._due:
-            self._copy(self._max_moving - self._below.storing)
+            self._copy(self._max_moving - self._below.storing, now_s)
 
     def evicted(self, keys: Sequence[BlockKey]) -> None:
         """Count what the tier above has evicted before it was copied."""
@@ -126,7 +126,7 @@ class Demotion:
         low = max(1, round(high * self._movement.low_watermark / self._movement.high_watermark))
         return low, high, (index.capacity_bytes - index.used_bytes) // charge
 
-    def _copy(self, room: int) -> None:
+    def _copy(self, room: int, now_s: float) -> None:
         """Plan fills of up to so many objects, one for each KV group."""
         together: dict[int, list[BlockKey]] = {}
         above, below = self._above.index, self._below.index
@@ -136,7 +136,8 @@ class Demotion:
                 group = self._groups[key[-TAG_BYTES:]] if len(self._groups) > 1 else 0
                 together.setdefault(group, []).append(key)
                 room -= 1
-        for group, keys in together.items():
+        for group, offered in together.items():
+            keys = self._tiers.admitted(self._position, offered, now_s, group)
             filling = self._tiers.reserve(self._position, keys, (), group)
             gone = above.pin(filling)
             assert not gone, "what has left the tier above is not due"

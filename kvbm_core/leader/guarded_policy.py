@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 from typing import Any, Final
 
 from kvbm_core.block import BlockKey
 from kvbm_core.policies import Lru
-from kvbm_core.policy import EvictionPolicy
+from kvbm_core.policy import EvictionPolicy, Origin
 
 __all__ = ["GuardedPolicy"]
 
@@ -40,6 +40,7 @@ class GuardedPolicy(Lru):
         self._tier = tier
         self._owner = owner
         self._short_evictions = 0
+        self.is_told_all = type(adviser).offered is not EvictionPolicy.offered
 
     def __repr__(self) -> str:
         return f"<GuardedPolicy {self._adviser!r}>"
@@ -53,6 +54,17 @@ class GuardedPolicy(Lru):
         """See `EvictionPolicy.touch`."""
         super().touch(key)
         self._ask("touch", lambda adviser: adviser.touch(key))
+
+    def offered(self, keys: Sequence[BlockKey], origin: Origin) -> None:
+        """See `EvictionPolicy.offered`."""
+        if not self.is_told_all:
+            super().offered(keys, origin)
+            return
+        for key in reversed(keys):
+            if key in self:
+                super().touch(key)
+        self._await_tail(keys)
+        self._ask("offered", lambda adviser: adviser.offered(keys, origin))
 
     def remove(self, key: BlockKey) -> None:
         """See `EvictionPolicy.remove`."""

@@ -8,12 +8,14 @@ insert ─► the order of whoever is charged ─► evict: only for itself, see
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from kvbm_core.block import BlockKey
 from kvbm_core.leader.claims import COMMON
 from kvbm_core.policies import Fifo
+from kvbm_core.policy import Origin
 
 __all__ = ["Part", "Partitions"]
 
@@ -52,6 +54,7 @@ class Partitions(Fifo):
         """Objects that must stay, and until when. They are FILLING or READY."""
         self.kept_bytes = 0
         """That they take, of all parts."""
+        self.is_told_all = common.is_told_all
         self.making_room_for = COMMON
         self.has_asked = False
         """True if the tenant's policy has let in what `admitted` is asked for."""
@@ -74,6 +77,12 @@ class Partitions(Fifo):
         """See `EvictionPolicy.touch`."""
         if key not in self.kept:
             self.part_of(key).order.touch(key)
+
+    def offered(self, keys: Sequence[BlockKey], origin: Origin) -> None:
+        """See `EvictionPolicy.offered`. Each part learns of the objects that are charged to its tenant."""
+        free = [key for key in keys if key not in self.kept] if self.kept else keys
+        for tenant, run in itertools.groupby(free, key=lambda key: self.owners.get(key, COMMON)):
+            self.parts[tenant].order.offered(list(run), origin)
 
     def remove(self, key: BlockKey) -> None:
         """See `EvictionPolicy.remove`. Who is charged remains: the object may be LEAVING."""

@@ -26,10 +26,11 @@ from kvbm_core.leader.movements import Movements
 from kvbm_core.leader.questions import Questions
 from kvbm_core.leader.shortage import Shortages
 from kvbm_core.leader.tenants import Tenants
-from kvbm_core.leader.tier_state import MakePolicy, Tiers, make_lru
+from kvbm_core.leader.tier_state import UNKNOWN, MakePolicy, Tiers, make_lru
 from kvbm_core.leader.write_back import WriteBack
 from kvbm_core.movement import Movement
 from kvbm_core.plan import FillReason, Load, Plan, Report, TierStatus, WriteOrder
+from kvbm_core.policy import Origin
 from kvbm_core.sharing import Sharing
 from kvbm_core.tier import Reason
 
@@ -263,6 +264,7 @@ class Planner:
         prefix: Container[BlockKey],
         now_s: float,
         group: int = 0,
+        origin: Origin = UNKNOWN,
     ) -> None:
         """Plan to write blocks to every tier that has them not; by demotion a tier gets them later.
 
@@ -273,17 +275,20 @@ class Planner:
                 kept while blocks wait to be stored.
             now_s: The time, as in `match`.
             group: Number of the KV group.
+            origin: What policies may know of the blocks.
         """
         targets: dict[int, list[BlockKey]] = {}
         rest: Sequence[BlockKey] = keys
         for position, tier in enumerate(self._tiers):
             absent = tier.index.absent(keys)
-            if len(absent) < len(keys):
-                # The head of a prefix is the most recently used, and so evicted last.
-                tier.index.touch(reversed(keys))
+            tier.index.offered(keys, origin, has_some=len(absent) < len(keys))
             if tier.capabilities.read_only:
                 continue
-            offered = wanted = self._movements.offered(position, absent, rest)
+            offered = self._movements.offered(position, absent, rest)
+            if tier.admission is not None:
+                tier.admission.offered(keys, origin)
+                offered = self._tiers.admitted(position, offered, now_s, group, origin)
+            wanted = offered
             if not tier.is_host_pool or not tier.breaker.closed(now_s):
                 wanted = self._write_back.admit(tier, offered, prefix, now_s, group)
             # Some of `keys` may be there already: the others must not push these out.
@@ -319,6 +324,7 @@ class Planner:
         if below.capabilities.read_only or not (above.breaker.closed(now_s) and below.breaker.closed(now_s)):
             return []
         there = [key for key in below.index.absent(keys) if key in above.index]
+        there = self._tiers.admitted(target, there, now_s, group)
         filling = self._tiers.reserve(target, there, prefix, group)
         above.index.pin(filling)
         if filling:

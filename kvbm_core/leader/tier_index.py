@@ -15,6 +15,7 @@ from typing import Final
 
 from kvbm_core.block import BlockEvent, BlockKey, BlockState, next_state
 from kvbm_core.policies import Fifo
+from kvbm_core.policy import Origin
 
 __all__ = ["LatestKeys", "TierIndex"]
 
@@ -149,6 +150,11 @@ class TierIndex:
         for key in keys:
             if key in order:
                 order.touch(key)
+
+    def offered(self, keys: Sequence[BlockKey], origin: Origin, *, has_some: bool) -> None:
+        """Note that a request has these blocks; `has_some` says that not all of them are ABSENT."""
+        if has_some or self._order.is_told_all:
+            self._order.offered(keys, origin)
 
     def pin(self, keys: Iterable[BlockKey]) -> list[BlockKey]:
         """Keep READY objects from being evicted until `unpin`; return those that are not READY."""

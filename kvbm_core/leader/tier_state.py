@@ -9,6 +9,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
+from kvbm_core.admission import AdmissionPolicy
 from kvbm_core.block import PROBE_KEY, BlockKey
 from kvbm_core.errors import ConfigError
 from kvbm_core.groups import TAG_BYTES, KvGroup, is_plain
@@ -16,9 +17,10 @@ from kvbm_core.leader.breaker import Breaker
 from kvbm_core.leader.counts import TierCounts, TierLevels
 from kvbm_core.leader.prefix_probe import PrefixProbe
 from kvbm_core.leader.tier_index import LatestKeys, TierIndex
+from kvbm_core.leader.tier_policies import TierPolicies
 from kvbm_core.plan import TierStatus
 from kvbm_core.policies import Fifo, Lru
-from kvbm_core.policy import PolicyContext
+from kvbm_core.policy import Origin, PolicyContext
 from kvbm_core.tier import Capabilities, host_pool_of
 
 __all__ = ["MakePolicy", "TierState", "Tiers"]
@@ -28,6 +30,10 @@ _MAX_KNOWN_OBJECTS: Final = 1 << 18
 
 MakePolicy: TypeAlias = Callable[[int, PolicyContext], Fifo]
 """Makes the policy of the tier at a position."""
+
+
+UNKNOWN: Final = Origin()
+"""Of blocks that come from another tier."""
 
 
 def make_lru(position: int, context: PolicyContext) -> Fifo:
@@ -62,6 +68,8 @@ class TierState:
     """True while the ranks try it, see `Probe`."""
     storing: int = 0
     """Objects on their way in."""
+    admission: AdmissionPolicy | None = None
+    """Chooses the blocks that are written here. None: all."""
     on_evicted: Callable[[list[BlockKey]], None] | None = None
     """Is told which objects have made room for others."""
     make_room: Callable[[int], None] | None = None
@@ -168,6 +176,17 @@ class Tiers:
             tier.on_evicted(evicted)
         return filling
 
+    def admitted(
+        self, position: int, keys: list[BlockKey], now_s: float, group: int, origin: Origin = UNKNOWN
+    ) -> list[BlockKey]:
+        """Give the leading blocks that shall be written to a tier, of those that it has not."""
+        tier = self._states[position]
+        if tier.admission is None or not keys:
+            return keys
+        count = tier.admission.admitted(keys, tier.charges[group], origin, now_s)
+        tier.counts.dropped["admission"] += len(keys) - count
+        return keys[:count]
+
     def make_room_for_probe(self, position: int) -> None:
         """Have a tier leave room for one block; its own bound does without where it is shared."""
         index = self._states[position].index
@@ -208,7 +227,11 @@ class Tiers:
         capacity_bytes = min((limit for limit in limits if limit is not None), default=None)
         order: Fifo = Lru()
         if capacity_bytes is not None:
-            order = policy(position, PolicyContext(capacity_bytes, usual_bytes, first.name))
+            order = policy(position, PolicyContext(capacity_bytes, usual_bytes, first.name, len(statuses)))
+        admission = None
+        if isinstance(policy, TierPolicies):
+            context = PolicyContext(capacity_bytes or 0, max(1, usual_bytes), first.name, len(statuses))
+            admission = policy.admission(position, context)
         index = TierIndex(
             capacity_bytes, order, self.departures, None if is_plain(self._groups) else self.arrivals
         )
@@ -217,6 +240,7 @@ class Tiers:
                 first.name, first.capabilities, index, position == self.host_pool, capacity_bytes, charges,
                 tuple(sum(each) for each in zip(*(status.block_bytes for status in statuses), strict=True)),
                 PrefixProbe() if first.capabilities.remote_lookup else None,
+                admission=admission,
             )
         )  # fmt: skip
         found = [dict(status.inventory) for status in statuses]

@@ -11,12 +11,21 @@ from typing import Final
 __all__: list[str] = []
 
 _ASSERTING: Final = (
+    "_bench",
+    "_bound_tests",
+    "_call_tests",
     "_child",
+    "_hall",
     "_machine",
+    "_medium_tests",
+    "_oracle",
+    "_place_tests",
+    "_process_tests",
     "_rig",
     "_room",
     "_watch",
     "codec_suite",
+    "coordinator_suite",
     "policy_suite",
     "suite",
 )

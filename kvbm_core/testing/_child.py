@@ -16,14 +16,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvbm_core.testing._rig import PATIENCE_S, Rig
+from kvbm_core.testing._rig import PATIENCE_S, Rig, key_of
 from kvbm_core.tier import Backend, Op, Outcome, Transfer
 
-__all__ = ["KilledChild"]
+__all__ = ["IdleChild", "KilledChild"]
 
 
-class KilledChild:
-    """Stores numbered objects in a process of its own, and dies by SIGKILL in the midst of it.
+class _Child:
+    """Uses a tier in a process of its own.
 
     Args:
         backend: The backend's name; a `Backend` itself is used by a forked process.
@@ -36,22 +36,63 @@ class KilledChild:
         self._settings = settings
         self._max_bytes = max_bytes
 
+    def _start(self, said: Any, **job: Any) -> subprocess.Popen[bytes] | _Forked:
+        job |= {"settings": dict(self._settings), "max_bytes": self._max_bytes}
+        if isinstance(self._backend, Backend):
+            return self._fork(said, job)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        main = "from kvbm_core.testing._child import main; main()"
+        command = [sys.executable, "-c", main, json.dumps({"backend": self._backend, **job})]
+        return subprocess.Popen(command, stdout=said, stdin=subprocess.DEVNULL, env=environment)
+
+    def _fork(self, said: Any, job: Mapping[str, Any]) -> _Forked:
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                _live(self._backend, said.fileno(), **job)
+                threading._shutdown()  # type: ignore[attr-defined]  # As the interpreter does at its end.
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+                raise
+            finally:
+                os._exit(status)
+        return _Forked(pid)
+
+
+class KilledChild(_Child):
+    """Stores numbered objects in a process of its own, and dies by SIGKILL in the midst of it.
+
+    Args:
+        backend: The backend's name; a `Backend` itself is used by a forked process.
+        settings: As an operator would write them.
+        max_bytes: Length of the longest object; see `TierContext.max_bytes`.
+    """
+
     def acknowledged(
-        self, after: int, *, batch: int = 1, meanwhile: Callable[[], object] | None = None
+        self,
+        after: int,
+        *,
+        batch: int = 1,
+        keep: int | None = None,
+        longest: bool = False,
+        meanwhile: Callable[[], object] | None = None,
     ) -> list[int]:
         """Start it, and have it killed when `after` objects are stored.
 
         Args:
             after: It dies as soon as `Tier.poll` has said so, before any other call.
             batch: Objects that it has in flight at once, also when it dies.
+            keep: It discards the oldest objects as soon as it has stored more than so many. None: none.
+            longest: Have all objects as long as the longest. Else they are of many lengths.
             meanwhile: Called again and again until then.
 
         Returns:
             The numbers of the objects of which the tier had said that they are stored.
         """
-        job = {"settings": dict(self._settings), "max_bytes": self._max_bytes, "after": after, "batch": batch}
         with tempfile.TemporaryFile() as said:
-            process = self._fork(said, job) if isinstance(self._backend, Backend) else self._spawn(said, job)
+            process = self._start(said, after=after, batch=batch, keep=keep, longest=longest)
             give_up_s = time.monotonic() + PATIENCE_S
             try:
                 while process.poll() is None:
@@ -66,23 +107,29 @@ class KilledChild:
             said.seek(0)
             return [int(line) for line in said.read().split(b"\n")[:-1]]
 
-    def _spawn(self, said: Any, job: Mapping[str, Any]) -> subprocess.Popen[bytes]:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        main = "from kvbm_core.testing._child import main; main()"
-        command = [sys.executable, "-c", main, json.dumps({"backend": self._backend, **job})]
-        return subprocess.Popen(command, stdout=said, stdin=subprocess.DEVNULL, env=environment)
 
-    def _fork(self, said: Any, job: Mapping[str, Any]) -> _Forked:
-        pid = os.fork()
-        if pid == 0:
+class IdleChild(_Child):
+    """Opens a tier in a process of its own, stores an object, and ends without closing it."""
+
+    def must_end(self) -> None:
+        """Start it, and insist that it ends.
+
+        Raises:
+            AssertionError: If it does not, or ends by an error.
+        """
+        with tempfile.TemporaryFile() as said:
+            process = self._start(said)
+            give_up_s = time.monotonic() + PATIENCE_S
             try:
-                _live(self._backend, said.fileno(), **job)
-            except BaseException:
-                traceback.print_exc()
-                raise
+                while process.poll() is None:
+                    assert time.monotonic() < give_up_s, (
+                        "the process does not end: threads of the tier keep it"
+                    )
+                    time.sleep(0.001)
             finally:
-                os._exit(1)
-        return _Forked(pid)
+                process.kill()
+                status = process.wait()
+            assert status == 0, f"the process ended with {status}; see the standard error"
 
 
 class _Forked:
@@ -90,21 +137,21 @@ class _Forked:
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
-        self._ended = False
+        self._status: int | None = None
 
     def poll(self) -> int | None:
-        if not self._ended:
-            self._ended = os.waitpid(self._pid, os.WNOHANG)[0] != 0
-        return 1 if self._ended else None
+        if self._status is None and (ended := os.waitpid(self._pid, os.WNOHANG))[0]:
+            self._status = os.waitstatus_to_exitcode(ended[1])
+        return self._status
 
     def kill(self) -> None:
         if self.poll() is None:
             os.kill(self._pid, signal.SIGKILL)
 
-    def wait(self) -> None:
-        if not self._ended:
-            os.waitpid(self._pid, 0)
-            self._ended = True
+    def wait(self) -> int:
+        if self._status is None:
+            self._status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        return self._status
 
 
 def _lines(said: Any) -> int:
@@ -112,19 +159,32 @@ def _lines(said: Any) -> int:
 
 
 def _live(
-    backend: str | Backend, out: int, *, settings: Mapping[str, Any], max_bytes: int, after: int, batch: int
+    backend: str | Backend,
+    out: int,
+    *,
+    settings: Mapping[str, Any],
+    max_bytes: int,
+    after: int | None = None,
+    batch: int = 1,
+    keep: int | None = None,
+    longest: bool = False,
 ) -> None:
-    """Store objects until enough are said to be stored, and die by that."""
+    """Store objects until enough are said to be stored, and die by that; without `after` store one."""
     rig = Rig(backend, lambda folder: settings, Path(), max_bytes)
     tier = rig.open()
+    if after is None:
+        if not tier.capabilities.read_only:
+            rig.store(tier, 0)
+        return
     numbers = itertools.count()
     flying: dict[int, Transfer] = {}
+    kept: list[int] = []
     said = 0
     while True:
-        new = {
-            number: rig.transfer(Op.STORE, number, rig.memory(number))
-            for number in itertools.islice(numbers, batch - len(flying))
-        }
+        wanted = list(itertools.islice(numbers, batch - len(flying)))
+        if longest:
+            rig.set_length(max_bytes, *wanted)
+        new = {number: rig.transfer(Op.STORE, number, rig.memory(number)) for number in wanted}
         flying |= new
         tier.submit(list(new.values()))
         stored = {completion.ticket for completion in tier.poll() if completion.outcome is Outcome.DONE}
@@ -135,6 +195,10 @@ def _live(
             os.kill(os.getpid(), signal.SIGKILL)
         for number in ended:
             del flying[number]
+        kept += ended
+        if keep is not None and len(kept) > keep:
+            tier.discard([key_of(number) for number in kept[:-keep]])
+            kept = kept[-keep:]
         time.sleep(0.0002)
 
 

@@ -146,6 +146,10 @@ class Rig:
         """Give the settings as the backend's own type."""
         return convert(self.settings(), self.backend.config_type, "settings")
 
+    def elsewhere_in(self, folder: Path) -> Rig:
+        """Give another for tiers in another folder."""
+        return Rig(self.name, self._settings, folder, self.max_bytes, self._fill)
+
     # Objects.
 
     def length(self, number: int) -> int:
@@ -174,12 +178,12 @@ class Rig:
         world_size: int = 1,
         namespace: Namespace = NAMESPACE,
         max_bytes: int | None = None,
-        wake: Callable[[], None] = lambda: None,
+        **more: Any,
     ) -> Tier:
-        """Open a tier; it is closed when the test is over."""
+        """Open a tier; it is closed when the test is over. `more`: other fields of the `TierContext`."""
         feed()
         nbytes = self.max_bytes if max_bytes is None else max_bytes
-        context = TierContext(namespace, nbytes, rank, world_size, wake, name="suite")
+        context = TierContext(namespace, nbytes, rank, world_size, name="suite", **more)
         tier = self.backend.open(self.config(), context)
         self._open.append(tier)
         return tier

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import pytest
 
-__all__ = ["WholeSuite", "insist_on_the_whole"]
+from kvbm_core.testing._rig import PATIENCE_S
+from kvbm_core.testing._watch import watched
+from kvbm_core.testing._witness import witnessed
+
+__all__ = ["WholeSuite", "insist_on_the_whole", "members_of"]
 
 
 class WholeSuite:
@@ -24,6 +28,13 @@ class WholeSuite:
     waivers: ClassVar[Mapping[str, str]] = {}
     """Tests that cannot pass, and why. Each must fail, else the waiver is out of date."""
 
+    @pytest.fixture(autouse=True)
+    def _watch(self, request: pytest.FixtureRequest) -> Iterator[None]:
+        """Have a test fail that makes no progress, and be named if the interpreter ends in it."""
+        capture = request.config.pluginmanager.getplugin("capturemanager")
+        with witnessed(request.node.nodeid, capture), watched(PATIENCE_S):
+            yield
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if WholeSuite in cls.__bases__:
@@ -31,11 +42,11 @@ class WholeSuite:
         insist_on_the_whole(cls)
         suite = _suite_of(cls)
         for name, reason in cls.waivers.items():
-            if not name.startswith("test_") or name not in vars(suite):
+            if not name.startswith("test_") or name not in members_of(suite):
                 raise TypeError(f"{cls.__name__} waives {name!r}, which is no test of the suite")
             if not reason.strip():
                 raise TypeError(f"{cls.__name__} waives {name} without a reason")
-            setattr(cls, name, _waived(vars(suite)[name], reason))
+            setattr(cls, name, _waived(members_of(suite)[name], reason))
 
 
 def insist_on_the_whole(cls: type[WholeSuite]) -> None:
@@ -45,7 +56,7 @@ def insist_on_the_whole(cls: type[WholeSuite]) -> None:
         TypeError: If there is one. Names it, or the mark.
     """
     wrong, suite = [], _suite_of(cls)
-    for name, member in vars(suite).items():
+    for name, member in members_of(suite).items():
         mine = inspect.getattr_static(cls, name)
         free = name in suite.members or name.startswith("__")
         if not free and getattr(mine, "waives", mine) is not member:
@@ -55,6 +66,12 @@ def insist_on_the_whole(cls: type[WholeSuite]) -> None:
     marks = {mark.name for mark in getattr(cls, "pytestmark", ())}
     if marks & {"skip", "skipif", "xfail"}:
         raise TypeError(f"{cls.__name__} is marked {sorted(marks)}: declare a waiver for each test instead")
+
+
+def members_of(suite: type[WholeSuite]) -> dict[str, Any]:
+    """Give what a suite is made of, its own and that of its parts."""
+    parts = [base for base in suite.__mro__ if base not in (WholeSuite, object)]
+    return {name: member for base in reversed(parts) for name, member in vars(base).items()}
 
 
 def _suite_of(cls: type[WholeSuite]) -> type[WholeSuite]:

@@ -13,12 +13,13 @@ or behind a trace of real requests.
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import hashlib
+import io
 import itertools
 import random
 import tracemalloc
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Final
 
 from hypothesis import strategies as st
@@ -29,15 +30,17 @@ from kvbm_core.config import convert
 from kvbm_core.policy import EvictionPolicy, Policy, PolicyConfig, PolicyContext
 from kvbm_core.registry import Registry
 from kvbm_core.testing._machine import settings_of
+from kvbm_core.testing._oracle import MANY, USUAL_BYTES, Calls, Cost, PolicyOracle, block_key, counting
+from kvbm_core.testing._process import changes, process_state
+from kvbm_core.testing._watch import handles
 from kvbm_core.testing._whole import WholeSuite
 from kvbm_core.tier import CONTRACT_VERSION
 
 __all__ = ["PolicyOracle", "PolicySuite"]
 
-_USUAL_BYTES: Final = 1000
 _OBJECTS: Final = 200
 """Of the usual length that the tier has room for."""
-_CAPACITY_BYTES: Final = _USUAL_BYTES * _OBJECTS
+_CAPACITY_BYTES: Final = USUAL_BYTES * _OBJECTS
 _EVICTIONS: Final = 8
 """After so many in a row that free too little, the core goes on without the policy."""
 _WARM_ROUNDS: Final = 20
@@ -47,88 +50,8 @@ _GHOST_BYTES: Final = 4
 """Less than a policy that remembers every key keeps for each."""
 _STEPS: Final = 40
 _MOST_KEYS: Final = 12
-
-
-def _key(number: int) -> BlockKey:
-    """Make a key; each call makes an object of its own, as each request does."""
-    return hashlib.sha256(f"policy {number}".encode()).digest()
-
-
-class _Counted(Container[BlockKey]):
-    """Protected objects that know how often each was asked for."""
-
-    def __init__(self, keys: Container[BlockKey]) -> None:
-        self._keys = keys
-        self.asked: dict[object, int] = {}
-
-    def __contains__(self, key: object) -> bool:
-        self.asked[key] = self.asked.get(key, 0) + 1
-        return key in self._keys
-
-
-class PolicyOracle(EvictionPolicy):
-    """Passes every call on to a policy, and insists that its answers keep the contract.
-
-    Args:
-        policy: It knows nothing yet.
-
-    Raises:
-        AssertionError: By `evict` and `admits`, with what is wrong with the answer.
-    """
-
-    def __init__(self, policy: EvictionPolicy) -> None:
-        self._policy = policy
-        self.known: dict[BlockKey, int] = {}
-        """The objects that the policy knows, and the bytes that each takes."""
-
-    def __repr__(self) -> str:
-        return f"<PolicyOracle {len(self.known)} objects, {self.nbytes} bytes: {self._policy!r}>"
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes that all known objects take."""
-        return sum(self.known.values())
-
-    def insert(self, key: BlockKey, nbytes: int) -> None:
-        """See `EvictionPolicy.insert`."""
-        self.known[key] = nbytes
-        self._policy.insert(key, nbytes)
-
-    def touch(self, key: BlockKey) -> None:
-        """See `EvictionPolicy.touch`."""
-        self._policy.touch(key)
-
-    def remove(self, key: BlockKey) -> None:
-        """See `EvictionPolicy.remove`."""
-        del self.known[key]
-        self._policy.remove(key)
-
-    def evict(self, nbytes: int, protected: Container[BlockKey]) -> Sequence[BlockKey]:
-        """See `EvictionPolicy.evict`."""
-        counted = _Counted(protected)
-        victims = self._policy.evict(nbytes, counted)
-        strange = [key for key in victims if key not in self.known]
-        assert not strange, f"evict() named {len(strange)} objects that the tier has not"
-        assert len(set(victims)) == len(victims), "evict() named an object twice"
-        kept = [key for key in victims if key in protected]
-        assert not kept, f"evict() named {len(kept)} protected objects"
-        often = max(counted.asked.values(), default=0)
-        assert often <= 1, f"evict() asked {often} times whether an object is protected; once is enough"
-        spared = any(key in protected for key in self.known)
-        sizes = [self.known.pop(key) for key in victims]
-        assert sum(sizes[:-1]) < nbytes, (
-            f"evict({nbytes}) named {len(sizes)} objects of {sum(sizes)} bytes; the last is not needed"
-        )
-        assert spared or not self.known or sum(sizes) >= nbytes, (
-            f"evict({nbytes}) freed {sum(sizes)} bytes, though none of {len(self.known)} more is protected"
-        )
-        return victims
-
-    def admits(self, key: BlockKey, nbytes: int) -> bool:
-        """See `EvictionPolicy.admits`."""
-        answer = self._policy.admits(key, nbytes)
-        assert isinstance(answer, bool), f"admits() gave {answer!r}, it must be True or False"
-        return answer
+_MOST_COST: Final = 200
+_MOST_SHOWN: Final = 500
 
 
 class _Machine(RuleBasedStateMachine):
@@ -138,27 +61,27 @@ class _Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.policy = self.suite.made(capacity_bytes=8 * _USUAL_BYTES)
+        self.policy = self.suite.made(capacity_bytes=8 * USUAL_BYTES)
 
-    @rule(number=st.integers(0, _MOST_KEYS - 1), size=st.integers(1, _USUAL_BYTES), spare=st.integers(0, 3))
+    @rule(number=st.integers(0, _MOST_KEYS - 1), size=st.integers(1, USUAL_BYTES), spare=st.integers(0, 3))
     def store(self, number: int, size: int, spare: int) -> None:
         """Store an object, making room where there is none: some of the others are protected."""
-        key = _key(number)
+        key = block_key(number)
         if key in self.policy.known:
             self.policy.touch(key)
             return
-        excess = self.policy.nbytes + size - 8 * _USUAL_BYTES
+        excess = self.policy.nbytes + size - 8 * USUAL_BYTES
         if excess > 0:
             if not self.policy.admits(key, size):
                 return
             self.policy.evict(excess, list(self.policy.known)[:spare])
-        if self.policy.nbytes + size <= 8 * _USUAL_BYTES:
+        if self.policy.nbytes + size <= 8 * USUAL_BYTES:
             self.policy.insert(key, size)
 
-    @rule(nbytes=st.integers(1, 3 * _USUAL_BYTES), spared=st.sets(st.integers(0, _MOST_KEYS - 1)))
+    @rule(nbytes=st.integers(1, 3 * USUAL_BYTES), spared=st.sets(st.integers(0, _MOST_KEYS - 1)))
     def evict(self, nbytes: int, spared: set[int]) -> None:
         """Make room beside what a request uses; some of that the tier has not."""
-        self.policy.evict(nbytes, {_key(number) for number in spared})
+        self.policy.evict(nbytes, {block_key(number) for number in spared})
 
     @precondition(lambda self: self.policy.known)
     @rule(which=st.integers(0, _MOST_KEYS))
@@ -209,7 +132,7 @@ class PolicySuite(WholeSuite):
         """Make a policy whose answers are not checked."""
         kind = self.kind()
         config = convert(self.settings, kind.config_type, "settings")
-        return kind.make(config, PolicyContext(capacity_bytes, _USUAL_BYTES, "suite"))
+        return kind.make(config, PolicyContext(capacity_bytes, USUAL_BYTES, "suite"))
 
     def test_the_policy_is_what_the_core_expects(self) -> None:
         """Its name is its entry point's, its contract ours, what it makes is a policy."""
@@ -227,34 +150,34 @@ class PolicySuite(WholeSuite):
         policy = _filled(self.made(), range(_OBJECTS))
         chance = random.Random(1)
         for number in chance.choices(range(_OBJECTS), k=3 * _OBJECTS):
-            policy.touch(_key(number))
+            policy.touch(block_key(number))
         while policy.known:
-            policy.evict(chance.randint(1, 5 * _USUAL_BYTES), ())
+            policy.evict(chance.randint(1, 5 * USUAL_BYTES), ())
         assert list(policy.evict(1, ())) == []
 
     def test_no_more_is_freed_than_is_needed(self) -> None:
         """Without the last object that is named, too few bytes would be free; with it, enough are."""
         policy = self.made()
         numbers = itertools.count()
-        for nbytes in [1, _USUAL_BYTES - 1, _USUAL_BYTES, _USUAL_BYTES + 1, 7 * _USUAL_BYTES] * 20:
-            while policy.nbytes < _CAPACITY_BYTES - _USUAL_BYTES:
+        for nbytes in [1, USUAL_BYTES - 1, USUAL_BYTES, USUAL_BYTES + 1, 7 * USUAL_BYTES] * 20:
+            while policy.nbytes < _CAPACITY_BYTES - USUAL_BYTES:
                 _filled(policy, [next(numbers)])
             assert policy.evict(nbytes, ())
 
     def test_protected_objects_stay(self) -> None:
         """They are named in none of many evictions, and all others are."""
         policy = _filled(self.made(), range(_OBJECTS))
-        spared = {_key(number) for number in range(0, _OBJECTS, 5)}
+        spared = {block_key(number) for number in range(0, _OBJECTS, 5)}
         for _ in range(_OBJECTS * _EVICTIONS):
-            policy.evict(_USUAL_BYTES, spared)
+            policy.evict(USUAL_BYTES, spared)
         assert set(policy.known) == spared
 
     def test_an_eviction_gets_past_protected_objects(self) -> None:
         """A long prompt protects every second object: soon another is named, wherever these stand."""
         for spared in (range(_OBJECTS // 2), range(_OBJECTS // 2, _OBJECTS), range(0, _OBJECTS, 2)):
             policy = _filled(self.made(), range(_OBJECTS))
-            keys = {_key(number) for number in spared}
-            assert any(policy.evict(_USUAL_BYTES, keys) for _ in range(_EVICTIONS)), (
+            keys = {block_key(number) for number in spared}
+            assert any(policy.evict(USUAL_BYTES, keys) for _ in range(_EVICTIONS)), (
                 f"{_EVICTIONS} evictions in a row named no object: the core would go on without the policy"
             )
 
@@ -270,7 +193,7 @@ class PolicySuite(WholeSuite):
         """It is not named, and may come back."""
         policy = _filled(self.made(), range(_OBJECTS))
         for number in range(0, _OBJECTS, 2):
-            policy.remove(_key(number))
+            policy.remove(block_key(number))
         policy.evict(policy.nbytes // 2, ())
         _filled(policy, range(0, _OBJECTS, 4))
         policy.evict(policy.nbytes, ())
@@ -282,26 +205,26 @@ class PolicySuite(WholeSuite):
         for _ in range(20):
             numbers = chance.sample(range(2 * _OBJECTS), _OBJECTS)
             for number in numbers:
-                if _key(number) in policy.known:
-                    policy.touch(_key(number))
-                elif policy.nbytes + _USUAL_BYTES <= _CAPACITY_BYTES:
-                    policy.insert(_key(number), chance.randint(1, _USUAL_BYTES))
+                if block_key(number) in policy.known:
+                    policy.touch(block_key(number))
+                elif policy.nbytes + USUAL_BYTES <= _CAPACITY_BYTES:
+                    policy.insert(block_key(number), chance.randint(1, USUAL_BYTES))
             policy.evict(_CAPACITY_BYTES // 3, ())
 
     def test_admission_is_yes_or_no_and_changes_nothing(self) -> None:
         """An object that was asked for is not known by that."""
         policy = _filled(self.made(), range(_OBJECTS))
         for number in range(3 * _OBJECTS):
-            policy.admits(_key(_OBJECTS + number), _USUAL_BYTES)
+            policy.admits(block_key(_OBJECTS + number), USUAL_BYTES)
         policy.evict(policy.nbytes, ())
         assert list(policy.evict(1, ())) == []
 
     def test_an_empty_policy_names_none(self) -> None:
         """Also one that has become empty."""
         policy = self.made()
-        assert list(policy.evict(_USUAL_BYTES, ())) == []
-        _filled(policy, [1]).remove(_key(1))
-        assert list(policy.evict(_USUAL_BYTES, ())) == []
+        assert list(policy.evict(USUAL_BYTES, ())) == []
+        _filled(policy, [1]).remove(block_key(1))
+        assert list(policy.evict(USUAL_BYTES, ())) == []
 
     def test_what_is_remembered_is_bounded_by_the_capacity(self) -> None:
         """New objects pass through a full tier, a hundred times its room: the memory does not grow.
@@ -322,6 +245,110 @@ class PolicySuite(WholeSuite):
             f"it has grown by {grown_bytes} bytes with {_ROUNDS * _OBJECTS} objects that are gone"
         )
 
+    def test_more_than_there_is_frees_all(self) -> None:
+        """An eviction of more bytes than all objects take names each, and ends."""
+        policy = _filled(self.made(), range(_OBJECTS // 2))
+        policy.evict(3 * _CAPACITY_BYTES, ())
+        assert not policy.known, f"{len(policy.known)} objects are left"
+        policy = _filled(self.made(), range(20))
+        spared = {block_key(number) for number in range(5)}
+        for _ in range(_EVICTIONS):
+            policy.evict(3 * _CAPACITY_BYTES, spared)
+        assert set(policy.known) == spared
+
+    def test_a_tier_may_have_room_for_one_object(self) -> None:
+        """Or for two: no part of the capacity may come to nothing."""
+        for objects in (1, 2):
+            policy = self.made(capacity_bytes=objects * USUAL_BYTES)
+            for number in range(20):
+                if len(policy.known) == objects and policy.admits(block_key(number), USUAL_BYTES):
+                    policy.evict(USUAL_BYTES, ())
+                if len(policy.known) < objects:
+                    policy.insert(block_key(number), USUAL_BYTES)
+                    policy.touch(block_key(number))
+            policy.evict(objects * USUAL_BYTES, ())
+            assert not policy.known
+
+    def test_objects_may_be_much_shorter_than_usual(self) -> None:
+        """Then there are many more of them than the capacity has room for of the usual length."""
+        policy = self.made()
+        numbers = range(20 * _OBJECTS)
+        for number in numbers:
+            policy.insert(block_key(number), USUAL_BYTES // 20)
+        for number in numbers[::7]:
+            policy.touch(block_key(number))
+        for number in numbers[::11]:
+            policy.remove(block_key(number))
+        policy.evict(policy.nbytes, ())
+        assert not policy.known, f"{len(policy.known)} objects are never named"
+
+    def test_what_evict_gives_is_the_callers_own(self) -> None:
+        """A sequence, also of none, that stays as it is."""
+        policy = _filled(self.made(), range(_OBJECTS))
+        given = [policy.evict(USUAL_BYTES, set(policy.known)), policy.evict(USUAL_BYTES, ())]
+        kept = [list(victims) for victims in given]
+        given.append(policy.evict(3 * USUAL_BYTES, ()))
+        _filled(policy, range(_OBJECTS, _OBJECTS + 20))
+        policy.evict(policy.nbytes, ())
+        assert [list(victims) for victims in given[:2]] == kept, "what evict() gave has changed since"
+        assert all(isinstance(victims, Sequence) for victims in given), f"{type(given[0])} is no sequence"
+
+    def test_what_is_protected_is_asked_and_not_listed(self) -> None:
+        """The core gives something that answers `in`, and no more; it is not changed."""
+        policy = _filled(self.made(), range(_OBJECTS))
+        spared = {block_key(number) for number in range(0, _OBJECTS, 3)}
+        before = set(spared)
+        for _ in range(20):
+            policy.evict(USUAL_BYTES, spared)
+        assert spared == before
+        assert before <= set(policy.known)
+
+    def test_policies_of_two_tiers_have_nothing_in_common(self) -> None:
+        """Each tier has a policy of its own, and the same object may be in both."""
+        first, second = self.made(), self.made()
+        _filled(first, range(0, 40))
+        _filled(second, range(20, 60))
+        first.remove(block_key(25))
+        second.evict(second.nbytes, ())
+        assert not second.known
+        first.evict(first.nbytes, ())
+        assert not first.known
+
+    def test_a_call_costs_the_same_at_any_number_of_objects(self) -> None:
+        """Keys are compared and hashed a few times for each call, not once for each object that is known."""
+        cost = Cost()
+        policy = self.bare(capacity_bytes=MANY * USUAL_BYTES)
+        keys = [counting(cost, number) for number in range(2 * MANY)]
+        for key in keys[:MANY]:
+            policy.insert(key, USUAL_BYTES)
+        calls = Calls(policy, cost, keys)
+        for name in ("touch", "remove", "insert", "admits", "evict"):
+            each = calls.cost_of(name)
+            assert each <= _MOST_COST, (
+                f"{name}() of one of {MANY} objects compares or hashes keys {each:.0f} times"
+            )
+
+    def test_repr_is_one_line_at_any_time(self) -> None:
+        """Also when it has many objects."""
+        policy = _filled(self.made(), range(_OBJECTS))
+        policy.evict(_CAPACITY_BYTES // 3, ())
+        shown = repr(policy)
+        assert "\n" not in shown
+        assert len(shown) < _MOST_SHOWN, f"{len(shown)} characters: {shown[:100]}"
+
+    def test_the_process_stays_as_it_was_and_nothing_is_printed(self) -> None:
+        """No thread, no file, nothing of the engine's; the scheduling loop is its own."""
+        self.bare()
+        said = io.StringIO()
+        before, open_before = process_state(), handles()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            policy = _filled(self.made(), range(_OBJECTS))
+            policy.touch(block_key(1))
+            policy.evict(_CAPACITY_BYTES // 3, ())
+        assert changes(before, process_state()) == []
+        assert handles() <= open_before, f"{handles() - open_before} files and threads more"
+        assert not said.getvalue(), f"it printed {said.getvalue()[:200]!r}"
+
     def test_any_sequence_of_calls_keeps_the_contract(self) -> None:
         """Random programs; hypothesis prints the shortest that fails."""
         made = type("Machine", (_Machine,), {"suite": self})
@@ -331,7 +358,7 @@ class PolicySuite(WholeSuite):
 def _filled(policy: PolicyOracle, numbers: Collection[int]) -> PolicyOracle:
     """Insert numbered objects; each is as long as its number says, and none longer than usual."""
     for number in numbers:
-        policy.insert(_key(number), 1 + number * 37 % _USUAL_BYTES)
+        policy.insert(block_key(number), 1 + number * 37 % USUAL_BYTES)
     return policy
 
 
@@ -339,12 +366,12 @@ def _pass_through(policy: EvictionPolicy, numbers: Any, rounds: int) -> None:
     """Store so many capacities of new objects in a tier, and use some of them once, as an engine does."""
     known: set[BlockKey] = set()
     for number in itertools.islice(numbers, rounds * _OBJECTS):
-        key = _key(number)
+        key = block_key(number)
         if len(known) >= _OBJECTS:
-            if not policy.admits(key, _USUAL_BYTES):
+            if not policy.admits(key, USUAL_BYTES):
                 continue
-            known -= set(policy.evict(_USUAL_BYTES, ()))
-        policy.insert(key, _USUAL_BYTES)
+            known -= set(policy.evict(USUAL_BYTES, ()))
+        policy.insert(key, USUAL_BYTES)
         known.add(key)
         if number % 3 == 0:
             policy.touch(key)

@@ -23,7 +23,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -32,11 +32,30 @@ import pytest
 
 from kvbm_core.block import BlockKey, Namespace
 from kvbm_core.errors import QueueFullError, TierError, TierOpenError, TransitionError
+from kvbm_core.testing._bound_tests import BoundTests, bytes_in
+from kvbm_core.testing._call_tests import CallTests
 from kvbm_core.testing._child import KilledChild
 from kvbm_core.testing._machine import run_machine
+from kvbm_core.testing._medium_tests import MediumTests
+from kvbm_core.testing._needs import (
+    asked,
+    bounded,
+    durable,
+    filled,
+    fleeting,
+    kept_apart,
+    lending,
+    listing,
+    needs,
+    owned,
+    shared,
+    writable,
+)
+from kvbm_core.testing._place_tests import PlaceTests
+from kvbm_core.testing._process_tests import ProcessTests
 from kvbm_core.testing._rig import PATIENCE_S, Memory, Rig, key_of, lengths
 from kvbm_core.testing._room import Room, count_of
-from kvbm_core.testing._watch import Fastest, files_held, handles, returns, watched
+from kvbm_core.testing._watch import Fastest, files_held, handles, returns
 from kvbm_core.testing._whole import WholeSuite, insist_on_the_whole
 from kvbm_core.tier import (
     CONTRACT_VERSION,
@@ -59,41 +78,17 @@ CLOSE_S: Final = 10.0
 """As long as the core waits for `close`."""
 
 
-def needs(what: str, having: Callable[[Capabilities], bool]) -> Callable[[Any], Any]:
-    """Have a test run only for tiers with a capability."""
-
-    def mark(test: Any) -> Any:
-        before, also = getattr(test, "needs", ("", lambda capabilities: True))
-        text = f"{what}, and {before}" if before else what
-        test.needs = (text, lambda capabilities: having(capabilities) and also(capabilities))
-        return test
-
-    return mark
-
-
-writable = needs("writable", lambda c: not c.read_only)
-filled = needs("read_only", lambda c: c.read_only)
-durable = needs("durable", lambda c: c.durable)
-listing = needs("durable, and lists its objects", lambda c: c.durable and not c.remote_lookup)
-fleeting = needs("forgetful (not durable)", lambda c: not c.durable)
-bounded = needs("bounded", lambda c: c.capacity_bytes is not None and not c.read_only)
-shared = needs("shared", lambda c: c.shared)
-asked = needs("asked by LOOKUP", lambda c: c.remote_lookup)
-lending = needs("addressable", lambda c: c.addressable)
-owned = needs("durable, and not shared", lambda c: c.durable and not c.shared)
-kept_apart = needs("durable or shared", lambda c: c.durable or c.shared)
-
-
-class TierSuite(WholeSuite):
+class TierSuite(CallTests, PlaceTests, BoundTests, MediumTests, ProcessTests, WholeSuite):
     """Subclass it, name a backend, give settings for a small tier, and run pytest."""
 
     backend: ClassVar[str | Backend]
     """The name of an entry point, or a `Backend`."""
     waivers: ClassVar[Mapping[str, str]] = {}
     """Tests that this backend cannot pass, and why. Each must fail, else the waiver is out of date."""
-    members = frozenset({"backend", "settings", "waivers", "fill", "max_bytes", "programs"})
+    members = frozenset({"backend", "settings", "waivers", "fill", "broken_medium", "max_bytes", "programs"})
     max_bytes: ClassVar[int] = 16 * 1024 + 96
     """Length of the longest object; not a multiple of a page, as in service. Others are shorter."""
+    _capabilities: ClassVar[Capabilities]
     programs: ClassVar[int] = 60
     """Random programs that the last test runs. Each opens a tier: fewer where that takes long."""
 
@@ -126,15 +121,20 @@ class TierSuite(WholeSuite):
             Rig(self.backend, self.settings, folder, self.max_bytes, self.fill) for folder in folders
         )
         what, having = getattr(request.function, "needs", ("", lambda capabilities: True))
-        with watched(PATIENCE_S):
-            try:
-                if not having(look.capabilities()):
-                    if request.function.__name__ in self.waivers:
-                        pytest.fail(f"waived, but not run for a tier that is not {what}: remove the waiver")
-                    pytest.skip(f"left out: the tier is not {what}")
-                yield rig
-            finally:
-                rig.close_all()
+        try:
+            if not having(self._looked(look)):
+                if request.function.__name__ in self.waivers:
+                    pytest.fail(f"waived, but not run for a tier that is not {what}: remove the waiver")
+                pytest.skip(f"left out: the tier is not {what}")
+            yield rig
+        finally:
+            rig.close_all()
+
+    def _looked(self, rig: Rig) -> Capabilities:
+        """Say what the tiers can do; a class has one kind, and opening one may take long."""
+        if "_capabilities" not in vars(type(self)):
+            type(self)._capabilities = rig.capabilities()
+        return type(self)._capabilities
 
     # The backend.
 
@@ -848,7 +848,7 @@ class TierSuite(WholeSuite):
         rig.set_length(rig.max_bytes, *range(2 * count))
         rig.must_store(tier, *range(count))
         rig.close(tier)
-        before_bytes = _bytes_in(rig.folder)
+        before_bytes = bytes_in(rig.folder)
         tier = rig.open(world_size=2)
         charge, room = tier.capabilities.charge, tier.capabilities.capacity_bytes or 0
         listed = dict(tier.inventory())
@@ -858,7 +858,7 @@ class TierSuite(WholeSuite):
         rig.must_miss(tier, *(number for number in range(count) if key_of(number) not in listed))
         rig.store(tier, *range(count, 2 * count))
         rig.close(tier)
-        after_bytes = _bytes_in(rig.folder)
+        after_bytes = bytes_in(rig.folder)
         assert after_bytes < 0.85 * before_bytes or before_bytes == 0, (
             f"half of the capacity, and the folder has {after_bytes} bytes of the {before_bytes} that it had"
         )
@@ -1070,11 +1070,6 @@ def _readable_by_others(folder: Path) -> list[str]:
         elif stat.S_ISREG(mode) and mode & 0o066:
             found.append(str(path))
     return found
-
-
-def _bytes_in(folder: Path) -> int:
-    """Count the bytes that the files of a folder take on the disk."""
-    return sum(512 * path.lstat().st_blocks for path in folder.rglob("*") if path.is_file())
 
 
 def _flipped(key: BlockKey, bit: int) -> BlockKey:

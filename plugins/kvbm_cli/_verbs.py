@@ -17,6 +17,8 @@ from kvbm_core.extras import extra_command
 
 __all__ = ["Verbs", "command_of", "load", "missing_package", "verb_points"]
 
+_DISTRIBUTIONS: Final = {"grpc": "grpcio"}
+"""By module, where the names differ by more than their punctuation."""
 _ANY_WORDS: Final = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -74,7 +76,7 @@ def missing_package(error: ModuleNotFoundError, points: Sequence[EntryPoint]) ->
 
 
 def _canonical(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
+    return _DISTRIBUTIONS.get(name, re.sub(r"[-_.]+", "-", name).lower())
 
 
 def _owner(point: EntryPoint) -> str:

@@ -12,9 +12,10 @@ interpreter would delay its first kernels; a moment later the accelerator has wo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from bisect import bisect_left
+from collections.abc import Callable, Container, Sequence
 
-from kvbm_core import Plan, Planner
+from kvbm_core import BlockKey, Origin, Plan, Planner
 from kvbm_core.groups import Rule
 from kvbm_engine._ledger import Ledger
 from kvbm_engine._requests import RequestState
@@ -83,13 +84,25 @@ class Storing:
                 first = places[0] if places else 0
                 run = state.keys.slice(first, places[-1] + 1, at) if places else []
                 keys = [run[place - first] for place in places]
-                blocks = [state.blocks[at][place] for place in places]
+                self._offer(state, at, places, keys, now_s, final=final)
             else:
-                keys, blocks = state.keys.slice(offered, complete, at), state.blocks[at][offered:complete]
-            if keys:
-                self.blocks_final &= final
-                self._planner.store(keys, blocks, state.keys, now_s, at)
+                keys = state.keys.slice(offered, complete, at)
+                self._offer(state, at, range(offered, complete), keys, now_s, final=final)
         state.owes_end &= not ended
+
+    def _offer(
+        self, state: RequestState, at: int, places: Sequence[int], keys: Sequence[BlockKey], now_s: float,
+        *, final: bool,
+    ) -> None:  # fmt: skip
+        """Offer blocks of a KV group; those of the prompt and those that were generated, each for itself."""
+        prompt_blocks = state.prompt_tokens // self._ledger.groups[at].block_tokens
+        cut = bisect_left(places, prompt_blocks)
+        for part in (slice(cut), slice(cut, None)):
+            if some := places[part]:
+                self.blocks_final &= final
+                blocks = [state.blocks[at][place] for place in some]
+                origin = Origin(some[0], prompt_blocks)
+                self._planner.store(keys[part], blocks, state.keys, now_s, at, origin)
 
     def _places(self, state: RequestState, at: int, offered: int, complete: int, *, ended: bool) -> list[int]:
         """Choose blocks of a group of which a prefix does not need all: those that some boundary needs."""

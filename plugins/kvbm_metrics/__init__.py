@@ -9,9 +9,9 @@ copies them out.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from kvbm_metrics._address import MetricsAddress, read_address
-from kvbm_metrics._exporter import Exporter
-from kvbm_metrics._server import MetricsServer
 from kvbm_metrics._table import (
     HINTS,
     METRICS,
@@ -25,6 +25,10 @@ from kvbm_metrics._table import (
     reading,
 )
 from kvbm_metrics._tally import Tally
+
+if TYPE_CHECKING:
+    from kvbm_metrics._exporter import Exporter
+    from kvbm_metrics._server import MetricsServer
 
 __all__ = [
     "HINTS",
@@ -43,3 +47,16 @@ __all__ = [
     "read_address",
     "reading",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs prometheus_client when somebody asks for it: `kvbm check` does without."""
+    if name == "Exporter":
+        from kvbm_metrics._exporter import Exporter
+
+        return Exporter
+    if name == "MetricsServer":
+        from kvbm_metrics._server import MetricsServer
+
+        return MetricsServer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,7 +19,7 @@ _FAILURES: Final = {
     "load": ("missing", "corrupt", "full", "busy", "deadline", "error"),
     "lookup": ("busy", "deadline", "error"),
 }
-_DROPS: Final = ("backlog", "unusable", "gone", "late")
+_DROPS: Final = ("backlog", "unusable", "gone", "late", "admission")
 _PLAIN: Final = ("saved_tokens", "hit_blocks", "missed_blocks", "prefetched_blocks")
 _ANSWERS: Final = ("accepted", "clipped", "refused")
 

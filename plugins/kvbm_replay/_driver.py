@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
 
-from kvbm_core import Planner
+from kvbm_core import Origin, Planner
 from kvbm_core.block import BlockKey
 from kvbm_core.registry import Registry
 from kvbm_replay._engine_cache import EngineCache
@@ -150,10 +150,10 @@ class _Replay:
         """Offer what was computed: the prompt's blocks together, those of the answer as they come."""
         planner, answer = self._planner, self._keys.of(request.answer)
         prefix = {*keys, *answer}
-        planner.store(keys, range(len(keys)), prefix, self._now_s)
+        planner.store(keys, range(len(keys)), prefix, self._now_s, 0, Origin(0, len(keys)))
         self._go()
-        for key in answer:
-            planner.store([key], [0], prefix, self._now_s)
+        for at, key in enumerate(answer, len(keys)):
+            planner.store([key], [0], prefix, self._now_s, 0, Origin(at, len(keys)))
             self._go()
 
     def _pass(self, until_s: float) -> None:

@@ -1,8 +1,12 @@
 """Every backend in the tree passes the suite that ships, by the same door as a stranger's."""
 
+import contextlib
+
 import pytest
+from servers import FaultProxy
 
 from kvbm_core.testing.suite import TierSuite
+from kvbm_gds import _slots, _tier
 
 
 class TestMemory(TierSuite):
@@ -27,7 +31,15 @@ class TestLmdb(TierSuite):
         return {"capacity": "4MiB", "path": str(folder / "kv")}
 
 
-class TestGdsByNixl(TierSuite):
+class Gds(TierSuite):
+    @pytest.fixture(autouse=True)
+    def soon(self, monkeypatch):
+        """Have it look at once whether its medium is well again."""
+        monkeypatch.setattr(_tier, "_REOPEN_EVERY_S", 0.05)
+        monkeypatch.setattr(_slots, "_MEND_EVERY_S", 0.05)
+
+
+class TestGdsByNixl(Gds):
     backend = "gds"
     programs = 15  # Opening it takes half a second, for the probe.
 
@@ -35,7 +47,7 @@ class TestGdsByNixl(TierSuite):
         return {"capacity": "2MiB", "path": str(folder / "kv"), "engine": "posix"}
 
 
-class TestGdsByThreads(TierSuite):
+class TestGdsByThreads(Gds):
     backend = "gds"
 
     def settings(self, folder):
@@ -49,20 +61,34 @@ class TestRemoteFiles(TierSuite):
         return {"url": f"file://{folder}/kv"}
 
 
+@pytest.fixture(scope="module")
+def s3_proxy(s3_server):
+    with FaultProxy(s3_server) as proxy:
+        yield proxy
+
+
 class TestRemoteS3(TierSuite):
     backend = "remote"
     client = "obstore"
 
     @pytest.fixture(autouse=True)
-    def server(self, s3_server, monkeypatch):
+    def server(self, s3_server, s3_proxy, monkeypatch):
         for name, value in s3_server.env.items():
             monkeypatch.setenv(name, value)
-        type(self).s3 = s3_server
+        type(self).s3, type(self).proxy = s3_server, s3_proxy
+
+    @contextlib.contextmanager
+    def broken_medium(self, folder):
+        self.proxy.mode = "403"
+        try:
+            yield
+        finally:
+            self.proxy.mode = "pass"
 
     def settings(self, folder):
         url = f"s3://{self.s3.bucket}/{folder.parent.name}-{folder.name}"
         # It shares the machine with the tests.
-        options = {"endpoint_url": self.s3.endpoint}
+        options = {"endpoint_url": self.proxy.endpoint}
         return {"url": url, "client": self.client, "storage_options": options, "timeout_s": 30}
 
 

@@ -32,6 +32,9 @@ class TestEncrypting(CodecSuite):
     def settings(self, folder):
         return {"keys": [key_file(folder)]}
 
+    def another(self, folder):
+        return {"keys": [key_file(folder, "other", bytes(range(1, 33)))]}
+
 
 class TestSigning(CodecSuite):
     codec = "crypt"
@@ -39,6 +42,9 @@ class TestSigning(CodecSuite):
 
     def settings(self, folder):
         return {"keys": [key_file(folder)], "mode": "sign"}
+
+    def another(self, folder):
+        return {"keys": [key_file(folder, "other", bytes(range(1, 33)))], "mode": "sign"}
 
 
 def codec(*sources, namespace=b"n" * 16, **settings):

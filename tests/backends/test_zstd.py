@@ -19,6 +19,9 @@ WIDTHS = [1, 2, 4, 8]
 class TestPairs(CodecSuite):
     codec = "zstd"
 
+    def another(self, folder):
+        return {"element_bytes": 8}
+
 
 class TestFours(CodecSuite):
     codec = "zstd"
@@ -27,6 +30,9 @@ class TestFours(CodecSuite):
     def settings(self, folder):
         return {"element_bytes": 4}
 
+    def another(self, folder):
+        return {"element_bytes": 2}
+
 
 class TestSingles(CodecSuite):
     codec = "zstd"
@@ -34,6 +40,9 @@ class TestSingles(CodecSuite):
 
     def settings(self, folder):
         return {"element_bytes": 1}
+
+    def another(self, folder):
+        return {"element_bytes": 4}
 
 
 def codec(element_bytes=2):

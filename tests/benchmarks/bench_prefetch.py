@@ -86,7 +86,9 @@ def main() -> int:
     parser.add_argument("--delay-ms", type=float, default=5.0, help="added to each chunk of bytes")
     options = parser.parse_args()
     model, tokens = story_tokens()
-    print(f"command: python {' '.join(sys.argv)}\npython {platform.python_version()}, {os.cpu_count()} cores")
+    threads = os.environ.get("OMP_NUM_THREADS", "all")
+    print(f"command: python {' '.join(sys.argv)}")
+    print(f"python {platform.python_version()}, {os.cpu_count()} cores, threads: {threads}")
     with S3Server() as server, FaultProxy(server, delay_s=options.delay_ms / 1e3) as proxy:
         os.environ |= server.env
         with tempfile.TemporaryDirectory() as name:

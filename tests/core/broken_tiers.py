@@ -7,6 +7,7 @@ and insists that it fails. `FolderTier` and `LendingTier` are sound; the others 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,6 +50,8 @@ class BrokenTier:
     backend: Backend
     found_by: str
     """The name of a test of `TierSuite`."""
+    fault: str
+    """What is wrong with it, in a sentence."""
 
     def settings(self, folder: Path) -> Mapping[str, Any]:
         """Give the settings that the suite needs."""
@@ -60,7 +63,7 @@ def _fill(folder: Path, namespace: Namespace, objects: Mapping[BlockKey, bytes])
 
 
 def _settings(backend: Backend, folder: Path) -> Mapping[str, Any]:
-    path = {"path": str(folder / "kv")} if backend.config_type is FolderConfig else {}
+    path = {"path": str(folder / "kv")} if issubclass(backend.config_type, FolderConfig) else {}
     return {"capacity": "400KiB", **path}
 
 
@@ -68,10 +71,13 @@ BROKEN: Final[list[BrokenTier]] = []
 """One for each fault."""
 
 
-def found_by(test: str) -> Callable[[type[Tier]], type[Tier]]:
+def found_by(test: str, **members: Any) -> Callable[[type[Tier]], type[Tier]]:
+    """Note a tier that is wrong, and what must find it; `members` are those of its `Backend`."""
+
     def add(made: type[Tier]) -> type[Tier]:
         config = FolderConfig if issubclass(made, FolderTier) else MemoryConfig
-        BROKEN.append(BrokenTier(Backend(made.__name__.lower(), config, made), test))
+        said = {"config_type": config, "open": made, "shared": getattr(made, "shared", False), **members}
+        BROKEN.append(BrokenTier(Backend(made.__name__.lower(), **said), test, made.__doc__ or ""))
         return made
 
     return add
@@ -626,7 +632,7 @@ class MixesNamespaces(FolderTier):
     """Keeps the objects of all models in one place."""
 
     def place(self, path: Path) -> Path:
-        return path / str(self.context.rank)
+        return path / str(self.context.rank) / "all"
 
 
 @found_by("test_ranks_do_not_see_each_others_objects")
@@ -634,7 +640,10 @@ class MixesRanks(FolderTier):
     """Keeps the objects of all ranks in one place."""
 
     def place(self, path: Path) -> Path:
-        return path / self.context.namespace.hex()
+        return path / "all" / self.context.namespace.hex()
+
+    def lock(self) -> int:
+        return os.open(self.folder, os.O_RDONLY)
 
 
 @found_by("test_the_inventory_is_what_was_stored_and_not_discarded")

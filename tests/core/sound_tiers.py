@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
+import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 from kvbm_core import folderlock
 from kvbm_core.block import BlockKey, Namespace
@@ -39,6 +43,21 @@ class FolderConfig(TierConfig, frozen=True):
     capacity: ByteSize
 
 
+_NAME: Final = re.compile("[0-9a-f]{64}")
+
+
+def is_object(file: Path) -> bool:
+    """Say whether there is an object.
+
+    Raises:
+        OSError: If the medium does not say.
+    """
+    try:
+        return file.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
 class FolderTier(Tier):
     """A file an object, read and written in `submit`: simple, sound and durable."""
 
@@ -48,13 +67,25 @@ class FolderTier(Tier):
 
     def __init__(self, config: FolderConfig, context: TierContext) -> None:
         self.context = context
-        self.folder = self.place(Path(config.path))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.folder.chmod(0o700)
-        self.lock_fd = None if self.shared or self.read_only else self.lock()
+        self.path = Path(config.path)
+        self.folder = self.place(self.path)
+        self.lock_fd: int | None = None
         self.capacity_bytes = None if self.shared else config.capacity // context.world_size
         self.done: list[Completion] = []
         self.closed = False
+        try:
+            self.open()
+        except OSError as error:
+            self.close()
+            raise TierOpenError(f"path: {self.path} cannot be used ({error}); write another") from error
+
+    def open(self) -> None:
+        """Find what is there, and keep others out."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.chmod(0o700)
+        if not self.shared and not self.read_only:
+            self.lock_fd = self.lock()
+            self.tidy()
         files = [] if self.shared else self.files()
         self.found = [(bytes.fromhex(file.name), file.stat().st_size) for file in files]
         self.used_bytes = sum(self.capabilities.charge(nbytes) for _, nbytes in self.found)
@@ -62,7 +93,18 @@ class FolderTier(Tier):
 
     def place(self, path: Path) -> Path:
         """Say where this rank's objects of this namespace are."""
-        return path / self.context.namespace.hex() / str(self.context.rank)
+        return path / str(self.context.rank) / self.context.namespace.hex()
+
+    def tidy(self) -> None:
+        """Delete what other namespaces, ranks that are gone, and a kill have left."""
+        others = [other for other in self.folder.parent.iterdir() if other.is_dir() and other != self.folder]
+        if self.context.rank == 0:
+            ranks = [rank for rank in self.path.iterdir() if rank.name.isdecimal()]
+            others += [rank for rank in ranks if int(rank.name) >= self.context.world_size]
+        for folder in others:
+            shutil.rmtree(folder)
+        for part in self.folder.glob("*.part"):
+            part.unlink()
 
     def shrink(self) -> None:
         """Let the oldest go where the capacity is smaller than it was."""
@@ -71,28 +113,27 @@ class FolderTier(Tier):
 
     def lock(self) -> int:
         """Keep other engines out."""
-        fd = os.open(self.folder / "engine.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        fd = os.open(self.folder.parent / "engine.lock", os.O_RDWR | os.O_CREAT, 0o600)
         if not folderlock.lock(fd, 0):
             folderlock.unlock(fd)
             raise TierOpenError(f"path: {self.folder} is in use; write another")
         return fd
 
     def files(self) -> list[Path]:
-        """List the objects, oldest first."""
-        files = [file for file in self.folder.iterdir() if not file.suffix]
+        """List the objects, oldest first. What strangers have put there is none."""
+        files = [file for file in self.folder.iterdir() if _NAME.fullmatch(file.name) and is_object(file)]
         return sorted(files, key=lambda file: file.stat().st_mtime_ns)
 
     @property
     def capabilities(self) -> Capabilities:
-        """See `Tier.capabilities`. An object takes whole kilobytes, and half of one for its name."""
+        """See `Tier.capabilities`. An object takes whole blocks of the file system."""
         return Capabilities(
             capacity_bytes=self.capacity_bytes,
             queue_depth=8,
             durable=self.durable,
             shared=self.shared,
             remote_lookup=self.shared,
-            unit_bytes=1024,
-            overhead_bytes=512,
+            unit_bytes=PAGE_BYTES,
             read_only=self.read_only,
         )
 
@@ -107,20 +148,26 @@ class FolderTier(Tier):
         if len(self.done) + len(transfers) > self.capabilities.queue_depth:
             raise QueueFullError("poll first")
         for transfer in transfers:
-            self.done.append(self.end(transfer))
+            try:
+                self.done.append(self.end(transfer))
+            except OSError as error:
+                why = f"{error.strerror}: {self.path}"
+                self.done.append(Completion(transfer.ticket, Outcome.FAILED, Reason.ERROR, why))
             self.context.wake()
 
     def end(self, transfer: Transfer) -> Completion:
         """Carry a transfer out."""
         file, region = self.folder / transfer.key.hex(), transfer.region
-        if transfer.op is Op.STORE and not file.exists():
+        there = is_object(file)
+        if transfer.op is Op.STORE and not there:
             assert region is not None
             charge = self.capabilities.charge(region.nbytes)
             if self.capacity_bytes is not None and self.used_bytes + charge > self.capacity_bytes:
                 return Completion(transfer.ticket, Outcome.FAILED, Reason.FULL)
             self.write(file, region)
             self.used_bytes += charge
-        if not file.exists():
+            return Completion(transfer.ticket, Outcome.DONE, nbytes=region.nbytes)
+        if not there:
             return Completion(transfer.ticket, Outcome.MISSING, Reason.MISSING)
         if transfer.op is Op.LOAD:
             assert region is not None
@@ -131,15 +178,20 @@ class FolderTier(Tier):
         """Load an object, unless it is longer than the region."""
         content = file.read_bytes()
         if len(content) > region.nbytes:
-            return Completion(ticket, Outcome.FAILED, Reason.CORRUPT)
+            return Completion(ticket, Outcome.FAILED, Reason.CORRUPT, "it is longer than the region")
         region.view()[: len(content)] = content
         return Completion(ticket, Outcome.DONE, nbytes=len(content))
 
     def write(self, file: Path, region: Region) -> None:
         """Write an object so that nobody ever sees half of it."""
-        part = file.with_suffix(f".{id(self)}")
-        part.write_bytes(region.view())
-        part.rename(file)
+        part = file.with_suffix(f".{id(self)}.part")
+        try:
+            part.write_bytes(region.view())
+            part.rename(file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise
 
     def poll(self) -> Sequence[Completion]:
         """See `Tier.poll`."""
@@ -150,9 +202,10 @@ class FolderTier(Tier):
         """See `Tier.discard`."""
         for key in keys:
             file = self.folder / key.hex()
-            if file.exists():
-                self.used_bytes -= self.capabilities.charge(file.stat().st_size)
+            with contextlib.suppress(OSError):
+                nbytes = file.stat().st_size
                 file.unlink()
+                self.used_bytes -= self.capabilities.charge(nbytes)
 
     def close(self) -> None:
         """See `Tier.close`."""
@@ -176,7 +229,7 @@ class ReadOnlyFolder(FolderTier):
 
 def fill_folder(path: Path, namespace: Namespace, objects: Mapping[BlockKey, bytes]) -> None:
     """Be the others: put objects where a `ReadOnlyFolder` of rank 0 finds them."""
-    folder = path / namespace.hex() / "0"
+    folder = path / "0" / namespace.hex()
     folder.mkdir(parents=True, exist_ok=True)
     for key, content in objects.items():
         (folder / key.hex()).write_bytes(content)

@@ -46,7 +46,7 @@ class Opaque(EvictionPolicy):
 
 
 def guarded(adviser=None, objects=20):
-    adviser = adviser or Broken()
+    adviser = Broken() if adviser is None else adviser
     policy = GuardedPolicy(adviser, "disk", "'odd' of kvbm-odd 1.0")
     for number in range(objects):
         policy.insert(key(number), USUAL)

@@ -7,13 +7,14 @@ import threading
 from pathlib import Path
 
 import pytest
-from broken_habits import BROKEN
+from broken_guests import BROKEN
 from broken_tiers import SOUND, FolderConfig, FolderTier, _fill, _settings
 from hypothesis import Phase
 
 from kvbm_core import Backend
 from kvbm_core.testing import FaultyTier, MemoryDevice
 from kvbm_core.testing._rig import Memory, Rig
+from kvbm_core.testing._whole import members_of
 from kvbm_core.testing.suite import TierSuite
 from kvbm_core.tier import Op
 
@@ -21,7 +22,9 @@ from kvbm_core.tier import Op
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.backend.open.__name__)
 def test_a_broken_tier_is_found_by_the_test_named_for_its_fault(broken, tmp_path, monkeypatch):
     monkeypatch.setattr("kvbm_core.testing._rig.PATIENCE_S", 0.3)
-    monkeypatch.setattr("kvbm_core.testing._child.PATIENCE_S", 5)
+    for part in ("_call_tests", "_medium_tests", "_place_tests", "_process_tests"):
+        monkeypatch.setattr(f"kvbm_core.testing.{part}.PATIENCE_S", 0.3)
+    monkeypatch.setattr("kvbm_core.testing._child.PATIENCE_S", 1 if "_ends_" in broken.found_by else 5)
     monkeypatch.setattr("kvbm_core.testing.suite.PATIENCE_S", 2)
     monkeypatch.setattr("kvbm_core.testing.suite.CALL_S", 0.09)
     monkeypatch.setattr("kvbm_core.testing.suite.CLOSE_S", 0.09)
@@ -87,7 +90,7 @@ def test_every_test_of_the_suite_is_named_by_a_broken_tier():
         "test_a_capacity_of_less_than_an_object_is_refused": "the core refuses it as well",
         "test_a_new_tier_lists_nothing": "as with its namespace",
     }
-    tests = {name for name in vars(TierSuite) if name.startswith("test_")}
+    tests = {name for name in members_of(TierSuite) if name.startswith("test_")}
     assert tests - {broken.found_by for broken in BROKEN} == set(untried)
 
 
@@ -199,6 +202,34 @@ class TestBroken(TierSuite):
 def test_a_test_that_fails_shows_the_values(tmp_path):
     shown = run_strangers(STRANGERS % "changesitsmind", "capabilities_are_the_same", tmp_path).stdout
     assert "capacity_bytes: 409267 != 409600" in shown
+
+
+CRASHING = """
+import ctypes
+import os
+
+import pytest
+from kvbm_core import Backend
+from kvbm_core.memory import MemoryConfig, MemoryTier
+from kvbm_core.testing.suite import TierSuite
+
+class Crashes(MemoryTier):
+    def discard(self, keys):
+        %s
+
+class TestCrashing(TierSuite):
+    backend = Backend("crashes", MemoryConfig, Crashes)
+    def settings(self, folder):
+        return {"capacity": "400KiB"}
+"""
+
+
+@pytest.mark.parametrize("crash", ["os._exit(0)", "ctypes.memset(8, 0, 8)", "os.kill(os.getpid(), 9)"])
+def test_an_interpreter_that_ends_names_its_test(crash, tmp_path):
+    done = run_strangers(CRASHING % crash, "discarding_an_absent_key", tmp_path)
+    name = "test_waived.py::TestCrashing::test_discarding_an_absent_key_is_ignored"
+    assert f"kvbm_core.testing: the process ended in the midst of {name}" in done.stderr
+    assert "passed" not in done.stdout
 
 
 def test_a_waived_test_must_fail_and_the_mark_is_its_class_own(tmp_path):

@@ -171,6 +171,7 @@ from kvbm_core.memory import MemoryTier
 class Config(TierConfig, frozen=True):
     capacity: ByteSize
     file: str = ""
+    path: str = ""
 
 class Tier(MemoryTier):
     def poll(self):
@@ -208,6 +209,8 @@ def test_a_tier_that_gives_other_bytes_is_found(strange, check):
 def test_a_tier_that_might_lose_what_it_has_is_not_tried(strange, check):
     tiers, _ = check([{"backend": "strange", "capacity": "8MiB", "file": "/var/kv"}])
     assert tiers["strange"]["not_tried"].startswith("not tried: file may say where it keeps its objects")
+    tiers, _ = check([{"backend": "strange", "capacity": "8MiB", "path": "/proc/kv"}], status=ExitCode.MEND)
+    assert tiers["strange"]["problem"].startswith("path: /proc cannot be used by uid ")
     tiers, _ = check([{"backend": "strange", "capacity": "8MiB"}], "--read-only")
     assert tiers["strange"]["not_tried"] == "not asked for"
 
@@ -273,16 +276,23 @@ def test_kvbms_variables_are_read(tmp_path, capsys, monkeypatch):
     assert "did you mean DYN_KVBM_CPU_CACHE_GB" in sources(capsys, status=ExitCode.WRONG)
 
 
-def test_it_needs_no_vllm(tmp_path):
-    file = tmp_path / "kvbm.yaml"
+def test_it_needs_the_core_typer_and_rich_alone(tmp_path):
+    file, model = tmp_path / "kvbm.yaml", tmp_path / "config.json"
     file.write_text("tiers: [{backend: cpu, capacity: 8MiB}]")
+    model.write_text(json.dumps(CONFIGS["gpt-oss-120b"]))
     program = (
-        "import sys; from kvbm_cli._app import run; status = run(['check', sys.argv[1]]);"
-        "print(status, [name for name in ('vllm', 'torch') if name in sys.modules])"
+        "import sys\n"
+        "for name in ('vllm', 'torch', 'numpy', 'prometheus_client', 'lmdb', 'httpx', 'fsspec', 'obstore'):\n"
+        "    sys.modules[name] = None\n"
+        "from kvbm_cli._app import run\n"
+        "file, model, folder = sys.argv[1:]\n"
+        "verbs = (['check', file, '--model', model], ['size', model], ['doctor', file],\n"
+        "         ['metrics', 'copy', folder])\n"
+        "print([int(run(words)) for words in verbs])\n"
     )
-    command = [sys.executable, "-c", program, str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("\n0 []\n")
+    command = [sys.executable, "-c", program, file, model, tmp_path / "deploy"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.endswith("\n[0, 0, 0, 0]\n"), done.stdout + done.stderr
     assert "works" in done.stdout
 
 

@@ -65,6 +65,7 @@ BACKEND = "from kvbm_core import *\nfrom kvbm_core import Backend, TierConfig, h
     [
         ("1 / 0", "cannot be imported: division by zero"),
         ("", "offers no such backend"),
+        ("def kvbm_coordinator(settings): ...", "has a function kvbm_coordinator() that is no hook"),
         (f"{BACKEND}def kvbm_backends(): return []", "has a function kvbm_backends() that is no hook"),
         (
             f"{BACKEND}@hookimpl\ndef kvbm_backends():\n"
@@ -123,6 +124,7 @@ def test_new_packages_lint(tmp_path, capsys):
     check(scripts / "mypy", "--strict", "--cache-dir=mypy", *sources, cwd=tmp_path, env=environment)
 
 
+@pytest.mark.early
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_new_package_installs_and_passes_its_tests(kind, tmp_path, capsys):
     folder = tmp_path / "package"

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 from simulated_ranks import SimulatedRanks
 
-from kvbm_core import Lru, chain_keys, root_key
+from kvbm_core import Lru, Origin, Registry, chain_keys, load_config, root_key
 from kvbm_core.groups import KvGroup, group_keys
 from kvbm_core.leader.guarded_policy import GuardedPolicy
 from kvbm_core.movement import Movement
@@ -34,6 +34,20 @@ POLICIES = [
     lambda position, context: Fifo(),
     lambda position, context: GuardedPolicy(Blunderer(), context.tier, "blunderer"),
 ]
+
+
+def installed(rng):
+    """Give each tier of three policies of its own, as a configuration would."""
+    admissions = ["always", "second-touch", "prompts-only", {"name": "write-budget", "bytes_per_day": "5GB"}]
+    tiers = [
+        {
+            "backend": "cpu", "name": str(at), "capacity": 1,
+            "policy": rng.choice(["lru", "fifo", "s3fifo", "adaptive", "adaptive"]),
+            "admission": rng.choice(admissions),
+        }
+        for at in range(3)
+    ]  # fmt: skip
+    return Registry().policies(load_config({"tiers": tiers}))
 
 
 def random_movement(rng):
@@ -60,7 +74,9 @@ class Program:
         self.max_moving = rng.randint(2, 40)
         movements = [Movement(), *(random_movement(rng) for _ in self.ranks.held[0][1:])]
         self.planner = self.ranks.planner(
-            movements=movements, policy=rng.choice(POLICIES), max_store_blocks=self.max_moving
+            movements=movements,
+            policy=rng.choice([*POLICIES, *[installed(rng)] * 3]),
+            max_store_blocks=self.max_moving,
         )
         digests = [chain_keys(root_key(), [chain, *range(LENGTH - 1)], 1) for chain in range(CHAINS)]
         self.chains = [[group_keys(each, group.tag) for group in self.groups] for each in digests]
@@ -76,7 +92,10 @@ class Program:
         if action < 0.45:
             start = rng.choice([0, 0, rng.randrange(LENGTH)])
             stop = rng.randint(start + 1, LENGTH)
-            self.planner.store(keys[start:stop], list(range(start, stop)), {*keys[:stop]}, self.now_s, group)
+            self.planner.store(
+                keys[start:stop], list(range(start, stop)), {*keys[:stop]}, self.now_s, group,
+                Origin(start, rng.choice([None, start, stop])),
+            )  # fmt: skip
         elif action < 0.75:
             self._load(keys, group)
         elif action < 0.752:

@@ -56,7 +56,9 @@ def tiers(order, folder):
         "lmdb": {"capacity": "2MiB", "path": str(folder / "lmdb")},
         "remote": {"url": f"file://{folder}/remote"},
     }
-    return [{"backend": name, **settings[name]} for name in order]
+    # Each with a policy that the order of the tiers gives it.
+    policies = dict(zip(order, ["adaptive", "s3fifo", "lru"], strict=False))
+    return [{"backend": name, "policy": policies[name], **settings[name]} for name in order]
 
 
 BACKENDS = ("cpu", "gds", "lmdb", "remote")

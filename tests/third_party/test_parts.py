@@ -11,6 +11,7 @@ from toy_install import HERE
 
 from kvbm_core import ConfigError, Registry, Stack, chain_keys, make_namespace, root_key
 from kvbm_core.testing import MemoryDevice
+from kvbm_core.testing._whole import members_of
 from kvbm_core.testing.codec_suite import CodecSuite
 from kvbm_core.testing.policy_suite import PolicySuite
 
@@ -38,7 +39,7 @@ def test_its_own_tests_pass_whole(parts_site, tmp_path, name):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     cases = list(ET.parse(tmp_path / "report.xml").iter("testcase"))
-    suite = {test for test in vars(SUITES[name]) if test.startswith("test_")}
+    suite = {test for test in members_of(SUITES[name]) if test.startswith("test_")}
     assert suite <= {case.get("name") for case in cases}
     assert not [skip for case in cases for skip in case.iter("skipped")]
 

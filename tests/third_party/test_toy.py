@@ -12,6 +12,7 @@ from toy_install import SOURCE, install_toy
 
 from kvbm_core import Stack, chain_keys, make_namespace, root_key
 from kvbm_core.testing import MemoryDevice
+from kvbm_core.testing._whole import members_of
 from kvbm_core.testing.suite import TierSuite
 
 
@@ -55,7 +56,7 @@ def test_its_own_tests_pass_whole(site, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "deselected" not in done.stdout
     cases = list(ET.parse(tmp_path / "report.xml").iter("testcase"))
-    suite = {name for name in vars(TierSuite) if name.startswith("test_")}
+    suite = {name for name in members_of(TierSuite) if name.startswith("test_")}
     assert {case.get("name") for case in cases if case.get("classname").endswith("TestToy")} == suite
     skipped = [skip for case in cases for skip in case.iter("skipped")]
     # An expected failure is written as skipped, too.

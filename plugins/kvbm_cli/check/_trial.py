@@ -28,6 +28,7 @@ from kvbm_core.block import make_namespace
 from kvbm_core.config import StackConfig, TierEntry, parse_size
 from kvbm_core.errors import KvbmError, QueueFullError, TierError
 from kvbm_core.layers import SEAL_BYTES
+from kvbm_core.localdir import unusable
 from kvbm_core.registry import Registry
 from kvbm_core.testing import MemoryDevice
 from kvbm_core.tier import Capabilities, Completion, Op, Outcome, Region, Tier, TierContext, Transfer
@@ -122,7 +123,10 @@ def _aside(entry: TierEntry) -> Iterator[tuple[TierEntry, str]]:
     if (place := place_of(entry.settings)) is None:
         yield entry, ""
         return
-    folder = tempfile.mkdtemp(prefix=".kvbm-check-", dir=nearest_folder(place))
+    try:
+        folder = tempfile.mkdtemp(prefix=".kvbm-check-", dir=nearest_folder(place))
+    except OSError as error:
+        raise unusable(nearest_folder(place), error, entry.name) from error
     try:
         key = "path" if "path" in entry.settings else "url"
         value = folder if key == "path" else _FILE_URL + folder

@@ -17,6 +17,7 @@ import msgspec
 
 from kvbm_cli.plugins._list import State, list_plugins
 from kvbm_core.config import size_text
+from kvbm_core.extras import extra_command
 
 __all__ = ["LEAST", "MOST", "Finding", "Health", "look"]
 
@@ -169,9 +170,7 @@ def _nixl(root: Path) -> Iterator[Finding]:
         version = metadata.version(module.replace("_", "-"))
         yield _finding("NIXL", Health.GOOD, f"{module} {version}: {', '.join(names) or 'no plug-ins'}")
         return
-    yield _finding(
-        "NIXL", Health.ABSENT, "not installed", "a gds tier uses threads: pip install 'kvbm-core[gds]'"
-    )
+    yield _finding("NIXL", Health.ABSENT, "not installed", f"a gds tier uses threads: {extra_command('gds')}")
 
 
 def _memory(root: Path) -> Iterator[Finding]:

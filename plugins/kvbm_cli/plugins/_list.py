@@ -106,11 +106,11 @@ def _plugin(point: EntryPoint) -> Plugin:
             capabilities=[trait for trait in ("shared", "saves_room") if getattr(found, trait, False)],
             settings=list(_settings(found.config_type)),
         )
-    module = sys.modules.get(point.module)
-    if module is not None and hasattr(module, "kvbm_coordinator"):
+    # Of the three, one that was found and refused has the most to say: the contract's version, a wrong type.
+    refused = next((each for each in errors if "offers no such" not in str(each)), None)
+    if refused is None and hasattr(sys.modules.get(point.module), "kvbm_coordinator"):
         return _row(point, "coordinator", State.READY)
-    # Of the three that failed, one that loaded has the most to say: the contract's version, a wrong type.
-    fault = next((each for each in errors if "offers no such" not in str(each)), errors[0])
+    fault = refused or errors[0]
     cause = fault.__cause__
     absent = missing_package(cause, [point]) if isinstance(cause, ModuleNotFoundError) else None
     state = State.ABSENT if absent else State.BROKEN

@@ -14,8 +14,8 @@ lies beside the file while a transaction runs; room for it is set aside, but not
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
+import shutil
 import sqlite3
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -24,10 +24,9 @@ from pathlib import Path
 
 import kvbm_core as kvbm
 from kvbm_core import Completion, Outcome, Reason
+from kvbm_core.log_limit import LogLimit, TierLog
 
 __all__ = ["ToyConfig", "ToyTier", "kvbm_backends"]
-
-_log = logging.getLogger("kvbm_toy")
 
 _QUEUE_DEPTH = 64
 _PAGE_BYTES = 4096
@@ -60,6 +59,8 @@ class ToyTier(kvbm.Tier):
 
     def __init__(self, config: ToyConfig, context: kvbm.TierContext) -> None:
         self._context = context
+        self._log = TierLog("kvbm_toy", context.name)
+        self._lines = LogLimit(self._log)
         self._folder = Path(config.path).expanduser() / f"rank{context.rank}"
         self._pages = config.capacity // context.world_size // _PAGE_BYTES
         self._capabilities = kvbm.Capabilities(
@@ -71,6 +72,7 @@ class ToyTier(kvbm.Tier):
         )
         self._lock_file = _lock(self._folder)
         try:
+            self._drop_other_ranks()
             self._database = self._open(self._folder / "blocks.sqlite")
             self._found = self._take_stock()
         except (OSError, sqlite3.Error) as error:
@@ -125,6 +127,15 @@ class ToyTier(kvbm.Tier):
             self._thread.shutdown()
             self._database.close()
             os.close(self._lock_file)
+            self._lines.close()
+
+    def _drop_other_ranks(self) -> None:
+        """Delete what more ranks than there are now have left: the capacity is for all of them."""
+        if self._context.rank == 0:
+            for folder in self._folder.parent.glob("rank*"):
+                if int(folder.name.removeprefix("rank")) >= self._context.world_size:
+                    self._log.warning("%s: more ranks than there are now left it; dropping it", folder)
+                    shutil.rmtree(folder)
 
     def _room(self, config: ToyConfig) -> int:
         """Count the bytes of objects that the pages hold. The room of two of the longest is the journal's."""
@@ -138,7 +149,7 @@ class ToyTier(kvbm.Tier):
 
     def _open(self, file: Path) -> sqlite3.Connection:
         if file.exists() and file.stat().st_size > self._pages * _PAGE_BYTES:
-            _log.warning("%s is larger than its capacity: dropping it", file)
+            self._log.warning("%s is larger than its capacity: dropping it", file)
             for path in self._folder.glob("blocks.sqlite*"):
                 path.unlink()
         file.touch(mode=0o600)
@@ -173,19 +184,14 @@ class ToyTier(kvbm.Tier):
     # From here on: the tier's own thread.
 
     def _run(self, transfer: kvbm.Transfer) -> None:
-        nbytes = 0
+        nbytes, why = 0, ""
         try:
             end, nbytes = getattr(self, f"_{transfer.op.value}")(transfer)
         except Exception as error:  # noqa: BLE001 - a thread's top: it becomes a completion
-            _log.error(
-                "%s: %s of %s: %s",
-                self._context.name or "toy",
-                transfer.op.value,
-                transfer.key.hex()[:16],
-                error,
-            )
+            why = str(error)
+            self._lines.error((transfer.op, why), "%s: %s", transfer.op.value, why)
             end = (Outcome.FAILED, _REASONS.get(getattr(error, "sqlite_errorcode", -1), Reason.ERROR))
-        self._done.append(Completion(transfer.ticket, *end, nbytes=nbytes))
+        self._done.append(Completion(transfer.ticket, *end, why, nbytes))
         self._context.wake()
 
     def _lookup(self, transfer: kvbm.Transfer) -> _End:
@@ -242,6 +248,13 @@ def _lock(folder: Path) -> int:
     return file
 
 
+def _share_bytes(blocks: int, block_bytes: int) -> int:
+    """Give the share of the capacity in which so many blocks have room, see `ToyTier._room`."""
+    each_bytes = block_bytes + _OVERHEAD_BYTES
+    pages = -(-blocks * each_bytes // _USABLE_BYTES) + 2 * -(-each_bytes // _USABLE_BYTES)
+    return _PAGE_BYTES * (_FIXED_PAGES + pages)
+
+
 def _check(config: ToyConfig) -> None:
     place = Path(config.path).expanduser().absolute()
     while not place.exists():
@@ -253,4 +266,4 @@ def _check(config: ToyConfig) -> None:
 @kvbm.hookimpl
 def kvbm_backends() -> Sequence[kvbm.Backend]:
     """Offer the backend ``toy``."""
-    return [kvbm.Backend("toy", ToyConfig, ToyTier, _check, contract_version=2)]
+    return [kvbm.Backend("toy", ToyConfig, ToyTier, _check, contract_version=2, share_bytes=_share_bytes)]

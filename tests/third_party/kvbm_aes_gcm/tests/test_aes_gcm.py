@@ -10,8 +10,8 @@ KEY = b"k" * 32
 CONTENT = b"some prompt's cache" * 10
 
 
-def key_file(folder, content=bytes(range(32)), mode=0o600):
-    file = folder / "key"
+def key_file(folder, content=bytes(range(32)), mode=0o600, name="key"):
+    file = folder / name
     file.write_bytes(content)
     file.chmod(mode)
     return file
@@ -23,6 +23,9 @@ class TestAesGcm(CodecSuite):
 
     def settings(self, folder):
         return {"key_file": str(key_file(folder))}
+
+    def another(self, folder):
+        return {"key_file": str(key_file(folder, bytes(range(1, 33)), name="other"))}
 
 
 def codec(file, namespace=b"n" * 16):

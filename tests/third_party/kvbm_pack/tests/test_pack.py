@@ -16,6 +16,9 @@ class TestPack(CodecSuite):
     def settings(self, folder):
         return {"level": 3}
 
+    def another(self, folder):
+        return {"level": 19}
+
 
 def codec(level=3):
     return PackCodec(PackConfig(level=level), CodecContext(b"n" * 16, 1 << 20, "test"))
