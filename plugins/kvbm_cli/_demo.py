@@ -18,6 +18,7 @@ from kvbm_cli._client import Client, Message
 from kvbm_cli._engine import HOST, Engine, ServeSettings, find_engine, serve_command, serve_environment
 from kvbm_cli._errors import DemoError
 from kvbm_cli._model import is_prepared, prepare_model
+from kvbm_cli._prose import farewell, introduction, own_name
 from kvbm_cli._report import ANSWERS_DIFFER, Report, Run, make_table
 from kvbm_cli._screen import Screen
 from kvbm_cli._server import Server
@@ -68,10 +69,15 @@ def run_demo(settings: DemoSettings, screen: Screen) -> Report:
         DemoError: the server or the model failed; the message says what to change.
     """
     engine = find_engine()
+    for line in introduction(settings, engine):
+        screen.say(line)
     model = settings.model or _demo_model(screen)
     with _workspace(settings, screen) as folder:
         report = _Demo(settings, screen, engine, model, folder).run()
     _show(report, screen)
+    screen.console.print()
+    for line in farewell(own_name()):
+        screen.say(line)
     return report
 
 
@@ -169,7 +175,7 @@ class _Demo:
                 yield client
             except httpx.HTTPError as error:
                 raise server.failure(f"the connection to vLLM was lost ({error!r})") from error
-            with self.screen.task("Stopping vLLM"):
+            with self.screen.chore("Stopping vLLM"):
                 server.stop()
 
     def _warm_up(self, client: Client) -> None:
@@ -178,7 +184,7 @@ class _Demo:
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": "Name three colours."},
         ]
-        with self.screen.task("Warming up with another prompt"):
+        with self.screen.chore("Warming up with another prompt"):
             client.ask(words, max_tokens=8, on_text=lambda _: None)
 
     def _ask(self, client: Client, name: str, expected_tier: str | None) -> Run:
@@ -191,5 +197,5 @@ class _Demo:
 
     def _wait_for_stores(self, client: Client) -> None:
         """Wait for what goes on after an answer: what has not reached the disk cannot survive the restart."""
-        with self.screen.task("Waiting until the blocks are stored"):
+        with self.screen.chore("Waiting until the blocks are stored"):
             client.settled_counters(QUIET_S, STORE_LIMIT_S, tier="lmdb")
