@@ -16,7 +16,7 @@ from kvbm_core.block import Namespace
 from kvbm_core.localdir import FACTS_FOLDER, LocalDirectory
 from kvbm_core.namespace_facts import MOST_BYTES, decode_facts
 
-__all__ = ["Stored", "stored_in_directory"]
+__all__ = ["Stored", "facts_in", "stored_in_directory"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ def stored_in_directory(
     """
     found = []
     for rank, folder in directory.ranks():
-        owner, facts = directory.owner(rank), _facts_in(folder)
+        owner, facts = directory.owner(rank), facts_in(folder)
         counts = count(folder, bool(owner))
         here = []
         for namespace in facts.keys() | (counts or {}).keys():
@@ -65,7 +65,7 @@ def stored_in_directory(
     return found
 
 
-def _facts_in(folder: Path) -> dict[Namespace, tuple[float | None, dict[str, Any] | None]]:
+def facts_in(folder: Path) -> dict[Namespace, tuple[float | None, dict[str, Any] | None]]:
     """Read what is written about namespaces, and when. Links are not followed."""
     found: dict[Namespace, tuple[float | None, dict[str, Any] | None]] = {}
     with contextlib.suppress(OSError):

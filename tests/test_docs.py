@@ -20,7 +20,9 @@ import pytest
 import xxhash
 import yaml
 
+import kvbm_admission
 import kvbm_core
+import kvbm_eviction
 from kvbm_core import errors, hookspecs, load_config, testing
 from kvbm_core.config import ByteSize, StackConfig, TierEntry, convert, parse_size
 from kvbm_core.layers import SEAL_BYTES, SealTier
@@ -286,7 +288,10 @@ def test_every_key_of_a_tier_entry_is_documented():
 
 def test_every_plug_in_of_the_tree_is_documented():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    policies = {policy.name for policy in kvbm_policies()}
+    policies = {policy.name for policy in (*kvbm_policies(), *kvbm_eviction.kvbm_policies())}
+    policies |= {admission.name for admission in kvbm_admission.kvbm_admissions()}
+    tier = section(REFERENCE / "configuration.md", "A tier")
+    assert [name for name in policies if f"`{name}`" not in tier] == []
     named = TIER_TYPES.keys() | CODEC_TYPES.keys() | COORDINATOR_TYPES.keys() | policies
     assert project["entry-points"]["kvbm_core"].keys() == named
 

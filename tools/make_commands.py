@@ -53,8 +53,9 @@ HOOK = f"""
 ## Verbs of other packages
 
 A package adds a verb, or a group of verbs, with an entry point in the group `{COMMANDS_GROUP}`; its name is
-the word behind `kvbm`, and `bench.shelf` is the verb `shelf` in the group `bench`. It leads to a function with [typer's](https://typer.tiangolo.com) annotations, which
-is a verb, or to a `typer.Typer`, which is a group:
+the word behind `kvbm`, and `bench.shelf` is the verb `shelf` of the group `bench`. It leads to a function
+with [typer's](https://typer.tiangolo.com) annotations, which is a verb, or to a `typer.Typer`, which is a
+group:
 
 ```toml
 [project.entry-points."{COMMANDS_GROUP}"]

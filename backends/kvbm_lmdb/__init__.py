@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from kvbm_core.hookspecs import hookimpl
 from kvbm_core.tier import Backend
 from kvbm_lmdb._config import LmdbConfig
+from kvbm_lmdb._contents import contents
 from kvbm_lmdb._directory import check, share_bytes
 from kvbm_lmdb._stored import stored
 from kvbm_lmdb._tier import LmdbTier
@@ -23,4 +24,4 @@ __all__ = ["LmdbConfig", "LmdbTier", "kvbm_backends"]
 @hookimpl
 def kvbm_backends() -> Sequence[Backend]:
     """Offer the backend ``lmdb``."""
-    return [Backend("lmdb", LmdbConfig, LmdbTier, check, share_bytes=share_bytes, stored=stored)]
+    return [Backend("lmdb", LmdbConfig, LmdbTier, check, share_bytes=share_bytes, stored=stored, contents=contents)]

@@ -15,6 +15,7 @@ from kvbm_core.hookspecs import hookimpl
 from kvbm_core.tier import Backend
 from kvbm_remote._clients import check
 from kvbm_remote._config import RemoteConfig
+from kvbm_remote._contents import contents
 from kvbm_remote._stored import stored
 from kvbm_remote._tier import RemoteTier
 
@@ -24,4 +25,4 @@ __all__ = ["RemoteConfig", "RemoteTier", "kvbm_backends"]
 @hookimpl
 def kvbm_backends() -> Sequence[Backend]:
     """Offer the backend ``remote``."""
-    return [Backend("remote", RemoteConfig, RemoteTier, check, shared=True, stored=stored)]
+    return [Backend("remote", RemoteConfig, RemoteTier, check, shared=True, stored=stored, contents=contents)]

@@ -10,9 +10,10 @@ from kvbm_core.layers.codec_tier import CodecChain, CodecTier
 from kvbm_core.layers.deadline import DeadlineTier
 from kvbm_core.layers.forward import ForwardTier
 from kvbm_core.layers.replica import ReplicaTier
-from kvbm_core.layers.seal import SEAL_BYTES, SealTier
+from kvbm_core.layers.seal import NO_SEAL, SEAL_BYTES, SealTier, make_seal, why_damaged
 
 __all__ = [
+    "NO_SEAL",
     "SEAL_BYTES",
     "CodecChain",
     "CodecTier",
@@ -20,4 +21,6 @@ __all__ = [
     "ForwardTier",
     "ReplicaTier",
     "SealTier",
+    "make_seal",
+    "why_damaged",
 ]

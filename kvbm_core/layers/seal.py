@@ -18,7 +18,7 @@ from kvbm_core.layers.forward import ForwardTier
 from kvbm_core.log_limit import LogLimit
 from kvbm_core.tier import Completion, Op, Outcome, Reason, Region, Tier, Transfer
 
-__all__ = ["SEAL_BYTES", "SealTier"]
+__all__ = ["NO_SEAL", "SEAL_BYTES", "SealTier", "make_seal", "why_damaged"]
 
 logger = logging.getLogger("kvbm_core")
 
@@ -30,6 +30,56 @@ _FORMAT_VERSION: Final = 1
 _CHECKSUM_BYTES: Final = 16
 SEAL_BYTES: Final = 96
 """Bytes that `SealTier` adds behind a payload (88 used, 8 zero)."""
+NO_SEAL: Final = "it has no seal"
+"""What `why_damaged` says of bytes that end in anything else."""
+
+
+def make_seal(content: memoryview, key: BlockKey, namespace: Namespace) -> bytes:
+    """Make the seal of an object.
+
+    Args:
+        content: Its bytes; the last `SEAL_BYTES` are the seal's room and do not count.
+        key: 32 bytes.
+        namespace: 16 bytes, the engine's.
+
+    Returns:
+        `SEAL_BYTES`, see `docs/reference/on-disk-format.md`.
+    """
+    payload_bytes = len(content) - SEAL_BYTES
+    fields = _FIELDS.pack(_MAGIC, _FORMAT_VERSION, SEAL_BYTES, payload_bytes, namespace, key)
+    checksum = xxhash.xxh3_128(content[:payload_bytes])
+    checksum.update(fields)
+    return (fields + checksum.digest()).ljust(SEAL_BYTES, b"\0")
+
+
+def why_damaged(content: memoryview, key: BlockKey, namespace: Namespace) -> str:
+    """Prove that bytes are those stored, under this key, in this namespace.
+
+    Args:
+        content: The object's bytes, with its seal.
+        key: 32 bytes.
+        namespace: 16 bytes, the engine's.
+
+    Returns:
+        Empty if they are; otherwise what does not fit, in words.
+    """
+    if len(content) <= SEAL_BYTES:
+        return f"it has {len(content)} bytes, fewer than a seal and a payload"
+    seal = content[-SEAL_BYTES:]
+    if seal == make_seal(content, key, namespace):
+        return ""
+    magic, version, seal_bytes, payload_bytes, other_namespace, other_key = _FIELDS.unpack_from(seal)
+    if magic != _MAGIC:
+        return NO_SEAL
+    if (version, seal_bytes) != (_FORMAT_VERSION, SEAL_BYTES):
+        return f"its seal has format {version} and {seal_bytes} bytes"
+    if payload_bytes != len(content) - SEAL_BYTES:
+        return f"its seal is of {payload_bytes} bytes, and {len(content) - SEAL_BYTES} are there"
+    if other_namespace != namespace:
+        return f"its seal is of namespace {other_namespace.hex()}"
+    if other_key != key:
+        return f"its seal is of key {other_key.hex()}"
+    return "its checksum does not fit"
 
 
 class SealTier(ForwardTier):
@@ -67,7 +117,7 @@ class SealTier(ForwardTier):
         for transfer in transfers:
             if transfer.op is Op.STORE:
                 content = self._content(transfer)
-                content[-SEAL_BYTES:] = self._seal(transfer.key, content)
+                content[-SEAL_BYTES:] = make_seal(content, transfer.key, self._namespace)
         self._inner.submit(transfers)
         self._loads.update((t.ticket, t) for t in transfers if t.op is Op.LOAD)
 
@@ -88,20 +138,13 @@ class SealTier(ForwardTier):
         assert self._read_device is not None, "only a device that stages has such regions"
         return self._read_device(region)
 
-    def _seal(self, key: BlockKey, content: memoryview) -> bytes:
-        payload_bytes = len(content) - SEAL_BYTES
-        fields = _FIELDS.pack(_MAGIC, _FORMAT_VERSION, SEAL_BYTES, payload_bytes, self._namespace, key)
-        checksum = xxhash.xxh3_128(content[:payload_bytes])
-        checksum.update(fields)
-        return (fields + checksum.digest()).ljust(SEAL_BYTES, b"\0")
-
     def _verify(self, completion: Completion) -> Completion:
         transfer = self._loads.pop(completion.ticket, None)
         if transfer is None or completion.outcome is not Outcome.DONE:
             return completion
         content = self._content(transfer)
         whole = completion.nbytes in (0, len(content))
-        if whole and content[-SEAL_BYTES:] == self._seal(transfer.key, content):
+        if whole and not why_damaged(content, transfer.key, self._namespace):
             return completion
         self._lines.error(
             "corrupt",

@@ -133,6 +133,8 @@ class Prefetch:
         """Plan what is read next. Called when the engine has chosen whom it gives blocks in a step."""
         if self._reading:
             self._reading = [chunk for chunk in self._reading if not self._has_ended(chunk)]
+        if not self._queue:
+            return
         for name, waiting in list(itertools.islice(self._queue.items(), _MAX_LOOKED_AT)):
             if waiting.paused_step == self._ledger.steps.number:
                 continue

@@ -389,3 +389,24 @@ def test_the_collector_without_permission_says_so(server, capsys, monkeypatch):
     assert "signature refused" in said
     assert "S3CR3T" not in said
     assert os.environ["AWS_ACCESS_KEY_ID"] not in said
+
+
+def test_the_command_tries_a_bucket_and_lists_it(server, open_tier, tmp_path, capsys):
+    tier = open_tier()
+    for n in range(5):
+        store(tier, n)
+    url, option = tier._config.url, f"endpoint_url={server.endpoint}"
+    settings = {"backend": "remote", "url": url, "storage_options": {"endpoint_url": server.endpoint}}
+    file = tmp_path / "kvbm.yaml"
+    file.write_text(json.dumps({"tiers": [settings]}))
+
+    def ask(*words):
+        assert kvbm([*words, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    [found] = ask("check", str(file), "--block-bytes", "64KiB")["tiers"]
+    assert (found["tried_objects"], found["problem"]) == (64, None)
+    # What was tried is gone, and what was there is there.
+    for place in ([url, "--option", option], [str(file)]):
+        [listed] = ask("inspect", *place)["namespaces"]
+        assert (listed["namespace"], listed["objects"], listed["rank"]) == (NAMESPACE.hex(), 5, 0)

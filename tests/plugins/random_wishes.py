@@ -26,8 +26,8 @@ class Wishes:
         """Make the configuration of hints, for these tiers."""
         chance = self.chance
         if len(tiers) > 1 and chance.random() < 0.7:
-            # Else hardly anything is in the lower tier alone.
-            tiers[0]["capacity"] //= 3
+            # Else hardly anything is in the lower tier alone. 24 KiB is a block of the model's configuration.
+            tiers[0]["capacity"] = max(24 << 10, tiers[0]["capacity"] // 3)
         made = {
             "prefetch_fraction": chance.choice((0, 0.25, 1, 1)),
             "keep_fraction": chance.choice((0, 0.25, 0.8)),

@@ -207,6 +207,13 @@ def test_a_tier_that_gives_other_bytes_is_found(strange, check):
     assert "tier strange: load ended corrupt" in tiers["strange"]["problem"]
 
 
+def test_what_a_backend_warns_of_is_told(tmp_path, check, monkeypatch):
+    monkeypatch.setattr("kvbm_gds._io._NIXL_MODULES", ("no_such_nixl",))  # As where it is not installed.
+    tiers, _ = check([{"backend": "gds", "capacity": "16MiB", "path": f"{tmp_path}/kv"}])
+    [said] = tiers["gds"]["warnings"]
+    assert "NIXL is not installed" in said
+
+
 def test_a_tier_that_might_lose_what_it_has_is_not_tried(strange, check):
     tiers, _ = check([{"backend": "strange", "capacity": "8MiB", "file": "/var/kv"}])
     assert tiers["strange"]["not_tried"].startswith("not tried: file may say where it keeps its objects")

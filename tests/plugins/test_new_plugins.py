@@ -9,6 +9,8 @@ import pytest
 from published import published
 
 from kvbm_cli._app import run as kvbm
+from kvbm_cli.plugins._list import KINDS
+from kvbm_core import hookspecs
 from kvbm_core.command import ExitCode
 
 ROOT = Path(__file__).parent.parent.parent
@@ -47,7 +49,7 @@ def test_every_plug_in_of_the_tree_is_listed(capsys):
     assert kinds.items() >= {
         "memory": "backend", "cpu": "backend", "lmdb": "backend", "gds": "backend", "remote": "backend",
         "etcd": "coordinator", "zstd": "codec", "crypt": "codec", "lru": "policy", "fifo": "policy",
-        "kvbm": "engine",
+        "kvbm": "engine", "always": "admission policy",
     }.items()  # fmt: skip
     assert found["remote"]["capabilities"] == ["shared"]
     assert found["zstd"]["capabilities"] == ["saves_room"]
@@ -55,6 +57,11 @@ def test_every_plug_in_of_the_tree_is_listed(capsys):
     assert found["cpu"]["settings"] == [{"key": "capacity", "required": True, "default": None}]
     assert found["kvbm"]["engine"].startswith("vllm")
     assert {each["state"] for each in found.values()} == {"ready"}
+
+
+def test_every_hook_is_listed():
+    hooks = {key for key, value in vars(hookspecs).items() if hasattr(value, "kvbm_core_spec")}
+    assert KINDS.keys() == hooks - {"kvbm_coordinator"}
 
 
 BACKEND = "from kvbm_core import *\nfrom kvbm_core import Backend, TierConfig, hookimpl\n"
@@ -100,7 +107,7 @@ def check(*command, **more):
     return done.stdout
 
 
-KINDS = ("backend", "codec", "policy")
+PACKAGES = ("backend", "codec", "policy")
 
 
 def make(kind, folder, capsys):
@@ -109,7 +116,7 @@ def make(kind, folder, capsys):
 
 
 def test_new_packages_lint(tmp_path, capsys):
-    for kind in KINDS:
+    for kind in PACKAGES:
         written = make(kind, tmp_path / kind, capsys)
         module, test = f"kvbm_my_{kind}.py", f"tests/test_my_{kind}.py"
         assert written == {
@@ -120,12 +127,12 @@ def test_new_packages_lint(tmp_path, capsys):
     check(scripts / "ruff", "format", "--no-cache", "--check", ".", cwd=tmp_path)
     sources = [str(file) for file in tmp_path.glob("*/**/*.py")]
     environment = {**os.environ, "MYPYPATH": str(ROOT)}
-    assert len(sources) == 2 * len(KINDS)
+    assert len(sources) == 2 * len(PACKAGES)
     check(scripts / "mypy", "--strict", "--cache-dir=mypy", *sources, cwd=tmp_path, env=environment)
 
 
 @pytest.mark.early
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PACKAGES)
 def test_a_new_package_installs_and_passes_its_tests(kind, tmp_path, capsys):
     folder = tmp_path / "package"
     make(kind, folder, capsys)

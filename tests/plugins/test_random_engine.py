@@ -94,7 +94,7 @@ def kv_that_outlives_a_reset(monkeypatch):
     [
         # The seed that found it when this was written, so that no others need to be tried.
         (keys_of_before, 1),
-        (blocks_of_loads_alone, 11),
+        (blocks_of_loads_alone, 92),
         (steps_that_cannot_fail, 47),
         (kv_that_outlives_a_reset, 0),
     ],

@@ -158,7 +158,8 @@ def test_a_tier_fails_by_the_fault_of_its_medium_alone(news, state):
 # The verbs.
 
 
-def test_status_of_a_server_that_is_well_and_of_one_whose_tier_is_left_alone(port, capsys):
+def test_status_of_a_server_that_is_well_and_of_one_whose_tier_is_left_alone(port, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # Nothing is folded.
     url = port.url.replace(socket.gethostname(), "127.0.0.1")
     empty = ask(capsys, url)
     assert empty["servers"][0]["engines"] == empty["to_mend"] == []

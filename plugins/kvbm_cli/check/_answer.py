@@ -51,6 +51,8 @@ class CheckedTier(msgspec.Struct, frozen=True, kw_only=True):
     store_bytes_per_s: float | None = None
     load_bytes_per_s: float | None = None
     """Of what was just written: a page cache may have it."""
+    warnings: list[str] = []
+    """What the tier's backend warned of meanwhile."""
     not_tried: str | None = None
     problem: str | None = None
     """What is wrong, and what to write or do instead."""
@@ -113,7 +115,7 @@ def _check(
         capacity_bytes=_capacity(entry),
         free_bytes=_free(place, entry),
     )
-    with _warnings():
+    with _warnings() as said:
         try:
             check_stack(msgspec.structs.replace(config, tiers=(entry,), coordinator=None))
             reason = why_not_tried(entry, shared=registry.backend(entry.backend).shared)
@@ -124,9 +126,9 @@ def _check(
             return msgspec.structs.replace(found, not_tried=str(error))
         except KvbmError as error:
             # It stood alone when it was checked.
-            said = str(error).replace("tiers[0]", f"tiers[{at}]", 1)
-            return msgspec.structs.replace(found, problem=said)
-    return _seen(found, trial, sizes)
+            problem = str(error).replace("tiers[0]", f"tiers[{at}]", 1)
+            return msgspec.structs.replace(found, problem=problem, warnings=said)
+    return _seen(msgspec.structs.replace(found, warnings=said), trial, sizes)
 
 
 def _seen(found: CheckedTier, trial: Trial, sizes: Sizes | None) -> CheckedTier:
@@ -191,19 +193,17 @@ def _free(place: Path | None, entry: TierEntry) -> int | None:
 
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
-    """Give what the core warns of meanwhile, in place of the log."""
+    """Give what the core and backends warn of meanwhile, in place of the log."""
     lines: list[str] = []
 
     class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             lines.append(record.getMessage())
 
-    logger, collector = logging.getLogger("kvbm_core"), Collector(logging.WARNING)
-    propagates = logger.propagate
-    logger.addHandler(collector)
-    logger.propagate = False
+    # With a handler at the root nothing goes to the handler of last resort, which writes between the lines.
+    root, collector = logging.getLogger(), Collector(logging.WARNING)
+    root.addHandler(collector)
     try:
         yield lines
     finally:
-        logger.propagate = propagates
-        logger.removeHandler(collector)
+        root.removeHandler(collector)

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import msgspec
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kvbm_cli._console import make_console
 from kvbm_cli.check._source import read_source
 from kvbm_cli.check._trial import NotTriedError, Trial, try_tier, why_not_tried
 from kvbm_core.command import ExitCode, answers, write_json
@@ -110,7 +110,7 @@ def _speed(trial: Trial, seconds: float) -> float:
 
 
 def _show(found: TierSpeeds) -> None:
-    console = Console()
+    console = make_console()
     depth = "as many at once as it takes" if found.depth is None else f"at most {found.depth} at once"
     size = size_text(found.block_bytes, up=True)
     table = Table(

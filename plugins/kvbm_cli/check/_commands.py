@@ -6,10 +6,10 @@ import os
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kvbm_cli._console import make_console
 from kvbm_cli.check._answer import CheckedStack, CheckedTier, check_all
 from kvbm_cli.check._source import read_source
 from kvbm_cli.size._answer import Sizes, measure
@@ -69,12 +69,13 @@ def check(
 
 
 def _show(found: CheckedStack) -> None:
-    console = Console()
+    console = make_console()
     console.print(_table(found))
     lines = [
         *(f"note: {note}" for note in found.notes),
         *(f"{tier.name}: {tier.detail}" for tier in found.tiers if tier.detail),
         *(f"{tier.name}: {tier.not_tried}" for tier in found.tiers if tier.not_tried),
+        *(f"warning: {warning}" for tier in found.tiers for warning in tier.warnings),
         *(f"warning: {warning}" for warning in found.warnings),
         *(f"to mend: {tier.problem}" for tier in found.tiers if tier.problem),
         *(f"to mend: {problem}" for problem in found.problems),

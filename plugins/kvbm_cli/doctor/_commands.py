@@ -7,10 +7,10 @@ from typing import Annotated
 
 import msgspec
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kvbm_cli._console import make_console
 from kvbm_cli.check._trial import nearest_folder, place_of
 from kvbm_cli.doctor._bundle import make_bundle, write_bundle
 from kvbm_cli.doctor._findings import Finding, Health, look
@@ -63,7 +63,7 @@ def _folders(stack: StackConfig) -> list[Path]:
 
 
 def _show(found: list[Finding]) -> None:
-    console = Console()
+    console = make_console()
     table = Table(title="This machine", title_justify="left")
     for heading in ("", "State", "Found"):
         table.add_column(heading, overflow="fold")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kvbm_cli._console import make_console
 from kvbm_cli.inspect._answer import Inspected, inspect_places
 from kvbm_cli.inspect._places import find_places
 from kvbm_core.command import answers, write_json
@@ -37,7 +37,7 @@ def inspect(
     if as_json:
         write_json(found)
         return
-    console = Console()
+    console = make_console()
     if found.namespaces:
         console.print(_table(found))
     lines = [] if found.namespaces else [f"nothing lies in {place}"]

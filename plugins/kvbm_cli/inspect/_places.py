@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from kvbm_core.config import StackConfig, convert, load_config
+from kvbm_core.config import StackConfig, TierEntry, convert, load_config
+from kvbm_core.contents import Contents
 from kvbm_core.errors import ConfigError
 from kvbm_core.registry import Registry
 from kvbm_core.stored import Stored
+from kvbm_core.tier import Backend, TierConfig
 
 __all__ = ["Place", "find_places"]
 
@@ -29,6 +31,8 @@ class Place:
     where: str
     backend: str
     settings: dict[str, Any]
+    entry: TierEntry | None = None
+    """As configured; None where only the place was named."""
 
     def stored(self) -> Sequence[Stored] | None:
         """List what lies there; None if the backend cannot tell.
@@ -39,7 +43,21 @@ class Place:
         backend = Registry().backend(self.backend)
         if backend.stored is None:
             return None
-        return list(backend.stored(convert(self.settings, backend.config_type, f"tier {self.tier}")))
+        return list(backend.stored(self._config(backend)))
+
+    def contents(self) -> Sequence[Contents] | None:
+        """Open what lies there for reading; None if the backend cannot do that.
+
+        Raises:
+            KvbmError: It cannot be read.
+        """
+        backend = Registry().backend(self.backend)
+        if backend.contents is None:
+            return None
+        return list(backend.contents(self._config(backend)))
+
+    def _config(self, backend: Backend) -> TierConfig:
+        return convert(self.settings, backend.config_type, f"tier {self.tier}")
 
 
 def find_places(source: str, options: Sequence[str]) -> list[Place]:
@@ -87,7 +105,7 @@ def _of_stack(config: StackConfig) -> Iterator[Place]:
         if not isinstance(where, str):
             continue
         settings = dict(entry.settings)
-        yield Place(entry.name, where, entry.backend, settings)
+        yield Place(entry.name, where, entry.backend, settings, entry)
         if "path" in settings and not Registry().backend(entry.backend).shared:
             for root in sorted(Path(os.path.expanduser(where)).glob("dp[0-9]*")):
-                yield Place(entry.name, str(root), entry.backend, {**settings, "path": str(root)})
+                yield Place(entry.name, str(root), entry.backend, {**settings, "path": str(root)}, entry)

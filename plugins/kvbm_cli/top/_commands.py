@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -13,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Final
 
 import typer
-from rich.console import Console
 from rich.live import Live
 
+from kvbm_cli._console import make_console
 from kvbm_cli.top._answer import ServerState, Status, describe
 from kvbm_cli.top._answer import status as put_together
 from kvbm_cli.top._scrape import Scrape, fetch, parse, read_url
@@ -27,7 +26,6 @@ __all__ = ["status", "top"]
 
 _LATELY_S: Final = 10.0
 """`top` shows the last so many seconds, or the last interval if that is longer."""
-_PLAIN_WIDTH: Final = 200
 _LONGEST_S: Final = 3600.0
 
 _Urls = Annotated[
@@ -87,7 +85,7 @@ def status(
     if as_json:
         write_json(found)
     else:
-        console = _console()
+        console = make_console()
         console.print(screen(found, console.width))
     raise typer.Exit(_code(found))
 
@@ -105,7 +103,7 @@ def top(
     until it is back; at the first look one must answer.
     """
     watches = _watches(urls, max(interval, _LATELY_S))
-    console = _console()
+    console = make_console()
     live = (
         None if as_json or not console.is_terminal else Live(console=console, screen=True, auto_refresh=False)
     )
@@ -142,10 +140,3 @@ def _code(found: Status) -> ExitCode:
     if any(server.problem for server in found.servers):
         return ExitCode.UNUSABLE
     return ExitCode.MEND if found.to_mend else ExitCode.DONE
-
-
-def _console() -> Console:
-    console = Console()
-    if not sys.stdout.isatty():
-        console.width = _PLAIN_WIDTH
-    return console

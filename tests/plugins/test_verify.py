@@ -1,0 +1,406 @@
+"""`kvbm verify`: each planted fault is found, and nothing else; beside an engine there is no false alarm."""
+
+import itertools
+import mmap
+import os
+import random
+import shutil
+import struct
+import threading
+from pathlib import Path
+
+import lmdb
+import pytest
+import xxhash
+import yaml
+from published import published
+
+from kvbm_cli._app import run as kvbm
+from kvbm_core import Stack, chain_keys, make_namespace, root_key
+from kvbm_core.command import ExitCode
+from kvbm_core.config import convert
+from kvbm_core.layers import SEAL_BYTES, why_damaged
+from kvbm_core.registry import Registry
+from kvbm_core.testing import MemoryDevice
+from kvbm_gds._layout import ENTRY, ENTRY_BYTES, HEADER_BYTES
+from kvbm_lmdb._place import pieces_of
+
+BLOCK_BYTES, AT_ONCE, OBJECTS, FAULTS = 8192, 64, 400, 200
+OBJECT_BYTES = BLOCK_BYTES + SEAL_BYTES
+KEYS = chain_keys(root_key(), range(16 * 4 * OBJECTS), block_tokens=16)
+FACTS = {"models": [], "block_tokens": 16}
+NAMESPACE = make_namespace(FACTS)
+DURABLE = ["gds", "lmdb", "remote"]
+
+
+def tier(name, folder, capacity="32MiB", **more):
+    if name == "remote":
+        return {"backend": name, "url": f"file://{folder}/{name}", **more}
+    return {"backend": name, "capacity": capacity, "path": f"{folder}/{name}", **more}
+
+
+def opened(entry, seed=1):
+    device, rng = MemoryDevice(AT_ONCE, BLOCK_BYTES), random.Random(seed)
+    for block in range(AT_ONCE):
+        device.write(block, rng.randbytes(BLOCK_BYTES))
+    return Stack.open({"tiers": [entry]}, device, NAMESPACE, facts=FACTS)
+
+
+def batches(keys, count=AT_ONCE):
+    return [keys[at : at + count] for at in range(0, len(keys), count)]
+
+
+def fill(entry, keys=KEYS[:OBJECTS]):
+    with opened(entry) as stack:
+        for batch in batches(keys):
+            stack.store(batch, list(range(len(batch))))
+            stack.wait()
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    """A folder with 400 objects in each durable tier, to be copied."""
+    folder = tmp_path_factory.mktemp("filled")
+    for name in DURABLE:
+        fill(tier(name, folder))
+    return folder
+
+
+@pytest.fixture
+def verify(capsys):
+    def run(place, *arguments):
+        capsys.readouterr()
+        status = kvbm(["verify", str(place), "--json", *arguments])
+        found = published("verify", capsys.readouterr().out)
+        bad = found["damage"] or found["problems"] or any(part["not_judged"] for part in found["parts"])
+        assert status == (ExitCode.MEND if bad else ExitCode.DONE)
+        return found
+
+    return run
+
+
+def contents_of(name, folder):
+    entry = tier(name, folder)
+    backend = Registry().backend(entry.pop("backend"))
+    [part] = backend.contents(convert(entry, backend.config_type, name))
+    return part
+
+
+def listed(name, folder):
+    part = contents_of(name, folder)
+    try:
+        return list(part.objects())
+    finally:
+        part.close()
+
+
+# ---- faults: each is told an object, another one that nobody else damages, and chance
+
+
+def flip(file, at, rng):
+    """Change one byte of a file."""
+    with Path(file).open("r+b") as content:
+        content.seek(at)
+        [byte] = content.read(1)
+        content.seek(at)
+        content.write(bytes([byte ^ rng.randrange(1, 256)]))
+
+
+def place_bytes(name, folder, found):
+    """Say where an object's bytes lie: file and offset."""
+    if name == "gds":
+        return folder / "gds/rank0/slab.000", found.place[0] * 12288
+    if name == "lmdb":
+        [(page, _)] = pieces_of(found.place[8:])
+        return folder / "lmdb/rank0/data.mdb", page * 4096 + 16
+    return folder / "remote" / found.place.path, 0
+
+
+def payload(name, folder, found, _other, rng):
+    file, at = place_bytes(name, folder, found)
+    flip(file, at + rng.randrange(BLOCK_BYTES), rng)
+    return {found.key}
+
+
+def seal(name, folder, found, _other, rng):
+    # The last eight bytes of a seal are zero, and count as well.
+    file, at = place_bytes(name, folder, found)
+    flip(file, at + BLOCK_BYTES + rng.randrange(SEAL_BYTES), rng)
+    return {found.key}
+
+
+def torn(name, folder, found, _other, rng):
+    """The second half never came to the disk."""
+    file, at = place_bytes(name, folder, found)
+    with file.open("r+b") as content:
+        content.seek(at + OBJECT_BYTES // 2)
+        content.write(bytes(OBJECT_BYTES - OBJECT_BYTES // 2))
+    return {found.key}
+
+
+def swap(name, folder, found, other, _rng):
+    """Two whole objects lie in each other's places."""
+    places = [place_bytes(name, folder, each) for each in (found, other)]
+    held = [file.read_bytes()[at : at + OBJECT_BYTES] for file, at in places]
+    for (file, at), content in zip(places, reversed(held), strict=True):
+        with file.open("r+b") as target:
+            target.seek(at)
+            target.write(content)
+    return {found.key, other.key}
+
+
+def entry(folder, found, raw):
+    with (folder / "gds/rank0/index").open("r+b") as index:
+        index.seek(HEADER_BYTES + found.place[0] * ENTRY_BYTES)
+        index.write(raw)
+
+
+def rows(folder, change):
+    """Change rows of LMDB's index, as nothing but damage does."""
+    file = folder / "lmdb/rank0/data.mdb"
+    with lmdb.open(str(file), subdir=False, lock=False, max_dbs=2, map_size=32 << 20) as env:
+        index = env.open_db(b"index", create=False)
+        with env.begin(write=True, db=index) as txn:
+            change(txn)
+
+
+def key(name, folder, found, _other, rng):
+    """It is listed under another key."""
+    wrong = rng.randbytes(32)
+    if name == "gds":
+        namespace, _, sequence, nbytes, _ = ENTRY.unpack(found.place[1][: ENTRY.size])
+        fields = ENTRY.pack(namespace, wrong, sequence, nbytes, 0)
+        entry(folder, found, fields + xxhash.xxh3_64_digest(fields))
+    elif name == "lmdb":
+        rows(folder, lambda txn: (txn.delete(NAMESPACE + found.key), txn.put(NAMESPACE + wrong, found.place)))
+    else:
+        file = folder / "remote" / found.place.path
+        target = file.parent.parent / wrong.hex()[:2] / wrong.hex()
+        target.parent.mkdir(exist_ok=True)
+        file.rename(target)
+    return {wrong}
+
+
+def length(name, folder, found, _other, rng):
+    """It is listed with another length; a file has another."""
+    wrong = OBJECT_BYTES - rng.randrange(1, 60)
+    if name == "gds":
+        namespace, same, sequence, _, _ = ENTRY.unpack(found.place[1][: ENTRY.size])
+        fields = ENTRY.pack(namespace, same, sequence, wrong, 0)
+        entry(folder, found, fields + xxhash.xxh3_64_digest(fields))
+    elif name == "lmdb":
+        row = found.place[:8] + struct.pack("<Q", wrong) + found.place[16:]
+        rows(folder, lambda txn: txn.put(NAMESPACE + found.key, row))
+    else:
+        os.truncate(folder / "remote" / found.place.path, rng.choice([0, 50, wrong, OBJECT_BYTES + 9]))
+    return {found.key}
+
+
+def listing(name, folder, found, _other, rng):
+    """A byte of its entry in the index is another; a row leads beyond the end of the file."""
+    if name == "gds":
+        raw = bytearray(found.place[1])
+        raw[rng.randrange(48, 80)] ^= rng.randrange(1, 256)
+        entry(folder, found, bytes(raw))
+    elif name == "lmdb":
+        row = found.place[:16] + struct.pack("<Q", 3 << 40 | 1 << 30)
+        rows(folder, lambda txn: txn.put(NAMESPACE + found.key, row))
+    else:
+        return payload(name, folder, found, _other, rng)
+    return {found.key}
+
+
+KINDS = [payload, seal, torn, swap, key, length, listing]
+
+
+@pytest.mark.parametrize("name", DURABLE)
+def test_each_planted_fault_is_found_and_nothing_else(tmp_path, verify, filled, name):
+    shutil.copytree(filled / name, tmp_path / name)
+    rng = random.Random(name)
+    assert verify(tmp_path / name)["damage"] == []
+    objects = listed(name, tmp_path)
+    assert len(objects) == OBJECTS
+    rng.shuffle(objects)
+    wrong, kinds = set(), itertools.cycle(KINDS)
+    while len(wrong) < FAULTS:
+        wrong |= next(kinds)(name, tmp_path, objects.pop(), objects.pop(), rng)
+    found = verify(tmp_path / name)
+    assert {each["key"] for each in found["damage"]} == {each.hex() for each in wrong}
+    assert len(found["damage"]) == len(wrong)
+    [part] = found["parts"]
+    assert (part["objects"], part["damaged"], part["replaced"]) == (OBJECTS, len(wrong), 0)
+    # Without what is damaged the rest is sound, and an engine has it.
+    removed = verify(tmp_path / name, "--remove")
+    assert all(each["removed"] for each in removed["damage"])
+    whole = [each.key for each in listed(name, tmp_path)]
+    assert not {*whole} & wrong
+    assert len(whole) == OBJECTS - len(wrong)
+    with opened(tier(name, tmp_path)) as stack:
+        assert all(stack.load([key], [0]) for key in whole[:20])
+
+
+def test_a_slab_that_was_cut_short(tmp_path, verify, filled):
+    shutil.copytree(filled / "gds", tmp_path / "gds")
+    objects = listed("gds", tmp_path)
+    os.truncate(tmp_path / "gds/rank0/slab.000", 250 * 12288 + 4096)
+    found = verify(tmp_path / "gds")
+    assert {each["key"] for each in found["damage"]} == {
+        each.key.hex() for each in objects if each.place[0] >= 250
+    }
+    assert {each["what"] for each in found["damage"]} == {
+        "it is cut short: 4096 of 8288 bytes are there", "it is cut short: 0 of 8288 bytes are there",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "nbytes", "said"),
+    [
+        ("lmdb", "data.mdb", 40 * 4096, "cut short"),
+        ("lmdb", "data.mdb", 100, "its first pages are damaged"),
+        ("gds", "index", 10, "its header is damaged"),
+    ],
+)
+def test_a_place_that_is_damaged_as_a_whole(tmp_path, verify, filled, name, file, nbytes, said):
+    shutil.copytree(filled / name, tmp_path / name)
+    os.truncate(tmp_path / name / "rank0" / file, nbytes)
+    assert said in verify(tmp_path / name)["problems"][0]
+
+
+def test_a_damaged_page_of_lmdbs_index_is_a_problem(tmp_path, verify, filled):
+    shutil.copytree(filled / "lmdb", tmp_path / "lmdb")
+    file = tmp_path / "lmdb/rank0/data.mdb"
+    content = bytearray(file.read_bytes())
+    for at in range(0, len(content), 4096):
+        # Leaves of its trees.
+        if content[at + 10] == 2 and NAMESPACE in content[at : at + 4096]:
+            content[at : at + 4096] = bytes(4096)
+    file.write_bytes(content)
+    assert "can be reached: it is damaged" in verify(tmp_path / "lmdb")["problems"][0]
+
+
+@pytest.mark.parametrize("name", ["gds", "lmdb"])
+def test_what_is_replaced_meanwhile_is_no_damage(tmp_path, name):
+    place = tier(name, tmp_path, "1MiB")
+    with opened(place) as stack:
+        stack.store(KEYS[:AT_ONCE], list(range(AT_ONCE)))
+        stack.wait()
+        part = contents_of(name, tmp_path)
+        before = {each.key: each for each in part.objects()}
+        assert before
+        for batch in batches(KEYS[AT_ONCE : 8 * AT_ONCE]):
+            stack.store(batch, list(range(len(batch))))
+            stack.wait()
+        now = {each.key for each in part.objects()}
+        gone = [each for name_, each in before.items() if name_ not in now]
+        assert gone
+        buffer = memoryview(mmap.mmap(-1, 65536))
+        assert any(why_damaged(part.read(each, buffer), each.key, NAMESPACE) for each in gone)
+        assert not any(part.is_there(each) for each in gone)
+        part.close()
+
+
+@pytest.mark.parametrize("name", DURABLE)
+def test_beside_an_engine_there_is_no_false_alarm(tmp_path, verify, name):
+    """Its tier holds a fraction of what it stores, so nearly each store evicts."""
+    end, stored = threading.Event(), []
+    with opened(tier(name, tmp_path, "2MiB")) as stack:
+
+        def serve():
+            for turn in itertools.count():
+                batch = [KEYS[(turn * AT_ONCE + at) % len(KEYS)] for at in range(AT_ONCE)]
+                stack.store(batch, list(range(AT_ONCE)))
+                stack.wait()
+                stored.append(len(batch))
+                if end.is_set():
+                    return
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            while len(stored) < 2:
+                end.wait(0.01)
+            found = [verify(tmp_path / name) for _ in range(3)]
+        finally:
+            end.set()
+            thread.join()
+    assert [each["damage"] + each["problems"] for each in found] == [[]] * 3
+    assert sum(part["objects"] for each in found for part in each["parts"]) > 0
+    if name != "remote":
+        assert {tuple(each["held_by"]) for each in found} == {(str(os.getpid()),)}
+
+
+@pytest.mark.parametrize("name", ["gds", "lmdb"])
+def test_beside_an_engine_damage_is_found_and_not_removed(tmp_path, verify, name):
+    with opened(tier(name, tmp_path)) as stack:
+        stack.store(KEYS[:AT_ONCE], list(range(AT_ONCE)))
+        stack.wait()
+        hit = listed(name, tmp_path)[7]
+        payload(name, tmp_path, hit, None, random.Random(1))
+        found = verify(tmp_path / name, "--remove")
+        [damage] = found["damage"]
+        assert (damage["key"], damage["removed"]) == (hit.key.hex(), False)
+        assert damage["what"] == "its checksum does not fit"
+        assert found["problems"] == [
+            f"{tmp_path}/{name}/rank0: nothing is removed, as pid {os.getpid()} uses it"
+        ]
+
+
+# ---- codecs, and what cannot be judged
+
+
+@pytest.mark.parametrize("name", ["lmdb", "remote"])
+def test_through_codecs(tmp_path, verify, name):
+    (tmp_path / "key").write_bytes(os.urandom(32))
+    (tmp_path / "key").chmod(0o600)
+    codecs = ["zstd", {"name": "crypt", "keys": [{"file": str(tmp_path / "key")}]}]
+    entry_ = tier(name, tmp_path, codecs=codecs)
+    fill(entry_, KEYS[:AT_ONCE])
+    file = tmp_path / "kvbm.yaml"
+    file.write_text(yaml.safe_dump({"tiers": [entry_]}))
+    assert verify(file)["damage"] == []
+    objects = listed(name, tmp_path)
+    hit, _ = objects[3], payload(name, tmp_path, objects[3], None, random.Random(1))
+    [damage] = verify(file)["damage"]
+    assert damage["key"] == hit.key.hex()
+    assert damage["what"].startswith("it cannot be decoded: ")
+    # Of the place alone it is not known how.
+    found = verify(tmp_path / name)
+    assert found["damage"] == []
+    assert "give the configuration" in found["parts"][0]["not_judged"]
+
+
+@pytest.mark.parametrize("name", DURABLE)
+def test_objects_without_seals_are_not_called_damaged(tmp_path, verify, name):
+    fill(tier(name, tmp_path, checked=False), KEYS[:8])
+    found = verify(tmp_path / name, "--remove")
+    assert found["damage"] == []
+    assert "not one object has a seal" in found["parts"][0]["not_judged"]
+    assert len(listed(name, tmp_path)) == 8
+
+
+# ---- options, and for people
+
+
+def test_a_namespace_and_a_limit(verify, filled):
+    assert verify(filled / "gds", "--limit", "5")["parts"][0]["objects"] == 5
+    assert verify(filled / "gds", "--namespace", NAMESPACE.hex()[:4].upper())["parts"][0]["objects"] == OBJECTS
+    assert verify(filled / "gds", "--namespace", "zz")["parts"] == []
+
+
+def test_the_table_for_people(tmp_path, capsys, monkeypatch, filled):
+    monkeypatch.setenv("COLUMNS", "200")
+    shutil.copytree(filled / "gds", tmp_path / "gds")
+    hit = listed("gds", tmp_path)[0]
+    payload("gds", tmp_path, hit, None, random.Random(1))
+    assert kvbm(["verify", str(tmp_path / "gds")]) == ExitCode.MEND
+    shown = capsys.readouterr().out
+    assert f"damaged: {tmp_path}/gds/rank0, key {hit.key.hex()[:16]}: its checksum does not fit" in shown
+    assert NAMESPACE.hex()[:12] in shown
+
+
+@pytest.mark.parametrize(
+    ("place", "status"), [("/no/such", ExitCode.WRONG), ("ess3://bucket", ExitCode.UNUSABLE)]
+)
+def test_what_cannot_be_verified_is_said(capsys, place, status):
+    assert kvbm(["verify", place]) == status
+    assert capsys.readouterr().err
