@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 
 from kvbm_cli._client import Client, Message
+from kvbm_cli._demo_settings import DemoSettings
 from kvbm_cli._engine import HOST, Engine, ServeSettings, find_engine, serve_command, serve_environment
 from kvbm_cli._errors import DemoError
 from kvbm_cli._model import is_prepared, prepare_model
@@ -28,24 +29,6 @@ QUIET_S = 2.0
 """A counter that rests this long has arrived: the engine reports several times a second while it works."""
 STORE_LIMIT_S = 60.0
 COUNT_LIMIT_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class DemoSettings:
-    """What the user asked for, checked."""
-
-    model: str | None
-    """A folder or a model's id; None for the demo's own model."""
-    prompt: str | None
-    """Sent as it stands; None for the story and its question."""
-    cpu_capacity: str
-    lmdb_capacity: str
-    lmdb_path: Path | None
-    """None for a folder that is removed afterwards."""
-    max_tokens: int
-    port: int
-    keep: bool
-    """Leave the demo's folder, with LMDB's files and the server's logs."""
 
 
 def story_messages(prompt: str | None) -> list[Message]:

@@ -6,13 +6,10 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from kvbm_cli._demo_settings import DemoSettings
 from kvbm_cli._engine import HOST, VLLM_VERSION, Engine
 from kvbm_cli._model import MODEL_NAME
-
-if TYPE_CHECKING:
-    from kvbm_cli._demo import DemoSettings
 
 __all__ = ["farewell", "introduction", "own_name"]
 

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from kvbm_cli._answer import answer
 from kvbm_cli._app import app, run
 from kvbm_cli._client import Reply, _events, _text_of
-from kvbm_cli._demo import DemoSettings, story_messages
+from kvbm_cli._demo import story_messages
+from kvbm_cli._demo_settings import DemoSettings
 from kvbm_cli._engine import Engine, ServeSettings, cpu_dtype, serve_command, serve_environment
 from kvbm_cli._errors import DemoError
 from kvbm_cli._metrics import TierCounters, parse_counters
