@@ -1,6 +1,9 @@
 """`kvbm top` and `kvbm status`, with servers of the project's own metrics, and of what is none."""
 
+import contextlib
 import json
+import os
+import pty
 import re
 import socket
 import subprocess
@@ -306,3 +309,24 @@ def test_a_narrow_terminal_has_the_tiers_side_by_side_and_obeys_no_server():
         assert "\\x1b[2Jevil[bold]" in text
         assert "Saved tokens/s" in text
         assert "50% of 1GiB" in text
+
+
+def test_top_draws_a_screen_on_a_terminal_and_leaves_it(port):
+    port.observe(START)
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "kvbm_cli", "top", "--interval", "0.1", "--count", "2", port.url]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as child:
+        os.close(theirs)
+        written = b""
+        with contextlib.suppress(OSError):  # Linux's way to say that the other end is closed.
+            while piece := os.read(ours, 1 << 16):
+                written += piece
+        assert child.wait() == 0
+    os.close(ours)
+    shown = written.decode()
+    enter, leave = "\x1b[?1049h", "\x1b[?1049l"
+    assert shown.count(enter) == shown.count(leave) == 1
+    inside = shown.partition(enter)[2].partition(leave)[0]
+    for word in ("Saved tokens/s", "50% of 1GiB", "load deadline 4"):
+        assert word in inside
