@@ -1,9 +1,8 @@
 """What a replay costs a block, and which part of that is the planner's; and what recording costs an engine.
 
-    python tests/benchmarks/bench_replay.py [--brief]
+    python tests/benchmarks/bench_replay.py [TRACE] [--brief]
 
-Processor time, not the clock's: a replay waits for nothing. The trace is an hour of a chat service, 276,491
-blocks of 512 tokens.
+Processor time, not the clock's: a replay waits for nothing. Without a trace it makes a load.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from kvbm_core.registry import Registry
 from kvbm_engine import Recorder
-from kvbm_replay import Keys
+from kvbm_replay import Keys, generate
 from kvbm_replay._curve import curve_of
 from kvbm_replay._driver import replay
 from kvbm_replay._layout import read_layout
@@ -27,16 +26,19 @@ from kvbm_replay._machine import Machine
 from kvbm_replay._reader import read_trace
 from kvbm_replay._reference import belady_hits, lru_hits
 
-TRACE = Path(__file__).parent.parent / "data" / "mooncake_conversation_trace.jsonl.xz"
+LOAD = "chat:seed=1,requests=12000"
+"""Without a file."""
 BLOCKS = 9765
 """Five million tokens."""
 HOST = {"backend": "cpu", "capacity": "1TiB"}
 DISK = {"backend": "lmdb", "capacity": "4TiB", "path": "/not/opened"}
 
 
-def replay_rows(brief: bool) -> None:
+def replay_rows(brief: bool, file: Path | None) -> None:
     """Replay the trace through one tier and two, and profile the first."""
-    trace, machine, keys, registry = read_trace([TRACE]), Machine(), Keys(), Registry()
+    trace = read_trace([file]) if file else generate(LOAD)
+    machine, keys, registry = Machine(), Keys(), Registry()
+    print(f"\n{file or LOAD}")
     if brief:
         trace.requests = trace.requests[::10]
     for request in trace.requests:
@@ -91,11 +93,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--brief", action="store_true", help="a tenth of the requests: does it run at all?")
-    brief = parser.parse_args().brief
+    parser.add_argument("trace", nargs="?", type=Path, help=f"default: {LOAD}")
+    options = parser.parse_args()
     print(f"command: python {' '.join(sys.argv)}")
     print(f"python {platform.python_version()}, {platform.machine()}; processor time")
-    replay_rows(brief)
-    record_rows(brief)
+    replay_rows(options.brief, options.trace)
+    record_rows(options.brief)
     return 0
 
 
