@@ -124,7 +124,9 @@ def verify_places(
     for place in places:
         parts = place.contents()
         if parts is None:
-            answer.problems.append(f"{place.tier}: the objects of backend {place.backend} cannot be read alone")
+            answer.problems.append(
+                f"{place.tier}: the objects of backend {place.backend} cannot be read alone: it has no Backend.contents"
+            )
             continue
         try:
             for contents in parts:
