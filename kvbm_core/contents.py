@@ -1,8 +1,8 @@
 """The objects in a tier's place, read one by one without opening the tier: `Backend.contents`.
 
-An engine may be using the place. No lock of its is taken for reading, and nothing is written: so an object may
-be replaced while it is read. Who finds one damaged asks `Contents.is_there` whether it still lies there as it
-was listed.
+An engine may be using the place. For reading its lock is not taken, and nothing is written: so an object may
+be replaced while it is read. Who finds one damaged asks `Contents.is_there` whether it still lies there as
+it was listed.
 """
 
 from __future__ import annotations

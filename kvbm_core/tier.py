@@ -375,5 +375,5 @@ class Backend:
     """``stored(config)`` lists what lies in the place, each a `kvbm_core.stored.Stored`, without opening it
     and also beside an engine that uses it. Changes nothing. None: that cannot be told."""
     contents: Callable[[Any], Sequence[Any]] | None = None
-    """``contents(config)`` opens what lies in the place for reading, each part a `kvbm_core.contents.Contents`,
-    also beside an engine that uses it: for `kvbm verify` and `kvbm clear`. None: that cannot be done."""
+    """``contents(config)`` opens what lies in the place for reading, each part a
+    `kvbm_core.contents.Contents`, also beside an engine that uses it. None: that cannot be done."""

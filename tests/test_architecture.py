@@ -41,14 +41,14 @@ MAY_SWALLOW = {
 
 TIER_BACKENDS = ("kvbm_cpu", "kvbm_lmdb", "kvbm_gds", "kvbm_remote")
 WINGS = {
-    "kvbm_core/*.py": 2400,
+    "kvbm_core/*.py": 2430,
     "kvbm_core/leader/*.py": 2580,
     "kvbm_core/worker/*.py": 1410,
-    "kvbm_core/layers/*.py": 520,
+    "kvbm_core/layers/*.py": 540,
     "backends/kvbm_cpu/*.py": 365,
-    "backends/kvbm_lmdb/*.py": 1585,
-    "backends/kvbm_gds/*.py": 1380,
-    "backends/kvbm_remote/*.py": 2000,
+    "backends/kvbm_lmdb/*.py": 1890,
+    "backends/kvbm_gds/*.py": 1510,
+    "backends/kvbm_remote/*.py": 2130,
     "backends/kvbm_device/*.py": 1600,
     "backends/kvbm_crypt/*.py": 260,
     "backends/kvbm_zstd/*.py": 150,

@@ -59,7 +59,8 @@ def load(name, kinds):
 
 registry = Registry()
 [distribution] = {point.dist.name for point in entry_points(group="kvbm_core")}
-print(json.dumps({name: load(name, ("backend", "codec", "policy")) for name in registry.names()}))
+kinds = ("backend", "codec", "policy", "admission")
+print(json.dumps({name: load(name, kinds) for name in registry.names()}))
 """
 
 

@@ -25,4 +25,6 @@ __all__ = ["GdsConfig", "GdsTier", "kvbm_backends"]
 @hookimpl
 def kvbm_backends() -> Sequence[Backend]:
     """Offer the backend ``gds``."""
-    return [Backend("gds", GdsConfig, GdsTier, check, share_bytes=share_bytes, stored=stored, contents=contents)]
+    return [
+        Backend("gds", GdsConfig, GdsTier, check, share_bytes=share_bytes, stored=stored, contents=contents)
+    ]

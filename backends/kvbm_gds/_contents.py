@@ -83,15 +83,15 @@ class _Folder(Contents):
         """See `Contents.read`."""
         number, at = divmod(found.place[0], self._slots_per_file)
         try:
-            got = os.preadv(
-                self._fds[number], [buffer[: in_pages(found.nbytes)]], at * self._slot_bytes
-            )
+            got = os.preadv(self._fds[number], [buffer[: in_pages(found.nbytes)]], at * self._slot_bytes)
         except OSError as error:
             raise TierError(f"it cannot be read: {error.strerror}", tier="gds") from error
         return buffer[: min(got, found.nbytes)]
 
     def is_there(self, found: Found) -> bool:
         """See `Contents.is_there`."""
+        slot: int
+        raw: bytes
         slot, raw = found.place
         return os.pread(self._index, ENTRY_BYTES, HEADER_BYTES + slot * ENTRY_BYTES) == raw
 

@@ -24,4 +24,8 @@ __all__ = ["LmdbConfig", "LmdbTier", "kvbm_backends"]
 @hookimpl
 def kvbm_backends() -> Sequence[Backend]:
     """Offer the backend ``lmdb``."""
-    return [Backend("lmdb", LmdbConfig, LmdbTier, check, share_bytes=share_bytes, stored=stored, contents=contents)]
+    return [
+        Backend(
+            "lmdb", LmdbConfig, LmdbTier, check, share_bytes=share_bytes, stored=stored, contents=contents
+        )
+    ]

@@ -117,7 +117,7 @@ class _Folder(Contents):
             row = look_up(self._tree_fd, _INDEX, found.namespace + found.key)
         except TornError:
             return True
-        return row == found.place
+        return row is not None and row == bytes(found.place)
 
     def remove(self, found: Sequence[Found]) -> int:
         """See `Contents.remove`."""
@@ -158,7 +158,9 @@ class _Folder(Contents):
     def _is_none(key: bytes, row: bytes) -> bool:
         """Say whether a row is of no object: the format, or one that is being erased."""
         place = row[_SEQUENCE.size :]
-        return key == _FORMAT_KEY or (len(place) >= 8 and len(place) % 8 == 0 and nbytes_of(place) == _GIVEN_UP)
+        return key == _FORMAT_KEY or (
+            len(place) >= 8 and len(place) % 8 == 0 and nbytes_of(place) == _GIVEN_UP
+        )
 
     def _found(self, key: bytes, row: bytes, file_bytes: int) -> Found:
         place, broken, nbytes, sequence = row[_SEQUENCE.size :], "", 0, 0

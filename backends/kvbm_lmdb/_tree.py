@@ -2,8 +2,9 @@
 
 LMDB's own reading transaction is no choice beside a keeper, which writes without a table of readers: pages
 that a reader still walks are written anew under it, and a reader in mapped memory may end by a signal. Here
-each page is checked, and one that is not what led to it raises `TornError`. The keeper uses a freed page again
-only some transactions later, so a walk from the root to one key, begun anew at such an error, soon succeeds.
+each page is checked, and one that is not what led to it raises `TornError`. The keeper uses a freed page
+again only some transactions later, so a walk from the root to one key, begun anew at such an error, soon
+succeeds.
 
 LMDB 0.9, data format 1. Numbers are little endian.
 

@@ -83,9 +83,7 @@ class _Whole(Contents):
             if match := _BLOCK.fullmatch(entry.path):
                 namespace, key = bytes.fromhex(match[1]), bytes.fromhex(match[5])
                 broken = "" if entry.nbytes else "it is empty"
-                yield Found(
-                    namespace, int(match[2]), key, entry.nbytes, entry.modified_s, entry, broken
-                )
+                yield Found(namespace, int(match[2]), key, entry.nbytes, entry.modified_s, entry, broken)
 
     def problems(self) -> Sequence[str]:
         """See `Contents.problems`."""

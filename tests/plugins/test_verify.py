@@ -24,6 +24,7 @@ from kvbm_core.registry import Registry
 from kvbm_core.testing import MemoryDevice
 from kvbm_gds._layout import ENTRY, ENTRY_BYTES, HEADER_BYTES
 from kvbm_lmdb._place import pieces_of
+from kvbm_lmdb._tree import Tree
 
 BLOCK_BYTES, AT_ONCE, OBJECTS, FAULTS = 8192, 64, 400, 200
 OBJECT_BYTES = BLOCK_BYTES + SEAL_BYTES
@@ -269,12 +270,12 @@ def test_a_place_that_is_damaged_as_a_whole(tmp_path, verify, filled, name, file
 def test_a_damaged_page_of_lmdbs_index_is_a_problem(tmp_path, verify, filled):
     shutil.copytree(filled / "lmdb", tmp_path / "lmdb")
     file = tmp_path / "lmdb/rank0/data.mdb"
-    content = bytearray(file.read_bytes())
-    for at in range(0, len(content), 4096):
-        # Leaves of its trees.
-        if content[at + 10] == 2 and NAMESPACE in content[at : at + 4096]:
-            content[at : at + 4096] = bytes(4096)
-    file.write_bytes(content)
+    with file.open("r+b") as content:
+        tree = Tree(content.fileno(), b"index")
+        kind, nodes = tree._nodes(tree._root)
+        assert (kind, len(nodes) > 1) == (1, True), "a branch"
+        content.seek(4096 * int.from_bytes(nodes[1][1][1], "little"))
+        content.write(bytes(4096))
     assert "can be reached: it is damaged" in verify(tmp_path / "lmdb")["problems"][0]
 
 
@@ -383,7 +384,8 @@ def test_objects_without_seals_are_not_called_damaged(tmp_path, verify, name):
 
 def test_a_namespace_and_a_limit(verify, filled):
     assert verify(filled / "gds", "--limit", "5")["parts"][0]["objects"] == 5
-    assert verify(filled / "gds", "--namespace", NAMESPACE.hex()[:4].upper())["parts"][0]["objects"] == OBJECTS
+    digits = NAMESPACE.hex()[:4].upper()
+    assert verify(filled / "gds", "--namespace", digits)["parts"][0]["objects"] == OBJECTS
     assert verify(filled / "gds", "--namespace", "zz")["parts"] == []
 
 

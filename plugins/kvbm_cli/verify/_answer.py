@@ -120,12 +120,15 @@ def verify_places(
     Raises:
         KvbmError: A place cannot be read at all.
     """
-    answer, started_s = Verified(source=source, parts=[], damage=[], problems=[], held_by=[]), time.monotonic()
+    answer, started_s = (
+        Verified(source=source, parts=[], damage=[], problems=[], held_by=[]),
+        time.monotonic(),
+    )
     for place in places:
         parts = place.contents()
         if parts is None:
             answer.problems.append(
-                f"{place.tier}: the objects of backend {place.backend} cannot be read alone: it has no Backend.contents"
+                f"{place.tier}: backend {place.backend} cannot be read without an engine: it has no Backend.contents"
             )
             continue
         try:

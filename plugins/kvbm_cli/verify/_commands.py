@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from typing import Annotated, Final
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
+from kvbm_cli._console import make_console
 from kvbm_cli.inspect._places import find_places
 from kvbm_cli.verify._answer import Verified, verify_places
 from kvbm_core.command import ExitCode, answers, write_json
@@ -65,13 +65,13 @@ def _progress(*, hidden: bool) -> Iterator[Callable[[int], None]]:
     """Show how much was read, and how fast, on the standard error."""
     columns = (SpinnerColumn(), TextColumn("read"), DownloadColumn(binary_units=True), TransferSpeedColumn())
     quiet = hidden or not sys.stderr.isatty()
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as progress:
+    with Progress(*columns, console=make_console(stderr=True), transient=True, disable=quiet) as progress:
         task = progress.add_task("read", total=None)
         yield lambda nbytes: progress.advance(task, nbytes)
 
 
 def _show(found: Verified) -> None:
-    console = Console()
+    console = make_console()
     if found.parts:
         console.print(_table(found))
     lines = [] if found.parts or found.problems else [f"nothing lies in {found.source}"]
@@ -81,7 +81,9 @@ def _show(found: Verified) -> None:
     if len(found.damage) > _MOST_SHOWN:
         lines.append(f"and {len(found.damage) - _MOST_SHOWN:,} more; --json lists all")
     lines += [
-        f"not judged: namespace {part.namespace}: {part.not_judged}" for part in found.parts if part.not_judged
+        f"not judged: namespace {part.namespace}: {part.not_judged}"
+        for part in found.parts
+        if part.not_judged
     ]
     lines += [f"to mend: {problem}" for problem in found.problems]
     if found.held_by:

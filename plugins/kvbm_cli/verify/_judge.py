@@ -119,7 +119,7 @@ class Judge:
         return _Reading(engine, coded=True)
 
     def _decode(self, reading: _Reading, found: Found, content: memoryview) -> memoryview:
-        """Decode an object whose length nobody tells: into what others took, into more, and into much more."""
+        """Decode an object whose length nobody tells: into what others took, or more, or much more."""
         usual = max(reading.room_bytes, 1 << (_USUAL * len(content) - 1).bit_length())
         for nbytes in sorted({reading.room_bytes, usual}):
             with suppress(CorruptError):

@@ -1,0 +1,1 @@
+"""The verb `kvbm clear`: deletes objects by namespace, age or size, where no engine is."""
