@@ -186,7 +186,9 @@ class Registry:
                 refuse_unknown([name], self.names(), what)
             except ConfigError as error:
                 message = (
-                    str(error).replace("unknown key", f"unknown {what}").replace("known keys", "installed, of all kinds")
+                    str(error)
+                    .replace("unknown key", f"unknown {what}")
+                    .replace("known keys", "installed, of all kinds")
                 )
                 raise BackendError(message.removeprefix(f"{what}: ")) from None
         return found[0]

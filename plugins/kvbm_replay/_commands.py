@@ -123,8 +123,8 @@ def replay(
     check_picture(plot)
     if policy and "{" in policy:
         raise ConfigError(
-            f"--policy: {policy!r} has settings; write names here, and a policy with settings into a --stack, like "
-            "'{tiers: [{backend: cpu, capacity: 64GiB, policy: {name: NAME, KEY: VALUE}}]}'"
+            f"--policy: {policy!r} has settings; write names here, and a policy with settings into a "
+            "--stack, like '{tiers: [{backend: cpu, capacity: 64GiB, policy: {name: NAME, KEY: VALUE}}]}'"
         )
     found = [*([read_trace(traces)] if traces else []), *map(generate, loads or [])]
     if not found or (len(found) > 1 and (save or plot)):

@@ -128,7 +128,8 @@ def verify_places(
         parts = place.contents()
         if parts is None:
             answer.problems.append(
-                f"{place.tier}: backend {place.backend} cannot be read without an engine: it has no Backend.contents"
+                f"{place.tier}: backend {place.backend} cannot be read without an engine: "
+                "it has no Backend.contents"
             )
             continue
         try:
