@@ -22,8 +22,12 @@ setup-dev:
 fetch-services:
 	-@$(BIN)/python tools/services.py fetch
 
-demo: setup-demo ## set up, then show time to first token cold, from memory and from LMDB (ARGS="--help")
-	@$(BIN)/kvbm demo $(ARGS)
+# Where there is a GPU, vLLM's build for CUDA, in an environment of its own: the two builds are the same package.
+demo: ENGINE = $(if $(findstring GPU,$(shell nvidia-smi --list-gpus 2>/dev/null)),cuda,cpu)
+demo: DEMO_VENV = $(if $(filter cuda,$(ENGINE)),.venv-cuda,$(VENV))
+demo: ## set up, then show time to first token cold, from memory and from LMDB (ARGS="--help", ENGINE=cpu)
+	@$(PYTHON) tools/setup.py --venv $(DEMO_VENV) --extras vllm,demo --engine $(ENGINE)
+	@$(DEMO_VENV)/bin/kvbm demo $(ARGS)
 
 services: setup-dev ## start etcd and Prometheus on this machine, until Ctrl-C
 	@$(BIN)/python tools/services.py run
@@ -68,5 +72,5 @@ release: setup-dev ## build and check what is uploaded in a release (ARGS=--rehe
 	@$(BIN)/python tools/release.py $(ARGS)
 
 clean: ## remove environments and caches
-	rm -rf .venv .venv-compat-* .cache/vllm build dist site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage .coverage.*
+	rm -rf .venv .venv-cuda .venv-compat-* .cache/vllm build dist site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

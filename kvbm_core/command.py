@@ -5,9 +5,10 @@ A package adds a verb, or a group of verbs, with one entry point in the group `C
     [project.entry-points."kvbm_core.commands"]
     shelf = "kvbm_shelf._commands:app"
 
-Its name is the word behind ``kvbm``. It leads to a `typer.Typer`, which becomes a group, or to a function
-with typer's annotations, which becomes a verb; its docstring is the help. It is imported when it is run or
-listed, so it imports at its top only what is cheap. A verb raises a `KvbmError` for what is wrong, or
+Its name is the word behind ``kvbm``; ``bench.shelf`` is the verb ``shelf`` of the group ``bench``, which may
+be another package's. It leads to a `typer.Typer`, which becomes a group, or to a function with typer's
+annotations, which becomes a verb; its docstring is the help. It is imported when it is run or listed, so it
+imports at its top only what is cheap. A verb raises a `KvbmError` for what is wrong, or
 `typer.Exit` with an `ExitCode`. This module does not need typer.
 """
 

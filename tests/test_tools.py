@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -122,6 +124,32 @@ def test_a_damaged_wheel_and_one_without_the_files_are_named(tmp_path):
 def test_the_engine_that_is_installed(arguments, requirement, monkeypatch):
     monkeypatch.setattr(setup, "has_cuda_device", lambda: False)
     assert setup.engine_requirement(setup.parse_arguments(arguments)) == requirement
+
+
+@pytest.mark.parametrize(
+    ("gpu", "words", "venv", "engine"),
+    [
+        ("GPU 0: NVIDIA H200 (UUID: x)", [], ".venv-cuda", "cuda"),
+        ("", [], ".venv", "cpu"),
+        ("GPU 0: NVIDIA H200 (UUID: x)", ["ENGINE=cpu"], ".venv", "cpu"),
+    ],
+)
+def test_the_demo_takes_the_build_for_cuda_where_there_is_a_gpu(tmp_path, gpu, words, venv, engine):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\necho '{gpu}'\n")
+    smi.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["make", "--no-print-directory", "-n", "-C", setup.ROOT, "demo", *words]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert f"--venv {venv} --extras vllm,demo --engine {engine}\n" in said
+    assert f"\n{venv}/bin/kvbm demo" in said
+
+
+def test_the_build_by_default_and_the_same_by_name_are_one_environment():
+    digests = [
+        setup.digest_of(setup.parse_arguments(["--engine", engine])) for engine in ("auto", "cpu", "cuda")
+    ]
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_a_command_that_fails_says_what_it_wrote():

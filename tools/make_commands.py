@@ -53,8 +53,9 @@ HOOK = f"""
 ## Verbs of other packages
 
 A package adds a verb, or a group of verbs, with an entry point in the group `{COMMANDS_GROUP}`; its name is
-the word behind `kvbm`. It leads to a function with [typer's](https://typer.tiangolo.com) annotations, which
-is a verb, or to a `typer.Typer`, which is a group:
+the word behind `kvbm`, and `bench.shelf` is the verb `shelf` of the group `bench`. It leads to a function
+with [typer's](https://typer.tiangolo.com) annotations, which is a verb, or to a `typer.Typer`, which is a
+group:
 
 ```toml
 [project.entry-points."{COMMANDS_GROUP}"]
@@ -114,7 +115,8 @@ def verbs() -> Iterator[tuple[str, Any]]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for name, value in sorted(project["entry-points"][COMMANDS_GROUP].items()):
         module, _, attribute = value.partition(":")
-        yield from _verbs(name, command_of(name, getattr(importlib.import_module(module), attribute)))
+        words = name.replace(".", " ")
+        yield from _verbs(words, command_of(words, getattr(importlib.import_module(module), attribute)))
 
 
 def _verbs(name: str, command: Any) -> Iterator[tuple[str, Any]]:

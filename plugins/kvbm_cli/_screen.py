@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -46,6 +46,12 @@ class Screen:
         with self._spinner(what) if self.console.is_terminal else self._plain(what) as tick:
             yield tick
         self.console.print(Text(f"  {what}: {time.monotonic() - started_s:.1f} s", style="dim"))
+
+    @contextmanager
+    def chore(self, what: str) -> Iterator[None]:
+        """Show on a terminal that `what` is being done while it is, and leave no line of it."""
+        with self._spinner(what) if self.console.is_terminal else nullcontext():
+            yield
 
     @contextmanager
     def answer(self) -> Iterator[Tick]:

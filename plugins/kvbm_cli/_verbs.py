@@ -88,7 +88,7 @@ class Verbs(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """List the verbs."""
-        return [*verb_points()]
+        return [name for name in verb_points() if "." not in name]
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the verb that is meant; of an unknown one the nearest is named, among these keys."""
@@ -97,13 +97,23 @@ class Verbs(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Import a verb."""
-        points = verb_points().get(cmd_name)
-        if points is None:
+        points = verb_points()
+        if cmd_name not in self.list_commands(ctx):
             return None
-        try:
-            return command_of(cmd_name, load(points))
-        except KvbmError as error:
-            return command_of(cmd_name, _broken(error), **_ANY_WORDS)
+        command = _command(cmd_name, points[cmd_name])
+        for name, each in points.items():
+            group, _, word = name.partition(".")
+            if group == cmd_name and word and isinstance(command, TyperGroup):
+                command.add_command(_command(word, each))
+        return command
+
+
+def _command(word: str, points: Sequence[EntryPoint]) -> Any:
+    """Import a verb; in place of one that cannot be, give one that says why."""
+    try:
+        return command_of(word, load(points))
+    except KvbmError as error:
+        return command_of(word, _broken(error), **_ANY_WORDS)
 
 
 def command_of(name: str, found: Callable[..., Any] | typer.Typer, **settings: Any) -> Any:

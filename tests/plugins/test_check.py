@@ -14,6 +14,7 @@ from published import published
 from kvbm_cli._app import run as kvbm
 from kvbm_core import Stack, chain_keys, make_namespace, root_key
 from kvbm_core.command import ExitCode
+from kvbm_core.memory import MemoryTier
 from kvbm_core.testing import MemoryDevice
 
 BLOCK_BYTES, BLOCKS = 8192, 4
@@ -307,3 +308,71 @@ def test_quotas_that_no_tier_can_hold_are_found(check):
     tiers = [{"backend": "memory", "capacity": "4MiB"}]
     _, found = check(tiers, status=ExitCode.MEND, tenants={"a": {"memory": "5MiB"}})
     assert "tenants: a: memory: the quotas add up to 5MiB" in found["problems"][0]
+
+
+# `kvbm bench tier`
+
+
+@pytest.fixture
+def bench(tmp_path, capsys):
+    """Gives a function that measures tiers, and gives what was found by the tier's name, and of all."""
+
+    def run(tiers, *arguments, status=0):
+        file = tmp_path / "kvbm.yaml"
+        file.write_text(yaml.safe_dump({"tiers": tiers}))
+        capsys.readouterr()
+        assert kvbm(["bench", "tier", str(file), "--json", "--block-bytes", "64KiB", *arguments]) == status
+        found = published("bench tier", capsys.readouterr().out)
+        return {each["name"]: each for each in found["tiers"]}, found
+
+    return run
+
+
+def test_each_tier_is_measured_as_often_as_asked_for_and_left_as_it_was(tmp_path, bench, capsys):
+    place = tmp_path / "tiers"
+    place.mkdir()
+    tiers, found = bench(everywhere(place), "--objects", "80", "--rounds", "3")
+    assert (found["block_bytes"], found["depth"], found["rounds"]) == (1 << 16, None, 3)
+    assert list(tiers) == ["cpu", "gds", "lmdb", "remote"]
+    for tier in tiers.values():
+        assert tier["store_bytes_per_s"] == sorted(tier["stores"])[1] > 0
+        assert tier["load_bytes_per_s"] == sorted(tier["loads"])[1] > 0
+        assert len(tier["stores"]) == len(tier["loads"]) == 3
+    # 4 MiB, of which each object has its seal, in pages.
+    assert (tiers["cpu"]["objects"], tiers["remote"]["objects"]) == ((4 << 20) // ((1 << 16) + 4096), 80)
+    assert tree(place) == []
+    assert kvbm(["bench", "tier", str(tmp_path / "kvbm.yaml"), "--objects", "2", "--rounds", "1"]) == 0
+    assert capsys.readouterr().out.count("B/s") == 8
+
+
+def test_no_more_objects_are_on_their_way_than_asked_for(monkeypatch, bench):
+    seen, submit = [], MemoryTier.submit
+
+    def counted(self, transfers):
+        seen.append(len(transfers))
+        return submit(self, transfers)
+
+    monkeypatch.setattr(MemoryTier, "submit", counted)
+    bench([{"backend": "memory", "capacity": "4MiB"}], "--objects", "10", "--depth", "3", "--rounds", "1")
+    assert sum(seen) == 20
+    assert max(seen) == 3
+
+
+def test_a_tier_that_cannot_be_measured_is_named_and_harms_no_other(tmp_path, bench):
+    wrong = {"backend": "lmdb", "capacity": "32MiB", "path": f"{tmp_path}/kv", "shelves": 3}
+    filled = {"backend": "remote", "url": "memory://filled", "read_only": True}
+    tiers, _ = bench([{"backend": "cpu", "capacity": "4MiB"}, wrong, filled], status=ExitCode.MEND)
+    assert tiers["cpu"]["problem"] is None
+    assert "shelves" in tiers["lmdb"]["problem"]
+    assert tiers["remote"]["not_tried"].startswith("not tried: it is read-only")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--block-bytes", "0"], "write a size above 0"), (["--objects", "0"], "greater than or equal to 1")],
+)
+def test_an_option_of_the_measurement_that_cannot_be_used_is_named(tmp_path, capsys, arguments, said):
+    file = tmp_path / "kvbm.yaml"
+    file.write_text(yaml.safe_dump({"tiers": [{"backend": "cpu", "capacity": "4MiB"}]}))
+    assert kvbm(["bench", "tier", str(file), *arguments]) == ExitCode.WRONG
+    assert said in capsys.readouterr().err

