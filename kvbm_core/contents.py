@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvbm_core.block import BlockKey, Namespace
+from kvbm_core.field_docs import show_fields
 
 __all__ = ["Contents", "Found"]
 
@@ -33,6 +34,9 @@ class Found:
     """The backend's own: where it lies. Equal places mean the same object."""
     broken: str = ""
     """Why it cannot be read at all: what lists it is damaged. Then the fields above may be anything."""
+
+
+show_fields([Found])
 
 
 class Contents(ABC):

@@ -186,7 +186,9 @@ class Registry:
                 refuse_unknown([name], self.names(), what)
             except ConfigError as error:
                 message = (
-                    str(error).replace("unknown key", f"unknown {what}").replace("known keys", "installed")
+                    str(error)
+                    .replace("unknown key", f"unknown {what}")
+                    .replace("known keys", "installed, of all kinds")
                 )
                 raise BackendError(message.removeprefix(f"{what}: ")) from None
         return found[0]
@@ -200,7 +202,7 @@ def _plugin(point: EntryPoint) -> pluggy.PluginManager:
     except Exception as error:
         remedy = _remedy(point) if isinstance(error, ModuleNotFoundError) else ""
         raise BackendError(
-            f"backend {point.name!r} of {owner} cannot be imported: {error}{remedy}"
+            f"plug-in {point.name!r} of {owner} cannot be imported: {error}{remedy}"
         ) from error
     manager = pluggy.PluginManager(hookspecs.ENTRY_POINT_GROUP)
     manager.add_hookspecs(hookspecs)
@@ -208,14 +210,14 @@ def _plugin(point: EntryPoint) -> pluggy.PluginManager:
         function = getattr(plugin, name, None)
         if name.startswith("kvbm_") and callable(function) and not manager.parse_hookimpl_opts(plugin, name):
             raise BackendError(
-                f"backend {point.name!r} of {owner}: {point.value} has a function {name}() that is no hook; "
+                f"plug-in {point.name!r} of {owner}: {point.value} has a function {name}() that is no hook; "
                 "write @hookimpl (from kvbm_core import hookimpl) above it"
             )
     try:
         manager.register(plugin)
         manager.check_pending()
     except pluggy.PluginValidationError as error:
-        raise BackendError(f"backend {point.name!r} of {owner}: {error}") from error
+        raise BackendError(f"plug-in {point.name!r} of {owner}: {error}") from error
     return manager
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbm_core.block import Namespace
+from kvbm_core.field_docs import show_fields
 from kvbm_core.localdir import FACTS_FOLDER, LocalDirectory
 from kvbm_core.namespace_facts import MOST_BYTES, decode_facts
 
@@ -37,6 +38,9 @@ class Stored:
     """What the namespace is made of; None: nobody wrote it, or it cannot be read."""
     owner: str = ""
     """The process that holds the place, by its id; empty if nobody does."""
+
+
+show_fields([Stored])
 
 
 def stored_in_directory(

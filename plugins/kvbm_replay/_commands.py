@@ -121,6 +121,11 @@ def replay(
 ) -> None:
     """Replay traces through the planner of a stack: hits, bytes written, and times to the first token."""
     check_picture(plot)
+    if policy and "{" in policy:
+        raise ConfigError(
+            f"--policy: {policy!r} has settings; write names here, and a policy with settings into a "
+            "--stack, like '{tiers: [{backend: cpu, capacity: 64GiB, policy: {name: NAME, KEY: VALUE}}]}'"
+        )
     found = [*([read_trace(traces)] if traces else []), *map(generate, loads or [])]
     if not found or (len(found) > 1 and (save or plot)):
         raise ConfigError("write the path of a trace or --generate LOAD; one alone for --save and --plot")

@@ -103,7 +103,7 @@ def test_what_is_no_backend_of_this_contract_is_refused(install, offer, words):
 def test_an_unknown_name_gets_the_nearest():
     with pytest.raises(BackendError, match=r"unknown backend 'memori'; did you mean 'memory'"):
         Registry().backend("memori")
-    with pytest.raises(BackendError, match=r"unknown backend 'xyz'; installed: .*memory"):
+    with pytest.raises(BackendError, match=r"unknown backend 'xyz'; installed, of all kinds: .*memory"):
         Registry().backend("xyz")
 
 

@@ -151,6 +151,7 @@ def test_a_new_package_installs_and_passes_its_tests(kind, tmp_path, capsys):
     ("name", "said"),
     [
         ("My Own", "NAME: 'My Own' cannot be one; write small letters, digits and hyphens"),
+        ("2q", "NAME: '2q' cannot be one; write small letters, digits and hyphens, a letter first"),
         ("lmdb", "NAME: 'lmdb' of kvbm-core"),
     ],
 )

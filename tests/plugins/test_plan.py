@@ -29,6 +29,11 @@ COMMANDS = [
 LOAD = "chat:seed=7,requests=800"
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "220")  # A worker of pytest-xdist has the terminal's, which folds tables.
+
+
 @pytest.fixture(scope="module")
 def trace():
     return generate(LOAD)
@@ -238,3 +243,11 @@ def test_a_command_of_the_pages_runs(command, capsys):
 
 def test_there_are_commands_to_run():
     assert len(COMMANDS) >= 4
+
+
+def test_a_policy_with_settings_is_told_where_to_write_them(capsys):
+    words = ["replay", "--generate", "zipf:requests=9", "--policy"]
+    assert kvbm([*words, "{name: s3fifo, small: 0.2}"]) == ExitCode.WRONG
+    assert (
+        "has settings; write names here, and a policy with settings into a --stack" in capsys.readouterr().err
+    )

@@ -63,7 +63,8 @@ def inspect_places(source: str, places: Iterable[Place], pair: Sequence[str] | N
         stored = place.stored()
         if stored is None:
             unknown.append(
-                f"{place.tier}: the backend {place.backend} cannot tell what lies in {place.where}"
+                f"{place.tier}: the backend {place.backend} cannot tell what lies in {place.where}: "
+                "it has no Backend.stored"
             )
             continue
         found += stored

@@ -40,7 +40,7 @@ def inspect(
     console = make_console()
     if found.namespaces:
         console.print(_table(found))
-    lines = [] if found.namespaces else [f"nothing lies in {place}"]
+    lines = [] if found.namespaces or found.unknown else [f"nothing lies in {place}"]
     lines += found.unknown
     if found.differences is not None:
         lines += found.differences or ["the facts of the two are alike"]

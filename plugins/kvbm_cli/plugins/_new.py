@@ -50,7 +50,8 @@ def write_package(kind: Kind, name: str, folder: Path | None) -> Written:
     """
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            f"NAME: {name!r} cannot be one; write small letters, digits and hyphens, like redis-cluster"
+            f"NAME: {name!r} cannot be one; write small letters, digits and hyphens, a letter first, "
+            "like redis-cluster"
         )
     if name in (registry := Registry()).names():
         raise ConfigError(f"NAME: {registry.owner(name)} has it already; write another")

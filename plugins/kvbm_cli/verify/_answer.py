@@ -127,7 +127,10 @@ def verify_places(
     for place in places:
         parts = place.contents()
         if parts is None:
-            answer.problems.append(f"{place.tier}: backend {place.backend} cannot be read without an engine")
+            answer.problems.append(
+                f"{place.tier}: backend {place.backend} cannot be read without an engine: "
+                "it has no Backend.contents"
+            )
             continue
         try:
             for contents in parts:

@@ -74,7 +74,7 @@ def _show(found: Verified) -> None:
     console = make_console()
     if found.parts:
         console.print(_table(found))
-    lines = [] if found.parts else [f"nothing lies in {found.source}"]
+    lines = [] if found.parts or found.problems else [f"nothing lies in {found.source}"]
     for each in found.damage[:_MOST_SHOWN]:
         state = "removed" if each.removed else "not read" if each.unread else "damaged"
         lines.append(f"{state}: {each.where}, key {each.key[:16]}: {each.what}")
