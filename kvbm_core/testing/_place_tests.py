@@ -79,7 +79,7 @@ class PlaceTests:
             for number, completion in enumerate(other.store(tier, *range(blocks))):
                 assert completion.outcome is Outcome.DONE, (
                     f"share_bytes({blocks}, {nbytes}) says {share_bytes} bytes, and object {number} was not "
-                    f"stored: {completion}; give Backend a share_bytes that counts what lies beside the objects"
+                    f"stored: {completion}; give Backend a share_bytes that counts what lies beside objects"
                 )
             tier.discard([key_of(number) for number in range(blocks)])
             other.close(tier)
