@@ -216,7 +216,7 @@ def test_nobody_reads_half_a_block_that_is_overwritten(tmp_path):
 
 CHILD = """
 import sys
-sys.path.insert(0, {here!r})
+sys.path[:0] = {paths!r}
 from test_remote import *
 tier = RemoteTier(RemoteConfig(url={url!r}, max_in_flight=4), TierContext(NAMESPACE, 1 << 20))
 block, n = region(b"k" * (1 << 20), 1 << 20), 0
@@ -228,7 +228,8 @@ while True:
 
 
 def test_a_writer_killed_in_the_middle_leaves_no_torn_block_and_its_litter_is_collected(tmp_path, open_tier):
-    code = CHILD.format(here=str(Path(__file__).parent), url=f"file://{tmp_path}/kv")
+    paths = [str(folder) for folder in Path(__file__).parents[:2]]
+    code = CHILD.format(paths=paths, url=f"file://{tmp_path}/kv")
     for delay_s in (0.2, 0.33, 0.47):
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
         assert child.stdout.readline() == b"ready\n"
