@@ -125,10 +125,10 @@ def watching() -> Iterator[Watch]:
         watch.loads += [(request, group, key) for key in keys]
         load(planner, request, keys, *args, group=group, **more)
 
-    def watch_store(planner, keys, blocks, prefix, now_s, group=0):
+    def watch_store(planner, keys, blocks, prefix, now_s, group=0, *more):
         if not watch.deaf:
             watch.stores += [(group, key) for key in keys]
-            store(planner, keys, blocks, prefix, now_s, group)
+            store(planner, keys, blocks, prefix, now_s, group, *more)
 
     def watch_take(planner, now_s, order=None):
         plan = take(planner, now_s, order)

@@ -57,7 +57,7 @@ def test_a_replay_of_the_log_hits_what_the_engine_hit(start, llama, tmp_path, ti
     outcome = replay(trace, layout, Machine(token_bytes=trace.token_bytes))
     assert {tier.name: tier.hits for tier in outcome.tiers} == counted
     assert {tier.name: tier.evicted for tier in outcome.tiers} == evicted
-    assert min(counted.values()) > 10
+    assert min(counted.values()) > 5
     assert min(evicted.values()) > 20
     assert outcome.engine_hits > 20
 
