@@ -189,6 +189,23 @@ def test_tests_run_together_and_those_of_several_ranks_or_on_a_gpu_alone(parts):
     assert alone == ("-m", "ranks or gpu", *rest)
 
 
+def test_a_test_that_passes_alone_is_named_and_one_that_is_wrong_fails(tmp_path):
+    """With pytest itself: `races` passes the second time, `wrong` never does."""
+    (tmp_path / "test_it.py").write_text(
+        "from pathlib import Path\n\n"
+        "def test_races():\n    seen = Path('seen')\n    first = not seen.exists()\n"
+        "    seen.touch()\n    assert not first\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    engine\n    gpu\n    ranks\n")
+    run = [sys.executable, run_tests.__file__, "--again", "-n", "1"]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "== 1 failed beside others and passed alone" in done.stdout
+    (tmp_path / "test_it.py").write_text("def test_wrong():\n    assert False\n")
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stdout
+
+
 def test_marks_that_are_asked_for_are_asked_of_every_part(parts):
     _, [together, engines, alone] = parts((0, 0, 0), "-m", "engine or x")
     assert together[1] == "(engine or x) and (not (engine or gpu))"

@@ -3,19 +3,25 @@
     python tools/run_tests.py                       all
     python tools/run_tests.py -k name --durations=9 what pytest takes
     python tools/run_tests.py -m soak               long ones, which are left out else
+    python tools/run_tests.py --again               what failed runs once more, alone
 
 A test's engine computes with one thread, so that there may be one for each core; they take more memory. Ranks
 wait for each other by spinning, and beside another test they take many times as long, so they are alone.
 A GPU is there once. Every worker has servers of its own.
+
+With ``--again``, as in CI, a test that failed beside others and passes alone is no failure, and its name is
+printed: it depends on how busy the machine is, and that is to be mended. What is wrong fails twice.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,6 +32,8 @@ MOST_WORKERS = 8
 MOST_ENGINES = 4
 """Workers that start engines, each of which takes 2 to 3 GiB with its children."""
 
+LAST_FAILED = Path(".pytest_cache/v/cache/lastfailed")
+"""Where pytest's own plug-in keeps it."""
 NOTHING_TO_RUN = 5
 """Pytest's exit status where no test was selected."""
 FAILED = 1
@@ -36,6 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-m", dest="chosen", default="")
     parser.add_argument("-n", "--numprocesses", dest="workers", default=str(workers()))
+    parser.add_argument("--again", action="store_true")
     options, others = parser.parse_known_args(arguments)
     if not {"-s", "--capture=no", "--pdb", "--trace"}.isdisjoint(others):
         options.workers = "0"  # A worker has no terminal.
@@ -49,6 +58,8 @@ def main(arguments: Sequence[str]) -> int:
     for part, spread in parts:
         expression = f"({options.chosen}) and ({part})" if options.chosen else part
         statuses.append(pytest("-m", expression, *spread, *others))
+        if options.again and statuses[-1] == FAILED:
+            statuses[-1] = run_again("-m", expression, *others)
         if statuses[-1] not in (0, FAILED, NOTHING_TO_RUN):
             break  # Stopped by hand or by -x, or the command line is wrong.
     return outcome(statuses)
@@ -63,6 +74,24 @@ def outcome(statuses: Sequence[int]) -> int:
     """Return the first failure's status; nothing to run in one part is no failure."""
     failures = [status for status in statuses if status not in (0, NOTHING_TO_RUN)]
     return next(iter(failures), min(statuses))
+
+
+def run_again(*arguments: str) -> int:
+    """Run what failed once more, alone, and say what passes then."""
+    failed = last_failed()
+    status = pytest(*arguments, "--last-failed", "--last-failed-no-failures=none")
+    if passed := sorted(failed - last_failed()):
+        print(f"== {len(passed)} failed beside others and passed alone; they depend on a busy machine:")
+        print(*passed, sep="\n", flush=True)
+    return status
+
+
+def last_failed() -> set[str]:
+    """Give the tests that pytest has noted as failed in its last run of them."""
+    try:
+        return set(json.loads(LAST_FAILED.read_text()))
+    except FileNotFoundError:
+        return set()
 
 
 def pytest(*arguments: str) -> int:
