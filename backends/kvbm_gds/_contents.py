@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -16,13 +15,12 @@ from kvbm_core.stored import facts_in
 from kvbm_core.trust import open_file, open_folder
 from kvbm_gds._config import GdsConfig
 from kvbm_gds._layout import ENTRY, ENTRY_BYTES, FORMAT_VERSION, HEADER, HEADER_BYTES, MAGIC, in_pages
-from kvbm_gds._slab import directory_of, sound_fields
+from kvbm_gds._machine import open_direct
+from kvbm_gds._slab import SLAB, directory_of, read_entries, sound_fields
 
 __all__ = ["contents"]
 
 _EMPTY: Final = bytes(ENTRY_BYTES)
-_READ_BYTES: Final = ENTRY_BYTES << 14
-_SLAB: Final = re.compile(r"slab\.([0-9]{3,})", re.ASCII)
 
 
 def contents(config: GdsConfig) -> Sequence[Contents]:
@@ -58,14 +56,8 @@ class _Folder(Contents):
 
     def objects(self) -> Iterator[Found]:
         """See `Contents.objects`. In the order of slots."""
-        at, slot = HEADER_BYTES, 0
-        while self._slot_bytes and (content := os.pread(self._index, _READ_BYTES, at)):
-            for start in range(0, len(content) - ENTRY_BYTES + 1, ENTRY_BYTES):
-                raw = content[start : start + ENTRY_BYTES]
-                if raw != _EMPTY:
-                    yield self._found(slot, raw)
-                slot += 1
-            at += len(content)
+        if self._slot_bytes:
+            yield from (self._found(slot, raw) for slot, raw in read_entries(self._index) if raw != _EMPTY)
 
     def problems(self) -> Sequence[str]:
         """See `Contents.problems`."""
@@ -128,7 +120,7 @@ class _Folder(Contents):
             if "index" in names:
                 self._index = open_file(self._folder, folder_fd, "index", os.O_RDONLY, "gds")
             for name in names:
-                if match := _SLAB.fullmatch(name):
+                if match := SLAB.fullmatch(name):
                     self._fds[int(match[1])] = self._open_direct(folder_fd, name)
             self._read_header()
         except (OSError, KvbmError) as error:
@@ -140,10 +132,8 @@ class _Folder(Contents):
             os.close(folder_fd)
 
     def _open_direct(self, folder_fd: int, name: str) -> int:
-        try:
-            return open_file(self._folder, folder_fd, name, os.O_RDONLY | os.O_DIRECT, "gds")
-        except OSError:
-            return open_file(self._folder, folder_fd, name, os.O_RDONLY, "gds")
+        fd, _ = open_direct(lambda flags: open_file(self._folder, folder_fd, name, flags, "gds"), os.O_RDONLY)
+        return fd
 
     def _read_header(self) -> None:
         header = os.pread(self._index, HEADER.size, 0) if self._index >= 0 else b""

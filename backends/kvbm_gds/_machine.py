@@ -10,16 +10,18 @@ from pathlib import Path
 __all__ = ["has_nvidia_fs", "open_direct", "why_gds_is_unavailable"]
 
 
-def open_direct(open_file: Callable[[int], int]) -> tuple[int, bool]:
+def open_direct(
+    open_file: Callable[[int], int], flags: int = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+) -> tuple[int, bool]:
     """Open a file past the page cache where the file system can.
 
     Args:
         open_file: Opens it with the flags that it is given.
+        flags: As of `os.open`, but for the page cache.
 
     Returns:
         The file descriptor, and whether it is past the page cache.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
     try:
         return open_file(flags | os.O_DIRECT), True
     except OSError:

@@ -12,6 +12,7 @@ import errno
 import functools
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -37,10 +38,11 @@ from kvbm_gds._layout import (
 )
 from kvbm_gds._machine import open_direct
 
-__all__ = ["Slab", "directory_of"]
+__all__ = ["SLAB", "Slab", "directory_of", "read_entries", "sound_fields"]
 
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
-_SLAB: Final = re.compile(r"slab\.([0-9]{3,})", re.ASCII)
+_READ_BYTES: Final = ENTRY_BYTES << 14
+SLAB: Final = re.compile(r"slab\.([0-9]{3,})", re.ASCII)
 
 
 def directory_of(config: GdsConfig) -> LocalDirectory:
@@ -52,6 +54,16 @@ def sound_fields(entry: bytes) -> bytes:
     """Give the fields of an entry; nothing if it is empty, damaged or half written."""
     fields, checksum = entry[: ENTRY.size], entry[ENTRY.size :]
     return fields if any(checksum) and xxhash.xxh3_64_digest(fields) == checksum else b""
+
+
+def read_entries(index: int) -> Iterator[tuple[int, bytes]]:
+    """Read the entries of an index, in the order of slots, with the number of each; also beside an engine."""
+    at, slot = HEADER_BYTES, 0
+    while content := os.pread(index, _READ_BYTES, at):
+        for start in range(0, len(content) - ENTRY_BYTES + 1, ENTRY_BYTES):
+            yield slot, content[start : start + ENTRY_BYTES]
+            slot += 1
+        at += len(content)
 
 
 class Slab:
@@ -180,7 +192,7 @@ class Slab:
         content = _read_all(self._index)
         header = HEADER.pack(MAGIC, FORMAT_VERSION, ENTRY_BYTES, sizing.slot_bytes, sizing.slots_per_file)
         if content[: len(header)] != header:
-            if self._folder.drop(_SLAB.fullmatch) or content:
+            if self._folder.drop(SLAB.fullmatch) or content:
                 self.log.warning(
                     "%s was made for slots of another size, or is damaged or gone: dropping what the "
                     "directory holds, starting empty", path,
@@ -214,7 +226,7 @@ class Slab:
             self._fds.append(fd)
             self.direct = self.direct and direct
         kept = {f"slab.{number:03d}" for number in range(self._sizing.files)}
-        self._folder.drop(lambda name: _SLAB.fullmatch(name) and name not in kept)
+        self._folder.drop(lambda name: SLAB.fullmatch(name) and name not in kept)
 
     def _lies_in(self, entry: Entry, held: list[int]) -> bool:
         number, offset = self._sizing.place(entry.slot)

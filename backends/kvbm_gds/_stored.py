@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
 
 from kvbm_core.block import Namespace
 from kvbm_core.stored import Stored, stored_in_directory
 from kvbm_gds._config import GdsConfig
-from kvbm_gds._layout import ENTRY, ENTRY_BYTES, FORMAT_VERSION, HEADER, HEADER_BYTES, MAGIC
-from kvbm_gds._slab import directory_of, sound_fields
+from kvbm_gds._layout import ENTRY, FORMAT_VERSION, HEADER, HEADER_BYTES, MAGIC
+from kvbm_gds._slab import directory_of, read_entries, sound_fields
 
 __all__ = ["stored"]
-
-_READ_BYTES: Final = ENTRY_BYTES << 14
 
 
 def stored(config: GdsConfig) -> Sequence[Stored]:
@@ -29,12 +26,11 @@ def _count(folder: Path, in_use: bool) -> Mapping[Namespace, tuple[int, int]] | 
             header = file.read(HEADER_BYTES)
             if len(header) < HEADER_BYTES or HEADER.unpack_from(header)[:2] != (MAGIC, FORMAT_VERSION):
                 return None
-            while content := file.read(_READ_BYTES):
-                for at in range(0, len(content) - ENTRY_BYTES + 1, ENTRY_BYTES):
-                    if fields := sound_fields(content[at : at + ENTRY_BYTES]):
-                        namespace, _, _, nbytes, _ = ENTRY.unpack(fields)
-                        objects, total = counts.get(namespace, (0, 0))
-                        counts[namespace] = objects + 1, total + nbytes
+            for _, raw in read_entries(file.fileno()):
+                if fields := sound_fields(raw):
+                    namespace, _, _, nbytes, _ = ENTRY.unpack(fields)
+                    objects, total = counts.get(namespace, (0, 0))
+                    counts[namespace] = objects + 1, total + nbytes
     except FileNotFoundError:
         return {}
     except OSError:

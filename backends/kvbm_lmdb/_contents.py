@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from mmap import PAGESIZE
 from pathlib import Path
@@ -17,17 +16,21 @@ from kvbm_core.stored import facts_in
 from kvbm_core.trust import open_file, open_folder
 from kvbm_lmdb._config import LmdbConfig
 from kvbm_lmdb._directory import directory_of
-from kvbm_lmdb._place import PIECE_HEADER_BYTES, is_sound, nbytes_of, pieces_of
+from kvbm_lmdb._place import (
+    FORMAT_KEY,
+    PIECE_HEADER_BYTES,
+    SEQUENCE,
+    is_given_up,
+    is_sound,
+    nbytes_of,
+    pieces_of,
+)
 from kvbm_lmdb._tree import TornError, Tree, look_up
 
 __all__ = ["contents"]
 
 _DATA: Final = "data.mdb"
 _INDEX: Final = b"index"
-_FORMAT_KEY: Final = b"format"
-_SEQUENCE: Final = struct.Struct("<Q")
-_GIVEN_UP: Final = 2**64 - 1
-"""As `_environment`, which imports lmdb."""
 _MOST_ROOM_BYTES: Final = 1 << 32
 
 
@@ -96,7 +99,7 @@ class _Folder(Contents):
     def read(self, found: Found, buffer: memoryview) -> memoryview | None:
         """See `Contents.read`."""
         at = end = 0
-        for page, pages in pieces_of(found.place[_SEQUENCE.size :]):
+        for page, pages in pieces_of(found.place[SEQUENCE.size :]):
             part = buffer[at : at + pages * PAGESIZE]
             try:
                 got = os.preadv(self._fd, [part], page * PAGESIZE)
@@ -157,21 +160,18 @@ class _Folder(Contents):
     @staticmethod
     def _is_none(key: bytes, row: bytes) -> bool:
         """Say whether a row is of no object: the format, or one that is being erased."""
-        place = row[_SEQUENCE.size :]
-        return key == _FORMAT_KEY or (
-            len(place) >= 8 and len(place) % 8 == 0 and nbytes_of(place) == _GIVEN_UP
-        )
+        return key == FORMAT_KEY or is_given_up(row[SEQUENCE.size :])
 
     def _found(self, key: bytes, row: bytes, file_bytes: int) -> Found:
-        place, broken, nbytes, sequence = row[_SEQUENCE.size :], "", 0, 0
+        place, broken, nbytes, sequence = row[SEQUENCE.size :], "", 0, 0
         if len(key) != NAMESPACE_BYTES + KEY_BYTES:
             broken = f"the index has a key of {len(key)} bytes"
-        elif len(row) <= _SEQUENCE.size or not is_sound(place, file_bytes):
+        elif len(row) <= SEQUENCE.size or not is_sound(place, file_bytes):
             broken = "its row of the index is damaged, or leads beyond the end of the file"
         if not broken:
-            (sequence,), nbytes = _SEQUENCE.unpack_from(row), nbytes_of(place)
+            (sequence,), nbytes = SEQUENCE.unpack_from(row), nbytes_of(place)
         return Found(key[:NAMESPACE_BYTES], self._rank, key[NAMESPACE_BYTES:], nbytes, sequence, row, broken)
 
 
 def _first_page(found: Found) -> int:
-    return 0 if found.broken else pieces_of(found.place[_SEQUENCE.size :])[0][0]
+    return 0 if found.broken else pieces_of(found.place[SEQUENCE.size :])[0][0]

@@ -12,8 +12,8 @@ from typing import Any, Final
 import lmdb
 
 from kvbm_lmdb._data_file import HEADER
-from kvbm_lmdb._environment import GIVEN_UP, PIECE, SEQUENCE, Store
-from kvbm_lmdb._place import Piece, pages_of, pieces_of, place_of, room_bytes
+from kvbm_lmdb._environment import PIECE, Store
+from kvbm_lmdb._place import GIVEN_UP, SEQUENCE, Piece, pages_of, pieces_of, place_of, room_bytes
 
 __all__ = ["STEP_PAGES", "Value", "delete", "put_cut", "put_whole"]
 

@@ -13,18 +13,13 @@ import lmdb
 
 from kvbm_core.block import KEY_BYTES, NAMESPACE_BYTES
 from kvbm_core.localdir import FILE_MODE
-from kvbm_lmdb._place import is_sound, nbytes_of, pieces_of
+from kvbm_lmdb._place import FORMAT_KEY, SEQUENCE, is_given_up, is_sound, pieces_of
 
-__all__ = ["DAMAGE", "GIVEN_UP", "PIECE", "SEQUENCE", "Entry", "Store", "open_store"]
+__all__ = ["DAMAGE", "PIECE", "Entry", "Store", "open_store"]
 
-SEQUENCE: Final = struct.Struct("<Q")
-"""Ahead of the place in a row of the index."""
 PIECE: Final = struct.Struct(">QH")
 """A key of `blocks`: the object's sequence and the number of the piece. In order of time, so that what is
 stored goes to the end of the tree."""
-GIVEN_UP: Final = 2**64 - 1
-"""The length in the row of an object that is being erased, piece by piece."""
-_FORMAT_KEY: Final = b"format"
 _FORMAT: Final = b"2"
 """Of the two databases; a row of the index."""
 DAMAGE: Final = (
@@ -110,8 +105,8 @@ def _databases(env: Any) -> tuple[Any, Any]:
         is_new = not txn.stat()["entries"]
         blocks, index = env.open_db(b"blocks", txn), env.open_db(b"index", txn)
         if is_new:
-            txn.put(_FORMAT_KEY, _FORMAT, db=index)
-        elif (found := txn.get(_FORMAT_KEY, b"1", db=index)) != _FORMAT:
+            txn.put(FORMAT_KEY, _FORMAT, db=index)
+        elif (found := txn.get(FORMAT_KEY, b"1", db=index)) != _FORMAT:
             said = found[:16].decode(errors="replace")
             raise lmdb.VersionMismatchError(
                 f"its databases have format {said}, and this is {_FORMAT.decode()}"
@@ -139,5 +134,5 @@ def _entry(full_key: bytes, row: bytes, file_bytes: int) -> Entry:
     (sequence,), place = SEQUENCE.unpack_from(row), row[SEQUENCE.size :]
     if is_sound(place, file_bytes):
         return Entry(full_key, sequence, place, sum(pages for _, pages in pieces_of(place)))
-    given_up = len(place) % 8 == 0 and nbytes_of(place) == GIVEN_UP
-    return Entry(full_key, sequence, b"", sum(pages for _, pages in pieces_of(place)) if given_up else 0)
+    pages = sum(pages for _, pages in pieces_of(place)) if is_given_up(place) else 0
+    return Entry(full_key, sequence, b"", pages)

@@ -17,8 +17,12 @@ from mmap import PAGESIZE
 from typing import Final
 
 __all__ = [
+    "FORMAT_KEY",
+    "GIVEN_UP",
     "PIECE_HEADER_BYTES",
+    "SEQUENCE",
     "Piece",
+    "is_given_up",
     "is_sound",
     "nbytes_of",
     "pages_of",
@@ -27,6 +31,12 @@ __all__ = [
     "room_bytes",
 ]
 
+SEQUENCE: Final = struct.Struct("<Q")
+"""Ahead of the place in a row of the index."""
+GIVEN_UP: Final = 2**64 - 1
+"""The length in the row of an object that is being erased, piece by piece."""
+FORMAT_KEY: Final = b"format"
+"""Of the row of the index that says which format the two databases have."""
 PIECE_HEADER_BYTES: Final = 16
 """LMDB's, ahead of a large value, which lies in pages of its own, next to each other."""
 _NUMBER: Final = struct.Struct("<Q")
@@ -39,6 +49,11 @@ _FIRST_PAGE: Final = 2
 
 Piece = tuple[int, int]
 """The first page of a run, and how many there are."""
+
+
+def is_given_up(place: bytes) -> bool:
+    """Say whether the object is being erased, and this is what is left of its place."""
+    return len(place) >= 8 and len(place) % 8 == 0 and nbytes_of(place) == GIVEN_UP
 
 
 def place_of(nbytes: int, pieces: Sequence[Piece]) -> bytes:

@@ -10,6 +10,7 @@ from kvbm_core.block import KEY_BYTES, NAMESPACE_BYTES, Namespace
 from kvbm_core.localdir import LocalDirectory
 from kvbm_core.stored import Stored, stored_in_directory
 from kvbm_lmdb._config import LmdbConfig
+from kvbm_lmdb._place import SEQUENCE, nbytes_of
 
 __all__ = ["stored"]
 
@@ -28,8 +29,7 @@ def _count(folder: Path, in_use: bool) -> Mapping[Namespace, tuple[int, int]] | 
     # Here, because py-lmdb need not be installed where this module is imported.
     import lmdb
 
-    from kvbm_lmdb._environment import DAMAGE, SEQUENCE
-    from kvbm_lmdb._place import nbytes_of
+    from kvbm_lmdb._environment import DAMAGE
 
     counts: dict[Namespace, tuple[int, int]] = {}
     try:

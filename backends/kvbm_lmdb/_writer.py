@@ -21,9 +21,9 @@ from kvbm_core.localdir import free_bytes
 from kvbm_lmdb._cut import STEP_PAGES, Value, delete, put_cut, put_whole
 from kvbm_lmdb._data_file import ASIDE, remove
 from kvbm_lmdb._directory import OVERHEAD_BYTES, PAGE_BYTES, Sizing
-from kvbm_lmdb._environment import DAMAGE, PIECE, SEQUENCE, Entry, Store
+from kvbm_lmdb._environment import DAMAGE, PIECE, Entry, Store
 from kvbm_lmdb._messages import Committed
-from kvbm_lmdb._place import nbytes_of
+from kvbm_lmdb._place import SEQUENCE, nbytes_of
 
 __all__ = ["Writer"]
 

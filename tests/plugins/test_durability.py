@@ -15,8 +15,7 @@ import pytest
 from engines import connector, drain, generate, keys_of, loaded, make_prompts, make_random_llama
 
 from kvbm_core.tier import PAGE_BYTES
-from kvbm_lmdb._environment import SEQUENCE
-from kvbm_lmdb._place import PIECE_HEADER_BYTES, nbytes_of, pieces_of
+from kvbm_lmdb._place import PIECE_HEADER_BYTES, SEQUENCE, nbytes_of, pieces_of
 
 pytestmark = pytest.mark.engine
 
