@@ -30,6 +30,7 @@ from kvbm_core.errors import TransitionError
 __all__ = [
     "KEY_BYTES",
     "NAMESPACE_BYTES",
+    "ORDER_KEYS",
     "PROBE_KEY",
     "TRANSITIONS",
     "BlockEvent",
@@ -37,6 +38,7 @@ __all__ = [
     "BlockState",
     "Namespace",
     "chain_keys",
+    "is_of_order",
     "make_namespace",
     "next_state",
     "root_key",
@@ -56,6 +58,14 @@ _KEY_SCHEME: Final = b"kvbm-key-1"
 
 PROBE_KEY: Final = hashlib.sha256(b"kvbm-probe-1").digest()
 """Of the block with which a tier is tried that is left alone. No prompt has it."""
+
+ORDER_KEYS: Final = hashlib.sha256(b"kvbm-order-1").digest()[:24]
+"""The first bytes of the keys under which the order of use is kept in a tier. No prompt has them."""
+
+
+def is_of_order(key: BlockKey) -> bool:
+    """Say whether an object is of the order of use, see `kvbm_core.layers.order_parts`, and no block."""
+    return key.startswith(ORDER_KEYS)
 
 
 def root_key(**facts: str | int | bytes | None) -> BlockKey:

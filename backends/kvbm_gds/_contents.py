@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from kvbm_core.block import is_of_order
 from kvbm_core.contents import Contents, FolderContents, Found
 from kvbm_core.errors import TierError
 from kvbm_core.localdir import HeldFolder
@@ -38,7 +39,8 @@ class _Folder(FolderContents):
     def objects(self) -> Iterator[Found]:
         """See `Contents.objects`. In the order of slots."""
         if self._slot_bytes:
-            yield from (self._found(slot, raw) for slot, raw in read_entries(self._index) if raw != _EMPTY)
+            found = (self._found(slot, raw) for slot, raw in read_entries(self._index) if raw != _EMPTY)
+            yield from (each for each in found if each.broken or not is_of_order(each.key))
 
     def problems(self) -> Sequence[str]:
         """See `Contents.problems`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kvbm_core.block import Namespace
+from kvbm_core.block import Namespace, is_of_order
 from kvbm_core.stored import Stored, stored_in_directory
 from kvbm_gds._config import GdsConfig
 from kvbm_gds._layout import ENTRY, FORMAT_VERSION, HEADER, HEADER_BYTES, MAGIC
@@ -28,7 +28,9 @@ def _count(folder: Path, in_use: bool) -> Mapping[Namespace, tuple[int, int]] | 
                 return None
             for _, raw in read_entries(file.fileno()):
                 if fields := sound_fields(raw):
-                    namespace, _, _, nbytes, _ = ENTRY.unpack(fields)
+                    namespace, key, _, nbytes, _ = ENTRY.unpack(fields)
+                    if is_of_order(key):
+                        continue
                     objects, total = counts.get(namespace, (0, 0))
                     counts[namespace] = objects + 1, total + nbytes
     except FileNotFoundError:

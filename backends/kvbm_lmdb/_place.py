@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from mmap import PAGESIZE
 from typing import Final
 
-from kvbm_core.block import KEY_BYTES, NAMESPACE_BYTES
+from kvbm_core.block import KEY_BYTES, NAMESPACE_BYTES, is_of_order
 
 __all__ = [
     "FORMAT_KEY",
@@ -64,8 +64,9 @@ def is_given_up(place: bytes) -> bool:
 
 
 def is_no_object(full_key: bytes, row: bytes) -> bool:
-    """Say whether a row of the index is of no object: one of its own, or of what is being erased."""
-    return full_key in (FORMAT_KEY, TICK_KEY) or is_given_up(row[SEQUENCE.size :])
+    """Say whether a row of the index is of no block: its own, of the order, or of what is being erased."""
+    is_own = full_key in (FORMAT_KEY, TICK_KEY) or is_of_order(full_key[NAMESPACE_BYTES:])
+    return is_own or is_given_up(row[SEQUENCE.size :])
 
 
 def is_whole(full_key: bytes, row: bytes, file_bytes: int) -> bool:

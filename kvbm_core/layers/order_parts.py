@@ -13,14 +13,13 @@ another's is none.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import struct
 import time
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from kvbm_core.block import BlockKey
+from kvbm_core.block import ORDER_KEYS, BlockKey
 from kvbm_core.layers.seal import SEAL_BYTES
 from kvbm_core.tier import PAGE_BYTES, Capabilities
 
@@ -32,8 +31,10 @@ _ROOM_PART: Final = 64
 """Of the capacity both generations take no more than this part. A tier of fewer slots keeps no order."""
 _AT_ONCE: Final = 4096
 """Keys that are put into bytes before the interpreter's lock is given away: a third of a millisecond."""
+_MOST_PARTS: Final = 1 << 16
 _MAGIC: Final = b"KVBMORD\0"
 _HEADER: Final = struct.Struct("<8sQIIII")
+_NAME: Final = struct.Struct("<IHH")
 _ENTRY_BYTES: Final = 8
 
 
@@ -70,7 +71,7 @@ class OrderShape:
             return None
         pair_bytes = 2 * charge(part_bytes)
         needed = -(-wanted // OrderShape(part_bytes, 1, 0).part_entries)
-        parts = min(needed, capacity_bytes // _ROOM_PART // pair_bytes)
+        parts = min(needed, _MOST_PARTS, capacity_bytes // _ROOM_PART // pair_bytes)
         return OrderShape(part_bytes, parts, parts * pair_bytes) if parts else None
 
     @property
@@ -85,8 +86,7 @@ class OrderShape:
 
     def key(self, generation: int, part: int) -> BlockKey:
         """Name a part. Every other generation has the same keys; no prompt has them."""
-        name = f"kvbm-order-1 {self.part_bytes} {generation % 2} {part}"
-        return hashlib.sha256(name.encode()).digest()
+        return ORDER_KEYS + _NAME.pack(self.part_bytes % (1 << 32), generation % 2, part)
 
     def keys(self, generation: int) -> list[BlockKey]:
         """Name all parts of a generation that there may be."""

@@ -17,7 +17,7 @@ from functools import partial
 from itertools import islice
 from typing import Final
 
-from kvbm_core.block import BlockKey
+from kvbm_core.block import BlockKey, is_of_order
 from kvbm_core.errors import TierError
 from kvbm_core.layers.forward import ForwardTier
 from kvbm_core.layers.order_parts import OrderShape, entries_of, read_generation, sorted_by_use
@@ -93,20 +93,25 @@ class OrderTier(ForwardTier):
         return self._capabilities
 
     def restore(self) -> None:
-        """Read the order, before the first `submit` and in the thread that calls it: as the contract has it."""
+        """Read the order: before the first `submit`, in the thread that submits, as the contract has it."""
         shape, entries, give_up_s = self._shape, b"", time.monotonic() + _WAIT_S
         try:
-            there = {key for key, _ in self._listed}
+            there = {key for key, _ in self._listed if is_of_order(key)}
             for parity in (0, 1):
                 if shape.key(parity, 0) in there:
                     number, found = read_generation(shape, partial(self._load, give_up_s, parity))
                     if number > self._generation:
                         self._generation, entries = number, found
         finally:
-            own = {*shape.keys(0), *shape.keys(1)}
-            self._listed = sorted_by_use([each for each in self._listed if each[0] not in own], entries)
+            self._discard_strays(there)
+            self._listed = sorted_by_use([each for each in self._listed if each[0] not in there], entries)
             self._order = dict.fromkeys(key for key, _ in self._listed)
             self._restored.set()
+
+    def _discard_strays(self, there: set[BlockKey]) -> None:
+        """Forget parts that were made for objects of another length, or for another capacity."""
+        if strays := there.difference(self._shape.keys(0), self._shape.keys(1)):
+            self._inner.discard(sorted(strays))
 
     def inventory(self) -> Iterable[tuple[BlockKey, int]]:
         """See `Tier.inventory`. Waits for `restore`, which another thread may be at."""
