@@ -32,6 +32,8 @@ _EVERY_S: Final = 60.0
 """From a change to when the order is written."""
 _WAIT_S: Final = 2.0
 """How long the tier is waited for to give the order when it is opened, and to take it when it is closed."""
+_PATIENCE_S: Final = 10.0
+"""How long whoever lists the objects waits for that."""
 _PAUSE_S: Final = 0.001
 _TICKET: Final = -1
 """Of the layer's own transfer: there is one at a time. The core's are above 0."""
@@ -83,6 +85,8 @@ class OrderTier(ForwardTier):
         """Parts to be written yet, the next one last; and how many there were."""
         self._generation = 0
         self._listed = list(inner.inventory())
+        self._found = b""
+        """Its entries, until the objects that are listed are put into that order."""
         self._restored = threading.Event()
         self._order: dict[BlockKey, None] = {}
         """What the tier has, or will have; the one used last is the last."""
@@ -94,29 +98,29 @@ class OrderTier(ForwardTier):
 
     def restore(self) -> None:
         """Read the order: before the first `submit`, in the thread that submits, as the contract has it."""
-        shape, entries, give_up_s = self._shape, b"", time.monotonic() + _WAIT_S
+        shape = self._shape
         try:
             there = {key for key, _ in self._listed if is_of_order(key)}
+            give_up_s = time.monotonic() + _WAIT_S
             for parity in (0, 1):
                 if shape.key(parity, 0) in there:
-                    number, found = read_generation(shape, partial(self._load, give_up_s, parity))
+                    number, entries = read_generation(shape, partial(self._load, give_up_s, parity))
                     if number > self._generation:
-                        self._generation, entries = number, found
+                        self._generation, self._found = number, entries
+            # Made for objects of another length, or for another capacity.
+            if strays := there.difference(shape.keys(0), shape.keys(1)):
+                self._inner.discard(sorted(strays))
         finally:
-            self._discard_strays(there)
-            self._listed = sorted_by_use([each for each in self._listed if each[0] not in there], entries)
-            self._order = dict.fromkeys(key for key, _ in self._listed)
             self._restored.set()
 
-    def _discard_strays(self, there: set[BlockKey]) -> None:
-        """Forget parts that were made for objects of another length, or for another capacity."""
-        if strays := there.difference(self._shape.keys(0), self._shape.keys(1)):
-            self._inner.discard(sorted(strays))
-
     def inventory(self) -> Iterable[tuple[BlockKey, int]]:
-        """See `Tier.inventory`. Waits for `restore`, which another thread may be at."""
-        # A tier that hangs in a call keeps nobody: then its objects are as it lists them.
-        self._restored.wait(2 * _WAIT_S)
+        """See `Tier.inventory`. To be called once, before the first `submit`; waits for `restore`."""
+        # Not for ever: a tier that hangs in a call keeps nobody, and is in the order of writing.
+        self._restored.wait(_PATIENCE_S)
+        entries, self._found = self._found, b""
+        blocks = [each for each in self._listed if not is_of_order(each[0])]
+        self._listed = sorted_by_use(blocks, entries)
+        self._order = dict.fromkeys(key for key, _ in self._listed)
         return self._listed
 
     def used(self, keys: Sequence[BlockKey]) -> None:
