@@ -105,7 +105,7 @@ class Draft:
         fills, self._fills = self._fills, []
         return Plan(
             self._tiers.take_drops(), stores, loads, lookups,
-            order.overwrites, order.unordered, order.blocks_final, probes, fills,
+            order.overwrites, order.unordered, order.blocks_final, probes, fills, self._tiers.take_used(),
         )  # fmt: skip
 
 

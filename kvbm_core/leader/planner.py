@@ -246,6 +246,8 @@ class Planner:
             there = [key for key, tier in zip(keys, tiers, strict=True) if tier == position]
             gone.update(self._tiers[position].index.pin(there))
             self._movements.loaded(position, there)
+            if self._tiers[position].keeps_order:
+                self._tiers.used(position, there)
         assert not (gone and in_step), "a load in step cannot fail"
         pinned = [key not in gone for key in keys] if gone else [True] * len(keys)
         fills = self._plan_fills(keys, tiers, gone, prefix, group)
@@ -288,6 +290,9 @@ class Planner:
             if tier.admission is not None:
                 tier.admission.offered(keys, origin)
                 offered = self._tiers.admitted(position, offered, now_s, group, origin)
+            if tier.keeps_order:
+                refused = set(absent).difference(offered) if len(offered) < len(absent) else ()
+                self._tiers.used(position, keys, refused)
             wanted = offered
             if not tier.is_host_pool or not tier.breaker.closed(now_s):
                 wanted = self._write_back.admit(tier, offered, prefix, now_s, group)

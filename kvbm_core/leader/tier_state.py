@@ -66,6 +66,8 @@ class TierState:
     """True if a line says so and none has said since that it works."""
     is_probed: bool = False
     """True while the ranks try it, see `Probe`."""
+    keeps_order: bool = False
+    """True if its ranks are told what is used, so that they find it in that order after a restart."""
     storing: int = 0
     """Objects on their way in."""
     admission: AdmissionPolicy | None = None
@@ -125,6 +127,7 @@ class Tiers:
         self.host_pool = host_pool_of([status.capabilities for status in ranks[0]])
         """Position of the host pool; -1 for none."""
         self._drops: dict[int, list[BlockKey]] = {}
+        self._used: dict[int, list[BlockKey]] = {}
         self._states: list[TierState] = []
         for statuses in zip(*ranks, strict=True):
             self._open(statuses, policy)
@@ -154,6 +157,23 @@ class Tiers:
         """Take the blocks that tiers shall forget: position and keys."""
         drops, self._drops = self._drops, {}
         return list(drops.items())
+
+    def used(self, position: int, keys: Sequence[BlockKey], refused: Container[BlockKey] = ()) -> None:
+        """Note for the ranks that a request has these blocks; the head of its prefix counts as used last.
+
+        Args:
+            position: Of the tier.
+            keys: In the order of their prefix.
+            refused: Those that the tier has not and does not get.
+        """
+        wanted = [key for key in keys if key not in refused] if refused else keys
+        if wanted:
+            self._used.setdefault(position, []).extend(reversed(wanted))
+
+    def take_used(self) -> list[tuple[int, list[BlockKey]]]:
+        """Take what was used: position and keys."""
+        used, self._used = self._used, {}
+        return list(used.items())
 
     def reserve(
         self,
@@ -241,6 +261,9 @@ class Tiers:
                 tuple(sum(each) for each in zip(*(status.block_bytes for status in statuses), strict=True)),
                 PrefixProbe() if first.capabilities.remote_lookup else None,
                 admission=admission,
+                # A policy that asks for the order of writing finds it so.
+                keeps_order=type(order) is not Fifo and first.capabilities.durable
+                and not first.capabilities.shared,
             )
         )  # fmt: skip
         found = [dict(status.inventory) for status in statuses]
