@@ -15,7 +15,7 @@ from kvbm_core.groups import KvGroup
 from kvbm_core.leader.boundaries import Boundaries, BoundaryFinder, GroupPrefix, Part
 from kvbm_core.leader.matches import scan, verdict
 from kvbm_core.leader.questions import Questions
-from kvbm_core.leader.tier_state import Tiers
+from kvbm_core.leader.tiers import Tiers
 
 __all__ = ["GroupMatch", "GroupMatcher"]
 
@@ -108,9 +108,9 @@ class GroupMatcher:
         departures, arrivals = self._tiers.departures.count, self._tiers.arrivals.count
         holdings = _Usable(self._tiers, usable)
         found = self.finder.find(prefix, start, stop, holdings)
-        asked = [tier.probe for tier in self._tiers if tier.probe is not None]
+        asked = [tier.search for tier in self._tiers if tier.search is not None]
         lookups = self._look_up(found, holdings, prefix, stop, now_s) if asked else frozenset[int]()
-        retry_s = min((now_s + probe.absent_s for probe in asked), default=math.inf)
+        retry_s = min((now_s + search.absent_s for search in asked), default=math.inf)
         return GroupMatch(start, stop, found, lookups, departures, arrivals, usable, retry_s)
 
     def parts(self, match: GroupMatch, tokens: int) -> list[Part]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvbm_core.block import BlockKey
-from kvbm_core.leader.tier_state import Tiers
+from kvbm_core.leader.tiers import Tiers
 
 __all__ = ["Match", "Matcher", "Prefix", "scan", "verdict"]
 
@@ -117,9 +117,9 @@ class Matcher:
         """Keep a finding together with what it rests on; `rest` are the blocks that were not found."""
         retry_s = math.inf
         for tier in self._tiers if rest else ():
-            if tier.probe is not None:
-                absent_s = tier.probe.absent_until_s(rest[0])
-                retry_s = min(retry_s, absent_s if absent_s > now_s else now_s + tier.probe.absent_s)
+            if tier.search is not None:
+                absent_s = tier.search.absent_until_s(rest[0])
+                retry_s = min(retry_s, absent_s if absent_s > now_s else now_s + tier.search.absent_s)
         return Match(start, stop, tiers, lookups, self._departures.count, self._tiers.usable(now_s), retry_s)
 
     def holds(self, match: Match, prefix: Prefix, start: int, stop: int, now_s: float) -> bool:

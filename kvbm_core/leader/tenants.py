@@ -16,7 +16,8 @@ from kvbm_core.errors import ConfigError
 from kvbm_core.leader.claims import COMMON, Claim
 from kvbm_core.leader.partitioned_index import PartitionedIndex
 from kvbm_core.leader.partitions import Part
-from kvbm_core.leader.tier_state import MakePolicy, Tiers
+from kvbm_core.leader.tier_policies import TierPolicies
+from kvbm_core.leader.tiers import Tiers
 from kvbm_core.policy import PolicyContext
 from kvbm_core.sharing import Sharing
 
@@ -57,17 +58,17 @@ class Tenants:
     Args:
         tiers: The leader's tiers.
         sharing: What the configuration says.
-        policy: Makes the policy of each tenant's part of a tier.
+        policies: Make the order of each tenant's part of a tier.
         world_size: Ranks of the engine.
 
     Raises:
         ConfigError: For a quota in a tier that cannot be shared out.
     """
 
-    def __init__(self, tiers: Tiers, sharing: Sharing, policy: MakePolicy, world_size: int) -> None:
+    def __init__(self, tiers: Tiers, sharing: Sharing, policies: TierPolicies, world_size: int) -> None:
         self._tiers = tiers
         self._sharing = sharing
-        self._policy = policy
+        self._policies = policies
         self._world_size = world_size
         self._accounts: dict[str, _Account] = {}
         self._parted: list[PartitionedIndex] = []
@@ -186,7 +187,7 @@ class Tenants:
             tier = self._tiers[position]
             context = PolicyContext(quota, max(tier.charges), tier.name)
             keep_bytes = int(quota * self._sharing.keep_fraction)
-            index.open_part(name, quota, keep_bytes, self._policy(position, context))
+            index.open_part(name, quota, keep_bytes, self._policies.order(position, context))
 
     def _part(self, position: int) -> PartitionedIndex | None:
         """Have a tier's index be in parts. None for a tier that others use, or that has no capacity."""

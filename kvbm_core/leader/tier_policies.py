@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from kvbm_core.admission import AdmissionPolicy
 from kvbm_core.block import BlockKey
@@ -26,13 +27,17 @@ class TierPolicies:
         admissions: Of those that name an admission policy. To the others everything is written.
     """
 
-    def __init__(self, orders: Mapping[int, MakeOrder], admissions: Mapping[int, MakeAdmission]) -> None:
+    def __init__(
+        self,
+        orders: Mapping[int, MakeOrder] = MappingProxyType({}),
+        admissions: Mapping[int, MakeAdmission] = MappingProxyType({}),
+    ) -> None:
         self._orders, self._admissions = orders, admissions
 
     def __repr__(self) -> str:
         return f"<TierPolicies of tiers {sorted({*self._orders, *self._admissions})}>"
 
-    def __call__(self, position: int, context: PolicyContext) -> Fifo:
+    def order(self, position: int, context: PolicyContext) -> Fifo:
         """Make the eviction policy of a tier."""
         make = self._orders.get(position)
         return Lru() if make is None else make(context)

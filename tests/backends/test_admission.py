@@ -40,7 +40,7 @@ def planner(*admissions, capacity=100):
         TierStatus(str(at), Capabilities(capacity_bytes=capacity, addressable=not at), [])
         for at in range(len(admissions))
     ]
-    return Planner([statuses], policy=policies)
+    return Planner([statuses], policies=policies)
 
 
 def stored(made, numbers, now_s=0.0, origin=PROMPT):
@@ -184,7 +184,7 @@ def test_a_strangers_mistake_lets_everything_in_with_one_line(caplog):
 def test_a_tier_without_a_bound_has_an_admission_policy_too():
     policies = TierPolicies({}, {0: lambda context: made("prompts-only")})
     status = TierStatus("far", Capabilities(capacity_bytes=None), [])
-    far = Planner([[status]], policy=policies)
+    far = Planner([[status]], policies=policies)
     assert stored(far, [1], origin=Origin(0, 0)) == {}
     assert stored(far, [2], origin=Origin(0, 1)) == {0: [2]}
 

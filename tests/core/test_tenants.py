@@ -9,6 +9,7 @@ import pytest
 from kvbm_core import Capabilities, ConfigError, Planner, Report, TierStatus, load_config
 from kvbm_core.leader.claims import Claim, claim_of
 from kvbm_core.leader.partitioned_index import PartitionedIndex
+from kvbm_core.leader.tier_policies import TierPolicies
 from kvbm_core.movement import Movement
 from kvbm_core.policies import Lru
 from kvbm_core.sharing import Sharing, sharing_of
@@ -42,7 +43,7 @@ def planner(*tiers, ranks=1, policy=None, movement=None, **sharing):
         )
         for at, blocks in enumerate(tiers)
     ]
-    made = {"policy": policy} if policy else {}
+    made = {"policies": TierPolicies({at: policy for at in range(len(tiers))})} if policy else {}
     if movement is not None:
         made["movements"] = [Movement(), movement]
     sizes = {each.name: each.capabilities.capacity_bytes * ranks for each in status}
@@ -139,7 +140,7 @@ def test_blocks_that_are_moved_for_nobody_stay_charged_to_whom_they_were():
     made = planner(8, 20, tenants={"a": {"tier0": 40, "tier1": 30}})
     store(made, keys("a", 4), claim(made, "a"))
     for each in keys("a", 4):
-        made._tiers.drop(1, each)
+        made.tiers[1].drop(each)
     carry_out(made)
     assert used(made) == {("a", "tier0"): 40, ("a", "tier1"): 0}
     made.fill(0, 1, keys("a", 4), 0.0)
@@ -232,7 +233,7 @@ def test_the_kept_copy_of_a_block_stays_where_copies_are_exclusive():
         made.tenants.keep([each], asked, 0.0) if asked.keep_s else None
     made.fill(1, 0, keys("kept", 3), 0.0)
     carry_out(made)
-    made._tiers.reserve(1, keys("others", 18), ())
+    made.tiers[1].reserve(keys("others", 18), ())
     assert here(made, keys("kept", 3)) == keys("kept", 3)
     assert here(made, keys("kept", 3), tier=1) == keys("kept", 2)
 
@@ -240,19 +241,19 @@ def test_the_kept_copy_of_a_block_stays_where_copies_are_exclusive():
 def test_the_spare_copy_of_a_tenants_block_makes_no_room_for_others():
     made = planner(10, 10, tenants={"a": {"tier1": 40}}, movement=EXCLUSIVE)
     theirs = Prefix(keys("theirs", 4), claim(made, "a"))
-    for each in made._tiers.reserve(1, theirs, theirs):
+    for each in made.tiers[1].reserve(theirs, theirs):
         made._tiers[1].index.stored(each)
     made.fill(1, 0, keys("theirs", 4), 0.0)
     carry_out(made)
     assert here(made, keys("theirs", 4)) == keys("theirs", 4)
-    made._tiers.reserve(1, keys("others", 10), ())
+    made.tiers[1].reserve(keys("others", 10), ())
     assert here(made, keys("theirs", 4), tier=1) == keys("theirs", 4)
 
 
 def test_what_a_corrupt_kept_block_took_is_free():
     made = planner(10, keep_fraction=0.5, tenants={"a": {"tier0": 80}})
     store(made, keys("a", 4), claim(made, "a", keep_s=5.0))
-    made._tiers.drop(0, key("a"), corrupt=True)
+    made.tiers[0].drop(key("a"), corrupt=True)
     assert used(made) == {("a", "tier0"): 30}
     assert made.tenants.kept_bytes() == {"tier0": 30}
 
@@ -295,7 +296,7 @@ class Once(Lru):
 def test_no_policy_is_asked_twice_for_one_block():
     made_policies = []
 
-    def policy(position, context):
+    def policy(context):
         made_policies.append(Once())
         return made_policies[-1]
 

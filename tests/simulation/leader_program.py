@@ -14,6 +14,7 @@ from kvbm_core.groups import KvGroup, group_keys
 from kvbm_core.leader.claims import Claim, claim_of
 from kvbm_core.leader.guarded_policy import GuardedPolicy
 from kvbm_core.leader.partitioned_index import PartitionedIndex
+from kvbm_core.leader.tier_policies import TierPolicies
 from kvbm_core.movement import Movement
 from kvbm_core.plan import Fill, FillReason
 from kvbm_core.policies import Fifo
@@ -33,9 +34,12 @@ class Blunderer(Lru):
 
 
 POLICIES = [
-    lambda position, context: Lru(),
-    lambda position, context: Fifo(),
-    lambda position, context: GuardedPolicy(Blunderer(), context.tier, "blunderer"),
+    TierPolicies(dict.fromkeys(range(3), make))
+    for make in (
+        lambda context: Lru(),
+        lambda context: Fifo(),
+        lambda context: GuardedPolicy(Blunderer(), context.tier, "blunderer"),
+    )
 ]
 
 
@@ -105,7 +109,7 @@ class Program:
         movements = [Movement(), *(random_movement(rng) for _ in self.ranks.held[0][1:])]
         self.planner = self.ranks.planner(
             movements=movements,
-            policy=rng.choice([*POLICIES, *[installed(rng)] * 3]),
+            policies=rng.choice([*POLICIES, *[installed(rng)] * 3]),
             max_store_blocks=self.max_moving,
             sharing=random_sharing(rng),
             block_tokens=BLOCK_TOKENS,
