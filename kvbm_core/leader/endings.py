@@ -82,7 +82,10 @@ class Endings:
             _count_stored(tier, op, len(op.keys) - len(failures))
             self._end_store(pending, op, position)
         absent = Reason.MISSING if kind is Op.LOOKUP else None  # An answer, not a failure.
-        tier.counts.failed.update((kind.value, why.value) for why in failures.values() if why is not absent)
+        if failures:
+            tier.counts.failed.update(
+                (kind.value, why.value) for why in failures.values() if why is not absent
+            )
         worst = _worst(failures) if len(failures) == len(op.keys) else Reason.NONE
         if position in pending.full and self._shortages.note(leg, self._in_flight.latest, now_s):
             worst = Reason.ERROR if worst is Reason.FULL else worst
@@ -103,8 +106,7 @@ class Endings:
             return
         news = tier.index.absent(found)
         known = tier.reserve(news, (), op.group)
-        for key in reversed(known):
-            tier.index.stored(key)
+        tier.index.stored(known[::-1])
         for key in news[len(known) :]:  # The index is full of pinned blocks.
             tier.search.miss(key, now_s)
 
@@ -113,16 +115,18 @@ class Endings:
         if not isinstance(op, Load):
             tier.storing -= len(op.keys)
         failures, charges = pending.failures[position], pending.charges.get(position)
-        for at in reversed(range(len(op.keys))):
-            if at in failures:
-                tier.index.not_stored(op.keys[at])
-                if self._in_flight.over_several_ranks:  # Other ranks may have it.
-                    tier.discard([op.keys[at]])
-            else:
-                tier.index.stored(op.keys[at], charges[at] if charges else None)
-                if pending.doomed:
-                    tier.drop(op.keys[at])
-        if not pending.doomed:
+        # The head of a prefix comes in last and so is evicted last.
+        there = [at for at in range(len(op.keys) - 1, -1, -1) if at not in failures]
+        keys = [op.keys[at] for at in there]
+        tier.index.stored(keys, [charges[at] for at in there] if charges else None)
+        for at in failures:
+            tier.index.not_stored(op.keys[at])
+        if failures and self._in_flight.over_several_ranks:  # Other ranks may have them.
+            tier.discard([op.keys[at] for at in failures])
+        if pending.doomed:
+            for key in keys:
+                tier.drop(key)
+        else:
             self._movements.arrived(position, op.keys, failures)
 
 

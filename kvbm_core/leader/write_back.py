@@ -59,10 +59,10 @@ class WriteBack:
             tier.counts.dropped["backlog" if usable else "unusable"] += len(keys[room:])
             return keys[:room]
         there = self._tiers[self._tiers.host_pool].index.ready
-        fresh: list[BlockKey] = []
-        later: list[BlockKey] = []
-        for key in keys:
-            (later if key in there else fresh).append(key)
+        later = [key for key in keys if key in there]
+        if not later and len(keys) <= room:
+            return keys
+        fresh = [key for key in keys if key not in there]
         self._enqueue(tier, [*fresh[room:], *later], (prefix, group))
         return fresh[:room]
 

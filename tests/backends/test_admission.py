@@ -14,7 +14,8 @@ from kvbm_core import (
     TierStatus,
     load_config,
 )
-from kvbm_core.leader.tier_policies import GuardedAdmission, TierPolicies
+from kvbm_core.leader.guarded_policy import GuardedAdmission
+from kvbm_core.leader.tier_policies import TierPolicies
 
 DAY_S = 86_400.0
 PROMPT = Origin(0, 1000)
@@ -83,7 +84,7 @@ def test_second_touch_forgets_what_was_offered_long_ago_and_its_memory_has_a_bou
         policy.offered(keys(*range(start, start + 100)), PROMPT)
     policy.offered(keys(0), PROMPT)
     assert policy.admitted(keys(0), 1000, PROMPT, 0.0) == 0
-    touches = policy._adviser._touches
+    touches = policy._adviser._policy._touches
     assert len(touches._young) + len(touches._old) < 2 * 4096 + 200
 
 

@@ -241,8 +241,7 @@ def test_the_kept_copy_of_a_block_stays_where_copies_are_exclusive():
 def test_the_spare_copy_of_a_tenants_block_makes_no_room_for_others():
     made = planner(10, 10, tenants={"a": {"tier1": 40}}, movement=EXCLUSIVE)
     theirs = Prefix(keys("theirs", 4), claim(made, "a"))
-    for each in made.tiers[1].reserve(theirs, theirs):
-        made._tiers[1].index.stored(each)
+    made.tiers[1].index.stored(made.tiers[1].reserve(theirs, theirs))
     made.fill(1, 0, keys("theirs", 4), 0.0)
     carry_out(made)
     assert here(made, keys("theirs", 4)) == keys("theirs", 4)

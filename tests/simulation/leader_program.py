@@ -298,18 +298,18 @@ def check_shares(index):
     assert orders.nbytes == sum(orders.values())
     assert not orders.kept.keys() & index._leaving.keys()
     assert orders.kept_bytes == sum(takes[each] for each in orders.kept)
-    assert orders.kept_bytes <= orders.parts[""].keep_bytes
+    assert orders.kept_bytes <= orders.shares[""].keep_bytes
     assert orders.owners.keys() <= takes.keys()
-    listed = [each for part in orders.parts.values() for each in part.order]
+    listed = [each for share in orders.shares.values() for each in share.order]
     assert len(listed) == len(set(listed))
     assert {*listed} == {*orders} - orders.kept.keys()
-    for name, part in orders.parts.items():
+    for name, share in orders.shares.items():
         own = [each for each in takes if orders.owners.get(each, "") == name]
-        assert part.kept_bytes == sum(takes[each] for each in own if each in orders.kept)
-        assert part.kept_bytes <= part.keep_bytes
-        assert all(orders.owners.get(each, "") == name for each in part.order)
-        if part.quota_bytes is not None:
-            assert part.used_bytes == sum(takes[each] for each in own) <= part.quota_bytes
+        assert share.kept_bytes == sum(takes[each] for each in own if each in orders.kept)
+        assert share.kept_bytes <= share.keep_bytes
+        assert all(orders.owners.get(each, "") == name for each in share.order)
+        if share.quota_bytes is not None:
+            assert share.used_bytes == sum(takes[each] for each in own) <= share.quota_bytes
 
 
 def run(seed, steps):
