@@ -149,8 +149,9 @@ ROWS: Final[Sequence[tuple[str, Sequence[Json]]]] = [
               (gauge("kept_bytes"), "{{tier}}"), width=6),
         panel("timeseries", "Hints", "Of requests that ended, a second, by their answers.", "short",
               (rate("hints", "hint, answer", ENGINE), "{{hint}} {{answer}}"), width=6),
-        panel("timeseries", "Read ahead", "Blocks a second, for requests that waited.", "short",
-              (rate("prefetched_blocks", "tier"), "{{tier}}"), width=6),
+        panel("timeseries", "Read ahead", "Into host memory, for requests that waited; a source is a "
+              "position in the stack.", "Bps",
+              (rate("filled_bytes", "source", f'{ENGINE}, reason="prefetch"'), "from {{source}}"), width=6),
     ]),
     ("How fast?", [
         panel("timeseries", "Time of a load", "Of the neighbouring blocks of one request, slowest rank.", "s",

@@ -58,7 +58,7 @@ class Session:
         self._recorder = recorder
         limits = limits or Limits()
         self._desk = HintDesk(ledger.groups, planner, tally, limits)
-        self._prefetch = Prefetch(ledger, planner, tally, limits)
+        self._prefetch = Prefetch(ledger, planner, limits)
 
     def __repr__(self) -> str:
         return f"<Session {len(self.ledger)} requests; {self.planner!r}>"

@@ -70,7 +70,7 @@ class MetricsServer:
     @property
     def url(self) -> str:
         """Where others of this machine's network ask for the metrics."""
-        return self._address.url(socket.gethostname())
+        return self._address.url
 
     def observe(self, readings: Mapping[str, Any]) -> None:
         """Add readings."""

@@ -94,10 +94,6 @@ METRICS: Final[Mapping[str, Metric]] = {
             "1; 0 from when the tier is left alone after failures until what failed works again.",
             ("tier",),
         ),
-        Metric(
-            "prefetched_blocks", _COUNTER,
-            "Blocks brought from here into the memory tier for requests that waited.", ("tier",),
-        ),
         Metric("kept_bytes", _GAUGE, "Bytes of blocks kept for requests, over all ranks.", ("tier",)),
         Metric(
             "tenant_used_bytes", _GAUGE, "Bytes of the tenant's blocks in the tier, over all ranks.",

@@ -20,7 +20,7 @@ _FAILURES: Final = {
     "lookup": ("busy", "deadline", "error"),
 }
 _DROPS: Final = ("backlog", "unusable", "gone", "late", "admission")
-_PLAIN: Final = ("saved_tokens", "hit_blocks", "missed_blocks", "prefetched_blocks")
+_PLAIN: Final = ("saved_tokens", "hit_blocks", "missed_blocks")
 _ANSWERS: Final = ("accepted", "clipped", "refused")
 
 
@@ -138,10 +138,6 @@ class Tally:
             self._counted[reading("saved_tokens", tier)] += tokens
             left -= tokens
         self._counted[reading("saved_tokens", shares.most_common(1)[0][0])] += left
-
-    def prefetched(self, tier: int, blocks: int) -> None:
-        """Count blocks brought from a tier, by its position, into the host pool for a request that waits."""
-        self._counted[reading("prefetched_blocks", self._tiers[tier])] += blocks
 
     def hinted(self, hint: str, answer: str) -> None:
         """Count a hint that was answered."""
