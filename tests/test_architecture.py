@@ -41,8 +41,8 @@ MAY_SWALLOW = {
 
 TIER_BACKENDS = ("kvbm_cpu", "kvbm_lmdb", "kvbm_gds", "kvbm_remote")
 WINGS = {
-    "kvbm_core/*.py": 2430,
-    "kvbm_core/leader/*.py": 2580,
+    "kvbm_core/*.py": 2450,
+    "kvbm_core/leader/*.py": 2630,
     "kvbm_core/worker/*.py": 1410,
     "kvbm_core/layers/*.py": 540,
     "backends/kvbm_cpu/*.py": 365,

@@ -6,7 +6,6 @@ dropped from the tier.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 
 from kvbm_core.block import BlockKey
@@ -15,14 +14,12 @@ from kvbm_core.leader.cost_model import CostModel
 from kvbm_core.leader.in_flight import InFlight, LegEnded, Pending
 from kvbm_core.leader.movements import Movements
 from kvbm_core.leader.shortage import Shortages
+from kvbm_core.leader.tier_news import TierNews
 from kvbm_core.leader.tier_state import Tiers, TierState
-from kvbm_core.log_limit import LogLimit, clock_words
 from kvbm_core.plan import Fill, FillReason, Load, Lookup, Probe, Store
 from kvbm_core.tier import Op, Reason
 
 __all__ = ["Endings"]
-
-logger = logging.getLogger("kvbm_core")
 
 
 class Endings:
@@ -34,6 +31,7 @@ class Endings:
         cost_model: Learns how long loads took.
         shortages: Learns which media are full.
         movements: Learns which blocks have arrived in a tier.
+        news: Is told which tiers are left alone, and which work again.
     """
 
     def __init__(
@@ -43,13 +41,14 @@ class Endings:
         cost_model: CostModel,
         shortages: Shortages,
         movements: Movements,
+        news: TierNews,
     ) -> None:
         self._tiers = tiers
         self._in_flight = in_flight
         self._cost_model = cost_model
         self._shortages = shortages
         self._movements = movements
-        self._lines = LogLimit(logger)
+        self._news = news
         self.took: list[tuple[str, str, float]] = []
         """Operations that have ended: ``store``, ``load`` or ``lookup``, the tier's name, and the seconds
         that the slowest rank took. The caller of `end` empties it."""
@@ -99,28 +98,13 @@ class Endings:
     def _judge(self, position: int, kind: Op, worst: Reason, detail: str, now_s: float) -> None:
         """Have the breaker learn of an end, and say when the tier is left alone and when it works again."""
         tier = self._tiers[position]
-        breaker, since_s = tier.breaker, tier.breaker.since_s
-        if breaker.note(kind, worst, now_s):
-            tier.is_left_alone = True
+        if tier.breaker.note(kind, worst, now_s):
+            tier.left_alone_for = (kind, worst)
             self._plan_probe(position)
-            says = f" It says: {detail}." if detail else ""
-            tier.says_left_alone |= self._lines.warning(
-                (tier.name, kind, worst),
-                "tier %s fails (%s: %s) and is left alone. It has failed since %s and is tried again "
-                "at %s.%s",
-                tier.name, kind.value, worst.value, clock_words(breaker.since_s or now_s, now_s),
-                clock_words(breaker.until_s, now_s), says,
-            )  # fmt: skip
-        elif tier.is_left_alone and breaker.since_s is None:
-            self._say_works(tier, since_s, now_s)
-
-    def _say_works(self, tier: TierState, since_s: float | None, now_s: float) -> None:
-        tier.is_left_alone = False
-        if tier.says_left_alone and since_s is not None:  # Else the line that it ends was left out.
-            logger.warning(
-                "tier %s works again; it had failed since %s", tier.name, clock_words(since_s, now_s)
-            )
-        tier.says_left_alone = False
+            self._news.left_alone(tier, kind, worst, detail, now_s)
+        elif tier.left_alone_for and tier.breaker.since_s is None:
+            tier.left_alone_for = None
+            self._news.works(tier, now_s)
 
     def _plan_probe(self, position: int) -> None:
         """Have the ranks try a tier, unless they do."""
@@ -139,11 +123,9 @@ class Endings:
     def _end_probe(self, tier: TierState, detail: str, now_s: float) -> None:
         """Use a tier again that works on every rank; a detail says that a rank has logged it."""
         tier.is_probed = False
-        since_s = tier.breaker.since_s
         tier.breaker.close(now_s)
-        tier.says_left_alone &= not detail
-        if tier.is_left_alone:
-            self._say_works(tier, since_s, now_s)
+        tier.left_alone_for = None
+        self._news.works(tier, now_s, is_said=bool(detail))
 
     def _end_lookup(self, pending: Pending, op: Lookup, now_s: float) -> None:
         tier = self._tiers[op.tier]

@@ -26,6 +26,7 @@ from kvbm_core.leader.movements import Movements
 from kvbm_core.leader.questions import Questions
 from kvbm_core.leader.shortage import Shortages
 from kvbm_core.leader.tenants import Tenants
+from kvbm_core.leader.tier_news import TierNews
 from kvbm_core.leader.tier_state import UNKNOWN, MakePolicy, Tiers, make_lru
 from kvbm_core.leader.write_back import WriteBack
 from kvbm_core.movement import Movement
@@ -75,13 +76,14 @@ class Planner:
         self._matcher = Matcher(self._tiers, self._in_flight)
         self._write_back = WriteBack(self._tiers, max_store_blocks)
         self.cost_model = CostModel(len(self._tiers), block_tokens, self._tiers.host_pool)
-        self._shortages = Shortages(self._tiers, len(ranks))
+        self._news = TierNews(self._tiers, len(ranks), self.cost_model)
+        self._shortages = Shortages(self._tiers, self._news)
         self._draft = Draft(self._tiers, self._in_flight)
         self._movements = Movements(
             self._tiers, self._draft, self.cost_model, movements, self._write_back.max_storing, groups
         )
         self._endings = Endings(
-            self._tiers, self._in_flight, self.cost_model, self._shortages, self._movements
+            self._tiers, self._in_flight, self.cost_model, self._shortages, self._movements, self._news
         )
         self._questions = Questions(self._tiers, self._in_flight, self._draft, self.cost_model)
         self._group_matcher = GroupMatcher(self._tiers, groups, self._in_flight, self._questions)
@@ -359,6 +361,7 @@ class Planner:
             self._endings.end(leg, now_s)
             if leg.is_last and isinstance(op, Load):
                 finished.append((op, leg.pending.failures[op.tier]))
+        self._news.speeds(now_s)
         return finished
 
     def reset(self) -> None:

@@ -21,7 +21,7 @@ from kvbm_core.leader.tier_policies import TierPolicies
 from kvbm_core.plan import TierStatus
 from kvbm_core.policies import Fifo, Lru
 from kvbm_core.policy import Origin, PolicyContext
-from kvbm_core.tier import Capabilities, host_pool_of
+from kvbm_core.tier import Capabilities, Op, Reason, host_pool_of
 
 __all__ = ["MakePolicy", "TierState", "Tiers"]
 
@@ -60,10 +60,8 @@ class TierState:
     """For a tier that cannot list its blocks."""
     breaker: Breaker = field(default_factory=Breaker)
     counts: TierCounts = field(default_factory=TierCounts)
-    is_left_alone: bool = False
-    """True from when it is left alone until it has worked again."""
-    says_left_alone: bool = False
-    """True if a line says so and none has said since that it works."""
+    left_alone_for: tuple[Op, Reason] | None = None
+    """The operation that failed last and why, from when it is left alone until it has worked again."""
     is_probed: bool = False
     """True while the ranks try it, see `Probe`."""
     storing: int = 0
@@ -85,15 +83,17 @@ class TierState:
 
     def levels(self, world_size: int, now_s: float) -> TierLevels:
         """Say where the tier stands, over so many ranks."""
-        limits = (
-            [None, None] if self.capabilities.shared else [self.capacity_bytes, self.index.capacity_bytes]
-        )
+        whole, now = self.capacity_bytes, self.index.capacity_bytes
+        if self.capabilities.shared:
+            whole = now = None
         return TierLevels(
             len(self.index),
             self.index.used_bytes * world_size,
             self.storing + len(self.write_back),
-            self.breaker.closed(now_s) and not self.is_left_alone,
-            *[None if limit is None else limit * world_size for limit in limits],
+            self.breaker.closed(now_s) and not self.left_alone_for,
+            None if whole is None else whole * world_size,
+            None if now is None else now * world_size,
+            self.left_alone_for,
         )
 
 

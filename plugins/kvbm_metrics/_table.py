@@ -94,6 +94,11 @@ METRICS: Final[Mapping[str, Metric]] = {
             "1; 0 from when the tier is left alone after failures until what failed works again.",
             ("tier",),
         ),
+        Metric(
+            "tier_left_alone", _GAUGE,
+            "1 for the operation and reason that the tier is left alone for, 0 for all others.",
+            ("operation", "reason", "tier"),
+        ),
         Metric("kept_bytes", _GAUGE, "Bytes of blocks kept for requests, over all ranks.", ("tier",)),
         Metric(
             "tenant_used_bytes", _GAUGE, "Bytes of the tenant's blocks in the tier, over all ranks.",

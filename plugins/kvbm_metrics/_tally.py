@@ -19,6 +19,13 @@ _FAILURES: Final = {
     "load": ("missing", "corrupt", "full", "busy", "deadline", "error"),
     "lookup": ("busy", "deadline", "error"),
 }
+_FAULTS: Final = tuple(
+    (operation, reason)
+    for operation, reasons in _FAILURES.items()
+    for reason in reasons
+    if Reason(reason).is_fault
+)
+"""That a tier can be left alone for."""
 _DROPS: Final = ("backlog", "unusable", "gone", "late", "admission")
 _PLAIN: Final = ("saved_tokens", "hit_blocks", "missed_blocks")
 _ANSWERS: Final = ("accepted", "clipped", "refused")
@@ -61,6 +68,8 @@ class Tally:
         self._told: dict[str, int] = {}
         self._of_tenants: dict[str, int] = {}
         """Gauges of the tenants that were there last."""
+        self._faults: dict[str, int] = {}
+        """Likewise of what tiers were left alone for."""
 
     def __repr__(self) -> str:
         return f"<Tally {len(self._requests)} requests loading>"
@@ -184,7 +193,12 @@ class Tally:
         yield from dict.fromkeys(self._of_tenants, 0).items()  # A tenant that is gone has nothing.
         self._of_tenants = dict(_tenant_gauges(tenants.levels()))
         yield from self._of_tenants.items()
+        yield from dict.fromkeys(self._faults, 0).items()
+        self._faults.clear()
         for tier, levels in self._planner.levels(now_s).items():
+            if levels.left_alone_for:
+                words = [word.value for word in levels.left_alone_for]
+                self._faults[reading("tier_left_alone", *words, tier)] = 1
             yield f"tier_used_bytes|{tier}", levels.used_bytes
             yield f"tier_usable|{tier}", int(levels.usable)
             yield f"queued_blocks|store|{tier}", levels.waiting_blocks
@@ -192,6 +206,7 @@ class Tally:
             if levels.capacity_bytes is not None and levels.capacity_now_bytes is not None:
                 yield f"tier_capacity_bytes|{tier}", levels.capacity_bytes
                 yield f"tier_capacity_now_bytes|{tier}", levels.capacity_now_bytes
+        yield from self._faults.items()
 
     def _zeros(self) -> Iterator[str]:
         """Name the series that will be there: what appears with its first event has no rate."""
@@ -203,6 +218,7 @@ class Tally:
             for source, reason in self._fills_into(position):
                 yield reading("filled_bytes", reason.value, str(source), tier)
             yield from (reading("dropped_blocks", reason, tier) for reason in _DROPS)
+            yield from (reading("tier_left_alone", *fault, tier) for fault in _FAULTS)
             for operation, reasons in _FAILURES.items():
                 yield from (reading("failed_transfers", operation, reason, tier) for reason in reasons)
 
