@@ -18,7 +18,7 @@ from kvbm_core.leader.claims import claim_of
 from kvbm_core.leader.cost_model import CostModel
 from kvbm_core.leader.counts import TierCounts, TierLevels
 from kvbm_core.leader.draft import Draft
-from kvbm_core.leader.endings import Endings
+from kvbm_core.leader.endings import Endings, Took
 from kvbm_core.leader.group_matches import GroupMatch, GroupMatcher
 from kvbm_core.leader.in_flight import InFlight
 from kvbm_core.leader.matches import Match, Matcher, Prefix
@@ -49,8 +49,7 @@ class Planner:
         block_tokens: Tokens a block, where only what loads faster than the engine computes shall be loaded;
             the engine tells `cost_model` how fast it computes. 0: what a tier has is loaded.
         ops: Numbers for operations, where planners follow each other: no late report may fit another one.
-        movements: For each tier how blocks come there from the tiers above, and go back. Empty: every block
-            is written through to every tier.
+        movements: For each tier how blocks come there from above, and go back. Empty: by write-through.
         sharing: How tenants share the tiers. By default there are none.
 
     Raises:
@@ -105,8 +104,8 @@ class Planner:
         return {tier.name: tier.counts for tier in self._tiers}
 
     @property
-    def took(self) -> Sequence[tuple[str, str, float]]:
-        """Operations that ended with the last `report`: kind, tier's name, seconds on the slowest rank."""
+    def took(self) -> Sequence[Took]:
+        """Operations that ended with the last `report`, each in one tier."""
         return self._endings.took
 
     @property
@@ -267,7 +266,7 @@ class Planner:
         now_s: float,
         group: int = 0,
         origin: Origin = UNKNOWN,
-    ) -> None:
+    ) -> Sequence[int]:
         """Plan to write blocks to every tier that has them not; by demotion a tier gets them later.
 
         Args:
@@ -278,6 +277,9 @@ class Planner:
             now_s: The time, as in `match`.
             group: Number of the KV group.
             origin: What policies may know of the blocks.
+
+        Returns:
+            Numbers of the operations that read them from the device.
         """
         targets: dict[int, list[BlockKey]] = {}
         rest: Sequence[BlockKey] = keys
@@ -299,10 +301,10 @@ class Planner:
                 targets[position] = filling
             self._movements.computed(position, filling)
             rest = self._movements.not_taken(position, offered, filling)
-        if targets:
-            self._draft.stores(targets, keys, blocks, group)
+        ops = self._draft.stores(targets, keys, blocks, group) if targets else ()
         if (claim := claim_of(prefix)) and claim.keep_s:
             self.tenants.keep(keys, claim, now_s)
+        return ops
 
     def fill(
         self, source: int, target: int, keys: Sequence[BlockKey], now_s: float,

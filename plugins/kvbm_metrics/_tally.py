@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kvbm_core import Load, Plan, Planner, Reason
+from kvbm_core.leader.endings import Took
 from kvbm_core.leader.tenants import TenantLevel
 from kvbm_core.plan import FillReason
 from kvbm_metrics._table import HINTS, Readings, device_readings, reading
@@ -101,16 +102,17 @@ class Tally:
             request = self._requests.setdefault(load.request, _Request(0))
             request.blocks_left += len(load.keys)
 
-    def ended(self, took: Iterable[tuple[str, str, float]], copied: Mapping[str, int]) -> None:
+    def ended(self, took: Iterable[Took], copied: Mapping[str, int]) -> None:
         """Take in operations that have ended on every rank, and what the devices have copied since.
 
         Args:
-            took: ``store``, ``load`` or ``lookup``, the tier's name, and the seconds on the slowest rank.
+            took: As `Planner.took` has them.
             copied: Readings of all ranks' devices since the last time.
         """
         self._counted.update(copied)
-        for kind, tier, seconds in took:
-            self._seconds.setdefault(reading("operation_seconds", kind, tier), []).append(seconds)
+        for each in took:
+            key = reading("operation_seconds", each.kind.value, each.tier.name)
+            self._seconds.setdefault(key, []).append(each.seconds)
 
     def loaded(self, load: Load, failures: Mapping[int, Reason]) -> None:
         """Take in a load that has ended on every rank; with a request's last one its saved tokens count."""

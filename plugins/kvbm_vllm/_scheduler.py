@@ -26,6 +26,7 @@ from kvbm_vllm._replicas import replica_number
 from kvbm_vllm._schedule import ScheduleReader
 from kvbm_vllm._startup import NoTiers, RollCall, begin_session, open_recorder
 from kvbm_vllm._stats import KvbmStats, open_server
+from kvbm_vllm._tracing import open_tracer
 from kvbm_vllm._values import Handshake, Outcomes
 from kvbm_vllm._weights import AdapterDigests
 
@@ -134,8 +135,9 @@ class SchedulerHalf:
                 handshakes, self._config, self.ledger, replica_number(self._vllm_config.parallel_config)
             )
             self._stage = begin_session(
-                handshakes, self._config, self.ledger, self._max_load_blocks, self._ops, self._recorder
-            )
+                handshakes, self._config, self.ledger, self._max_load_blocks, self._ops, self._recorder,
+                open_tracer(self._vllm_config),
+            )  # fmt: skip
         except KvbmError:
             if not again:
                 self.close()
