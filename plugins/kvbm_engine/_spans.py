@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Spans", "Watchers"]
 
-MOST_PER_S: Final = 200
+MOST_PER_S: Final = 100
 """Spans in one second; the next one says how many were left out."""
 _MOST_STORES: Final = 4096
 """Stores under way of which the requests are known."""

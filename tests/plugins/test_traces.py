@@ -52,7 +52,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
         return trace_service_pb2.ExportTraceServiceResponse()
 
     def of(self, digit):
-        """The spans of a trace by name, that of the request's first."""
+        """The spans of a trace, by name and tier."""
         return {
             (span.name, of(span).get("kvbm.tier")): span
             for span in self.spans
