@@ -68,15 +68,17 @@ class TierState:
 
     def levels(self, world_size: int, now_s: float) -> TierLevels:
         """Say where the tier stands, over so many ranks."""
-        limits = (
-            [None, None] if self.capabilities.shared else [self.capacity_bytes, self.index.capacity_bytes]
-        )
+        whole, now = self.capacity_bytes, self.index.capacity_bytes
+        if self.capabilities.shared:
+            whole = now = None
         return TierLevels(
             len(self.index),
             self.index.used_bytes * world_size,
             self.storing + len(self.write_back),
-            self.breaker.closed(now_s) and not self.breaker.is_left_alone,
-            *[None if limit is None else limit * world_size for limit in limits],
+            self.breaker.closed(now_s) and not self.breaker.left_alone_for,
+            None if whole is None else whole * world_size,
+            None if now is None else now * world_size,
+            self.breaker.left_alone_for,
         )
 
     def reserve(
