@@ -467,6 +467,15 @@ def test_the_page_on_security_names_tests_that_are_there():
     assert named <= there
 
 
+def test_files_that_explanations_name_exist():
+    """In a table a name may leave out `kvbm_core`, or the folder of the name before it."""
+    files = {path.relative_to(ROOT).as_posix() for folder in ("kvbm_core", "backends", "plugins", "tests")
+             for path in (ROOT / folder).rglob("*.py")}  # fmt: skip
+    for page in (DOCS / "explanation").glob("*.md"):
+        for name in re.findall(r"`([\w/]+\.py)`", FENCE.sub("", page.read_text())):
+            assert any(f"/{file}".endswith(f"/{name}") for file in files), f"{name_of(page)} names {name}"
+
+
 def test_scripts_that_are_named_exist():
     for page in PAGES + READMES:
         for script in re.findall(r"\b(?:tests|tools)/[\w/]+\.py\b", page.read_text()):
