@@ -16,6 +16,7 @@ import tomllib
 
 import pytest
 import yaml
+from model_configs import CONFIGS
 from page_commands import (
     check_hints,
     check_shell,
@@ -23,9 +24,10 @@ from page_commands import (
     check_transfer_config,
     vllm_folder,
 )
-from pages import DOCS, FENCE, PAGES, READMES, ROOT, blocks, files_of, name_of
+from pages import DOCS, FENCE, PAGES, READMES, ROOT, blocks, commands, files_of, name_of
 from prometheus import program
 
+from kvbm_cli._app import run as kvbm
 from kvbm_core import load_config
 from kvbm_core.command import COMMANDS_GROUP
 from kvbm_metrics import METRICS
@@ -179,7 +181,29 @@ def shell(block, request):
 
 
 def text(block, request):
-    """What a program prints, or a drawing: nothing to run."""
+    """What a program prints, or a drawing. An `answer` has lines that the command before it prints."""
+    if "answer" not in block.marks:
+        return
+    before = blocks(block.page)[blocks(block.page).index(block) - 1]
+    [words] = commands(before.text)
+    assert words[0] == "kvbm"
+    folder, capsys = request.getfixturevalue("folder"), request.getfixturevalue("capsys")
+    words = [str(model_folder(folder, word)) if word.startswith("/models/") else word for word in words[1:]]
+    assert kvbm(words) == 0
+    printed = {squeezed(line) for line in capsys.readouterr().out.splitlines()}
+    assert [line for line in block.text.splitlines() if squeezed(line) not in printed] == []
+
+
+def squeezed(line):
+    return " ".join(line.split())
+
+
+def model_folder(folder, name):
+    """Make the folder of a model that has what is public of its configuration."""
+    path = folder / name.removeprefix("/models/")
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(CONFIGS[path.name]))
+    return path
 
 
 RULES = {
@@ -194,6 +218,14 @@ RULES = {
     "toml": entry_points,
     "yaml": stack_or_manifest,
 }
+
+# Blocks in lists would need another reader, here and in every tool.
+
+
+def test_no_block_is_indented():
+    indented = re.compile(r"^ +```", re.MULTILINE)
+    assert [name_of(page) for page in PAGES + READMES if indented.search(page.read_text())] == []
+
 
 PACKAGES = [page for page in PAGES if "pyproject.toml" in files_of(page)]
 
