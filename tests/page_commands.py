@@ -206,7 +206,7 @@ PROGRAMS = {
     "vllm": vllm,
 }
 FOREIGN = {
-    "cd", "diff", "docker", "etcdctl", "export", "git", "grep", "head", "install", "kubectl", "ls", "openssl",
-    "twine",
+    "cd", "diff", "dmesg", "docker", "etcdctl", "export", "git", "grep", "head", "install", "kubectl",
+    "ls", "openssl", "twine",
 }  # fmt: skip
 """Programs of others, which nothing here can check."""

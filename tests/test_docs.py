@@ -23,6 +23,7 @@ from pages import DOCS, FENCE, PAGES, READMES, REFERENCE, ROOT, blocks, name_of
 import kvbm_admission
 import kvbm_core
 import kvbm_eviction
+from kvbm_cli.top._answer import _FAULTS
 from kvbm_core import errors, hookspecs, load_config, testing
 from kvbm_core.config import ByteSize, StackConfig, TierEntry, parse_size
 from kvbm_core.layers import SEAL_BYTES, SealTier
@@ -426,6 +427,33 @@ def test_every_tier_and_fault_has_a_row_for_operators():
     assert running | starting | impossible == {(tier, fault) for tier in tiers for fault in faults}
     assert not impossible & (running | starting)
     assert all(all(row[:2]) and row[-2 if len(row) == 6 else -1] for row in rows(page.read_text()))
+
+
+# Troubleshooting.
+
+
+def texts_of_the_code():
+    """Every text in the packages, with what is put into it left out as in the documentation."""
+    for folder in ("kvbm_core", "backends", "plugins"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield re.sub(r"%\S*?[sdgfr]", "…", node.value)
+                elif isinstance(node, ast.JoinedStr):
+                    yield "".join(getattr(part, "value", "…") if isinstance(part, ast.Constant) else "…"
+                                  for part in node.values)  # fmt: skip
+
+
+def test_lines_that_the_page_on_troubleshooting_quotes_are_in_the_code():
+    page = (DOCS / "how-to" / "troubleshooting.md").read_text()
+    code = "\n".join([*texts_of_the_code(), *_FAULTS])
+    cells = [cells[0] for cells in rows(page) if "vLLM's" not in cells[0]]
+    quoted = [
+        quote for cell in cells for quote in re.findall(r"`([^`]+)`", cell) if "vllm:kvbm_" not in quote
+    ]
+    parts = {part.strip() for quote in quoted for part in quote.split("…")}
+    assert len(parts) > 60
+    assert [part for part in parts if len(part) > 2 and part not in code] == []
 
 
 # Come from another connector.
