@@ -247,7 +247,8 @@ def check_picture(file: Path | None) -> None:
 
 def _layouts(stacks: list[str] | None, trace: Trace, machine: Machine) -> list[tuple[str, Layout]]:
     """Read the stacks, and see that each speed is of a tier."""
-    block_bytes, registry = trace.block_tokens * machine.token_bytes, Registry()
+    block_bytes = trace.group_bytes or trace.block_tokens * machine.token_bytes
+    registry = Registry()
     layouts = [
         (_stack_name(text, at), read_layout(_read_stack(text), block_bytes, registry))
         for at, text in enumerate(stacks or [None], 1)

@@ -78,7 +78,7 @@ def record_rows(brief: bool) -> None:
         began_s, handed_s = time.process_time(), 0.0
         for at in range(requests):
             start_s = time.thread_time()
-            recorder.began(str(at), 0, 0.0)
+            recorder.looked(str(at), 0, 0.0)
             recorder.ended(str(at), 32_768, 100, keys[:])
             handed_s += time.thread_time() - start_s
         recorder.close()
