@@ -131,7 +131,8 @@ class Recorder:
 
     def arrived(self, name: str, now_s: float) -> None:
         """Note that a request has come."""
-        self._lives.setdefault(name, _Life(self._moment(now_s)))
+        if name not in self._lives:
+            self._lives[name] = _Life(self._moment(now_s))
 
     def turned(self, name: str, engine_tokens: int, now_s: float) -> None:
         """Note that the engine turns to a request, whether it has room for it or not; only the first time."""
@@ -148,7 +149,8 @@ class Recorder:
             tokens: That the request has.
             now_s: The time.
         """
-        life = self._lives.setdefault(name, _Life(self._moment(now_s)))
+        self.arrived(name, now_s)  # It may have come before the session began.
+        life = self._lives[name]
         if life.turned and life.turned[0] == self._last_us:
             life.turned = None  # There was room at once.
         life.looks.append((self._moment(now_s), engine_tokens, tokens))

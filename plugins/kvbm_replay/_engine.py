@@ -150,6 +150,7 @@ class ReplayEngine:
         self._states = [at for at, group in enumerate(groups) if group.coverage.rule is Rule.STATE]
         self._device_blocks = itertools.count(1)
         self._names = itertools.count()
+        self._has_several = len(layout.tiers) > 1
         self.now_s = 0.0
 
     def __repr__(self) -> str:
@@ -252,7 +253,8 @@ class ReplayEngine:
 
     def run(self) -> None:
         """Carry out what is planned, and what follows from that."""
-        while self._step(_NOTHING):
+        # One tier has nothing that follows: nothing is copied from one to another.
+        while self._step(_NOTHING) and self._has_several and self.planner.busy(self.now_s):
             pass
 
     def _step(self, schedule: Schedule, seconds: float = 0.0) -> bool:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -154,7 +155,11 @@ class _Reader:
             )
         self._run, self._is_log = row.run, True
         self.block_tokens, self.token_bytes = row.block_tokens, row.token_bytes
-        self.groups = [_group(at, group, row.block_tokens) for at, group in enumerate(row.groups)]
+        self.groups = [_group(at, group) for at, group in enumerate(row.groups)]
+        if self.groups and math.gcd(*(group.block_tokens for group in self.groups)) != row.block_tokens:
+            raise ConfigError(
+                f"block_tokens: {row.block_tokens}; write the greatest common divisor of those of the groups"
+            )
         self.group_bytes = [group.block_bytes for group in row.groups]
 
     def _begin_other(self) -> bool:
@@ -184,6 +189,16 @@ class _Reader:
 
     def _course(self, row: _Row, blocks: int) -> Course:
         """Take when a request met the tiers; its tokens must be those whose hashes are there."""
+        assert row.timestamp is not None
+        first = [round(row.timestamp * 1e3), *(row.turned or ())[:1], row.looks[0][0]]
+        later = [moment for moment, *_ in [*row.looks[1:], *row.stores]]
+        if first != sorted(first) or min(later, default=first[-1]) < first[-1]:
+            raise ConfigError(
+                f"looks, stores: moments {[*first, *later]}; in microseconds, the timestamp comes first, then "
+                "turned, then the first look"
+            )
+        if any(had >= tokens for _, had, tokens in row.looks):
+            raise ConfigError(f"looks: {row.looks}; write more tokens than the engine's own cache had")
         most = max([tokens for _, tokens in row.stores] + [tokens - 1 for *_, tokens in row.looks])
         if most // self.block_tokens > blocks:
             raise ConfigError(
@@ -193,12 +208,10 @@ class _Reader:
         return Course(row.looks, row.stores, row.turned)
 
 
-def _group(at: int, group: _Group, hash_tokens: int) -> KvGroup:
+def _group(at: int, group: _Group) -> KvGroup:
     """Give a KV group; its tag is its place, for the keys of a replay are its own."""
-    if group.block_tokens % hash_tokens:
-        raise ConfigError(
-            f"groups: block_tokens of {group.block_tokens}; write a multiple of the header's {hash_tokens}"
-        )
+    if group.rule in (Rule.WINDOW, Rule.CHUNK) and not group.rule_tokens:
+        raise ConfigError(f"groups: a {group.rule.value} of 0 rule_tokens; write its tokens")
     return KvGroup(group.block_tokens, Coverage(group.rule, group.rule_tokens), at.to_bytes(TAG_BYTES, "big"))
 
 

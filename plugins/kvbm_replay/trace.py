@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kvbm_core.block import KEY_BYTES, BlockKey
-from kvbm_core.groups import KvGroup
+from kvbm_core.groups import KvGroup, is_plain
 
 __all__ = ["Course", "Keys", "Request", "Trace"]
 
@@ -75,6 +75,11 @@ class Trace:
 
     def __repr__(self) -> str:
         return f"<Trace {self.name}: {len(self.requests)} requests, {self.accesses} blocks>"
+
+    @property
+    def is_plain(self) -> bool:
+        """True if a prefix needs all blocks of one KV group."""
+        return not self.groups or is_plain(self.groups)
 
     @property
     def accesses(self) -> int:
