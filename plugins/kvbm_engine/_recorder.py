@@ -1,14 +1,14 @@
 """The log of hashes: what was asked for, as `kvbm replay` reads it. No text, no tokens, no keys.
 
-    {"kvbm_log": 2, "run": "5f…", "block_tokens": 16, "token_bytes": 131072, "groups": [{"block_tokens": 16, …}]}
+    {"kvbm_log": 2, "run": "5f…", "block_tokens": 16, "token_bytes": 131072, "groups": [{…}]}
     {"timestamp": 12, "input_length": 50, "output_length": 14, "engine_blocks": 1,
-     "looks": [[12345, 16, 50]], "stores": [[45678, 48], [90123, 63]], "hash_ids": [83…, 11…]}
+     "looks": [[12345, 16, 50]], "stores": [[45678, 48], [90123, 63]], "ended": 90101, "hash_ids": [83…]}
     {"lost": 3}
 
-A request's line comes when it has ended and its last blocks were offered to the tiers: when it came, tokens of
-prompt and answer, the leading blocks that the engine's own cache had, each moment at which it was looked up and
-at which blocks were offered, and a hash of 48 bits for each complete block. Moments are microseconds, no two
-of a log alike: they give the order in which requests that ran side by side met the tiers.
+A request's line comes when it has ended and its last blocks were offered to the tiers: when it came, tokens
+of prompt and answer, the leading blocks that the engine's own cache had, each moment at which it was looked up
+and at which blocks were offered, and a hash of 48 bits for each complete block. Moments are microseconds, no
+two of a log alike: they give the order in which requests that ran side by side met the tiers.
 
 The hashes are keyed with a secret that is drawn for each start and kept nowhere: who has the log cannot even
 try whether it has a text that he knows.
@@ -83,8 +83,9 @@ class _Ended(NamedTuple):
 
     life: _Life
     input_tokens: int
-    output_tokens: int
+    tokens: int
     digests: Sequence[bytes]
+    ended_us: int
 
 
 class Recorder:
@@ -165,18 +166,21 @@ class Recorder:
         if tokens // self._block_tokens != before // self._block_tokens:
             life.stores.append((self._moment(now_s), tokens))
 
-    def ended(self, name: str, input_tokens: int, output_tokens: int, digests: Sequence[bytes]) -> None:
+    def ended(
+        self, name: str, input_tokens: int, tokens: int, digests: Sequence[bytes], now_s: float
+    ) -> None:
         """Note that a request has ended: its line waits for `settle`.
 
         Args:
             name: Of the request. One that was never admitted is forgotten.
             input_tokens: Of its prompt.
-            output_tokens: Of its answer.
+            tokens: Of prompt and answer.
             digests: Of its prefixes, see `BlockKeys.prefixes`.
+            now_s: The time.
         """
         life = self._lives.pop(name, None)
         if life and life.looks:
-            self._leaving[name] = _Ended(life, input_tokens, output_tokens, digests)
+            self._leaving[name] = _Ended(life, input_tokens, tokens, digests, self._moment(now_s))
 
     def forget(self, name: str) -> None:
         """Note that a request is gone of which no more is known."""
@@ -229,11 +233,12 @@ class Recorder:
         return {
             "timestamp": life.came_us / 1e3,
             "input_length": ended.input_tokens,
-            "output_length": ended.output_tokens,
+            "output_length": ended.tokens - ended.input_tokens,
             "engine_blocks": life.looks[0][1] // self._block_tokens,
             **({"turned": life.turned} if life.turned else {}),
             "looks": life.looks,
             "stores": life.stores,
+            "ended": ended.ended_us,
             "hash_ids": [self._hash(digest) if digest else 0 for digest in ended.digests],
         }
 
@@ -262,17 +267,17 @@ class Recorder:
 
 def _header(groups: Sequence[KvGroup], block_bytes: Sequence[int]) -> dict[str, Any]:
     """Say what a replay must know of the engine."""
-    described = [
+    described: list[dict[str, Any]] = [
         {
             "block_tokens": group.block_tokens, "block_bytes": nbytes,
             "rule": group.coverage.rule.value, "rule_tokens": group.coverage.tokens,
         }
         for group, nbytes in zip(groups, block_bytes, strict=True)
     ]  # fmt: skip
+    token_bytes = sum(each["block_bytes"] // each["block_tokens"] for each in described)
     return {
         "kvbm_log": _VERSION, "run": secrets.token_hex(8), "block_tokens": hash_tokens(groups),
-        "token_bytes": sum(each // group.block_tokens for each, group in zip(block_bytes, groups, strict=True)),
-        "groups": described,
+        "token_bytes": token_bytes, "groups": described,
     }  # fmt: skip
 
 

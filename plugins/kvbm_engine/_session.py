@@ -163,7 +163,7 @@ class Session:
         state = self.ledger.find(name)
         self.ledger.finish(name, now_s)
         if self._recorder:
-            self._record(name, state)
+            self._record(name, state, now_s)
         return answers
 
     def outcomes(self, reports: Sequence[Report], step: int, copied: Mapping[str, int], now_s: float) -> None:
@@ -205,7 +205,7 @@ class Session:
         """Give what was counted since the last call."""
         return self._tally.take(now_s)
 
-    def _record(self, name: str, state: RequestState | None) -> None:
+    def _record(self, name: str, state: RequestState | None, now_s: float) -> None:
         """Write down a request that has ended."""
         assert self._recorder is not None
         if state is None:
@@ -214,7 +214,7 @@ class Session:
         tokens = state.request.num_tokens
         # The KV of the last token is never computed.
         digests = state.keys.prefixes(tokens - 1)
-        self._recorder.ended(name, state.prompt_tokens, tokens - state.prompt_tokens, digests)
+        self._recorder.ended(name, state.prompt_tokens, tokens, digests, now_s)
         self._recorder.settle(self.ledger.owed)
 
     def _order(self, writes: Writes) -> WriteOrder:

@@ -234,8 +234,8 @@ def _check_groups(trace: Trace, options: Mapping[str, object]) -> None:
     wrong = [option for option, value in options.items() if value]
     if wrong and not trace.is_plain:
         raise ConfigError(
-            f"{', '.join(wrong)}: {trace.name} is of a model with several KV groups, or of which a prefix needs "
-            "not all, so its blocks are no common measure; write `kvbm replay` with the sizes of tiers in --stack"
+            f"{', '.join(wrong)}: {trace.name} is of a model with several KV groups, or of which a prefix "
+            "needs not all blocks, which are no measure then; write kvbm replay, and sizes into a --stack"
         )
 
 

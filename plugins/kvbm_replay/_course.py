@@ -1,9 +1,9 @@
 """What happened to recorded requests, in order: who was looked up, and whose blocks were offered together.
 
-    moments, µs     10      25      31      900 901 902      1500
-    request a      comes   looked                stored      stored, its last
-    request b              comes   looked   stored │
-    request c                                      stored    one step offers them together
+moments, µs     10      25      31      900 901 902      1500
+request a      comes   looked                stored      stored, its last
+request b              comes   looked   stored │
+request c                                      stored    one step offers them together
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ class Event(NamedTuple):
     """Of a look all that the request had, of a store those whose blocks are offered."""
     is_last: bool = False
     """True if nothing more happens to the request."""
+    has_ended: bool = False
+    """True for a store after the end of the request: with it comes what only the end of an answer makes
+    worth storing."""
     goes_on: bool = False
     """True for a store if the next event is of the same step of the engine."""
 
@@ -55,9 +58,7 @@ def read_events(requests: Sequence[Request]) -> Iterator[Event]:
         left[event.request] -= 1
         # The blocks of one step are offered at one time, so their moments follow each other by one.
         goes_on = (
-            after is not None
-            and event.kind is after.kind is Kind.STORE
-            and after.at_us == event.at_us + 1
+            after is not None and event.kind is after.kind is Kind.STORE and after.at_us == event.at_us + 1
         )
         yield event._replace(is_last=not left[event.request], goes_on=goes_on)
 
@@ -71,4 +72,5 @@ def _of(at: int, request: Request) -> Iterator[Event]:
     for moment, engine_tokens, tokens in course.looks:
         yield Event(moment, Kind.LOOK, at, engine_tokens, tokens)
     for moment, tokens in course.stores:
-        yield Event(moment, Kind.STORE, at, tokens=tokens)
+        has_ended = course.ended is not None and moment > course.ended
+        yield Event(moment, Kind.STORE, at, tokens=tokens, has_ended=has_ended)

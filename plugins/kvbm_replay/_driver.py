@@ -108,7 +108,9 @@ class _Replay:
                 self._compute([(prompts[each.request], each.tokens) for each in together])
             for each in together or [event]:
                 if each.is_last:
-                    self._end(prompts.pop(each.request))
+                    prompt = prompts.pop(each.request)
+                    self._load(prompt)
+                    self._engine.end(prompt, with_last=each.has_ended)
             together.clear()
 
     def outcome(self, trace: Trace, layout: Layout, loaded: int, took_s: float) -> Outcome:
@@ -153,10 +155,6 @@ class _Replay:
         parts = [(prompt, max(tokens, prompt.num_computed_tokens)) for prompt, tokens in prompts]
         new = max(1, sum(tokens - prompt.num_computed_tokens for prompt, tokens in parts))
         self._engine.compute(parts, new, new * self._token_s)
-
-    def _end(self, prompt: Prompt) -> None:
-        self._load(prompt)
-        self._engine.end(prompt)
 
     def _in_engine(self, request: Request, recorded_blocks: int) -> int:
         """Count the leading blocks that the engine's own cache has, of those that tiers may be asked for."""

@@ -2,8 +2,8 @@
 
     arrive ──► look ──► load ──► compute … compute ──► end
 
-Each verb tells the session what an engine would tell it, so that matching, loading, storing, reading ahead and
-models with several KV groups are what they are there. Time is the machine's.
+Each verb tells the session what an engine would tell it, so that matching, loading, storing, reading ahead
+and models with several KV groups are what they are there. Time is the machine's.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ __all__ = ["Prompt", "ReplayEngine"]
 
 _NO_LIMIT: Final = 1 << 62
 """Of device blocks: what an engine without room did is in the recording."""
-_HOLD_S: Final = 0.01
-"""What a finished request has left is stored so much later."""
+_HOLD_S: Final = 0.02
+"""What a finished request has left is stored within it."""
 
 
 class _Hits(Tally):
@@ -105,7 +105,9 @@ class _NumberedKeys(BlockKeys):
 
     __slots__ = ("_numbers", "_source", "blocks")
 
-    def __init__(self, prompt: Prompt, groups: Sequence[KvGroup], numbers: Sequence[int], source: Keys) -> None:
+    def __init__(
+        self, prompt: Prompt, groups: Sequence[KvGroup], numbers: Sequence[int], source: Keys
+    ) -> None:
         super().__init__(prompt, groups, b"", lambda start, stop: {})
         self._numbers, self._source = numbers, source
         self.blocks = len(numbers)
@@ -231,12 +233,20 @@ class ReplayEngine:
             prompt.num_tokens = max(prompt.num_tokens, tokens + 1)
             scheduled.append((name, had, tokens - had, (), False))
             if self._states:
-                states[name] = [(at, next(self._device_blocks), self._whole(at, tokens)) for at in self._states]
+                states[name] = [
+                    (at, next(self._device_blocks), self._whole(at, tokens)) for at in self._states
+                ]
         self._step(Schedule(scheduled, new_tokens, states=states), seconds)
 
-    def end(self, prompt: Prompt) -> None:
-        """Forget a request, and offer what it has left."""
-        self.run()
+    def end(self, prompt: Prompt, *, with_last: bool = False) -> None:
+        """Forget a request, and offer what it has left.
+
+        Args:
+            prompt: The request.
+            with_last: True if it ended before what it computed last was offered.
+        """
+        if not with_last:
+            self.run()
         self._session.finished(prompt.request_id, self.now_s)
         if self._session.ledger.has_ended:
             self.wait(self.now_s + _HOLD_S)
@@ -268,7 +278,7 @@ class ReplayEngine:
         return bool(step.plan)
 
     def _tables(self, prompt: Prompt, boundary: int) -> list[list[int]]:
-        """Give a request device blocks in each KV group; of a window not those that the boundary passes by."""
+        """Give a request device blocks in each KV group, but for what a boundary has behind a window."""
         tables = []
         for group in self.groups:
             count = prompt.keys.blocks * self._block_tokens // group.block_tokens

@@ -4,7 +4,7 @@
 
     {"kvbm_log": 2, "run": "c0ffee...", "block_tokens": 16, "token_bytes": 131072, "groups": [...]}   ours
     {"timestamp": 12.345, "input_length": 50, "output_length": 14, "engine_blocks": 1,
-     "looks": [[12351, 16, 50]], "stores": [[45678, 48]], "hash_ids": [...]}
+     "looks": [[12351, 16, 50]], "stores": [[45678, 48]], "ended": 45699, "hash_ids": [...]}
     {"lost": 3}
 
 Times are milliseconds. In Mooncake's format `hash_ids` are of a prompt's blocks of 512 tokens, the last of
@@ -56,13 +56,14 @@ class _Row(msgspec.Struct):
     hash_ids: list[int] | None = None
     engine_blocks: _Count | None = None
     turned: tuple[_Count, _Count] | None = None
-    looks: list[tuple[_Count, _Count, _Count]] = []  # noqa: RUF012
-    stores: list[tuple[_Count, _Count]] = []  # noqa: RUF012
+    looks: list[tuple[_Count, _Count, _Count]] = []
+    stores: list[tuple[_Count, _Count]] = []
+    ended: _Count | None = None
     kvbm_log: int | None = None
     run: str = ""
     block_tokens: _Count = 0
     token_bytes: _Size | None = None
-    groups: list[_Group] = []  # noqa: RUF012
+    groups: list[_Group] = []
     lost: _Count = 0
 
 
@@ -143,8 +144,8 @@ class _Reader:
     def _begin_log(self, row: _Row, *, is_first: bool) -> None:
         if row.kvbm_log not in _LOG_VERSIONS:
             raise ConfigError(
-                f"kvbm_log: {row.kvbm_log}; this release reads versions {' and '.join(map(str, _LOG_VERSIONS))}: "
-                "install one that fits"
+                f"kvbm_log: {row.kvbm_log}; this release reads versions "
+                f"{' and '.join(map(str, _LOG_VERSIONS))}: install one that fits"
             )
         if not is_first or row.block_tokens < 1:
             raise ConfigError("a header must be the first line of its file, with block_tokens of 1 or more")
@@ -194,18 +195,18 @@ class _Reader:
         later = [moment for moment, *_ in [*row.looks[1:], *row.stores]]
         if first != sorted(first) or min(later, default=first[-1]) < first[-1]:
             raise ConfigError(
-                f"looks, stores: moments {[*first, *later]}; in microseconds, the timestamp comes first, then "
-                "turned, then the first look"
+                f"looks, stores: moments {[*first, *later]}; in microseconds, the timestamp comes first, "
+                "then turned, then the first look"
             )
         if any(had >= tokens for _, had, tokens in row.looks):
             raise ConfigError(f"looks: {row.looks}; write more tokens than the engine's own cache had")
         most = max([tokens for _, tokens in row.stores] + [tokens - 1 for *_, tokens in row.looks])
-        if most // self.block_tokens > blocks:
+        if (needed := most // self.block_tokens) > blocks:
             raise ConfigError(
-                f"hash_ids: {blocks}; looks and stores of {most} tokens need {most // self.block_tokens} blocks of "
+                f"hash_ids: {blocks}; looks and stores of {most} tokens need {needed} blocks of "
                 f"{self.block_tokens} tokens"
             )
-        return Course(row.looks, row.stores, row.turned)
+        return Course(row.looks, row.stores, row.turned, row.ended)
 
 
 def _group(at: int, group: _Group) -> KvGroup:

@@ -29,6 +29,8 @@ class Course:
     turned: tuple[int, int] | None = None
     """The moment at which the engine turned to it and had no room, and the leading tokens that its own cache
     had then. None: it had room at once."""
+    ended: int | None = None
+    """The moment at which it ended. None: not known."""
 
 
 @dataclass(slots=True)
@@ -68,8 +70,8 @@ class Trace:
     lost: int = 0
     """Requests that the recording has not, because it could not follow."""
     groups: Sequence[KvGroup] = ()
-    """The engine's KV groups, whose blocks are of one or more of `block_tokens`. Empty: one, of which a prefix
-    needs all blocks."""
+    """The engine's KV groups; the greatest common divisor of their blocks is `block_tokens`. Empty: one, of
+    which a prefix needs all blocks."""
     group_bytes: Sequence[int] = ()
     """For each group the bytes of a block over all ranks."""
 

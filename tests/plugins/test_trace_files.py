@@ -27,7 +27,8 @@ KEYS = (
 VALUES = st.one_of(
     st.integers(-2, 2000), st.integers(), st.floats(allow_nan=False), st.none(), st.text(max_size=3),
     st.lists(st.integers(-3, 3) | st.integers(), max_size=5),
-    st.lists(st.tuples(*[st.integers(0, 600)] * 3), max_size=3), st.lists(st.tuples(*[st.integers(0, 600)] * 2)),
+    st.lists(st.tuples(*[st.integers(0, 600)] * 3), max_size=3),
+    st.lists(st.tuples(*[st.integers(0, 600)] * 2)),
 )  # fmt: skip
 
 
@@ -109,14 +110,20 @@ def test_a_log_has_the_blocks_of_answers_and_what_the_engine_had(written):
         ([""], "trace: no requests"),
         ([HEADER], "trace: no requests"),
         ([HEADER.replace("1,", "3,", 1)], "trace:1: kvbm_log: 3; this release reads versions 1 and 2"),
-        ([HEADER.replace("16,", '16, "groups": [{}],')], r"trace:1: groups\[0\]: object missing required field"),
+        (
+            [HEADER.replace("16,", '16, "groups": [{}],')],
+            r"trace:1: groups\[0\]: object missing required field",
+        ),
         ([HEADER_2.replace("window", "wall")], r"trace:1: groups\[1\].rule: invalid enum value 'wall'"),
         ([HEADER_2.replace("24", "0")], "trace:1: groups: a window of 0 rule_tokens"),
         ([HEADER_2.replace("16,", "8,", 1)], "trace:1: block_tokens: 8; write the greatest common divisor"),
         ([HEADER_2, ROW_2.replace("[9, 0, 40]", "[7, 0, 40]")], "trace:2: looks, stores: moments .8, 7, 20"),
         ([HEADER_2, ROW_2.replace("[20,", "[8,")], "trace:2: looks, stores: moments .8, 9, 8"),
         ([HEADER_2, ROW_2.replace("0, 40", "40, 40")], "trace:2: looks: .*write more tokens than the engine"),
-        ([HEADER_2, ROW_2.replace("32]]", "48]]")], "trace:2: hash_ids: 2; looks and stores of 48 tokens need 3"),
+        (
+            [HEADER_2, ROW_2.replace("32]]", "48]]")],
+            "trace:2: hash_ids: 2; looks and stores of 48 tokens need 3",
+        ),
         ([HEADER, HEADER], "trace:2: a header must be the first line of its file"),
         (
             [HEADER.replace("16", "0")],
@@ -181,7 +188,7 @@ def recorder_at(path, *, capacity_bytes):
 
 def end(recorder, name, tokens, keys):
     """End a request that has nothing left to offer."""
-    recorder.ended(name, tokens, 2, keys)
+    recorder.ended(name, tokens, tokens + 2, keys, 9.0)
     recorder.settle()
 
 
@@ -255,19 +262,19 @@ def test_moments_are_in_order_and_those_of_one_step_follow_each_other(tmp_path):
     for name in "ab":
         recorder.offered(name, 40, 7.5)
         recorder.offered(name, 41, 7.6)  # No other block is complete.
-    recorder.ended("a", 40, 2, keys_of(2))
-    recorder.ended("b", 40, 20, keys_of(3))
+    recorder.ended("a", 40, 42, keys_of(2), 7.9)
+    recorder.ended("b", 40, 60, keys_of(3), 7.9)
     recorder.settle({"b"})  # It has a block to offer.
     recorder.offered("b", 59, 8.0)
     recorder.settle()
     recorder.close()
     first, second = read_trace([tmp_path / "log"]).requests
     assert (first.at_s, second.at_s) == (0.0, 0.001)
-    assert first.course == Course([(3001, 0, 40)], [(500_001, 40), (1_000_000, 59)], None)
-    assert second.course == Course([(5000, 16, 40)], [(500_000, 40)], (2000, 16))
+    assert first.course == Course([(3001, 0, 40)], [(500_001, 40), (1_000_000, 59)], None, 900_001)
+    assert second.course == Course([(5000, 16, 40)], [(500_000, 40)], (2000, 16), 900_000)
     events = list(read_events([first, second]))
     assert [(each.kind, each.request) for each in events if each.goes_on] == [(Kind.STORE, 1)]
-    assert [each.request for each in events if each.is_last] == [1, 0]
+    assert [(each.request, each.has_ended) for each in events if each.is_last] == [(1, False), (0, True)]
 
 
 def test_a_disk_that_fails_ends_the_recording_and_nothing_else(tmp_path, caplog):
