@@ -46,8 +46,10 @@ class Contents(ABC):
     """A path, or a URL without secrets."""
     timed: bool = False
     """`Found.order` is a time."""
-    threads: int = 8
-    """That read at once."""
+    shared: bool = False
+    """Anybody may change it at any time, and `holder` does not tell."""
+    threads: int = 16
+    """That read at once: some wait for the medium while others prove what they have read."""
 
     @abstractmethod
     def holder(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,10 +13,9 @@ from kvbm_core.contents import Contents, Found
 from kvbm_core.errors import KvbmError, TierError
 from kvbm_core.localdir import HeldFolder, LocalDirectory
 from kvbm_core.stored import facts_in
-from kvbm_core.trust import open_file, open_folder
+from kvbm_core.trust import open_direct, open_file, open_folder
 from kvbm_gds._config import GdsConfig
 from kvbm_gds._layout import ENTRY, ENTRY_BYTES, FORMAT_VERSION, HEADER, HEADER_BYTES, MAGIC, in_pages
-from kvbm_gds._machine import open_direct
 from kvbm_gds._slab import SLAB, directory_of, read_entries, sound_fields
 
 __all__ = ["contents"]
@@ -121,7 +121,9 @@ class _Folder(Contents):
                 self._index = open_file(self._folder, folder_fd, "index", os.O_RDONLY, "gds")
             for name in names:
                 if match := SLAB.fullmatch(name):
-                    self._fds[int(match[1])] = self._open_direct(folder_fd, name)
+                    self._fds[int(match[1])], _ = open_direct(
+                        partial(open_file, self._folder, folder_fd, name, tier="gds"), os.O_RDONLY
+                    )
             self._read_header()
         except (OSError, KvbmError) as error:
             self.close()
@@ -130,10 +132,6 @@ class _Folder(Contents):
             raise TierError(f"{self.where} cannot be read: {error.strerror}", tier="gds") from error
         finally:
             os.close(folder_fd)
-
-    def _open_direct(self, folder_fd: int, name: str) -> int:
-        fd, _ = open_direct(lambda flags: open_file(self._folder, folder_fd, name, flags, "gds"), os.O_RDONLY)
-        return fd
 
     def _read_header(self) -> None:
         header = os.pread(self._index, HEADER.size, 0) if self._index >= 0 else b""

@@ -31,8 +31,8 @@ from typing import Any, Final
 from kvbm_core.errors import TierError
 from kvbm_core.localdir import FILE_MODE
 from kvbm_core.log_limit import Log
+from kvbm_core.trust import open_direct
 from kvbm_gds._io import Io, open_engine
-from kvbm_gds._machine import open_direct
 
 __all__ = [
     "DIRECT",

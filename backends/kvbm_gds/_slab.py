@@ -25,6 +25,7 @@ from kvbm_core.localdir import LocalDirectory, free_bytes, unusable
 from kvbm_core.log_limit import TierLog
 from kvbm_core.namespace_facts import keep_facts, room_bytes
 from kvbm_core.tier import PAGE_BYTES, TierContext
+from kvbm_core.trust import open_direct
 from kvbm_gds._config import GdsConfig
 from kvbm_gds._layout import (
     ENTRY,
@@ -36,7 +37,6 @@ from kvbm_gds._layout import (
     Entry,
     Sizing,
 )
-from kvbm_gds._machine import open_direct
 
 __all__ = ["SLAB", "Slab", "directory_of", "read_entries", "sound_fields"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +14,7 @@ from kvbm_core.contents import Contents, Found
 from kvbm_core.errors import KvbmError, TierError
 from kvbm_core.localdir import LocalDirectory
 from kvbm_core.stored import facts_in
-from kvbm_core.trust import open_file, open_folder
+from kvbm_core.trust import open_direct, open_file, open_folder
 from kvbm_lmdb._config import LmdbConfig
 from kvbm_lmdb._directory import directory_of
 from kvbm_lmdb._place import (
@@ -144,11 +145,8 @@ class _Folder(Contents):
                 if _DATA in os.listdir(folder_fd):
                     self._tree_fd = open_file(self._folder, folder_fd, _DATA, os.O_RDONLY, "lmdb")
                     # An engine has it in the page cache; past that a look costs the cache nothing.
-                    flags = os.O_RDONLY if self.holder() else os.O_RDONLY | os.O_DIRECT
-                    try:
-                        self._fd = open_file(self._folder, folder_fd, _DATA, flags, "lmdb")
-                    except OSError:
-                        self._fd = open_file(self._folder, folder_fd, _DATA, os.O_RDONLY, "lmdb")
+                    opening = partial(open_file, self._folder, folder_fd, _DATA, tier="lmdb")
+                    self._fd = opening(os.O_RDONLY) if self.holder() else open_direct(opening, os.O_RDONLY)[0]
             finally:
                 os.close(folder_fd)
         except (OSError, KvbmError) as error:

@@ -71,18 +71,19 @@ def is_read_only(config: RemoteConfig) -> bool:
     return config.read_only or config.protocol in WITHOUT_ROOT
 
 
-def make_store(config: RemoteConfig, log: Log = _log) -> Store:
+def make_store(config: RemoteConfig, log: Log = _log, *, direct: bool = False) -> Store:
     """Choose the client library. Opens no connection.
 
     Args:
         config: The tier's.
         log: Where its lines go.
+        direct: Read files of a directory past the page cache, see `LocalStore`.
 
     Raises:
         TierOpenError: If the protocol is unknown, its package is not installed, or an option is wrong.
     """
     if config.protocol in ("file", "local"):
-        return LocalStore(_folder(config), log)
+        return LocalStore(_folder(config), log, direct=direct)
     authorities = _authorities(config)
     settings = _obstore_settings(config)
     if settings is None:
