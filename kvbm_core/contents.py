@@ -31,7 +31,7 @@ class Found:
     order: float
     """Stored later: higher. Seconds since the epoch if `Contents.timed`."""
     place: Any
-    """The backend's own: where it lies. Equal places mean the same object."""
+    """The backend's own, hashable: where it lies. Equal places mean the same object."""
     broken: str = ""
     """Why it cannot be read at all: what lists it is damaged. Then the fields above may be anything."""
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
 
-from kvbm_cli.check._trial import NotTriedError, Trial, nearest_folder, place_of, try_tier, why_not_tried
+from kvbm_cli.check._trial import NotTriedError, Trial, place_of, try_tier, why_not_tried
 from kvbm_cli.size._answer import Sizes
 from kvbm_core.config import StackConfig, TierEntry, parse_size, size_text
 from kvbm_core.errors import KvbmError
-from kvbm_core.localdir import free_bytes
+from kvbm_core.localdir import existing_folder, free_bytes
 from kvbm_core.registry import Registry
 from kvbm_core.sharing import sharing_of
 from kvbm_core.tier import Capabilities
@@ -182,7 +182,9 @@ def _capacity(entry: TierEntry) -> int | None:
 def _free(place: Path | None, entry: TierEntry) -> int | None:
     """Say how much there is where a tier keeps its objects."""
     if place:
-        return free_bytes(nearest_folder(place))
+        with suppress(OSError):  # The tier's problem says so.
+            return free_bytes(existing_folder(place))
+        return None
     if entry.settings.keys() != {"capacity"}:
         return None
     for line in Path("/proc/meminfo").read_text().splitlines():

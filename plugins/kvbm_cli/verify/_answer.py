@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import islice
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -17,6 +17,7 @@ from kvbm_cli.inspect._places import Place
 from kvbm_cli.verify._judge import Judge, NotJudgedError
 from kvbm_cli.verify._memory import ReadMemory
 from kvbm_cli.verify._pace import Pace
+from kvbm_core.block import BlockKey, Namespace
 from kvbm_core.contents import Contents, Found
 from kvbm_core.errors import KvbmError
 from kvbm_core.layers import NO_SEAL
@@ -285,5 +286,16 @@ class _Verifying:
             )
             return
         self._contents.remove([found for found, _ in doomed])
+        names = {_name(found) for found, _ in doomed}
+        left = names.intersection(map(_name, self._contents.objects()))
         for found, damage in doomed:
-            damage.removed = not self._contents.is_there(found)
+            damage.removed = _name(found) not in left
+        if left:
+            self._answer.problems.append(
+                f"{part.where}: {len(left)} that are damaged are still listed, as the index itself is damaged; "
+                "delete the folder while no engine uses it"
+            )
+
+
+def _name(found: Found) -> tuple[Namespace, BlockKey, Any]:
+    return found.namespace, found.key, found.place

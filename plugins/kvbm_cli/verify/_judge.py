@@ -75,7 +75,8 @@ class Judge:
         """Say what is wrong with an object; empty if it is whole.
 
         Raises:
-            NotJudgedError: That cannot be told.
+            NotJudgedError: That cannot be told of any object of the namespace.
+            UnverifiableError: A codec cannot tell it of this one.
         """
         reading = self._reading(found)
         if len(content) < found.nbytes:
@@ -83,8 +84,9 @@ class Judge:
         if reading.coded:
             try:
                 content = self._decode(reading, found, content.toreadonly())
-            except UnverifiableError as error:
-                raise NotJudgedError(str(error)) from error
+            except UnverifiableError:
+                # Of this object alone: its key is not given, or the bytes that name it are damaged.
+                raise
             except KvbmError as error:
                 return f"it cannot be decoded: {error}"
         return why_damaged(content, found.key, reading.namespace)
