@@ -37,7 +37,7 @@ class Found:
     order: float
     """Stored later: higher. Seconds since the epoch if `Contents.timed`."""
     place: Any
-    """The backend's own: where it lies. Equal places mean the same object."""
+    """The backend's own, hashable: where it lies. Equal places mean the same object."""
     broken: str = ""
     """Why it cannot be read at all: what lists it is damaged. Then the fields above may be anything."""
 
@@ -52,8 +52,10 @@ class Contents(ABC):
     """A path, or a URL without secrets."""
     timed: bool = False
     """`Found.order` is a time."""
-    threads: int = 8
-    """That read at once."""
+    shared: bool = False
+    """Anybody may change it at any time, and `holder` does not tell."""
+    threads: int = 16
+    """That read at once: some wait for the medium while others prove what they have read."""
 
     @abstractmethod
     def holder(self) -> str:

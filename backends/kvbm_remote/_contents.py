@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 import re
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
@@ -44,6 +45,7 @@ class _Whole(Contents):
     """A whole store. A place is the path, the length and the time of the last change."""
 
     timed = True
+    shared = True
 
     def __init__(self, config: RemoteConfig) -> None:
         self.where = shown_url(config.url)
@@ -51,7 +53,7 @@ class _Whole(Contents):
         self._patience_s = config.timeout_s * config.attempts
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._store: Store = make_store(config)
+        self._store: Store = make_store(config, direct=True)
         if self._store.asynchronous:
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._loop.run_forever, name="kvbm-contents", daemon=True)
@@ -70,7 +72,7 @@ class _Whole(Contents):
         for entry in self._entries(FACTS):
             if (namespace := namespace_of(entry.path)) and (rank := _RANK.search(entry.path)):
                 try:
-                    content = self._get(entry.path, memoryview(bytearray(MOST_BYTES)))
+                    content = self._get(entry.path, memoryview(mmap.mmap(-1, MOST_BYTES)))
                 except TierError:
                     content = None
                 told = None if content is None else decode_facts(bytes(content))

@@ -4,8 +4,8 @@ import os
 import time
 
 import pytest
+from planted_faults import AT_ONCE, DURABLE, FACTS, KEYS, NAMESPACE, OBJECT_BYTES, fill, listed, opened, tier
 from published import published
-from test_verify import AT_ONCE, DURABLE, FACTS, KEYS, NAMESPACE, OBJECT_BYTES, fill, listed, opened, tier
 
 from kvbm_cli._app import run as kvbm
 from kvbm_core import Stack, make_namespace
