@@ -65,11 +65,11 @@ class Stack:
         if not isinstance(config, StackConfig):
             config = load_config(config)
         registry = registry or Registry()
-        policy = registry.policies(config)
+        policies = registry.policies(config)
         worker = Worker(config, device, namespace, registry=registry, facts=facts)
         try:
             planner = Planner(
-                [worker.status()], max_store_blocks=config.max_store_blocks, policy=policy,
+                [worker.status()], max_store_blocks=config.max_store_blocks, policies=policies,
                 movements=[entry.movement for entry in config.tiers],
             )  # fmt: skip
         except BaseException:

@@ -16,7 +16,7 @@ from typing import Final
 from kvbm_core.block import BlockKey, BlockState
 from kvbm_core.groups import TAG_BYTES
 from kvbm_core.leader.draft import Draft
-from kvbm_core.leader.tier_state import Tiers
+from kvbm_core.leader.tiers import Tiers
 from kvbm_core.movement import Movement
 from kvbm_core.plan import FillReason
 
@@ -44,9 +44,7 @@ class Demotion:
         self, tiers: Tiers, draft: Draft, position: int, movement: Movement, max_moving: int,
         groups: Mapping[bytes, int],
     ) -> None:  # fmt: skip
-        self._tiers = tiers
         self._draft = draft
-        self._position = position
         self._above, self._below = tiers[position - 1], tiers[position]
         self._movement = movement
         self._max_moving = max_moving
@@ -84,7 +82,7 @@ class Demotion:
         there = self._below.index.ready
         late = sum(key not in there for key in keys)
         if late:
-            self._below.counts.dropped["unusable" if self._below.left_alone_for else "late"] += late
+            self._below.counts.dropped["unusable" if self._below.breaker.left_alone_for else "late"] += late
             self._covered = 0  # The order was another one than at the last look.
 
     def failed(self) -> None:
@@ -137,12 +135,7 @@ class Demotion:
                 together.setdefault(group, []).append(key)
                 room -= 1
         for group, offered in together.items():
-            keys = self._tiers.admitted(self._position, offered, now_s, group)
-            filling = self._tiers.reserve(self._position, keys, (), group)
-            gone = above.pin(filling)
-            assert not gone, "what has left the tier above is not due"
-            if filling:  # The first of a fill is the last to be evicted below, as it is above.
-                filling.reverse()
-                self._draft.fill(
-                    self._position - 1, self._position, filling, group, FillReason.DEMOTION
-                )  # fmt: skip
+            keys = self._below.admitted(offered, now_s, group)
+            self._draft.fill(
+                self._above.position, self._below.position, [(keys, ())], group, FillReason.DEMOTION
+            )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Final
 
 from kvbm_core.block import BlockKey
 from kvbm_core.leader.in_flight import InFlight
-from kvbm_core.leader.tier_state import Tiers
+from kvbm_core.leader.tiers import Tiers
 from kvbm_core.plan import Fill, FillReason, Load, Lookup, Plan, Probe, Store, WriteOrder
 
 __all__ = ["Draft"]
@@ -27,16 +27,23 @@ class Draft:
     def __init__(self, tiers: Tiers, in_flight: InFlight) -> None:
         self._tiers = tiers
         self._in_flight = in_flight
-        self._stores: list[Store] = []
+        self._plan = Plan()
         self._small: dict[tuple[tuple[int, ...], int], Store] = {}
         """The latest small store by its tiers and its group: requests that decode store a block each."""
-        self._loads: list[Load] = []
-        self._lookups: list[Lookup] = []
-        self._fills: list[Fill] = []
 
     def __repr__(self) -> str:
-        counts = f"{len(self._stores)} stores, {len(self._loads)} loads, {len(self._lookups)} lookups"
-        return f"<Draft {counts}, {len(self._fills)} fills>"
+        plan = self._plan
+        counts = f"{len(plan.stores)} stores, {len(plan.loads)} loads, {len(plan.lookups)} lookups"
+        return f"<Draft {counts}, {len(plan.fills)} fills>"
+
+    @property
+    def has_probes(self) -> bool:
+        """True if a tier is to be tried; what else is planned is under way already."""
+        return bool(self._plan.probes)
+
+    def number(self) -> int:
+        """Draw the number of the next operation."""
+        return self._in_flight.number()
 
     def stores(
         self,
@@ -71,8 +78,8 @@ class Draft:
                 small.blocks.extend(here)
                 ops.append(small.op)
                 continue
-            store = Store(self._in_flight.number(), stored, here, list(tiers), group)
-            self._stores.append(store)
+            store = Store(self.number(), stored, here, list(tiers), group)
+            self._plan.stores.append(store)
             self._small[tiers, group] = store
             self._in_flight.expect(store)
             ops.append(store.op)
@@ -84,34 +91,56 @@ class Draft:
 
     def load(self, load: Load, *, pinned: bool) -> None:
         """Add a load; `pinned` says whether its blocks are kept from being evicted."""
-        self._loads.append(load)
+        self._plan.loads.append(load)
         self._in_flight.expect(load, pinned=pinned)
 
     def lookup(self, lookup: Lookup) -> None:
         """Add a question."""
-        self._lookups.append(lookup)
+        self._plan.lookups.append(lookup)
         self._in_flight.expect(lookup)
 
-    def fill(
-        self, source: int, target: int, keys: Sequence[BlockKey], group: int, reason: FillReason
-    ) -> None:
-        """Add blocks to be copied from one tier to another: pinned in the source, reserved in the target."""
-        number, host_pool = self._in_flight.number(), self._tiers.host_pool
-        fill = Fill(number, source, target, list(keys), host_pool, group, reason)
-        self._fills.append(fill)
-        self._tiers[target].storing += len(keys)
-        self._in_flight.expect(fill)
+    def probe(self, probe: Probe) -> None:
+        """Add a tier that is to be tried."""
+        self._plan.probes.append(probe)
+        self._in_flight.expect(probe)
 
-    def take(self, order: WriteOrder, probes: list[Probe]) -> Plan:
-        """Take everything, with what the engine writes and the tiers that are to be tried."""
+    def fill(
+        self, source: int, target: int, runs: Iterable[tuple[Sequence[BlockKey], Container[BlockKey]]],
+        group: int, reason: FillReason,
+    ) -> list[BlockKey]:  # fmt: skip
+        """Add blocks to be copied from one tier to another: pinned in the source, reserved in the target.
+
+        Args:
+            source: Position of the tier that has them.
+            target: Position of the tier that shall have them.
+            runs: Each in the order of its prefix, and that prefix, see `TierState.reserve`.
+            group: Number of the KV group.
+            reason: Why. Blocks that are demoted come as they would be evicted, and go below in that order.
+
+        Returns:
+            Those that there is room for.
+        """
+        above, below, filling = self._tiers[source], self._tiers[target], list[BlockKey]()
+        for keys, prefix in runs:
+            filling += below.reserve(keys, prefix, group)
+        gone = above.index.pin(filling)
+        assert not gone, "what is not in the source is not copied"
+        if filling:  # The first of a fill is the last to be evicted.
+            keys = filling[::-1] if reason is FillReason.DEMOTION else filling
+            fill = Fill(self.number(), source, target, keys, self._tiers.host_pool, group, reason)
+            self._plan.fills.append(fill)
+            below.storing += len(keys)
+            self._in_flight.expect(fill)
+        return filling
+
+    def take(self, order: WriteOrder) -> Plan:
+        """Take everything, with what the engine writes."""
         self._small.clear()
-        stores, self._stores = self._stores, []
-        loads, self._loads = self._loads, []
-        lookups, self._lookups = self._lookups, []
-        fills, self._fills = self._fills, []
+        plan, self._plan = self._plan, Plan()
         return Plan(
-            self._tiers.take_drops(), stores, loads, lookups,
-            order.overwrites, order.unordered, order.blocks_final, probes, fills,
+            self._tiers.take_drops(), plan.stores, plan.loads, plan.lookups,
+            order.overwrites, order.unordered, order.blocks_final, plan.probes, plan.fills,
+            self._tiers.take_used(),
         )  # fmt: skip
 
 

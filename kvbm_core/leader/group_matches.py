@@ -13,9 +13,9 @@ from typing import Final
 from kvbm_core.block import BlockKey
 from kvbm_core.groups import KvGroup
 from kvbm_core.leader.boundaries import Boundaries, BoundaryFinder, GroupPrefix, Part
-from kvbm_core.leader.matches import scan, verdict
+from kvbm_core.leader.matches import Finding, scan
 from kvbm_core.leader.questions import Questions
-from kvbm_core.leader.tier_state import Tiers
+from kvbm_core.leader.tiers import Tiers
 
 __all__ = ["GroupMatch", "GroupMatcher"]
 
@@ -24,23 +24,12 @@ _MAX_ASKED: Final = 64
 
 
 @dataclass(slots=True, eq=False)
-class GroupMatch:
-    """A finding: the boundaries of a prompt, and the facts that it rests on."""
+class GroupMatch(Finding):
+    """The boundaries that were found of a prompt, in tokens."""
 
-    start: int
-    """Tokens that the engine had already."""
-    stop: int
-    """Tokens behind which no boundary was looked for."""
     boundaries: Boundaries
-    lookups: frozenset[int]
-    """Operations that may find more: the finding waits for their answers."""
-    departures: int
     arrivals: int
-    """Objects that had ceased to be READY, and become it, when it was last true."""
-    usable: tuple[bool, ...]
-    """Tiers that could be used then."""
-    retry_s: float
-    """When tiers are to be asked again for what is missing."""
+    """Objects that had become READY when it was last true."""
 
     @property
     def tokens(self) -> list[int]:
@@ -108,10 +97,10 @@ class GroupMatcher:
         departures, arrivals = self._tiers.departures.count, self._tiers.arrivals.count
         holdings = _Usable(self._tiers, usable)
         found = self.finder.find(prefix, start, stop, holdings)
-        asked = [tier.probe for tier in self._tiers if tier.probe is not None]
+        asked = [tier.search for tier in self._tiers if tier.search is not None]
         lookups = self._look_up(found, holdings, prefix, stop, now_s) if asked else frozenset[int]()
-        retry_s = min((now_s + probe.absent_s for probe in asked), default=math.inf)
-        return GroupMatch(start, stop, found, lookups, departures, arrivals, usable, retry_s)
+        retry_s = min((now_s + search.absent_s for search in asked), default=math.inf)
+        return GroupMatch(start, stop, lookups, departures, usable, retry_s, found, arrivals)
 
     def parts(self, match: GroupMatch, tokens: int) -> list[Part]:
         """List the blocks that one of its boundaries needs, by group."""
@@ -165,7 +154,7 @@ class GroupMatcher:
 
     def _holds(self, match: GroupMatch, prefix: GroupPrefix, start: int, stop: int, now_s: float) -> bool:
         """Return False if another answer might be found now. Takes the same time for any length."""
-        if (known := verdict(match, self._tiers, self._pending, start, stop, now_s)) is not None:
+        if (known := match.verdict(self._tiers, self._pending, start, stop, now_s)) is not None:
             return known
         departures, arrivals = self._tiers.departures, self._tiers.arrivals
         if departures.any_since(match.departures, prefix) or arrivals.any_since(match.arrivals, prefix):

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvbm_core.block import BlockKey
-from kvbm_core.leader.tier_state import Tiers
+from kvbm_core.leader.tiers import Tiers
 
-__all__ = ["Match", "Matcher", "Prefix", "scan", "verdict"]
+__all__ = ["Finding", "Match", "Matcher", "Prefix", "scan"]
 
 
 class Prefix(Container[BlockKey], Protocol):
@@ -27,33 +27,41 @@ class Prefix(Container[BlockKey], Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class Match:
-    """A finding: what `Planner.match` and `Planner.lookup` said of a prefix."""
+class Finding:
+    """What was found of a prompt rests on this, beside the objects themselves."""
 
     start: int
-    """First block asked for."""
+    """First block, or token, asked for."""
     stop: int
-    """Block after the last that was asked for."""
-    tiers: list[int]
-    """For each block found, from `start` on, the tier that has it."""
+    """That after the last asked for."""
     lookups: frozenset[int]
     """Operations that may find more: the finding waits for their answers."""
     departures: int
-    """Blocks that had ceased to be READY when it was last true."""
+    """Objects that had ceased to be READY when it was last true."""
     usable: tuple[bool, ...]
     """Tiers that could be used then."""
     retry_s: float
     """When tiers are to be asked again for what is missing."""
 
+    def verdict(
+        self, tiers: Tiers, pending: Container[int], start: int, stop: int, now_s: float
+    ) -> bool | None:
+        """Say whether it holds, as far as the objects do not matter. None: they decide."""
+        if (self.start, self.stop) != (start, stop):
+            return False
+        if self.lookups:
+            return any(op in pending for op in self.lookups)
+        if now_s >= self.retry_s or tiers.usable(now_s) != self.usable:
+            return False
+        return None
 
-class _Finding(Protocol):
-    """What any finding rests on beside the objects themselves."""
 
-    start: int
-    stop: int
-    lookups: frozenset[int]
-    usable: tuple[bool, ...]
-    retry_s: float
+@dataclass(slots=True, eq=False)
+class Match(Finding):
+    """What `Planner.match` and `Planner.lookup` said of a prefix, in blocks."""
+
+    tiers: list[int]
+    """For each block found, from `start` on, the tier that has it."""
 
 
 def scan(keys: Sequence[BlockKey], ready: Sequence[tuple[int, Container[BlockKey]]]) -> list[int]:
@@ -72,19 +80,6 @@ def scan(keys: Sequence[BlockKey], ready: Sequence[tuple[int, Container[BlockKey
         else:
             break
     return found
-
-
-def verdict(
-    finding: _Finding, tiers: Tiers, pending: Container[int], start: int, stop: int, now_s: float
-) -> bool | None:
-    """Say whether a finding holds, as far as the objects do not matter. None: they decide."""
-    if (finding.start, finding.stop) != (start, stop):
-        return False
-    if finding.lookups:
-        return any(op in pending for op in finding.lookups)
-    if now_s >= finding.retry_s or tiers.usable(now_s) != finding.usable:
-        return False
-    return None
 
 
 class Matcher:
@@ -117,14 +112,15 @@ class Matcher:
         """Keep a finding together with what it rests on; `rest` are the blocks that were not found."""
         retry_s = math.inf
         for tier in self._tiers if rest else ():
-            if tier.probe is not None:
-                absent_s = tier.probe.absent_until_s(rest[0])
-                retry_s = min(retry_s, absent_s if absent_s > now_s else now_s + tier.probe.absent_s)
-        return Match(start, stop, tiers, lookups, self._departures.count, self._tiers.usable(now_s), retry_s)
+            if tier.search is not None:
+                absent_s = tier.search.absent_until_s(rest[0])
+                retry_s = min(retry_s, absent_s if absent_s > now_s else now_s + tier.search.absent_s)
+        usable = self._tiers.usable(now_s)
+        return Match(start, stop, lookups, self._departures.count, usable, retry_s, tiers)
 
     def holds(self, match: Match, prefix: Prefix, start: int, stop: int, now_s: float) -> bool:
         """Return False if another answer might be found now. Takes the same time for any length."""
-        if (known := verdict(match, self._tiers, self._pending, start, stop, now_s)) is not None:
+        if (known := match.verdict(self._tiers, self._pending, start, stop, now_s)) is not None:
             return known
         missed = match.start + len(match.tiers)
         if missed < match.stop:

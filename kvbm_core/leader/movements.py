@@ -4,13 +4,14 @@
                  ▲                   │
                  └──── promotion ────┘  with the load; `exclusive`: the lower copy is the first to go
 
-Where every edge writes through, promotes always and is inclusive, all methods return at once.
+Where every edge writes through, promotes always and is inclusive, all that is chosen here is what is written
+from the device now and what later.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 
 import msgspec
 
@@ -21,8 +22,11 @@ from kvbm_core.leader.demotion import Demotion
 from kvbm_core.leader.draft import Draft
 from kvbm_core.leader.promotion import Promotion
 from kvbm_core.leader.spare_copies import SpareCopies
-from kvbm_core.leader.tier_state import Tiers
+from kvbm_core.leader.tier_state import UNKNOWN
+from kvbm_core.leader.tiers import Tiers
+from kvbm_core.leader.write_back import WriteBack
 from kvbm_core.movement import WRITE_THROUGH, Movement
+from kvbm_core.policy import Origin
 
 __all__ = ["Movements"]
 
@@ -37,16 +41,17 @@ class Movements:
         draft: Takes the fills.
         cost_model: Says which tiers load more slowly than the engine computes.
         settings: One for each tier, that of the edge above it. Empty: every edge writes through.
-        max_moving: Objects on their way into one tier at once.
+        max_store_blocks: Objects on their way into a tier below the host pool, at once.
         groups: The engine's KV groups.
     """
 
     def __init__(
         self, tiers: Tiers, draft: Draft, cost_model: CostModel, settings: Sequence[Movement],
-        max_moving: int, groups: Sequence[KvGroup],
+        max_store_blocks: int, groups: Sequence[KvGroup],
     ) -> None:  # fmt: skip
         self._tiers = tiers
         self._cost_model = cost_model
+        self._write_back = WriteBack(tiers, draft, max_store_blocks)
         self._demotions: dict[int, Demotion] = {}
         """By the position of the lower tier; so are the others."""
         self._spares: dict[int, SpareCopies] = {}
@@ -58,7 +63,9 @@ class Movements:
                 continue
             movement = _possible(tiers, position, movement)
             if movement.stores == "demotion":
-                self._demotions[position] = Demotion(tiers, draft, position, movement, max_moving, numbers)
+                self._demotions[position] = Demotion(
+                    tiers, draft, position, movement, self._write_back.max_storing, numbers
+                )
             if movement.copies == "exclusive":
                 self._spares[position] = SpareCopies(tiers, position)
             if movement.promotion != "always":
@@ -67,6 +74,7 @@ class Movements:
             self._above(position): promotion for position, promotion in self._promotions.items() if promotion
         }
         """Measured promotions, by the position of the tier that keeps what comes up."""
+        self._is_selective = bool(self._demotions or self._promotions)
         below_spares = range(max(self._spares, default=0))
         for position in {*self._watched, *(below - 1 for below in self._demotions), *below_spares}:
             tiers[position].on_evicted = self._evicted_from(position)
@@ -76,64 +84,73 @@ class Movements:
 
     def is_due(self, now_s: float) -> bool:
         """Return True if `plan` would begin to copy something that is known to be due."""
-        return any(demotion.is_due(now_s) for demotion in self._demotions.values())
+        is_due = any(demotion.is_due(now_s) for demotion in self._demotions.values())
+        return is_due or self._write_back.is_due(now_s)
 
     def plan(self, now_s: float) -> None:
-        """Demote what is due."""
+        """Copy what is due: what is demoted, and what is written back."""
         for demotion in self._demotions.values():
             demotion.plan(now_s)
+        self._write_back.plan(now_s)
 
     def forget(self) -> None:
         """Give up what is due, after a reset."""
         for demotion in self._demotions.values():
             demotion.forget()
 
-    def offered(self, position: int, absent: list[BlockKey], rest: Sequence[BlockKey]) -> list[BlockKey]:
-        """Choose the blocks that a tier is offered of those that the engine has.
+    def targets(
+        self, keys: Sequence[BlockKey], prefix: Container[BlockKey], now_s: float, group: int = 0,
+        origin: Origin = UNKNOWN,
+    ) -> dict[int, list[BlockKey]]:  # fmt: skip
+        """Choose what each tier gets from the device, and set room aside for it. See `Planner.store`."""
+        targets: dict[int, list[BlockKey]] = {}
+        rest: Sequence[BlockKey] = keys
+        for position, tier in enumerate(self._tiers):
+            absent = tier.index.absent(keys)
+            tier.index.offered(keys, origin, has_some=len(absent) < len(keys))
+            if tier.capabilities.read_only:
+                continue
+            offered = self._offered(position, absent, rest) if self._is_selective else absent
+            if tier.admission is not None:
+                tier.admission.offered(keys, origin)
+                offered = tier.admitted(offered, now_s, group, origin)
+            if tier.keeps_order:
+                refused = set(absent).difference(offered) if len(offered) < len(absent) else ()
+                tier.note_used(keys, refused)
+            wanted = offered
+            if not tier.is_host_pool or not tier.breaker.closed(now_s):
+                wanted = self._write_back.admit(tier, offered, prefix, now_s, group)
+            # Some of `keys` may be there already: the others must not push these out.
+            filling = tier.reserve(wanted, prefix, group, are_absent=True)
+            if filling:
+                targets[position] = filling
+            if self._is_selective:
+                if promotion := self._watched.get(position):
+                    promotion.came_above(filling, computed=True)
+                rest = self._not_taken(position, offered, filling)
+        return targets
+
+    def kept(
+        self, loaded: Sequence[tuple[BlockKey, int]], prefix: Container[BlockKey], group: int
+    ) -> set[BlockKey]:
+        """Choose what the host pool keeps of blocks that pass through its memory, and set room aside for it.
 
         Args:
-            position: Of the tier.
-            absent: Those that the tier has not.
-            rest: Those that the tier above was offered and did not take.
+            loaded: The blocks in the order of their prefix, and the tier that each is loaded from.
+            prefix: Of the request, in all groups.
+            group: Number of the KV group.
         """
-        if position in self._demotions:
-            absent = self._tiers[position].index.absent(rest) if rest else []
-        for below, promotion in self._promotions.items():
-            is_kept_below = promotion is None or promotion.is_paused
-            if is_kept_below and position < below and not self._cost_model.is_slow(below):
-                there = self._tiers[below].index.ready
-                absent = [key for key in absent if key not in there]
-        return absent
-
-    def not_taken(
-        self, position: int, offered: list[BlockKey], filling: Sequence[BlockKey]
-    ) -> Sequence[BlockKey]:
-        """Give what a tier was offered and does not get, as far as the tier below asks for it."""
-        if position + 1 not in self._demotions or len(filling) == len(offered):
-            return ()
-        tier = self._tiers[position]
-        return [key for key in tier.index.absent(offered) if key not in tier.write_back]
-
-    def kept_above(self, keys: list[BlockKey], tiers: Sequence[int]) -> list[BlockKey]:
-        """Choose among blocks that are loaded, each from its tier, those that the host pool keeps."""
-        if not self._promotions:
-            return keys
-        kept: list[BlockKey] = []
-        for position in dict.fromkeys(tiers):
-            there = [key for key, tier in zip(keys, tiers, strict=True) if tier == position]
-            if position not in self._promotions:
-                kept += there
-            elif promotion := self._promotions[position]:
-                chosen = promotion.chosen(there)
-                promotion.kept(chosen, computed=False)
-                kept += chosen
-        order = {key: at for at, key in enumerate(keys)}
-        return sorted(kept, key=order.__getitem__)
-
-    def computed(self, position: int, keys: Iterable[BlockKey]) -> None:
-        """Take in blocks that the engine has computed and a tier keeps."""
-        if promotion := self._watched.get(position):
-            promotion.kept(keys, computed=True)
+        pool = self._tiers.host_pool
+        lower = [
+            (key, position)
+            for key, position in loaded
+            if position > pool >= 0 and not self._tiers[position].capabilities.device_direct
+        ]
+        if not lower:
+            return set()
+        wanted = self._promoted(lower) if self._promotions else [key for key, _ in lower]
+        # Their ancestors in the group need no mention: they are loaded, and so pinned.
+        return set(self._tiers[pool].reserve(wanted, prefix, group))
 
     def loaded(self, position: int, keys: Iterable[BlockKey]) -> None:
         """Take in blocks that are loaded from a tier."""
@@ -147,6 +164,39 @@ class Movements:
         for below, spares in self._spares.items():
             if below > position:
                 spares.add(key for at, key in enumerate(keys) if at not in failed)
+
+    def _offered(self, position: int, absent: list[BlockKey], rest: Sequence[BlockKey]) -> list[BlockKey]:
+        """Choose the blocks that a tier is offered: of those that it has not, or that the one above left."""
+        if position in self._demotions:
+            absent = self._tiers[position].index.absent(rest) if rest else []
+        for below, promotion in self._promotions.items():
+            is_kept_below = promotion is None or promotion.is_paused
+            if is_kept_below and position < below and not self._cost_model.is_slow(below):
+                there = self._tiers[below].index.ready
+                absent = [key for key in absent if key not in there]
+        return absent
+
+    def _not_taken(
+        self, position: int, offered: list[BlockKey], filling: Sequence[BlockKey]
+    ) -> Sequence[BlockKey]:
+        """Give what a tier was offered and does not get, as far as the tier below asks for it."""
+        if position + 1 not in self._demotions or len(filling) == len(offered):
+            return ()
+        tier = self._tiers[position]
+        return [key for key in tier.index.absent(offered) if key not in tier.write_back]
+
+    def _promoted(self, lower: Sequence[tuple[BlockKey, int]]) -> list[BlockKey]:
+        """Choose among blocks that are loaded, each from its tier, those that the host pool keeps."""
+        chosen: set[BlockKey] = set()
+        for position in {position for _, position in lower}:
+            there = [key for key, tier in lower if tier == position]
+            if position not in self._promotions:
+                chosen.update(there)
+            elif promotion := self._promotions[position]:
+                promoted = promotion.chosen(there)
+                promotion.came_above(promoted, computed=False)
+                chosen.update(promoted)
+        return [key for key, _ in lower if key in chosen]
 
     def _above(self, position: int) -> int:
         """Give the tier that keeps what is loaded from another."""

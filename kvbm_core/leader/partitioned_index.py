@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 
 from kvbm_core.block import BlockKey
 from kvbm_core.leader.claims import COMMON, claim_of
-from kvbm_core.leader.partitions import Part, Partitions
+from kvbm_core.leader.partitions import Partitions, Share
 from kvbm_core.leader.tier_index import TierIndex
 from kvbm_core.policies import Fifo
 
@@ -21,7 +21,7 @@ __all__ = ["PartitionedIndex"]
 
 
 class PartitionedIndex(TierIndex):
-    """A tier's index, in parts.
+    """A tier's index, in shares.
 
     Args:
         index: That of before. It is not to be used any more.
@@ -31,19 +31,17 @@ class PartitionedIndex(TierIndex):
     """
 
     def __init__(self, index: TierIndex, keep_bytes: int, find_owner: Callable[[BlockKey], str]) -> None:
+        vars(self).update(vars(index))
         self.orders = Partitions(index._order, keep_bytes)
-        super().__init__(index.capacity_bytes, self.orders, index._departures, index._arrivals)
-        self._pins, self._filling, self._leaving = index._pins, index._filling, index._leaving
-        self._other_bytes, self._charges = index._other_bytes, index._charges
-        self.eviction_rounds = index.eviction_rounds
+        self._order = self.ready = self.orders
         self._find_owner = find_owner
         self._ends: list[tuple[float, int, list[BlockKey]]] = []
         """A heap: when objects need be kept no longer, unless their time was extended."""
         self._batches = itertools.count()
 
-    def open_part(self, tenant: str, quota_bytes: int, keep_bytes: int, order: Fifo) -> None:
+    def open_share(self, tenant: str, quota_bytes: int, keep_bytes: int, order: Fifo) -> None:
         """Set a share of the tier aside for a tenant."""
-        self.orders.parts[tenant] = Part(order, quota_bytes, keep_bytes)
+        self.orders.shares[tenant] = Share(order, quota_bytes, keep_bytes)
 
     def reserve(
         self,
@@ -53,7 +51,7 @@ class PartitionedIndex(TierIndex):
         *,
         are_absent: bool = False,
     ) -> tuple[list[BlockKey], list[BlockKey]]:
-        """Set room aside, see `TierIndex.reserve`: in the part of whoever is charged.
+        """Set room aside, see `TierIndex.reserve`: in the share of whoever is charged.
 
         A tenant that has used up its quota makes room among its own objects. Else common objects make room.
         """
@@ -74,36 +72,37 @@ class PartitionedIndex(TierIndex):
     def _reserve_for(
         self, tenant: str, keys: Sequence[BlockKey], charge: int, protected: Container[BlockKey]
     ) -> tuple[list[BlockKey], list[BlockKey]]:
-        orders, part = self.orders, self.orders.parts.get(tenant)
-        if part is None or part.quota_bytes is None or not charge:
+        orders, share = self.orders, self.orders.shares.get(tenant)
+        if share is None or share.quota_bytes is None or not charge:
             return super().reserve(keys, charge, protected, are_absent=True)
         wanted, evicted = list(keys), list[BlockKey]()
-        if part.used_bytes + len(wanted) * charge > part.quota_bytes:
-            room = (part.quota_bytes - part.used_bytes) // charge
-            wanted, orders.has_asked = part.order.admitted(wanted, room, charge), True
+        if share.used_bytes + len(wanted) * charge > share.quota_bytes:
+            room = (share.quota_bytes - share.used_bytes) // charge
+            wanted, orders.has_asked = share.order.admitted(wanted, room, charge), True
             for _ in range(self.eviction_rounds):
-                if (excess_bytes := part.used_bytes + len(wanted) * charge - part.quota_bytes) <= 0:
+                if (excess_bytes := share.used_bytes + len(wanted) * charge - share.quota_bytes) <= 0:
                     break
                 victims = orders.evict_from(tenant, excess_bytes, protected, self._pins)
                 evicted += [key for key, _ in victims]
             self._departures.note(evicted)
-            del wanted[max(0, part.quota_bytes - part.used_bytes) // charge :]
+            del wanted[max(0, share.quota_bytes - share.used_bytes) // charge :]
         orders.making_room_for = tenant
         filling, more = super().reserve(wanted, charge, protected, are_absent=True)
         orders.making_room_for, orders.has_asked = COMMON, False
-        part.used_bytes += len(filling) * charge
+        share.used_bytes += len(filling) * charge
         orders.owners.update(dict.fromkeys(filling, tenant))
         return filling, evicted + more
 
-    def stored(self, key: BlockKey, charge: int | None = None) -> None:
+    def stored(self, keys: Sequence[BlockKey], charges: Sequence[int] | None = None) -> None:
         """See `TierIndex.stored`."""
-        reserved = self._filling.get(key, 0)
-        super().stored(key, charge)
-        if more := self.orders[key] - reserved:  # As a rule less than was reserved.
-            part = self.orders.part_of(key)
-            part.used_bytes += more if part.quota_bytes is not None else 0
-            if key in self.orders.kept:
-                self.orders.charge_kept(part, more)
+        reserved = [self._filling.get(key, 0) for key in keys]
+        super().stored(keys, charges)
+        for key, before in zip(keys, reserved, strict=True):
+            if more := self.orders[key] - before:  # As a rule less than was reserved.
+                share = self.orders.share_of(key)
+                share.used_bytes += more if share.quota_bytes is not None else 0
+                if key in self.orders.kept:
+                    self.orders.charge_kept(share, more)
 
     def not_stored(self, key: BlockKey) -> None:
         """See `TierIndex.not_stored`."""
@@ -139,7 +138,7 @@ class PartitionedIndex(TierIndex):
         Returns:
             How many are kept, and how many are here and not kept.
         """
-        tenant = tenant if tenant in self.orders.parts else COMMON
+        tenant = tenant if tenant in self.orders.shares else COMMON
         kept, batch, refused = self.orders.kept, list[BlockKey](), 0
         for key in keys:
             nbytes = self.orders.get(key) or self._filling.get(key)
@@ -170,4 +169,4 @@ class PartitionedIndex(TierIndex):
     def _discharge(self, key: BlockKey, nbytes: int) -> None:
         """Charge nobody any more for an object that is gone."""
         if (owner := self.orders.owners.pop(key, COMMON)) != COMMON:
-            self.orders.parts[owner].used_bytes -= nbytes
+            self.orders.shares[owner].used_bytes -= nbytes

@@ -93,7 +93,7 @@ class Promotion:
         self._promoted = _Followed()
         return ()
 
-    def kept(self, keys: Iterable[BlockKey], *, computed: bool) -> None:
+    def came_above(self, keys: Iterable[BlockKey], *, computed: bool) -> None:
         """Take in which blocks the tier above keeps, loaded from below or computed."""
         (self._computed if computed else self._promoted).begin(_sample(keys))
 

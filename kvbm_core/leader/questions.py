@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from kvbm_core.block import BlockKey, BlockState
 from kvbm_core.leader.cost_model import CostModel
 from kvbm_core.leader.draft import Draft
-from kvbm_core.leader.in_flight import InFlight
-from kvbm_core.leader.prefix_probe import PrefixProbe
-from kvbm_core.leader.tier_state import Tiers, TierState
+from kvbm_core.leader.prefix_search import PrefixSearch
+from kvbm_core.leader.tier_state import TierState
+from kvbm_core.leader.tiers import Tiers
 from kvbm_core.plan import Lookup
 
 __all__ = ["Questions"]
@@ -21,14 +21,12 @@ class Questions:
 
     Args:
         tiers: The leader's tiers.
-        in_flight: Gives numbers.
         draft: Takes the lookups.
         cost_model: Says which tiers need not be asked.
     """
 
-    def __init__(self, tiers: Tiers, in_flight: InFlight, draft: Draft, cost_model: CostModel) -> None:
+    def __init__(self, tiers: Tiers, draft: Draft, cost_model: CostModel) -> None:
         self._tiers = tiers
-        self._in_flight = in_flight
         self._draft = draft
         self._cost_model = cost_model
 
@@ -37,16 +35,16 @@ class Questions:
     ) -> frozenset[int]:
         """Ask for the leading blocks of a run, see `Planner.lookup`."""
         asking: set[int] = set()
-        for position, tier, probe in self._to_be_asked(now_s, len(keys)):
+        for position, tier, search in self._to_be_asked(now_s, len(keys)):
             # A block that is on its way there needs no question, and is no hit yet.
             if tier.index.state(keys[0]) is not BlockState.ABSENT:
                 continue
-            if (number := probe.asking(keys[0])) is not None:
+            if (number := search.asking(keys[0])) is not None:
                 asking.add(number)
-            elif span := probe.span(keys, now_s):
-                number = self._in_flight.number()
+            elif span := search.span(keys, now_s):
+                number = self._draft.number()
                 asking.add(number)
-                self._draft.lookup(Lookup(number, position, probe.ask(number, span), group, head))
+                self._draft.lookup(Lookup(number, position, search.ask(number, span), group, head))
         return frozenset(asking)
 
     def ask_each(
@@ -54,26 +52,25 @@ class Questions:
     ) -> frozenset[int]:
         """Ask for single objects, of which each may be there without the others, in one round."""
         asking: set[int] = set()
-        for position, tier, probe in self._to_be_asked(now_s):
+        for position, tier, search in self._to_be_asked(now_s):
             absent = tier.index.absent(keys)
-            asking |= probe.asking_each(absent)
-            if unknown := probe.unknown(absent, now_s):
-                number = self._in_flight.number()
+            asking |= search.asking_each(absent)
+            if unknown := search.unknown(absent, now_s):
+                number = self._draft.number()
                 asking.add(number)
-                self._draft.lookup(Lookup(number, position, probe.ask_each(number, unknown), group, head))
+                self._draft.lookup(Lookup(number, position, search.ask_each(number, unknown), group, head))
         return frozenset(asking)
 
     def may_be_there(self, now_s: float) -> Callable[[BlockKey], bool]:
         """Give a function that says whether a tier may have an object that none is known to have."""
-        probes = [probe for _, _, probe in self._to_be_asked(now_s)]
-        return lambda key: any(probe.absent_until_s(key) <= now_s for probe in probes)
+        searches = [search for _, _, search in self._to_be_asked(now_s)]
+        return lambda key: any(search.absent_until_s(key) <= now_s for search in searches)
 
     def _to_be_asked(
         self, now_s: float, blocks: float = math.inf
-    ) -> Iterator[tuple[int, TierState, PrefixProbe]]:
+    ) -> Iterator[tuple[int, TierState, PrefixSearch]]:
         for position, tier in enumerate(self._tiers):
-            probe = tier.probe
-            if probe is None or not tier.breaker.closed(now_s):
+            if tier.search is None or not tier.breaker.closed(now_s):
                 continue
             if not self._cost_model.should_skip(position, now_s, blocks):
-                yield position, tier, probe
+                yield position, tier, tier.search

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from kvbm_core.block import BlockKey
-from kvbm_core.leader.tier_state import Tiers
+from kvbm_core.leader.tiers import Tiers
 
 __all__ = ["SpareCopies"]
 
@@ -28,17 +28,17 @@ class SpareCopies:
     """
 
     def __init__(self, tiers: Tiers, position: int) -> None:
-        self._tiers = tiers
-        self._position = position
+        self._tier = tiers[position]
+        self._above = [tiers[at] for at in range(position)]
         self._keys: OrderedDict[BlockKey, None] = OrderedDict()
-        tiers[position].make_room = self._make_room
+        self._tier.make_room = self._make_room
 
     def __repr__(self) -> str:
-        return f"<SpareCopies {len(self._keys)} in {self._tiers[self._position].name}>"
+        return f"<SpareCopies {len(self._keys)} in {self._tier.name}>"
 
     def add(self, keys: Iterable[BlockKey]) -> None:
         """Take in blocks that a tier above has got: what is here of them is spare."""
-        there = self._tiers[self._position].index.ready
+        there = self._tier.index.ready
         self._keys.update(dict.fromkeys(key for key in keys if key in there))
 
     def evicted_above(self, keys: Iterable[BlockKey]) -> None:
@@ -46,12 +46,11 @@ class SpareCopies:
         only = [key for key in keys if key in self._keys and not self._is_above(key)]
         for key in only:
             del self._keys[key]
-        self._tiers[self._position].index.touch(only)
+        self._tier.index.touch(only)
 
     def _make_room(self, nbytes: int) -> None:
         """Drop as many as are in the way of so many bytes, but those in use or kept, or spare no more."""
-        tier = self._tiers[self._position]
-        index, kept = tier.index, list[BlockKey]()
+        index, kept = self._tier.index, list[BlockKey]()
         assert index.capacity_bytes is not None, "only a tier with a bound is exclusive"
         while self._keys and len(kept) < _PASSED_OVER and index.used_bytes + nbytes > index.capacity_bytes:
             key, _ = self._keys.popitem(last=False)
@@ -59,9 +58,9 @@ class SpareCopies:
             if index.is_pinned(key) or index.is_kept(key):
                 kept.append(key)
             elif key in index and self._is_above(key):
-                self._tiers.drop(self._position, key)
-                tier.counts.evicted += 1
+                self._tier.drop(key)
+                self._tier.counts.evicted += 1
         self._keys.update(dict.fromkeys(kept))
 
     def _is_above(self, key: BlockKey) -> bool:
-        return any(key in self._tiers[position].index for position in range(self._position))
+        return any(key in tier.index for tier in self._above)

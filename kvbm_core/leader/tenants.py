@@ -15,8 +15,9 @@ from kvbm_core.block import BlockKey
 from kvbm_core.errors import ConfigError
 from kvbm_core.leader.claims import COMMON, Claim
 from kvbm_core.leader.partitioned_index import PartitionedIndex
-from kvbm_core.leader.partitions import Part
-from kvbm_core.leader.tier_state import MakePolicy, Tiers
+from kvbm_core.leader.tier_policies import TierPolicies
+from kvbm_core.leader.tier_state import TierState
+from kvbm_core.leader.tiers import Tiers
 from kvbm_core.policy import PolicyContext
 from kvbm_core.sharing import Sharing
 
@@ -57,20 +58,21 @@ class Tenants:
     Args:
         tiers: The leader's tiers.
         sharing: What the configuration says.
-        policy: Makes the policy of each tenant's part of a tier.
+        policies: Make the order of each tenant's part of a tier.
         world_size: Ranks of the engine.
 
     Raises:
         ConfigError: For a quota in a tier that cannot be shared out.
     """
 
-    def __init__(self, tiers: Tiers, sharing: Sharing, policy: MakePolicy, world_size: int) -> None:
+    def __init__(self, tiers: Tiers, sharing: Sharing, policies: TierPolicies, world_size: int) -> None:
         self._tiers = tiers
         self._sharing = sharing
-        self._policy = policy
+        self._policies = policies
         self._world_size = world_size
         self._accounts: dict[str, _Account] = {}
-        self._parted: list[PartitionedIndex] = []
+        self._parted: dict[int, PartitionedIndex] = {}
+        """The indexes of the tiers that are shared out or have kept blocks, by position."""
         self._others = None if sharing.others is None else self._by_position(sharing.others)
         for name, quotas in sharing.tenants.items():
             self._open(name, _Account(self._by_position(quotas), is_named=True))
@@ -95,8 +97,9 @@ class Tenants:
     def begin(self, claim: Claim) -> None:
         """Note that a request with a claim lives."""
         if claim.keep_s and self._sharing.keep_fraction:
-            for position in range(len(self._tiers)):
-                self._part(position)
+            for tier in self._tiers:
+                if tier.capacity_bytes is not None and not tier.capabilities.shared:
+                    self._part(tier)
         if account := self._accounts.get(claim.tenant):
             account.requests += 1
 
@@ -113,32 +116,29 @@ class Tenants:
             By the tier's name how many are kept, and how many are there and are not.
         """
         claim.until_s = now_s + claim.keep_s
-        found = {}
-        for tier in self._tiers:
-            if isinstance(tier.index, PartitionedIndex):
-                found[tier.name] = tier.index.keep(keys, claim.tenant, claim.until_s)
-        return found
+        return {
+            self._tiers[position].name: index.keep(keys, claim.tenant, claim.until_s)
+            for position, index in self._parted.items()
+        }
 
     def release(self, now_s: float) -> None:
         """Keep no longer what need not be kept any more. Costs nothing where nothing is kept."""
-        for index in self._parted:
+        for index in self._parted.values():
             index.release(now_s)
 
     def levels(self) -> Iterator[TenantLevel]:
         """Say what each tenant has."""
         for name, account in self._accounts.items():
             for position in account.quotas:
-                part = self._part_of(name, position)
-                used, quota = part.used_bytes * self._world_size, part.quota_bytes or 0
+                share = self._parted[position].orders.shares[name]
+                used, quota = share.used_bytes * self._world_size, share.quota_bytes or 0
                 yield TenantLevel(name, self._tiers[position].name, used, quota * self._world_size)
 
     def kept_bytes(self) -> dict[str, int]:
         """Say how much is kept, by the tier's name, over all ranks."""
         kept = dict.fromkeys([tier.name for tier in self._tiers], 0)
-        if self._parted:
-            for tier in self._tiers:
-                if isinstance(tier.index, PartitionedIndex):
-                    kept[tier.name] = tier.index.orders.kept_bytes * self._world_size
+        for position, index in self._parted.items():
+            kept[self._tiers[position].name] = index.orders.kept_bytes * self._world_size
         return kept
 
     def _by_position(self, quotas: Mapping[str, Fraction]) -> dict[int, int]:
@@ -174,38 +174,27 @@ class Tenants:
             if self._fits(account):
                 return
             for position in self._accounts.pop(name).quotas:
-                index = self._tiers[position].index
-                assert isinstance(index, PartitionedIndex)
-                index.orders.dissolve(name)
+                self._parted[position].orders.dissolve(name)
 
     def _open(self, name: str, account: _Account) -> None:
         self._accounts[name] = account
         for position, quota in account.quotas.items():
-            index = self._part(position)
-            assert index is not None, "a tier with a capacity can be shared"
             tier = self._tiers[position]
             context = PolicyContext(quota, max(tier.charges), tier.name)
             keep_bytes = int(quota * self._sharing.keep_fraction)
-            index.open_part(name, quota, keep_bytes, self._policy(position, context))
+            self._part(tier).open_share(name, quota, keep_bytes, self._policies.order(position, context))
 
-    def _part(self, position: int) -> PartitionedIndex | None:
-        """Have a tier's index be in parts. None for a tier that others use, or that has no capacity."""
-        tier = self._tiers[position]
-        if tier.capacity_bytes is None or tier.capabilities.shared:
-            return None
-        if not isinstance(tier.index, PartitionedIndex):
-            keep_bytes = int(tier.capacity_bytes * self._sharing.keep_fraction)
-            tier.index = PartitionedIndex(tier.index, keep_bytes, self._find_owner)
-            self._parted.append(tier.index)
-        return tier.index
-
-    def _part_of(self, name: str, position: int) -> Part:
-        index = self._tiers[position].index
-        assert isinstance(index, PartitionedIndex)
-        return index.orders.parts[name]
+    def _part(self, tier: TierState) -> PartitionedIndex:
+        """Have the index of a tier with a capacity of its own be in shares."""
+        index = self._parted.get(tier.position)
+        if index is None:
+            keep_bytes = int((tier.capacity_bytes or 0) * self._sharing.keep_fraction)
+            index = PartitionedIndex(tier.index, keep_bytes, self._find_owner)
+            tier.index = self._parted[tier.position] = index
+        return index
 
     def _find_owner(self, key: BlockKey) -> str:
-        for index in self._parted:
+        for index in self._parted.values():
             if owner := index.orders.owners.get(key):
                 return owner
         return COMMON

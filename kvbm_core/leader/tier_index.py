@@ -135,14 +135,12 @@ class TierIndex:
         self._move(key, BlockEvent.RESERVE)
         self._order.insert(key, self.counted(charge))
 
-    def absent(self, keys: Iterable[BlockKey]) -> list[BlockKey]:
+    def absent(self, keys: Sequence[BlockKey]) -> list[BlockKey]:
         """Give the keys that are ABSENT, each once."""
         # `state`, written out: a lookup asks thousands of times.
         order, filling, leaving = self._order, self._filling, self._leaving
-        keys = dict.fromkeys(keys)
-        if order.keys().isdisjoint(keys) and not (filling or leaving):
-            return list(keys)
-        return [key for key in keys if not (key in order or key in filling or key in leaving)]
+        absent = [key for key in keys if not (key in order or key in filling or key in leaving)]
+        return absent if len(absent) < 2 else list(dict.fromkeys(absent))
 
     def touch(self, keys: Iterable[BlockKey]) -> None:
         """Note that objects were used, those that are READY."""
@@ -226,27 +224,33 @@ class TierIndex:
             order, room_bytes = self._order, self.capacity_bytes - self._other_bytes
             if order.nbytes + len(wanted) * charge > room_bytes:
                 wanted = order.admitted(wanted, (room_bytes - order.nbytes) // charge, charge)
-            for _ in range(self.eviction_rounds):
-                if (excess_bytes := order.nbytes + len(wanted) * charge - room_bytes) <= 0:
-                    break
-                evicted += order.evict(excess_bytes, protected, self._pins)
-            self._departures.note(evicted)
-            del wanted[max(0, room_bytes - order.nbytes) // charge :]
+                for _ in range(self.eviction_rounds):
+                    if (excess_bytes := order.nbytes + len(wanted) * charge - room_bytes) <= 0:
+                        break
+                    evicted += order.evict(excess_bytes, protected, self._pins)
+                self._departures.note(evicted)
+                del wanted[max(0, room_bytes - order.nbytes) // charge :]
         self._filling.update(dict.fromkeys(wanted, charge))
         self._other_bytes += len(wanted) * charge
         return wanted, evicted
 
-    def stored(self, key: BlockKey, charge: int | None = None) -> None:
-        """Note that every rank has the object, and the bytes that it takes. None: as many as reserved."""
-        if key not in self._filling:  # Asked first, because thousands are stored at once.
-            self._move(key, BlockEvent.STORED)
-        nbytes = self._filling.pop(key)
-        self._other_bytes -= nbytes
-        if charge is not None and charge != nbytes:  # Rounded, but never for that above what was reserved.
-            nbytes = max(min(self.counted(charge), nbytes), charge)
-        self._order.insert(key, nbytes)
+    def stored(self, keys: Sequence[BlockKey], charges: Sequence[int] | None = None) -> None:
+        """Note that every rank has objects, and the bytes that each takes. None: as many as reserved.
+
+        The last of them comes in last: as a rule the head of a prefix, which goes last.
+        """
+        filling = self._filling
+        for key in keys:
+            if key not in filling:
+                self._move(key, BlockEvent.STORED)
+        sizes = {key: filling.pop(key) for key in keys}
+        self._other_bytes -= sum(sizes.values())
+        for key, charge in zip(keys, charges or (), strict=bool(charges)):
+            if charge != sizes[key]:  # Rounded, but never for that above what was reserved.
+                sizes[key] = max(min(self.counted(charge), sizes[key]), charge)
+        self._order.insert_each(sizes)
         if self._arrivals is not None:
-            self._arrivals.note([key])
+            self._arrivals.note(keys)
 
     def not_stored(self, key: BlockKey) -> None:
         """Note that some rank has the object not."""

@@ -7,7 +7,10 @@ from collections.abc import Container, Iterable
 from typing import Final
 
 from kvbm_core.block import BlockKey, BlockState
-from kvbm_core.leader.tier_state import Tiers, TierState
+from kvbm_core.leader.draft import Draft
+from kvbm_core.leader.tier_state import TierState
+from kvbm_core.leader.tiers import Tiers
+from kvbm_core.plan import FillReason
 
 __all__ = ["WriteBack"]
 
@@ -21,12 +24,14 @@ class WriteBack:
 
     Args:
         tiers: The leader's tiers.
+        draft: Takes the fills.
         max_store_blocks: Blocks on their way into a tier below the host pool, at once; as many more wait. A
             quarter of the host pool at most: they lie in its memory, and a tier may hang.
     """
 
-    def __init__(self, tiers: Tiers, max_store_blocks: int) -> None:
+    def __init__(self, tiers: Tiers, draft: Draft, max_store_blocks: int) -> None:
         self._tiers = tiers
+        self._draft = draft
         self._max_waiting = self.max_storing = max_store_blocks
         pool = tiers[tiers.host_pool] if tiers.host_pool >= 0 else None
         if pool is not None and pool.capacity_bytes is not None:
@@ -37,7 +42,7 @@ class WriteBack:
         return f"<WriteBack {sum(len(tier.write_back) for tier in self._tiers)} blocks>"
 
     def is_due(self, now_s: float) -> bool:
-        """Return True if `due` may give blocks."""
+        """Return True if `plan` may begin to copy something."""
         return any(tier.write_back and tier.breaker.closed(now_s) for tier in self._tiers)
 
     def admit(
@@ -54,26 +59,29 @@ class WriteBack:
             tier.counts.dropped["backlog" if usable else "unusable"] += len(keys[room:])
             return keys[:room]
         there = self._tiers[self._tiers.host_pool].index.ready
-        fresh: list[BlockKey] = []
-        later: list[BlockKey] = []
-        for key in keys:
-            (later if key in there else fresh).append(key)
+        later = [key for key in keys if key in there]
+        if not later and len(keys) <= room:
+            return keys
+        fresh = [key for key in keys if key not in there]
         self._enqueue(tier, [*fresh[room:], *later], (prefix, group))
         return fresh[:room]
 
-    def due(self, position: int, now_s: float) -> dict[int, list[BlockKey]]:
-        """Take the blocks that a tier gets now from the host pool, reserved there and pinned here.
+    def plan(self, now_s: float) -> None:
+        """Copy what is due from the host pool, as far as there is room on the way."""
+        for tier in self._tiers:
+            if tier.write_back and tier.breaker.closed(now_s):
+                for group, runs in self._due(tier).items():
+                    self._draft.fill(
+                        self._tiers.host_pool, tier.position, runs, group, FillReason.WRITE_BACK
+                    )  # fmt: skip
 
-        Returns:
-            The keys of each KV group.
-        """
-        tier, host_pool = self._tiers[position], self._tiers[self._tiers.host_pool]
-        if not tier.write_back or not tier.breaker.closed(now_s):
-            return {}
+    def _due(self, tier: TierState) -> dict[int, list[tuple[list[BlockKey], Container[BlockKey]]]]:
+        """Take the blocks that a tier gets now: of each KV group those of one prefix together."""
+        index = self._tiers[self._tiers.host_pool].index
         due: list[tuple[BlockKey, tuple[Container[BlockKey], int]]] = []
         while tier.write_back and tier.storing + len(due) < self.max_storing:
             key, whose = next(iter(tier.write_back.items()))
-            state = host_pool.index.state(key)
+            state = index.state(key)
             if state is BlockState.FILLING:
                 break
             del tier.write_back[key]
@@ -81,15 +89,12 @@ class WriteBack:
                 due.append((key, whose))
             elif key not in tier.index:
                 tier.counts.dropped["gone"] += 1
-        keys: dict[int, list[BlockKey]] = {}
+        runs: dict[int, list[tuple[list[BlockKey], Container[BlockKey]]]] = {}
         for _, run in itertools.groupby(due, key=lambda pair: (id(pair[1][0]), pair[1][1])):
             together = list(run)
             prefix, group = together[0][1]
-            filling = self._tiers.reserve(position, [key for key, _ in together], prefix, group)
-            gone = host_pool.index.pin(filling)
-            assert not gone, "what the host pool has lost since is not due"
-            keys.setdefault(group, []).extend(filling)
-        return keys
+            runs.setdefault(group, []).append(([key for key, _ in together], prefix))
+        return runs
 
     def _enqueue(
         self, tier: TierState, keys: Iterable[BlockKey], whose: tuple[Container[BlockKey], int]

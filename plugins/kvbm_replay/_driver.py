@@ -68,7 +68,7 @@ class _Replay:
         self._planner = Planner(
             [layout.statuses()],
             max_store_blocks=config.max_store_blocks,
-            policy=registry.policies(config),
+            policies=registry.policies(config),
             block_tokens=self._block_tokens if config.only_faster else 0,
             movements=[entry.movement for entry in config.tiers],
         )

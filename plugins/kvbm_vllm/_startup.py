@@ -207,7 +207,7 @@ def begin_session(
         status,
         max_store_blocks=config.max_store_blocks,
         groups=ledger.groups,
-        policy=Registry().policies(config),
+        policies=Registry().policies(config),
         block_tokens=block_tokens if config.only_faster else 0,
         ops=ops,
         movements=[entry.movement for entry in config.tiers],

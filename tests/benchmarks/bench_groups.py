@@ -168,8 +168,7 @@ def fill(tiers: Sequence[TierIndex], keys: Iterable[list[BlockKey]], mixed: bool
             lengths = [chance.randrange(CHARGE * 3 // 10, CHARGE) if mixed else CHARGE for _ in batch]
             wire = msgspec.msgpack.encode(lengths)
             filling, _ = tier.reserve(batch, CHARGE)
-            for key, charge in zip(filling, msgspec.msgpack.decode(wire), strict=False):
-                tier.stored(key, charge)
+            tier.stored(filling, msgspec.msgpack.decode(wire)[: len(filling)])
 
 
 def memory(tiers: int, objects: int, mixed: bool, churn: bool) -> float:

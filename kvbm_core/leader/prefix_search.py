@@ -18,10 +18,10 @@ from typing import Final
 from kvbm_core.block import BlockKey
 from kvbm_core.tier import Reason
 
-__all__ = ["PrefixProbe"]
+__all__ = ["PrefixSearch"]
 
 
-class PrefixProbe:
+class PrefixSearch:
     """Chooses what to ask a tier, and remembers what it has not. No I/O, no clock."""
 
     max_probes: Final = 64
@@ -39,7 +39,7 @@ class PrefixProbe:
         """Objects asked for one by one, and the operation that does."""
 
     def __repr__(self) -> str:
-        return f"<PrefixProbe {len(self._spans)} asked, {len(self._absent)} absent>"
+        return f"<PrefixSearch {len(self._spans)} asked, {len(self._absent)} absent>"
 
     def asking(self, key: BlockKey) -> int | None:
         """Give the operation that asks about a block and those after it. None: no answer is on its way."""
