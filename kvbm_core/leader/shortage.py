@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from kvbm_core.config import size_text
+from kvbm_core.leader.ground.tier_state import TierState
+from kvbm_core.leader.ground.tiers import Tiers
 from kvbm_core.leader.in_flight import LegEnded
-from kvbm_core.leader.tier_state import TierState
-from kvbm_core.leader.tiers import Tiers
 from kvbm_core.log_limit import LogLimit
 
 __all__ = ["FIRST_PAUSE_S", "LONGEST_PAUSE_S", "Shortages"]

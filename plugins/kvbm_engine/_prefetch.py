@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from kvbm_core import BlockKey, BlockState, Match, Planner
-from kvbm_core.leader.boundaries import Part
-from kvbm_core.leader.group_matches import GroupMatch
+from kvbm_core.leader.finding.boundaries import Part
+from kvbm_core.leader.finding.group_matches import GroupMatch
 from kvbm_engine._ledger import Ledger
 from kvbm_engine._requests import RequestState
 from kvbm_engine._values import Limits

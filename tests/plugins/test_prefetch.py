@@ -7,7 +7,7 @@ import pytest
 
 from kvbm_core import Capabilities, Planner, Reason, Report, TierStatus, root_key
 from kvbm_core.groups import Coverage, KvGroup, Rule, group_tag
-from kvbm_core.leader.tier_index import TierIndex
+from kvbm_core.leader.ground.tier_index import TierIndex
 from kvbm_core.sharing import Sharing
 from kvbm_engine import BlockKeys, Ledger, Limits, Parked, Schedule, Session
 from kvbm_engine import _prefetch as prefetch

@@ -18,13 +18,13 @@ import msgspec
 from kvbm_core.block import BlockKey
 from kvbm_core.groups import KvGroup
 from kvbm_core.leader.cost_model import CostModel
-from kvbm_core.leader.demotion import Demotion
 from kvbm_core.leader.draft import Draft
-from kvbm_core.leader.promotion import Promotion
-from kvbm_core.leader.spare_copies import SpareCopies
-from kvbm_core.leader.tier_state import UNKNOWN
-from kvbm_core.leader.tiers import Tiers
-from kvbm_core.leader.write_back import WriteBack
+from kvbm_core.leader.ground.tier_state import UNKNOWN
+from kvbm_core.leader.ground.tiers import Tiers
+from kvbm_core.leader.movements.demotion import Demotion
+from kvbm_core.leader.movements.promotion import Promotion
+from kvbm_core.leader.movements.spare_copies import SpareCopies
+from kvbm_core.leader.movements.write_back import WriteBack
 from kvbm_core.movement import WRITE_THROUGH, Movement
 from kvbm_core.policy import Origin
 
