@@ -124,7 +124,8 @@ class Draft:
         plan, self._plan = self._plan, Plan()
         return Plan(
             self._tiers.take_drops(), plan.stores, plan.loads, plan.lookups,
-            order.overwrites, order.unordered, order.blocks_final, plan.probes, plan.fills,
+            order.overwrites, order.unordered, order.blocks_final,
+            plan.probes, plan.fills, self._tiers.take_used(),
         )  # fmt: skip
 
 

@@ -4,8 +4,8 @@
 
 Nobody waits for such a read, so it comes after whatever a request waits for. It takes free room of the host
 pool, and what its policy would give up first: blocks of waiting requests that are there already are touched,
-so that they are not among them. A request that wants nothing else (`prefetch_only`) waits for all of it in the
-engine's queue, where it holds nothing, and not beside others' loads in the engine's memory.
+so that they are not among them. A request that wants nothing else (`prefetch_only`) waits for all of it in
+the engine's queue, where it holds nothing, and not beside others' loads in the engine's memory.
 """
 
 from __future__ import annotations

@@ -52,6 +52,10 @@ class TierState:
     KV group."""
     drops: list[BlockKey] = field(default_factory=list)
     """Blocks that the tier shall forget with the next plan."""
+    keeps_order: bool = False
+    """True if its ranks are told what is used, so that they find it in that order after a restart."""
+    used: list[BlockKey] = field(default_factory=list)
+    """What they are told with the next plan, the head of a prefix last."""
     on_evicted: Callable[[list[BlockKey]], None] | None = None
     """Is told which objects have made room for others."""
     make_room: Callable[[int], None] | None = None
@@ -101,6 +105,15 @@ class TierState:
         count = self.admission.admitted(keys, self.charges[group], origin, now_s)
         self.counts.dropped["admission"] += len(keys) - count
         return keys[:count]
+
+    def use(self, keys: Sequence[BlockKey], refused: Container[BlockKey] = ()) -> None:
+        """Note for the ranks that a request has these blocks; the head of its prefix counts as used last.
+
+        Args:
+            keys: In the order of their prefix.
+            refused: Those that the tier has not and does not get.
+        """
+        self.used += [key for key in reversed(keys) if key not in refused] if refused else reversed(keys)
 
     def unpin(self, keys: Iterable[BlockKey], *, was_used: bool = True) -> None:
         """Take one pin of each block back, see `TierIndex.unpin`; a doomed block goes with its last."""

@@ -15,7 +15,7 @@ from kvbm_core.leader.ground.tier_index import LatestKeys, TierIndex
 from kvbm_core.leader.ground.tier_policies import TierPolicies
 from kvbm_core.leader.ground.tier_state import TierState
 from kvbm_core.plan import TierStatus
-from kvbm_core.policies import Lru
+from kvbm_core.policies import Fifo, Lru
 from kvbm_core.policy import PolicyContext
 from kvbm_core.tier import host_pool_of
 
@@ -84,6 +84,13 @@ class Tiers:
             self._states[position].drops = []
         return taken
 
+    def take_used(self) -> list[tuple[int, list[BlockKey]]]:
+        """Take what was used in tiers whose ranks are told: position and keys."""
+        taken = [(tier.position, tier.used) for tier in self._states if tier.used]
+        for position, _ in taken:
+            self._states[position].used = []
+        return taken
+
     def drop_all(self) -> None:
         """Forget every block. In a shared tier they stay."""
         for tier in self._states:
@@ -110,6 +117,9 @@ class Tiers:
             tuple(sum(each) for each in zip(*(status.block_bytes for status in statuses), strict=True)),
             PrefixSearch() if first.capabilities.remote_lookup else None,
             policies.admission(position, context),
+            # A policy that asks for the order of writing finds it so.
+            keeps_order=type(order) is not Fifo and first.capabilities.durable
+            and not first.capabilities.shared,
         )  # fmt: skip
         self._states.append(tier)
         self._take_inventory(tier, statuses)
