@@ -322,6 +322,17 @@ def test_quotas_that_cannot_be_are_refused(tenants, said):
         sharing_of(load_config({"tiers": tiers, "tenants": tenants}))
 
 
+@pytest.mark.parametrize(
+    "sharing", [{"tenants": {"a": {"far": Fraction(1, 2)}}}, {"others": {"far": Fraction(1, 2)}}]
+)
+def test_in_a_tier_that_other_engines_use_nobody_is_promised_a_part(sharing):
+    far = TierStatus("far", Capabilities(capacity_bytes=100, shared=True), [])
+    with pytest.raises(
+        ConfigError, match=r"tenants: (a|default): far: other engines .* take this quota away"
+    ):
+        Planner([[far]], sharing=Sharing(**sharing))
+
+
 def test_quotas_are_of_all_ranks_and_so_is_what_is_told():
     made = planner(20, ranks=2, tenants={"a": {"tier0": 120}})
     store(made, keys("a", 9), wish(made, "a"))

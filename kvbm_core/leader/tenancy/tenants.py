@@ -19,7 +19,7 @@ from kvbm_core.leader.ground.tiers import Tiers
 from kvbm_core.leader.tenancy.partitioned_index import PartitionedIndex
 from kvbm_core.leader.tenancy.wishes import COMMON, Wish
 from kvbm_core.policy import PolicyContext
-from kvbm_core.sharing import Sharing
+from kvbm_core.sharing import OTHERS, Sharing
 
 __all__ = ["TenantLevel", "Tenants"]
 
@@ -73,9 +73,9 @@ class Tenants:
         self._accounts: dict[str, _Account] = {}
         self._parted: dict[int, PartitionedIndex] = {}
         """The indexes of the tiers that are shared out or have kept blocks, by position."""
-        self._others = None if sharing.others is None else self._by_position(sharing.others)
+        self._others = None if sharing.others is None else self._by_position(OTHERS, sharing.others)
         for name, quotas in sharing.tenants.items():
-            self._open(name, _Account(self._by_position(quotas), is_named=True))
+            self._open(name, _Account(self._by_position(name, quotas), is_named=True))
 
     def __repr__(self) -> str:
         return f"<Tenants {', '.join(self._accounts)}>"
@@ -141,15 +141,15 @@ class Tenants:
             kept[self._tiers[position].name] = index.orders.kept_bytes * self._world_size
         return kept
 
-    def _by_position(self, quotas: Mapping[str, Fraction]) -> dict[int, int]:
+    def _by_position(self, tenant: str, quotas: Mapping[str, Fraction]) -> dict[int, int]:
         """Give the bytes that these quotas are on one rank, by the tier's position."""
         positions, found = {tier.name: at for at, tier in enumerate(self._tiers)}, {}
         for name, quota in quotas.items():
             tier = self._tiers[positions[name]]
             if tier.capabilities.shared or tier.capacity_bytes is None:
                 raise ConfigError(
-                    f"tenants: tier {name} cannot be shared out, because other engines use it or it has no "
-                    "capacity; take its quotas away"
+                    f"tenants: {tenant}: {name}: other engines use this tier, so that no part of it can be "
+                    "promised; take this quota away"
                 )
             found[positions[name]] = int(tier.capacity_bytes * quota)
         return found
