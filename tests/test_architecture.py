@@ -41,7 +41,11 @@ MAY_SWALLOW = {
 TIER_BACKENDS = ("kvbm_cpu", "kvbm_lmdb", "kvbm_gds", "kvbm_remote")
 WINGS = {
     "kvbm_core/*.py": 2430,
-    "kvbm_core/leader/*.py": 2580,
+    "kvbm_core/leader/*.py": 740,
+    "kvbm_core/leader/ground/*.py": 645,
+    "kvbm_core/leader/finding/*.py": 380,
+    "kvbm_core/leader/movements/*.py": 440,
+    "kvbm_core/leader/tenancy/*.py": 385,
     "kvbm_core/worker/*.py": 1410,
     "kvbm_core/layers/*.py": 540,
     "backends/kvbm_cpu/*.py": 365,
