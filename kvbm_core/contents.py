@@ -8,7 +8,7 @@ it was listed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,10 +96,26 @@ class Contents(ABC):
 
     @abstractmethod
     def remove(self, found: Sequence[Found]) -> int:
-        """Delete objects that still lie there as they were listed, and say how many.
+        """Delete objects that lie there as they were listed, and say how many.
+
+        Where anybody may store meanwhile, one that was stored anew may go: engines miss it.
 
         Raises:
             KvbmError: An engine uses the place, or it cannot be written.
+        """
+
+    @abstractmethod
+    def tidy(self, kept: Collection[tuple[Namespace, int]], *, really: bool) -> int:
+        """Delete what lies there and is no object: of writers that died, and of namespaces without objects.
+
+        **Requires**: called once `objects` has ended.
+
+        Args:
+            kept: Namespaces and ranks that have objects.
+            really: Otherwise only count.
+
+        Returns:
+            How many files or objects.
         """
 
     @abstractmethod

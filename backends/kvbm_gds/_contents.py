@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -105,6 +105,10 @@ class _Folder(Contents):
         finally:
             held.release()
         return removed
+
+    def tidy(self, kept: Collection[tuple[Namespace, int]], *, really: bool) -> int:
+        """See `Contents.tidy`. An engine does it at its start."""
+        return 0
 
     def close(self) -> None:
         """See `Contents.close`."""

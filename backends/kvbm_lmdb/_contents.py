@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from mmap import PAGESIZE
 from pathlib import Path
@@ -130,6 +130,10 @@ class _Folder(Contents):
 
         rows = {each.namespace + each.key: each.place for each in found}
         return remove_rows(self._folder, rows)
+
+    def tidy(self, kept: Collection[tuple[Namespace, int]], *, really: bool) -> int:
+        """See `Contents.tidy`. An engine does it at its start."""
+        return 0
 
     def close(self) -> None:
         """See `Contents.close`."""

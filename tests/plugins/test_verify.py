@@ -5,13 +5,9 @@ import mmap
 import os
 import random
 import shutil
-import struct
 import threading
-from pathlib import Path
 
-import lmdb
 import pytest
-import xxhash
 import yaml
 from planted_faults import (
     AT_ONCE,
@@ -31,14 +27,10 @@ from planted_faults import (
 from published import published
 
 from kvbm_cli._app import run as kvbm
-from kvbm_core import Stack, chain_keys, make_namespace, root_key
 from kvbm_core.command import ExitCode
 from kvbm_core.config import convert
-from kvbm_core.layers import SEAL_BYTES, why_damaged
+from kvbm_core.layers import why_damaged
 from kvbm_core.registry import Registry
-from kvbm_core.testing import MemoryDevice
-from kvbm_gds._layout import ENTRY, ENTRY_BYTES, HEADER_BYTES
-from kvbm_lmdb._place import pieces_of
 from kvbm_lmdb._tree import Tree
 
 OBJECTS = 400
