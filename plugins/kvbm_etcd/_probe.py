@@ -32,8 +32,9 @@ def probe(config: EtcdConfig, access: Access) -> str:
     versions = ", ".join(sorted({status.version for status in found.values()}))
     behind = max(status.index for status in found.values()) - min(status.index for status in found.values())
     return (
-        f"etcd {versions}; {len(found)} of {len(access.targets)} endpoints answer, the last {behind} entries "
-        f"behind; a key was written, read and deleted in {1000 * seconds:.1f} ms; {engines} engines registered"
+        f"etcd {versions}; {len(found)} of {len(access.targets)} endpoints answer, the last {behind} "
+        f"entries behind; a key was written, read and deleted in {1000 * seconds:.1f} ms; "
+        f"{engines} engines registered"
     )
 
 
@@ -100,6 +101,7 @@ def _refused(config: EtcdConfig, access: Access, error: RefusedError) -> Coordin
 
 def _error(access: Access, why: str) -> CoordinatorError:
     return CoordinatorError(
-        f"coordinator: etcd at {access}: {why}; without 'coordinator' engines run as well, and are not listed",
+        f"coordinator: etcd at {access}: {why}; without 'coordinator' engines run as well, but are not "
+        "listed",
         operation="probe",
     )

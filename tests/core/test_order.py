@@ -9,7 +9,17 @@ import time
 import pytest
 from test_mover import until
 
-from kvbm_core import Capabilities, Completion, Op, Outcome, Planner, Reason, TierContext, TierStatus, Transfer
+from kvbm_core import (
+    Capabilities,
+    Completion,
+    Op,
+    Outcome,
+    Planner,
+    Reason,
+    TierContext,
+    TierStatus,
+    Transfer,
+)
 from kvbm_core.layers import DeadlineTier, OrderShape, OrderTier, order_tier
 from kvbm_core.layers.order_parts import entries_of, read_generation, sorted_by_use
 from kvbm_core.memory import MemoryConfig, MemoryTier

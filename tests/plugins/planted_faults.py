@@ -174,9 +174,7 @@ def swap(name, folder, found, others, _rng):
     """Two whole objects lie in each other's places."""
     pair = found, others.pop()
     places = [place_bytes(name, folder, each) for each in pair]
-    held = [
-        file.read_bytes()[at : at + each.nbytes] for (file, at), each in zip(places, pair, strict=True)
-    ]
+    held = [file.read_bytes()[at : at + each.nbytes] for (file, at), each in zip(places, pair, strict=True)]
     for (file, at), content in zip(places, reversed(held), strict=True):
         with file.open("r+b") as target:
             target.seek(at)

@@ -247,7 +247,9 @@ def test_a_place_that_cannot_be_made_is_refused(tmp_path, check, name, place, sa
     if name == "remote":
         entry = {"backend": name, "url": f"file://{where}"}
     tiers, _ = check([entry], status=ExitCode.MEND)
-    assert tiers[name]["problem"].startswith(f"tier {name}: {'url' if name == 'remote' else 'path'}: {tmp_path}")
+    assert tiers[name]["problem"].startswith(
+        f"tier {name}: {'url' if name == 'remote' else 'path'}: {tmp_path}"
+    )
     assert said.format(place=where) in tiers[name]["problem"]
 
 

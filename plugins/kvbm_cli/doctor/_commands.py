@@ -60,7 +60,7 @@ def doctor(
 
 def _folders(stack: StackConfig) -> list[Path]:
     """Give the folders in which tiers keep files, or the nearest that are there."""
-    found = {}
+    found: dict[Path, None] = {}
     for place in (place_of(entry.settings) for entry in stack.tiers):
         with suppress(OSError):  # `kvbm check` says so.
             if place and (folder := existing_folder(place)).is_dir():

@@ -292,7 +292,7 @@ class _Verifying:
             damage.removed = _name(found) not in left
         if left:
             self._answer.problems.append(
-                f"{part.where}: {len(left)} that are damaged are still listed, as the index itself is damaged; "
+                f"{part.where}: {len(left)} that are damaged are still listed, as the index is damaged; "
                 "delete the folder while no engine uses it"
             )
 
