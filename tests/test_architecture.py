@@ -40,7 +40,7 @@ MAY_SWALLOW = {
 
 TIER_BACKENDS = ("kvbm_cpu", "kvbm_lmdb", "kvbm_gds", "kvbm_remote")
 WINGS = {
-    "kvbm_core/*.py": 2430,
+    "kvbm_core/*.py": 2450,
     "kvbm_core/leader/*.py": 740,
     "kvbm_core/leader/ground/*.py": 645,
     "kvbm_core/leader/finding/*.py": 380,
@@ -57,8 +57,8 @@ WINGS = {
     "backends/kvbm_zstd/*.py": 150,
     "backends/kvbm_eviction/*.py": 660,
     "backends/kvbm_admission/*.py": 160,
-    "plugins/kvbm_engine/*.py": 1640,
-    "plugins/kvbm_vllm/**/*.py": 2250,
+    "plugins/kvbm_engine/*.py": 1810,
+    "plugins/kvbm_vllm/**/*.py": 2260,
     "plugins/kvbm_replay/*.py": 1960,
 }
 """Lines of code of each wing at most, without comments, docstrings and empty lines."""

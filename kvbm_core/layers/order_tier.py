@@ -31,7 +31,7 @@ logger = logging.getLogger("kvbm_core")
 _EVERY_S: Final = 60.0
 """From a change to when the order is written."""
 _WAIT_S: Final = 2.0
-"""How long the tier is waited for at most when it is opened, for each part, and when it is closed, for all."""
+"""So long the tier is waited for at most when it is opened, for each part, and when it is closed, for all."""
 _PAUSE_S: Final = 0.001
 _TICKET: Final = -1
 """Of the layer's own transfer: there is one at a time. The core's are above 0."""

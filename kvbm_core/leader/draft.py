@@ -51,7 +51,7 @@ class Draft:
         keys: Sequence[BlockKey],
         blocks: Sequence[int],
         group: int,
-    ) -> None:
+    ) -> list[int]:
         """Add blocks to be written from the device, one store for each set of tiers; small ones together.
 
         Args:
@@ -59,12 +59,15 @@ class Draft:
             keys: That the engine offers.
             blocks: The device blocks, one a key.
             group: Number of the KV group.
+
+        Returns:
+            Numbers of the stores.
         """
         first, *others = targets.values()
         # As a rule they are equal, and lists of the same objects are quickly compared.
         is_one = all(each == first for each in others)
         together = {tuple(targets): first} if is_one else _by_tiers(targets)
-        block_of = dict(zip(keys, blocks, strict=True))
+        block_of, ops = dict(zip(keys, blocks, strict=True)), []
         for tiers, stored in together.items():
             here = list(blocks) if len(stored) == len(keys) else [block_of[key] for key in stored]
             for tier in tiers:
@@ -73,11 +76,14 @@ class Draft:
             if small is not None and len(small.keys) + len(stored) <= _TOGETHER:
                 small.keys.extend(stored)
                 small.blocks.extend(here)
+                ops.append(small.op)
                 continue
             store = Store(self.number(), stored, here, list(tiers), group)
             self._plan.stores.append(store)
             self._small[tiers, group] = store
             self._in_flight.expect(store)
+            ops.append(store.op)
+        return ops
 
     def seal(self) -> None:
         """Have what is added from here on be operations of their own: a reset dooms those of before."""

@@ -7,6 +7,7 @@ dropped from the tier.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from kvbm_core.block import BlockKey
 from kvbm_core.leader.cost_model import CostModel
@@ -19,7 +20,21 @@ from kvbm_core.leader.shortage import Shortages
 from kvbm_core.plan import Fill, FillReason, Load, Lookup, Probe, Store
 from kvbm_core.tier import Op, Reason
 
-__all__ = ["Endings"]
+__all__ = ["Endings", "Took"]
+
+
+class Took(NamedTuple):
+    """An operation that has ended in one tier."""
+
+    kind: Op
+    tier: TierState
+    seconds: float
+    """That the slowest rank took, from the plan's arrival."""
+    op: Store | Load | Lookup | Fill
+    failures: Mapping[int, Reason]
+    """By position in the operation's keys, over all ranks."""
+    is_last: bool
+    """True if it has ended in all its tiers."""
 
 
 class Endings:
@@ -49,9 +64,8 @@ class Endings:
         self._shortages = shortages
         self._movements = movements
         self._left_alone = left_alone
-        self.took: list[tuple[str, str, float]] = []
-        """Operations that have ended: ``store``, ``load`` or ``lookup``, the tier's name, and the seconds
-        that the slowest rank took. The caller of `end` empties it."""
+        self.took: list[Took] = []
+        """Operations that have ended. The caller of `end` empties it."""
 
     def end(self, leg: LegEnded, now_s: float) -> None:
         """Take in the end of an operation in one tier, and with its last tier the end of all."""
@@ -91,7 +105,7 @@ class Endings:
             worst = Reason.ERROR if worst is Reason.FULL else worst
         # A copy that the host pool keeps of a load is no operation of its own, and no fault if that fails.
         if asked:
-            self.took.append((kind.value, tier.name, pending.took_s[position]))
+            self.took.append(Took(kind, tier, pending.took_s[position], op, failures, leg.is_last))
             # A store that finds its block gone from the host pool has not been in this tier.
             if kind is not Op.STORE or worst is not Reason.MISSING:
                 self._left_alone.judge(tier, kind, worst, pending.details.get(position, ""), now_s)

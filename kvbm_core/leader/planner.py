@@ -15,7 +15,7 @@ from kvbm_core.block import BlockKey
 from kvbm_core.groups import KvGroup
 from kvbm_core.leader.cost_model import CostModel
 from kvbm_core.leader.draft import Draft
-from kvbm_core.leader.endings import Endings
+from kvbm_core.leader.endings import Endings, Took
 from kvbm_core.leader.finding.boundaries import GroupPrefix, Part
 from kvbm_core.leader.finding.group_matches import GroupMatch, GroupMatcher
 from kvbm_core.leader.finding.matches import Match, Matcher, Prefix
@@ -30,6 +30,7 @@ from kvbm_core.leader.movements.edges import Movements
 from kvbm_core.leader.shortage import Shortages
 from kvbm_core.leader.tenancy.tenants import Tenants
 from kvbm_core.leader.tenancy.wishes import wish_of
+from kvbm_core.leader.tier_news import TierNews
 from kvbm_core.movement import Movement
 from kvbm_core.plan import FillReason, Load, Plan, Report, TierStatus, WriteOrder
 from kvbm_core.policy import Origin
@@ -77,14 +78,15 @@ class Planner:
         self._in_flight = InFlight(len(ranks), ops)
         self._matcher = Matcher(self._tiers, self._in_flight)
         self.cost_model = CostModel(len(self._tiers), block_tokens, self._tiers.host_pool)
-        self._shortages = Shortages(self._tiers, len(ranks))
+        self._news = TierNews(self._tiers, len(ranks), self.cost_model)
+        self._shortages = Shortages(self._tiers, self._news)
         self._draft = Draft(self._tiers, self._in_flight)
         self._movements = Movements(
             self._tiers, self._draft, self.cost_model, movements, max_store_blocks, groups
         )
         self._endings = Endings(
             self._tiers, self._in_flight, self.cost_model, self._shortages, self._movements,
-            LeftAlone(self._draft),
+            LeftAlone(self._draft, self._news),
         )  # fmt: skip
         self._questions = Questions(self._tiers, self._draft, self.cost_model)
         self._group_matcher = GroupMatcher(self._tiers, groups, self._in_flight, self._questions)
@@ -106,8 +108,8 @@ class Planner:
         return {tier.name: tier.counts for tier in self._tiers}
 
     @property
-    def took(self) -> Sequence[tuple[str, str, float]]:
-        """Operations that ended with the last `report`: kind, tier's name, seconds on the slowest rank."""
+    def took(self) -> Sequence[Took]:
+        """Operations that ended with the last `report`, each in one tier."""
         return self._endings.took
 
     @property
@@ -249,7 +251,7 @@ class Planner:
             gone.update(self._tiers[position].index.pin(there))
             self._movements.loaded(position, there)
             if self._tiers[position].keeps_order:
-                self._tiers[position].use(there)
+                self._tiers[position].note_used(there)
         assert not (gone and in_step), "a load in step cannot fail"
         pinned = [key not in gone for key in keys]
         loaded = [(key, tier) for key, tier in zip(keys, tiers, strict=True) if key not in gone]
@@ -271,7 +273,7 @@ class Planner:
         now_s: float,
         group: int = 0,
         origin: Origin = UNKNOWN,
-    ) -> None:
+    ) -> Sequence[int]:
         """Plan to write blocks to every tier that has them not; by demotion a tier gets them later.
 
         Args:
@@ -282,12 +284,15 @@ class Planner:
             now_s: The time, as in `match`.
             group: Number of the KV group.
             origin: What policies may know of the blocks.
+
+        Returns:
+            Numbers of the operations that read them from the device.
         """
         targets = self._movements.targets(keys, prefix, now_s, group, origin)
-        if targets:
-            self._draft.stores(targets, keys, blocks, group)
+        ops = self._draft.stores(targets, keys, blocks, group) if targets else ()
         if (wish := wish_of(prefix)) and wish.keep_s:
             self.tenants.keep(keys, wish, now_s)
+        return ops
 
     def fill(
         self, source: int, target: int, keys: Sequence[BlockKey], now_s: float,
@@ -336,6 +341,7 @@ class Planner:
             self._endings.end(leg, now_s)
             if leg.is_last and isinstance(op, Load):
                 finished.append((op, leg.pending.failures[op.tier]))
+        self._news.speeds(now_s)
         return finished
 
     def reset(self) -> None:

@@ -21,7 +21,6 @@ from kvbm_core.leader.finding.group_matches import GroupMatch
 from kvbm_engine._ledger import Ledger
 from kvbm_engine._requests import RequestState
 from kvbm_engine._values import Limits
-from kvbm_metrics import Tally
 
 __all__ = ["Prefetch"]
 
@@ -70,14 +69,12 @@ class Prefetch:
     Args:
         ledger: Knows the requests and steps.
         planner: Knows where blocks are.
-        tally: Counts the blocks.
         limits: How much is brought, and how long it is waited for.
     """
 
-    def __init__(self, ledger: Ledger, planner: Planner, tally: Tally, limits: Limits) -> None:
+    def __init__(self, ledger: Ledger, planner: Planner, limits: Limits) -> None:
         self._ledger = ledger
         self._planner = planner
-        self._tally = tally
         self._patience_s = limits.patience_s
         self._pool = planner.host_pool
         room = planner.tiers[self._pool].capacity_bytes if self._pool >= 0 else None
@@ -141,7 +138,7 @@ class Prefetch:
     def step(self, now_s: float) -> None:
         """Plan what is read next. Called when the engine has chosen whom it gives blocks in a step."""
         if self._reading:
-            self._reading = [chunk for chunk in self._reading if not self._has_ended(chunk)]
+            self._reading = [chunk for chunk in self._reading if self._is_under_way(chunk)]
         if not self._queue:
             return
         for name, waiting in list(itertools.islice(self._queue.items(), _MAX_LOOKED_AT)):
@@ -243,10 +240,3 @@ class Prefetch:
     def _is_under_way(self, chunk: _Chunk) -> bool:
         # Blocks of one fill end together.
         return self._planner.tiers[self._pool].index.state(chunk.keys[-1]) is BlockState.FILLING
-
-    def _has_ended(self, chunk: _Chunk) -> bool:
-        if self._is_under_way(chunk):
-            return False
-        there = sum(self._planner.is_ready(key, self._pool) for key in chunk.keys)
-        self._tally.prefetched(chunk.source, there)
-        return True

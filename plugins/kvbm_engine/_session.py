@@ -15,7 +15,7 @@ from kvbm_engine._hints import Answers, HintDesk
 from kvbm_engine._ledger import Ledger, Writes
 from kvbm_engine._matching import Matching
 from kvbm_engine._prefetch import Prefetch
-from kvbm_engine._recorder import Recorder
+from kvbm_engine._spans import Watchers
 from kvbm_engine._sparse import SparseStores
 from kvbm_engine._storing import Storing
 from kvbm_engine._values import EngineRequest, GroupBlocks, Limits, Schedule, Step
@@ -34,7 +34,7 @@ class Session:
         max_load_blocks: Device blocks of requests that load, at once.
         joins: True if a step can wait for the load of its blocks, on every rank.
         storing: Chooses what is stored. By default of windows those ahead of a prompt's end.
-        recorder: Writes down what is asked for.
+        watchers: Are told what becomes of requests. By default there are none.
         limits: What requests may have of the tiers by hints and ahead of their turn. By default nothing.
     """
 
@@ -47,7 +47,7 @@ class Session:
         *,
         joins: bool,
         storing: Storing | None = None,
-        recorder: Recorder | None = None,
+        watchers: Watchers | None = None,
         limits: Limits | None = None,
     ) -> None:
         self.planner = planner
@@ -55,10 +55,10 @@ class Session:
         self.matching = Matching(ledger, planner, tally, max_load_blocks, joins=joins)
         self._storing = storing or Storing(ledger, planner, SparseStores(None))
         self._tally = tally
-        self._recorder = recorder
+        self._recorder, self._spans = watchers or Watchers()
         limits = limits or Limits()
         self._desk = HintDesk(ledger.groups, planner, tally, limits)
-        self._prefetch = Prefetch(ledger, planner, tally, limits)
+        self._prefetch = Prefetch(ledger, planner, limits)
 
     def __repr__(self) -> str:
         return f"<Session {len(self.ledger)} requests; {self.planner!r}>"
@@ -107,6 +107,8 @@ class Session:
             now_s: The time.
             reads_cache: False if the request must be computed whatever is found.
         """
+        if self._spans:
+            self._spans.asked(request.request_id, now_s)
         if self._prefetch.delayed and self._prefetch.delays(request.request_id, now_s):
             self.ledger.look_at(request, computed_tokens)
             return None, False
@@ -115,6 +117,8 @@ class Session:
     def allocated(self, request: EngineRequest, blocks: GroupBlocks, load_tokens: int, now_s: float) -> None:
         """Plan the load that was matched, into the blocks the engine has given to the request."""
         self._prefetch.gone(request.request_id)
+        if self._spans:
+            self._spans.admitted(request, load_tokens, now_s)
         admission = self.ledger.admit(request, blocks)
         if (state := admission.state) is None:
             return
@@ -139,6 +143,8 @@ class Session:
         self._storing.offer_due(now_s, writes.written)
         plan = self.planner.take(now_s, self._order(writes))
         self._tally.planned(plan)
+        if self._spans:
+            self._spans.planned(plan)
         self._storing.planned(plan)
         return self.ledger.begin(plan, writes, schedule.tokens, now_s)
 
@@ -151,6 +157,8 @@ class Session:
         answers = self._desk.end(name, now_s)
         self._prefetch.gone(name)
         self._tally.finished(name)
+        if self._spans:
+            self._spans.gone(name, now_s)
         if self._recorder and (state := self.ledger.find(name)):
             tokens, size = state.request.num_tokens, self.ledger.groups[0].block_tokens
             # The KV of the last token is never computed.
@@ -171,9 +179,13 @@ class Session:
         self.planner.cost_model.computed(*self.ledger.end(step, now_s), now_s)
         finished = self.planner.report(reports, now_s)
         self._tally.ended(self.planner.took, copied)
+        if self._spans:
+            self._spans.ended(self.planner.took, now_s)
         for load, failures in finished:
             self._tally.loaded(load, failures)
             self._desk.loaded(load, len(failures))
+            if self._spans:
+                self._spans.loaded(load, failures, now_s)
             if not load.in_step:
                 self.ledger.parked.loaded(load.request, len(load.keys))
             if failures and (state := self.ledger.find(load.request)):

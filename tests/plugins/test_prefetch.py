@@ -86,7 +86,8 @@ class Leader:
 
     @property
     def counted(self):
-        return {key: n for key, n in self.tally._counted.items() if key.startswith("prefetched") and n}
+        told = self.session.take_readings(self.now_s)
+        return {key: n for key, n in told.items() if key.startswith("filled_bytes|prefetch") and n}
 
 
 def read(plan):
@@ -106,7 +107,7 @@ def test_blocks_of_a_request_that_waits_are_read_into_the_host_pool_and_found_th
     assert leader.match(a) == (32, True)
     leader.admit(a, 32)
     assert [(load.tier, len(load.keys)) for load in leader.step().loads] == [(0, 8)]
-    assert leader.counted == {"prefetched_blocks|disk": 8}
+    assert leader.counted == {"filled_bytes|prefetch|1|cpu": 8}
 
 
 def test_a_store_that_must_be_asked_is_asked_first():
@@ -259,7 +260,6 @@ def test_after_a_reset_nothing_of_before_is_read():
     leader.end(plan)
     assert read(leader.step()) == 0
     assert leader.match(a) == (0, False)
-    assert leader.counted == {}
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,9 @@ class Breaker:
         self._rows: dict[Op, _Row] = {}
         self._pause_s = self.first_pause_s
         self._until_s = 0.0
-        self.is_left_alone = False
-        """True from when it opened until what failed has worked: also during the trial after a pause."""
+        self.left_alone_for: tuple[Op, Reason] | None = None
+        """The operation that failed last and why, from when it opened until what failed has worked.
+        Also during the trial after a pause."""
 
     def __repr__(self) -> str:
         rows = ", ".join(f"{op.value} {row.faults}" for op, row in self._rows.items()) or "no"
@@ -65,7 +66,7 @@ class Breaker:
         if not reason.is_fault:
             self._rows.pop(op, None)
             if not self._rows:
-                self._pause_s, self.is_left_alone = self.first_pause_s, False
+                self._pause_s, self.left_alone_for = self.first_pause_s, None
             return False
         self._rows.setdefault(op, _Row(now_s)).faults += 1
         faults = sum(row.faults for row in self._rows.values())
@@ -74,11 +75,11 @@ class Breaker:
             return False
         self._until_s = now_s + self._pause_s
         self._pause_s = min(2 * self._pause_s, self.longest_pause_s)
-        self.is_left_alone = True
+        self.left_alone_for = (op, reason)
         return True
 
     def close(self, now_s: float) -> None:
         """Take in that the tier works, in all it does: it may be used from now on."""
         self._rows.clear()
-        self.is_left_alone = False
+        self.left_alone_for = None
         self._pause_s, self._until_s = self.first_pause_s, now_s

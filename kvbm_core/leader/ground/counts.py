@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from kvbm_core.tier import Op, Reason
+
 __all__ = ["TierCounts", "TierLevels"]
 
 
@@ -50,3 +52,5 @@ class TierLevels(NamedTuple):
     """As configured, over all ranks. None: no limit."""
     capacity_now_bytes: int | None
     """Less while its medium has no room for more."""
+    left_alone_for: tuple[Op, Reason] | None
+    """The operation that failed last and why, as long as it is not usable."""

@@ -82,7 +82,7 @@ class Demotion:
         there = self._below.index.ready
         late = sum(key not in there for key in keys)
         if late:
-            self._below.counts.dropped["unusable" if self._below.breaker.is_left_alone else "late"] += late
+            self._below.counts.dropped["unusable" if self._below.breaker.left_alone_for else "late"] += late
             self._covered = 0  # The order was another one than at the last look.
 
     def failed(self) -> None:
