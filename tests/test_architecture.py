@@ -41,7 +41,7 @@ MAY_SWALLOW = {
 TIER_BACKENDS = ("kvbm_cpu", "kvbm_lmdb", "kvbm_gds", "kvbm_remote")
 WINGS = {
     "kvbm_core/*.py": 2450,
-    "kvbm_core/leader/*.py": 820,
+    "kvbm_core/leader/*.py": 740,
     "kvbm_core/leader/ground/*.py": 645,
     "kvbm_core/leader/finding/*.py": 380,
     "kvbm_core/leader/movements/*.py": 440,

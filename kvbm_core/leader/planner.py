@@ -251,7 +251,7 @@ class Planner:
             gone.update(self._tiers[position].index.pin(there))
             self._movements.loaded(position, there)
             if self._tiers[position].keeps_order:
-                self._tiers[position].use(there)
+                self._tiers[position].note_used(there)
         assert not (gone and in_step), "a load in step cannot fail"
         pinned = [key not in gone for key in keys]
         loaded = [(key, tier) for key, tier in zip(keys, tiers, strict=True) if key not in gone]

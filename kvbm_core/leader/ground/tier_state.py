@@ -43,6 +43,8 @@ class TierState:
     """For a tier that cannot list its blocks."""
     admission: AdmissionPolicy | None
     """Chooses the blocks that are written here. None: all."""
+    keeps_order: bool = False
+    """True if its ranks are told what is used, so that they find it in that order after a restart."""
     breaker: Breaker = field(default_factory=Breaker)
     counts: TierCounts = field(default_factory=TierCounts)
     storing: int = 0
@@ -52,10 +54,8 @@ class TierState:
     KV group."""
     drops: list[BlockKey] = field(default_factory=list)
     """Blocks that the tier shall forget with the next plan."""
-    keeps_order: bool = False
-    """True if its ranks are told what is used, so that they find it in that order after a restart."""
     used: list[BlockKey] = field(default_factory=list)
-    """What they are told with the next plan, the head of a prefix last."""
+    """Blocks that requests have had since the last plan, the last used last, where the order is kept."""
     on_evicted: Callable[[list[BlockKey]], None] | None = None
     """Is told which objects have made room for others."""
     make_room: Callable[[int], None] | None = None
@@ -108,18 +108,18 @@ class TierState:
         self.counts.dropped["admission"] += len(keys) - count
         return keys[:count]
 
-    def use(self, keys: Sequence[BlockKey], refused: Container[BlockKey] = ()) -> None:
+    def unpin(self, keys: Iterable[BlockKey], *, was_used: bool = True) -> None:
+        """Take one pin of each block back, see `TierIndex.unpin`; a doomed block goes with its last."""
+        self.discard(self.index.unpin(keys, was_used=was_used))
+
+    def note_used(self, keys: Sequence[BlockKey], refused: Container[BlockKey] = ()) -> None:
         """Note for the ranks that a request has these blocks; the head of its prefix counts as used last.
 
         Args:
             keys: In the order of their prefix.
             refused: Those that the tier has not and does not get.
         """
-        self.used += [key for key in reversed(keys) if key not in refused] if refused else reversed(keys)
-
-    def unpin(self, keys: Iterable[BlockKey], *, was_used: bool = True) -> None:
-        """Take one pin of each block back, see `TierIndex.unpin`; a doomed block goes with its last."""
-        self.discard(self.index.unpin(keys, was_used=was_used))
+        self.used += reversed([key for key in keys if key not in refused] if refused else keys)
 
     def drop(self, key: BlockKey, *, corrupt: bool = False) -> None:
         """Forget a READY block, as soon as nobody reads it."""

@@ -85,7 +85,7 @@ class Tiers:
         return taken
 
     def take_used(self) -> list[tuple[int, list[BlockKey]]]:
-        """Take what was used in tiers whose ranks are told: position and keys."""
+        """Take what requests have had: position and keys."""
         taken = [(tier.position, tier.used) for tier in self._states if tier.used]
         for position, _ in taken:
             self._states[position].used = []

@@ -115,7 +115,7 @@ class Movements:
                 tier.admission.offered(keys, origin)
                 offered = tier.admitted(offered, now_s, group, origin)
             if tier.keeps_order:
-                tier.use(keys, set(absent).difference(offered) if len(offered) < len(absent) else ())
+                tier.note_used(keys, set(absent).difference(offered) if len(offered) < len(absent) else ())
             wanted = offered
             if not tier.is_host_pool or not tier.breaker.closed(now_s):
                 wanted = self._write_back.admit(tier, offered, prefix, now_s, group)
