@@ -22,6 +22,7 @@ from kvbm_core import (
 )
 from kvbm_core.layers import DeadlineTier, OrderShape, OrderTier, order_tier
 from kvbm_core.layers.order_parts import entries_of, read_generation, sorted_by_use
+from kvbm_core.leader.ground.tier_policies import TierPolicies
 from kvbm_core.memory import MemoryConfig, MemoryTier
 from kvbm_core.policies import Fifo, Lru
 from kvbm_core.staging import Staging
@@ -268,7 +269,7 @@ def test_the_room_is_a_64th_at_most_and_the_latest_are_kept():
 def test_the_leader_tells_what_requests_have_had_the_head_of_a_prompt_last(policy):
     disk = TierStatus("disk", Capabilities(capacity_bytes=64, durable=True), [])
     memory = TierStatus("memory", Capabilities(capacity_bytes=64), [])
-    planner = Planner([[memory, disk]], policy=lambda position, context: policy())
+    planner = Planner([[memory, disk]], policies=TierPolicies({1: lambda context: policy()}))
     prompt = keys(*range(4))
     planner.store(prompt, range(4), frozenset(prompt), 0.0)
     expected = [] if policy is Fifo else [(1, prompt[::-1])]
