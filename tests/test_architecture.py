@@ -41,11 +41,11 @@ MAY_SWALLOW = {
 TIER_BACKENDS = ("kvbm_cpu", "kvbm_lmdb", "kvbm_gds", "kvbm_remote")
 WINGS = {
     "kvbm_core/*.py": 2450,
-    "kvbm_core/leader/*.py": 740,
-    "kvbm_core/leader/ground/*.py": 645,
-    "kvbm_core/leader/finding/*.py": 380,
+    "kvbm_core/leader/*.py": 770,
+    "kvbm_core/leader/ground/*.py": 640,
+    "kvbm_core/leader/finding/*.py": 370,
     "kvbm_core/leader/movements/*.py": 440,
-    "kvbm_core/leader/tenancy/*.py": 385,
+    "kvbm_core/leader/tenancy/*.py": 380,
     "kvbm_core/worker/*.py": 1410,
     "kvbm_core/layers/*.py": 540,
     "backends/kvbm_cpu/*.py": 365,
