@@ -8,7 +8,7 @@ from kvbm_core.admission import Admission, AdmissionPolicy
 from kvbm_core.block import BlockKey, BlockState, Namespace, chain_keys, make_namespace, root_key
 from kvbm_core.codec import Codec, CodecConfig, CodecContext, CodecKind
 from kvbm_core.config import ByteSize, Settings, StackConfig, load_config
-from kvbm_core.coordinator import Coordinator, Member
+from kvbm_core.coordinator import Coordinator, Member, Probeable
 from kvbm_core.device import Device, DeviceTraits, Pinnable, Stageable, Work
 from kvbm_core.errors import (
     BackendError,
@@ -98,6 +98,7 @@ __all__ = [
     "Policy",
     "PolicyConfig",
     "PolicyContext",
+    "Probeable",
     "QueueFullError",
     "Reason",
     "Region",

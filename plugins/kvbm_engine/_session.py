@@ -15,6 +15,7 @@ from kvbm_engine._hints import Answers, HintDesk
 from kvbm_engine._ledger import Ledger, Writes
 from kvbm_engine._matching import Matching
 from kvbm_engine._prefetch import Prefetch
+from kvbm_engine._requests import RequestState
 from kvbm_engine._spans import Watchers
 from kvbm_engine._sparse import SparseStores
 from kvbm_engine._storing import Storing
@@ -56,6 +57,8 @@ class Session:
         self._storing = storing or Storing(ledger, planner, SparseStores(None))
         self._tally = tally
         self._recorder, self._spans = watchers or Watchers()
+        if self._recorder:
+            self._storing.on_offer = self._recorder.offered
         limits = limits or Limits()
         self._desk = HintDesk(ledger.groups, planner, tally, limits)
         self._prefetch = Prefetch(ledger, planner, limits)
@@ -88,6 +91,8 @@ class Session:
         """
         name = request.request_id
         self.ledger.arrived(name)
+        if self._recorder:
+            self._recorder.arrived(name, now_s)
         if hints is not None:
             self._desk.begin(name, self.ledger.state(request), hints, max_tokens, now_s)
         if reads_cache and self._prefetch.is_used:
@@ -109,6 +114,8 @@ class Session:
         """
         if self._spans:
             self._spans.asked(request.request_id, now_s)
+        if self._recorder:
+            self._recorder.turned(request.request_id, computed_tokens, now_s)
         if self._prefetch.delayed and self._prefetch.delays(request.request_id, now_s):
             self.ledger.look_at(request, computed_tokens)
             return None, False
@@ -124,7 +131,7 @@ class Session:
             return
         self.matching.count(state)
         if self._recorder and admission.begins:
-            self._recorder.began(request.request_id, admission.had_tokens, now_s)
+            self._recorder.looked(request.request_id, admission.had_tokens, request.num_tokens, now_s)
         # The engine may have preempted it since the last step: what was computed for it is in the old blocks,
         # which are not overwritten before this step's plan is carried out.
         self._storing.offer(state, now_s)
@@ -146,6 +153,8 @@ class Session:
         if self._spans:
             self._spans.planned(plan)
         self._storing.planned(plan)
+        if self._recorder:
+            self._recorder.settle(self.ledger.owed)
         return self.ledger.begin(plan, writes, schedule.tokens, now_s)
 
     def finished(self, name: str, now_s: float) -> Answers | None:
@@ -159,12 +168,10 @@ class Session:
         self._tally.finished(name)
         if self._spans:
             self._spans.gone(name, now_s)
-        if self._recorder and (state := self.ledger.find(name)):
-            tokens, size = state.request.num_tokens, self.ledger.groups[0].block_tokens
-            # The KV of the last token is never computed.
-            keys = state.keys.slice(0, (tokens - 1) // size)
-            self._recorder.ended(name, state.prompt_tokens, tokens - state.prompt_tokens, keys)
+        state = self.ledger.find(name)
         self.ledger.finish(name, now_s)
+        if self._recorder:
+            self._record(name, state, now_s)
         return answers
 
     def outcomes(self, reports: Sequence[Report], step: int, copied: Mapping[str, int], now_s: float) -> None:
@@ -209,6 +216,18 @@ class Session:
     def take_readings(self, now_s: float) -> Readings:
         """Give what was counted since the last call."""
         return self._tally.take(now_s)
+
+    def _record(self, name: str, state: RequestState | None, now_s: float) -> None:
+        """Write down a request that has ended."""
+        assert self._recorder is not None
+        if state is None:
+            self._recorder.forget(name)
+            return
+        tokens = state.request.num_tokens
+        # The KV of the last token is never computed.
+        digests = state.keys.prefixes(tokens - 1)
+        self._recorder.ended(name, state.prompt_tokens, tokens, digests, now_s)
+        self._recorder.settle(self.ledger.owed)
 
     def _order(self, writes: Writes) -> WriteOrder:
         """Say what the engine writes from this step on, and in which order."""

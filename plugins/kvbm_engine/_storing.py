@@ -55,6 +55,8 @@ class Storing:
         blocks."""
         self._written_step = 0
         """The latest step that overwrites blocks."""
+        self.on_offer: Callable[[str, int, float], None] | None = None
+        """Is told what was offered: the request's name, its leading tokens, and the time."""
 
     def __repr__(self) -> str:
         return f"<Storing: step {self._written_step} overwrote blocks last>"
@@ -93,6 +95,8 @@ class Storing:
                 keys = state.keys.slice(offered, complete, at)
                 self._offer(state, at, range(offered, complete), keys, now_s, final=final)
         state.owes_end &= not ended
+        if self.on_offer:
+            self.on_offer(state.request.request_id, state.complete_tokens(), now_s)
 
     def _offer(
         self, state: RequestState, at: int, places: Sequence[int], keys: Sequence[BlockKey], now_s: float,

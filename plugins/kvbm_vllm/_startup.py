@@ -246,21 +246,16 @@ def open_recorder(
         replica: The engine's number, where several read the same configuration.
 
     Raises:
-        ConfigError: If the file cannot be written, or a replay of it would say nothing true.
+        ConfigError: If the file cannot be written.
     """
     if config.record is None:
         return None
-    if not ledger.is_plain:
-        raise ConfigError(
-            "record: this model keeps its KV in several groups, or needs not all of it, which a replay does "
-            "not know: leave 'record' out"
-        )
     path = Path(config.record).expanduser()
-    block_tokens = ledger.groups[0].block_tokens
-    block_bytes = sum(handshake.status[0].block_bytes[0] for handshake in handshakes)
+    of_ranks = [handshake.status[0].block_bytes for handshake in handshakes]
+    block_bytes = [sum(each) for each in zip(*of_ranks, strict=True)]
     if replica is not None:
         path = path.with_name(f"{path.name}.dp{replica}")
-    return Recorder(path, block_tokens, block_bytes // block_tokens, config.record_capacity)
+    return Recorder(path, ledger.groups, block_bytes, config.record_capacity)
 
 
 def _block_tokens(ledger: Ledger, status: Sequence[Sequence[TierStatus]]) -> int:
