@@ -42,10 +42,10 @@ TIER_BACKENDS = ("kvbm_cpu", "kvbm_lmdb", "kvbm_gds", "kvbm_remote")
 WINGS = {
     "kvbm_core/*.py": 2550,
     "kvbm_core/leader/*.py": 800,
-    "kvbm_core/leader/ground/*.py": 650,
-    "kvbm_core/leader/finding/*.py": 380,
+    "kvbm_core/leader/ground/*.py": 645,
+    "kvbm_core/leader/finding/*.py": 375,
     "kvbm_core/leader/movements/*.py": 440,
-    "kvbm_core/leader/tenancy/*.py": 385,
+    "kvbm_core/leader/tenancy/*.py": 380,
     "kvbm_core/worker/*.py": 1415,
     "kvbm_core/layers/*.py": 815,
     "backends/kvbm_cpu/*.py": 365,

@@ -46,12 +46,9 @@ class Draft:
         return self._in_flight.number()
 
     def stores(
-        self,
-        targets: Mapping[int, list[BlockKey]],
-        keys: Sequence[BlockKey],
-        blocks: Sequence[int],
+        self, targets: Mapping[int, list[BlockKey]], keys: Sequence[BlockKey], blocks: Sequence[int],
         group: int,
-    ) -> list[int]:
+    ) -> list[int]:  # fmt: skip
         """Add blocks to be written from the device, one store for each set of tiers; small ones together.
 
         Args:
@@ -67,9 +64,12 @@ class Draft:
         # As a rule they are equal, and lists of the same objects are quickly compared.
         is_one = all(each == first for each in others)
         together = {tuple(targets): first} if is_one else _by_tiers(targets)
-        block_of, ops = dict(zip(keys, blocks, strict=True)), []
+        ops = []
         for tiers, stored in together.items():
-            here = list(blocks) if len(stored) == len(keys) else [block_of[key] for key in stored]
+            here = list(blocks)
+            if len(stored) < len(keys):
+                block_of = dict(zip(keys, blocks, strict=True))
+                here = [block_of[key] for key in stored]
             for tier in tiers:
                 self._tiers[tier].storing += len(stored)
             small = self._small.get((tiers, group))

@@ -50,14 +50,9 @@ class Endings:
     """
 
     def __init__(
-        self,
-        tiers: Tiers,
-        in_flight: InFlight,
-        cost_model: CostModel,
-        shortages: Shortages,
-        movements: Movements,
-        left_alone: LeftAlone,
-    ) -> None:
+        self, tiers: Tiers, in_flight: InFlight, cost_model: CostModel, shortages: Shortages,
+        movements: Movements, left_alone: LeftAlone,
+    ) -> None:  # fmt: skip
         self._tiers = tiers
         self._in_flight = in_flight
         self._cost_model = cost_model

@@ -60,17 +60,11 @@ class Planner:
     """
 
     def __init__(
-        self,
-        ranks: Sequence[Sequence[TierStatus]],
-        *,
-        max_store_blocks: int = 512,
-        groups: Sequence[KvGroup] = (KvGroup(1),),
-        policies: TierPolicies | None = None,
-        block_tokens: int = 0,
-        ops: Iterator[int] | None = None,
-        movements: Sequence[Movement] = (),
+        self, ranks: Sequence[Sequence[TierStatus]], *, max_store_blocks: int = 512,
+        groups: Sequence[KvGroup] = (KvGroup(1),), policies: TierPolicies | None = None,
+        block_tokens: int = 0, ops: Iterator[int] | None = None, movements: Sequence[Movement] = (),
         sharing: Sharing | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._world_size = len(ranks)
         policies = policies or TierPolicies()
         self._tiers = Tiers(ranks, policies, groups)
@@ -219,17 +213,9 @@ class Planner:
         return self._questions.ask(keys, now_s, group, head)
 
     def load(
-        self,
-        request: str,
-        keys: Sequence[BlockKey],
-        blocks: Sequence[int],
-        tiers: Sequence[int],
-        *,
-        in_step: bool = False,
-        group: int = 0,
-        head: BlockKey = b"",
-        prefix: Container[BlockKey] = (),
-    ) -> None:
+        self, request: str, keys: Sequence[BlockKey], blocks: Sequence[int], tiers: Sequence[int], *,
+        in_step: bool = False, group: int = 0, head: BlockKey = b"", prefix: Container[BlockKey] = (),
+    ) -> None:  # fmt: skip
         """Plan to load blocks, and keep them from being evicted until that is done.
 
         Args:
@@ -266,14 +252,9 @@ class Planner:
         self.loading_blocks += 0 if in_step else len(keys)
 
     def store(
-        self,
-        keys: Sequence[BlockKey],
-        blocks: Sequence[int],
-        prefix: Container[BlockKey],
-        now_s: float,
-        group: int = 0,
-        origin: Origin = UNKNOWN,
-    ) -> Sequence[int]:
+        self, keys: Sequence[BlockKey], blocks: Sequence[int], prefix: Container[BlockKey], now_s: float,
+        group: int = 0, origin: Origin = UNKNOWN,
+    ) -> Sequence[int]:  # fmt: skip
         """Plan to write blocks to every tier that has them not; by demotion a tier gets them later.
 
         Args:

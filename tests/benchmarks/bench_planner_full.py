@@ -3,9 +3,9 @@
     python tests/benchmarks/bench_planner_full.py [--brief]
 
 64 requests of 32,768 tokens, 2,048 blocks each: chunks of 512 blocks are stored while all tiers are full of
-others, and each chunk ends before the next; then steps in which four of the requests that decode complete a
-block. Medians of the rounds; every round starts from the same state. Processor time of the thread: others may
-use the machine.
+others, and each chunk ends before the next; then steps in which every request completes a block, and steps in
+which four do. Medians of the rounds; every round starts from the same state. Processor time of the thread:
+others may use the machine.
 """
 
 from __future__ import annotations
@@ -97,6 +97,20 @@ class Engine:
                 self.planner.load("r", keys[: len(found)], list(range(len(found))), found)
                 self.end_step(len(found), 0.1, "report of a load")
 
+    def decode_together(self) -> None:
+        """Steps in which every request completes a block: each is a store of its own."""
+        count = len(self.requests)
+        for step in range(16):
+            news = keys_of(count, seed=1000 + step)
+            for key, prefix in zip(news, self.prefixes, strict=True):
+                prefix.add(key)
+            self.watch.time("store of single blocks", count, self._store_each, news)
+            self.end_step(count, 0.02, "report of single blocks")
+
+    def _store_each(self, news: list[bytes]) -> None:
+        for at, (key, prefix) in enumerate(zip(news, self.prefixes, strict=True)):
+            self.planner.store([key], [at], prefix, self.now_s)
+
     def decode(self) -> float:
         """Give the microseconds of a step."""
         steps = len(self.requests) * 16 // STEP_BLOCKS
@@ -118,6 +132,7 @@ def one_round(planner: Planner, requests: list[list[bytes]]) -> dict[str, float]
     gc.disable()
     engine.prefill()
     engine.load()
+    engine.decode_together()
     taken = engine.watch.us_a_block()
     taken["a step that decodes: 4 blocks"] = engine.decode()
     gc.enable()

@@ -73,12 +73,8 @@ class GroupMatcher:
     """
 
     def __init__(
-        self,
-        tiers: Tiers,
-        groups: Sequence[KvGroup],
-        pending: Container[int],
-        questions: Questions,
-    ) -> None:
+        self, tiers: Tiers, groups: Sequence[KvGroup], pending: Container[int], questions: Questions,
+    ) -> None:  # fmt: skip
         self.finder = BoundaryFinder(groups)
         self._tiers = tiers
         self._pending = pending

@@ -101,14 +101,9 @@ class Matcher:
         return scan(keys, usable)
 
     def remember(
-        self,
-        start: int,
-        stop: int,
-        tiers: list[int],
-        lookups: frozenset[int],
-        rest: Sequence[BlockKey],
+        self, start: int, stop: int, tiers: list[int], lookups: frozenset[int], rest: Sequence[BlockKey],
         now_s: float,
-    ) -> Match:
+    ) -> Match:  # fmt: skip
         """Keep a finding together with what it rests on; `rest` are the blocks that were not found."""
         retry_s = math.inf
         for tier in self._tiers if rest else ():

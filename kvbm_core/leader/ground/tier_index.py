@@ -71,12 +71,9 @@ class TierIndex:
     """
 
     def __init__(
-        self,
-        capacity_bytes: int | None,
-        order: Fifo,
-        departures: LatestKeys | None = None,
+        self, capacity_bytes: int | None, order: Fifo, departures: LatestKeys | None = None,
         arrivals: LatestKeys | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.capacity_bytes = capacity_bytes
         self.ready: Container[BlockKey] = order
         """The READY objects, for loops that ask thousands of times."""
@@ -149,10 +146,12 @@ class TierIndex:
             if key in order:
                 order.touch(key)
 
-    def offered(self, keys: Sequence[BlockKey], origin: Origin, *, has_some: bool) -> None:
-        """Note that a request has these blocks; `has_some` says that not all of them are ABSENT."""
-        if has_some or self._order.is_told_all:
+    def offered(self, keys: Sequence[BlockKey], origin: Origin) -> list[BlockKey]:
+        """Note that a request has these blocks, and give those that are ABSENT."""
+        absent = self.absent(keys)
+        if len(absent) < len(keys) or self._order.is_told_all:
             self._order.offered(keys, origin)
+        return absent
 
     def pin(self, keys: Iterable[BlockKey]) -> list[BlockKey]:
         """Keep READY objects from being evicted until `unpin`; return those that are not READY."""
@@ -198,13 +197,9 @@ class TierIndex:
         return gone
 
     def reserve(
-        self,
-        keys: Sequence[BlockKey],
-        charge: int,
-        protected: Container[BlockKey] = (),
-        *,
+        self, keys: Sequence[BlockKey], charge: int, protected: Container[BlockKey] = (), *,
         are_absent: bool = False,
-    ) -> tuple[list[BlockKey], list[BlockKey]]:
+    ) -> tuple[list[BlockKey], list[BlockKey]]:  # fmt: skip
         """Set room aside for objects about to be stored, evicting where needed.
 
         Args:

@@ -41,11 +41,9 @@ class Tiers:
     """
 
     def __init__(
-        self,
-        ranks: Sequence[Sequence[TierStatus]],
-        policies: TierPolicies,
+        self, ranks: Sequence[Sequence[TierStatus]], policies: TierPolicies,
         groups: Sequence[KvGroup] = (KvGroup(1),),
-    ) -> None:
+    ) -> None:  # fmt: skip
         _refuse_different_stacks(ranks)
         self.departures = LatestKeys()
         self.arrivals = LatestKeys()

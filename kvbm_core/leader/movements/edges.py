@@ -106,8 +106,7 @@ class Movements:
         targets: dict[int, list[BlockKey]] = {}
         rest: Sequence[BlockKey] = keys
         for position, tier in enumerate(self._tiers):
-            absent = tier.index.absent(keys)
-            tier.index.offered(keys, origin, has_some=len(absent) < len(keys))
+            absent = tier.index.offered(keys, origin)
             if tier.capabilities.read_only:
                 continue
             offered = self._offered(position, absent, rest) if self._is_selective else absent

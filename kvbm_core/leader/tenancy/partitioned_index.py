@@ -44,13 +44,9 @@ class PartitionedIndex(TierIndex):
         self.orders.shares[tenant] = Share(order, quota_bytes, keep_bytes)
 
     def reserve(
-        self,
-        keys: Sequence[BlockKey],
-        charge: int,
-        protected: Container[BlockKey] = (),
-        *,
+        self, keys: Sequence[BlockKey], charge: int, protected: Container[BlockKey] = (), *,
         are_absent: bool = False,
-    ) -> tuple[list[BlockKey], list[BlockKey]]:
+    ) -> tuple[list[BlockKey], list[BlockKey]]:  # fmt: skip
         """Set room aside, see `TierIndex.reserve`: in the share of whoever is charged.
 
         A tenant that has used up its quota makes room among its own objects. Else common objects make room.
