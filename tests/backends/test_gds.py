@@ -440,8 +440,17 @@ class Scales:
         self.most_bytes = max(self.most_bytes, du_bytes(self.path))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize(("capacity", "nbytes"), [(5 * MIB, BLOCK), (4 * MIB, 5000), (24 * MIB, 737_376)])
+@pytest.mark.parametrize(
+    ("capacity", "nbytes", "ranks"),
+    [
+        (5 * MIB, BLOCK, 2),
+        (4 * MIB, 5000, 1),
+        (24 * MIB, 737_376, 2),
+        pytest.param(5 * MIB, BLOCK, 1, marks=pytest.mark.soak),
+        pytest.param(4 * MIB, 5000, 2, marks=pytest.mark.soak),
+        pytest.param(24 * MIB, 737_376, 1, marks=pytest.mark.soak),
+    ],
+)
 def test_du_is_never_above_the_capacity(tmp_path, open_with, ranks, capacity, nbytes):
     rng, seen = random.Random(ranks), 0
     with Scales(tmp_path / "kv") as scales:
