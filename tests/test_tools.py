@@ -194,16 +194,28 @@ def test_a_test_that_passes_alone_is_named_and_one_that_is_wrong_fails(tmp_path)
     (tmp_path / "test_it.py").write_text(
         "from pathlib import Path\n\n"
         "def test_races():\n    seen = Path('seen')\n    first = not seen.exists()\n"
-        "    seen.touch()\n    assert not first\n"
+        "    seen.touch()\n    assert not first\n\n"
+        "def test_wrong():\n    assert False\n"
     )
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    engine\n    gpu\n    ranks\n")
     run = [sys.executable, run_tests.__file__, "--again", "-n", "1"]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    assert "== 1 failed beside others and passed alone" in done.stdout
-    (tmp_path / "test_it.py").write_text("def test_wrong():\n    assert False\n")
-    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stdout
+    assert "== 1 failed beside others and passed alone" in done.stdout
+    assert "\ntest_it.py::test_races\n" in done.stdout
+
+
+def test_what_fails_beside_others_alone_is_no_failure(parts):
+    status, asked = parts((1, 0, 0, 0), "--again", "tests/plugins")
+    assert (status, len(asked)) == (0, 4)
+    assert asked[1] == (
+        "-m",
+        "not (engine or gpu)",
+        "tests/plugins",
+        "--last-failed",
+        "--last-failed-no-failures=none",
+    )
+    assert parts((1, 0, 0), "tests/plugins")[0] == 1, "without --again it is one"
 
 
 def test_marks_that_are_asked_for_are_asked_of_every_part(parts):

@@ -193,7 +193,7 @@ def python_of(venv: Path) -> tuple[int, ...]:
 def install(python: Path, requirements: Sequence[str], *, cpu: bool) -> None:
     """Install everything in one go, so that its versions agree.
 
-    Not compiled: that takes a third of the time, and Python compiles the quarter of the files that is imported.
+    Not compiled: that takes a third of the time, and a quarter of the files is imported, and compiled then.
     """
     try:
         pip(python, "install", "--no-compile", *requirements)

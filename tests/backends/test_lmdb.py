@@ -360,10 +360,21 @@ def test_a_full_disk_fails_stores_with_full_and_the_tier_works_on(tmp_path):
         tier.close()
 
 
-@pytest.mark.parametrize("order", ["fifo", "random"])
+CHURNED = [
+    (BLOCK, 16 * MIB), (BLOCK, 48 * MIB), (737376, 16 * MIB), (737376, 64 * MIB), (2 * MIB + 96, 32 * MIB),
+]  # fmt: skip
+ORDERS = ("fifo", "random")
+
+
 @pytest.mark.parametrize(
-    ("nbytes", "capacity"),
-    [(BLOCK, 16 * MIB), (BLOCK, 48 * MIB), (737376, 16 * MIB), (737376, 64 * MIB), (2 * MIB + 96, 32 * MIB)],
+    ("nbytes", "capacity", "order"),
+    [
+        *((*sizes, ORDERS[at % 2]) for at, sizes in enumerate(CHURNED)),
+        *(
+            pytest.param(*sizes, ORDERS[1 - at % 2], marks=pytest.mark.soak)
+            for at, sizes in enumerate(CHURNED)
+        ),
+    ],
 )
 def test_churn_at_capacity_never_runs_out_of_room(tmp_path, open_tier, nbytes, capacity, order):
     tier = open_tier(capacity, nbytes=nbytes)

@@ -149,7 +149,9 @@ def test_a_file_cut_short_under_load_is_put_aside_and_the_engine_lives(tmp_path,
     assert du_bytes(tmp_path / "kv") <= 16 * MIB
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize(
+    "seed", [*range(6), *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(6, 24))]
+)
 def test_damaged_pages_neither_end_nor_stop_the_engine(tmp_path, open_tier, seed):
     tier = open_tier(4 * MIB)
     for n in range(20):

@@ -132,19 +132,21 @@ def test_new_packages_lint(tmp_path, capsys):
 
 
 @pytest.mark.early
-@pytest.mark.parametrize("kind", PACKAGES)
-def test_a_new_package_installs_and_passes_its_tests(kind, tmp_path, capsys):
-    folder = tmp_path / "package"
-    make(kind, folder, capsys)
-    site = install(tmp_path / "site", folder)
+def test_new_packages_install_and_pass_their_tests(tmp_path, capsys):
+    folders = {kind: tmp_path / kind for kind in PACKAGES}
+    for kind, folder in folders.items():
+        make(kind, folder, capsys)
+    site = install(tmp_path / "site", *folders.values())
     paths = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
     options = ["-q", "-W", "error", "-p", "no:cacheprovider"]
-    assert " passed" in check(sys.executable, "-m", "pytest", *options, cwd=folder, env=environment)
+    for folder in folders.values():
+        assert " passed" in check(sys.executable, "-m", "pytest", *options, cwd=folder, env=environment)
     listing = check(sys.executable, "-m", "kvbm_cli", "plugins", "--json", env=environment)
-    [found] = [each for each in published("plugins", listing)["plugins"] if each["name"] == f"my-{kind}"]
-    assert (found["kind"], found["state"]) == (kind, "ready")
-    assert found["distribution"] == f"kvbm-my-{kind}"
+    found = {each["name"]: each for each in published("plugins", listing)["plugins"]}
+    for kind in PACKAGES:
+        assert (found[f"my-{kind}"]["kind"], found[f"my-{kind}"]["state"]) == (kind, "ready")
+        assert found[f"my-{kind}"]["distribution"] == f"kvbm-my-{kind}"
 
 
 @pytest.mark.parametrize(

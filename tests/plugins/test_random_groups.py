@@ -110,9 +110,9 @@ def a_draft_s_last_block(monkeypatch):
         (states_of_a_stale_table, "full and state", 0),
         (window_blocks_after_reuse, "full and window", 0),
         (groups_restored_apart, "full and window", 16),
-        (groups_restored_apart, "full and state", 57),
+        (groups_restored_apart, "full and state", 12),
         (a_block_less, "full and window", 0),
-        (a_draft_s_last_block, "full and a draft's full", 2),
+        (a_draft_s_last_block, "full and a draft's full", 19),
     ],
 )
 def test_without_any_of_the_rules_some_seed_reads_wrong_kv_of_a_group(drive, monkeypatch, fault, mix, first):
