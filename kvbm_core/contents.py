@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class Found:
     order: float
     """Stored later: higher. Seconds since the epoch if `Contents.timed`."""
     place: Any
-    """The backend's own: where it lies. Equal places mean the same object."""
+    """The backend's own, hashable: where it lies. Equal places mean the same object."""
     broken: str = ""
     """Why it cannot be read at all: what lists it is damaged. Then the fields above may be anything."""
 
@@ -52,8 +52,10 @@ class Contents(ABC):
     """A path, or a URL without secrets."""
     timed: bool = False
     """`Found.order` is a time."""
-    threads: int = 8
-    """That read at once."""
+    shared: bool = False
+    """Anybody may change it at any time, and `holder` does not tell."""
+    threads: int = 16
+    """That read at once: some wait for the medium while others prove what they have read."""
 
     @abstractmethod
     def holder(self) -> str:
@@ -100,10 +102,26 @@ class Contents(ABC):
 
     @abstractmethod
     def remove(self, found: Sequence[Found]) -> int:
-        """Delete objects that still lie there as they were listed, and say how many.
+        """Delete objects that lie there as they were listed, and say how many.
+
+        Where anybody may store meanwhile, one that was stored anew may go: engines miss it.
 
         Raises:
             KvbmError: An engine uses the place, or it cannot be written.
+        """
+
+    @abstractmethod
+    def tidy(self, kept: Collection[tuple[Namespace, int]], *, really: bool) -> int:
+        """Delete what lies there and is no object: of writers that died, and of namespaces without objects.
+
+        **Requires**: called once `objects` has ended.
+
+        Args:
+            kept: Namespaces and ranks that have objects.
+            really: Otherwise only count.
+
+        Returns:
+            How many files or objects.
         """
 
     @abstractmethod
@@ -171,6 +189,10 @@ class FolderContents(Contents):
     def facts(self) -> Mapping[tuple[Namespace, int], Mapping[str, Any] | None]:
         """See `Contents.facts`."""
         return {(name, self.rank): facts for name, (_, facts) in facts_in(self.folder).items()}
+
+    def tidy(self, kept: Collection[tuple[Namespace, int]], *, really: bool) -> int:
+        """See `Contents.tidy`. An engine does it at its start."""
+        return 0
 
     def close(self) -> None:
         """See `Contents.close`."""

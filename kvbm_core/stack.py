@@ -11,7 +11,7 @@ from typing import Any, Self
 from kvbm_core.block import BlockKey, Namespace
 from kvbm_core.config import StackConfig, load_config
 from kvbm_core.device import Device
-from kvbm_core.leader.counts import TierCounts
+from kvbm_core.leader.ground.counts import TierCounts
 from kvbm_core.leader.planner import Planner
 from kvbm_core.registry import Registry
 from kvbm_core.tier import Reason

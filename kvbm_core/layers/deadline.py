@@ -161,6 +161,8 @@ class DeadlineTier(ForwardTier):
 
     def _run(self) -> None:
         """Be the one thread that calls the inner tier."""
+        if isinstance(self._inner, OrderTier):
+            self._guard("restore")
         while not self._closing or self._inbox:
             self._event.wait(self._TICK_S if self._open else self._LATE_TICK_S if self._late else None)
             self._event.clear()

@@ -31,7 +31,7 @@ logger = logging.getLogger("kvbm_core")
 _EVERY_S: Final = 60.0
 """From a change to when the order is written."""
 _WAIT_S: Final = 2.0
-"""How long the tier is waited for at most when it is opened, for each part, and when it is closed, for all."""
+"""How long the tier is waited for to give the order when it is opened, and to take it when it is closed."""
 _PAUSE_S: Final = 0.001
 _TICKET: Final = -1
 """Of the layer's own transfer: there is one at a time. The core's are above 0."""
@@ -47,7 +47,7 @@ class OrderTier(ForwardTier):
         - A tier that does not take or give the order costs a line of the log, and no transfer.
 
     Args:
-        inner: The tier; waited for some seconds if it has an order and does not give it.
+        inner: The tier.
         shape: Of the order.
         wake: Called when `poll` has something to do.
         name: The tier's name, for the log.
@@ -81,17 +81,10 @@ class OrderTier(ForwardTier):
         self._left: list[bytes] = []
         self._count = 0
         """Parts to be written yet, the next one last; and how many there were."""
-        self._generation, entries = 0, b""
-        listed = list(inner.inventory())
-        there = {key for key, _ in listed}
-        for parity in (0, 1):
-            if shape.key(parity, 0) in there:
-                number, found = read_generation(shape, partial(self._load, parity))
-                if number > self._generation:
-                    self._generation, entries = number, found
-        own = {*shape.keys(0), *shape.keys(1)}
-        self._inventory = sorted_by_use([each for each in listed if each[0] not in own], entries)
-        self._order: dict[BlockKey, None] = dict.fromkeys(key for key, _ in self._inventory)
+        self._generation = 0
+        self._listed = list(inner.inventory())
+        self._restored = threading.Event()
+        self._order: dict[BlockKey, None] = {}
         """What the tier has, or will have; the one used last is the last."""
 
     @property
@@ -99,9 +92,27 @@ class OrderTier(ForwardTier):
         """See `Tier.capabilities`."""
         return self._capabilities
 
+    def restore(self) -> None:
+        """Read the order, before the first `submit` and in the thread that calls it: as the contract has it."""
+        shape, entries, give_up_s = self._shape, b"", time.monotonic() + _WAIT_S
+        try:
+            there = {key for key, _ in self._listed}
+            for parity in (0, 1):
+                if shape.key(parity, 0) in there:
+                    number, found = read_generation(shape, partial(self._load, give_up_s, parity))
+                    if number > self._generation:
+                        self._generation, entries = number, found
+        finally:
+            own = {*shape.keys(0), *shape.keys(1)}
+            self._listed = sorted_by_use([each for each in self._listed if each[0] not in own], entries)
+            self._order = dict.fromkeys(key for key, _ in self._listed)
+            self._restored.set()
+
     def inventory(self) -> Iterable[tuple[BlockKey, int]]:
-        """See `Tier.inventory`."""
-        return self._inventory
+        """See `Tier.inventory`. Waits for `restore`, which another thread may be at."""
+        # A tier that hangs in a call keeps nobody: then its objects are as it lists them.
+        self._restored.wait(2 * _WAIT_S)
+        return self._listed
 
     def used(self, keys: Sequence[BlockKey]) -> None:
         """Note which objects were used, or will be stored, the one used last: last."""
@@ -113,7 +124,7 @@ class OrderTier(ForwardTier):
 
     def submit(self, transfers: Sequence[Transfer]) -> None:
         """See `Tier.submit`."""
-        self._inventory = []
+        self._listed = []
         self._inner.submit(transfers)
         self._stores.update((each.ticket, each.key) for each in transfers if each.op is Op.STORE)
 
@@ -230,9 +241,9 @@ class OrderTier(ForwardTier):
             if not self._take():
                 time.sleep(_PAUSE_S)
 
-    def _load(self, generation: int, part: int) -> bytes:
+    def _load(self, give_up_s: float, generation: int, part: int) -> bytes:
         """Wait for a part; nothing if the tier does not give it."""
         if self._own is None and self._ask(Op.LOAD, generation, part):
-            self._wait_for_own(time.monotonic() + _WAIT_S)
+            self._wait_for_own(give_up_s)
         end, self._own_end = self._own_end, None
         return bytes(self._region.view()) if end is not None and end.outcome is Outcome.DONE else b""

@@ -6,8 +6,8 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Final
 
 from kvbm_core.block import BlockKey
+from kvbm_core.leader.ground.tiers import Tiers
 from kvbm_core.leader.in_flight import InFlight
-from kvbm_core.leader.tiers import Tiers
 from kvbm_core.plan import Fill, FillReason, Load, Lookup, Plan, Probe, Store, WriteOrder
 
 __all__ = ["Draft"]
@@ -89,20 +89,12 @@ class Draft:
         """Have what is added from here on be operations of their own: a reset dooms those of before."""
         self._small.clear()
 
-    def load(self, load: Load, *, pinned: bool) -> None:
-        """Add a load; `pinned` says whether its blocks are kept from being evicted."""
-        self._plan.loads.append(load)
-        self._in_flight.expect(load, pinned=pinned)
-
-    def lookup(self, lookup: Lookup) -> None:
-        """Add a question."""
-        self._plan.lookups.append(lookup)
-        self._in_flight.expect(lookup)
-
-    def probe(self, probe: Probe) -> None:
-        """Add a tier that is to be tried."""
-        self._plan.probes.append(probe)
-        self._in_flight.expect(probe)
+    def add(self, op: Load | Lookup | Probe | Fill, *, pinned: bool = True) -> None:
+        """Add an operation; `pinned` says of a load whether its blocks are kept from being evicted."""
+        plan = self._plan
+        lists = {Load: plan.loads, Lookup: plan.lookups, Probe: plan.probes, Fill: plan.fills}
+        lists[type(op)].append(op)  # type: ignore[attr-defined]
+        self._in_flight.expect(op, pinned=pinned)
 
     def fill(
         self, source: int, target: int, runs: Iterable[tuple[Sequence[BlockKey], Container[BlockKey]]],
@@ -128,9 +120,8 @@ class Draft:
         if filling:  # The first of a fill is the last to be evicted.
             keys = filling[::-1] if reason is FillReason.DEMOTION else filling
             fill = Fill(self.number(), source, target, keys, self._tiers.host_pool, group, reason)
-            self._plan.fills.append(fill)
+            self.add(fill)
             below.storing += len(keys)
-            self._in_flight.expect(fill)
         return filling
 
     def take(self, order: WriteOrder) -> Plan:
@@ -139,8 +130,8 @@ class Draft:
         plan, self._plan = self._plan, Plan()
         return Plan(
             self._tiers.take_drops(), plan.stores, plan.loads, plan.lookups,
-            order.overwrites, order.unordered, order.blocks_final, plan.probes, plan.fills,
-            self._tiers.take_used(),
+            order.overwrites, order.unordered, order.blocks_final,
+            plan.probes, plan.fills, self._tiers.take_used(),
         )  # fmt: skip
 
 

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 from kvbm_core.block import BlockKey
 from kvbm_core.leader.cost_model import CostModel
+from kvbm_core.leader.ground.tier_state import TierState
+from kvbm_core.leader.ground.tiers import Tiers
 from kvbm_core.leader.in_flight import InFlight, LegEnded, Pending
 from kvbm_core.leader.left_alone import LeftAlone
-from kvbm_core.leader.movements import Movements
+from kvbm_core.leader.movements.edges import Movements
 from kvbm_core.leader.shortage import Shortages
-from kvbm_core.leader.tier_state import TierState
-from kvbm_core.leader.tiers import Tiers
 from kvbm_core.plan import Fill, FillReason, Load, Lookup, Probe, Store
 from kvbm_core.tier import Op, Reason
 

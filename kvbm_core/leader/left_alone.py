@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from kvbm_core.block import PROBE_KEY
-from kvbm_core.leader.breaker import Breaker
 from kvbm_core.leader.draft import Draft
+from kvbm_core.leader.ground.breaker import Breaker
+from kvbm_core.leader.ground.tier_state import TierState
 from kvbm_core.leader.tier_news import TierNews
-from kvbm_core.leader.tier_state import TierState
 from kvbm_core.plan import Probe
 from kvbm_core.tier import Op, Reason
 
@@ -57,4 +57,4 @@ class LeftAlone:
             for key in tier.reserve([PROBE_KEY], (), largest):
                 tier.index.not_stored(key)
         pauses_s = Breaker.first_pause_s, Breaker.longest_pause_s
-        self._draft.probe(Probe(self._draft.number(), tier.position, *pauses_s))
+        self._draft.add(Probe(self._draft.number(), tier.position, *pauses_s))

@@ -13,24 +13,24 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 
 from kvbm_core.block import BlockKey
 from kvbm_core.groups import KvGroup
-from kvbm_core.leader.boundaries import GroupPrefix, Part
-from kvbm_core.leader.claims import claim_of
 from kvbm_core.leader.cost_model import CostModel
-from kvbm_core.leader.counts import TierCounts, TierLevels
 from kvbm_core.leader.draft import Draft
 from kvbm_core.leader.endings import Endings, Took
-from kvbm_core.leader.group_matches import GroupMatch, GroupMatcher
+from kvbm_core.leader.finding.boundaries import GroupPrefix, Part
+from kvbm_core.leader.finding.group_matches import GroupMatch, GroupMatcher
+from kvbm_core.leader.finding.matches import Match, Matcher, Prefix
+from kvbm_core.leader.finding.questions import Questions
+from kvbm_core.leader.ground.counts import TierCounts, TierLevels
+from kvbm_core.leader.ground.tier_policies import TierPolicies
+from kvbm_core.leader.ground.tier_state import UNKNOWN
+from kvbm_core.leader.ground.tiers import Tiers
 from kvbm_core.leader.in_flight import InFlight
 from kvbm_core.leader.left_alone import LeftAlone
-from kvbm_core.leader.matches import Match, Matcher, Prefix
-from kvbm_core.leader.movements import Movements
-from kvbm_core.leader.questions import Questions
+from kvbm_core.leader.movements.edges import Movements
 from kvbm_core.leader.shortage import Shortages
-from kvbm_core.leader.tenants import Tenants
+from kvbm_core.leader.tenancy.tenants import Tenants
+from kvbm_core.leader.tenancy.wishes import wish_of
 from kvbm_core.leader.tier_news import TierNews
-from kvbm_core.leader.tier_policies import TierPolicies
-from kvbm_core.leader.tier_state import UNKNOWN
-from kvbm_core.leader.tiers import Tiers
 from kvbm_core.movement import Movement
 from kvbm_core.plan import FillReason, Load, Plan, Report, TierStatus, WriteOrder
 from kvbm_core.policy import Origin
@@ -262,7 +262,7 @@ class Planner:
             part = slice(start, start := start + len(list(run)))
             number = self._draft.number()
             op = Load(number, request, tier, fill, list(keys[part]), list(blocks[part]), in_step, group, head)
-            self._draft.load(op, pinned=held)
+            self._draft.add(op, pinned=held)
         self.loading_blocks += 0 if in_step else len(keys)
 
     def store(
@@ -290,8 +290,8 @@ class Planner:
         """
         targets = self._movements.targets(keys, prefix, now_s, group, origin)
         ops = self._draft.stores(targets, keys, blocks, group) if targets else ()
-        if (claim := claim_of(prefix)) and claim.keep_s:
-            self.tenants.keep(keys, claim, now_s)
+        if (wish := wish_of(prefix)) and wish.keep_s:
+            self.tenants.keep(keys, wish, now_s)
         return ops
 
     def fill(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from kvbm_core.leader.ground.tier_state import TierState
+from kvbm_core.leader.ground.tiers import Tiers
 from kvbm_core.leader.in_flight import LegEnded
 from kvbm_core.leader.tier_news import TierNews
-from kvbm_core.leader.tier_state import TierState
-from kvbm_core.leader.tiers import Tiers
 
 __all__ = ["FIRST_PAUSE_S", "LONGEST_PAUSE_S", "Shortages"]
 

@@ -13,10 +13,10 @@ import logging
 from typing import Final
 
 from kvbm_core.config import size_text
-from kvbm_core.leader.breaker import Breaker
 from kvbm_core.leader.cost_model import TRIAL_EVERY_S, CostModel
-from kvbm_core.leader.tier_state import TierState
-from kvbm_core.leader.tiers import Tiers
+from kvbm_core.leader.ground.breaker import Breaker
+from kvbm_core.leader.ground.tier_state import TierState
+from kvbm_core.leader.ground.tiers import Tiers
 from kvbm_core.log_limit import LogLimit, clock_words
 from kvbm_core.tier import Op, Reason
 

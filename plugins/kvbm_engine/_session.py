@@ -96,7 +96,7 @@ class Session:
         if hints is not None:
             self._desk.begin(name, self.ledger.state(request), hints, max_tokens, now_s)
         if reads_cache and self._prefetch.is_used:
-            self._prefetch.arrived(self.ledger.state(request), name)
+            self._prefetch.arrived(self.ledger.state(request), name, now_s)
 
     def match(
         self, request: EngineRequest, computed_tokens: int, now_s: float, *, reads_cache: bool

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 from kvbm_core.leader.endings import Took
-from kvbm_core.leader.tiers import Tiers
+from kvbm_core.leader.ground.tiers import Tiers
 from kvbm_core.plan import Fill, Load, Plan
 from kvbm_core.tier import Op, Reason
 from kvbm_engine._recorder import Recorder

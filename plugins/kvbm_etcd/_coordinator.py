@@ -24,10 +24,11 @@ from typing import Final
 
 import msgspec
 
-from kvbm_core import Coordinator, CoordinatorError, Member
+from kvbm_core import Coordinator, CoordinatorError, Member, Probeable
 from kvbm_core.log_limit import LogLimit
 from kvbm_etcd._client import AwayError, Client, EtcdError, RefusedError
 from kvbm_etcd._config import EtcdConfig, init_timeout_s, read_access
+from kvbm_etcd._probe import probe
 from kvbm_etcd._roll import Entry, check_alike, engine_prefix, missing_ranks, read_entries
 
 __all__ = ["EtcdCoordinator"]
@@ -47,7 +48,7 @@ class _State(enum.Enum):
     TAKEN = "taken"
 
 
-class EtcdCoordinator(Coordinator):
+class EtcdCoordinator(Coordinator, Probeable):
     """See `Coordinator`.
 
     Args:
@@ -94,6 +95,10 @@ class EtcdCoordinator(Coordinator):
         if state is _State.TAKEN or isinstance(error, RefusedError):
             self.close()
             raise CoordinatorError(self._said(state, error), operation="join")
+
+    def probe(self) -> str:
+        """Try etcd without joining. See `Probeable.probe`."""
+        return probe(self._config, self._access)
 
     def gather(self) -> Sequence[Member]:
         """Wait for the engine's workers. See `Coordinator.gather`."""

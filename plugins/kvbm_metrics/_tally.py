@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from kvbm_core import Load, Plan, Planner, Reason
 from kvbm_core.leader.endings import Took
-from kvbm_core.leader.tenants import TenantLevel
+from kvbm_core.leader.tenancy.tenants import TenantLevel
 from kvbm_core.plan import FillReason
 from kvbm_metrics._table import HINTS, Readings, device_readings, reading
 

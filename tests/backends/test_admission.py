@@ -14,8 +14,8 @@ from kvbm_core import (
     TierStatus,
     load_config,
 )
-from kvbm_core.leader.guarded_policy import GuardedAdmission
-from kvbm_core.leader.tier_policies import TierPolicies
+from kvbm_core.leader.ground.guarded_policies import GuardedAdmission
+from kvbm_core.leader.ground.tier_policies import TierPolicies
 
 DAY_S = 86_400.0
 PROMPT = Origin(0, 1000)

@@ -28,8 +28,8 @@ from bench_planner import PREFIX_BLOCKS, TARGET_MS, keys_of, resident_bytes
 
 from kvbm_core import BlockKey, Capabilities, Fifo, Lru, Planner, TierStatus
 from kvbm_core.groups import Coverage, KvGroup, Rule, group_keys, group_tag
-from kvbm_core.leader.guarded_policy import GuardedPolicy
-from kvbm_core.leader.tier_index import TierIndex
+from kvbm_core.leader.ground.guarded_policies import GuardedPolicy
+from kvbm_core.leader.ground.tier_index import TierIndex
 
 sys.path.append(str(Path(__file__).parents[1] / "third_party" / "kvbm_arc"))
 from kvbm_arc import Arc

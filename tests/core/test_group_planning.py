@@ -20,7 +20,7 @@ from kvbm_core import (
     root_key,
 )
 from kvbm_core.groups import Coverage, KvGroup, Rule, group_keys, group_tag
-from kvbm_core.leader.prefix_search import PrefixSearch
+from kvbm_core.leader.ground.prefix_search import PrefixSearch
 from kvbm_core.testing import MemoryDevice
 
 NOW = 100.0

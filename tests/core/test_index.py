@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvbm_core import BlockState, TransitionError
-from kvbm_core.leader.guarded_policy import GuardedPolicy
-from kvbm_core.leader.tier_index import LatestKeys, TierIndex
+from kvbm_core.leader.ground.guarded_policies import GuardedPolicy
+from kvbm_core.leader.ground.tier_index import LatestKeys, TierIndex
 from kvbm_core.policies import Fifo, Lru
 
 KEYS = [bytes([number]) * 32 for number in range(8)]

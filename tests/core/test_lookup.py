@@ -18,8 +18,8 @@ from kvbm_core import (
     chain_keys,
     root_key,
 )
-from kvbm_core.leader.breaker import Breaker
-from kvbm_core.leader.prefix_search import PrefixSearch
+from kvbm_core.leader.ground.breaker import Breaker
+from kvbm_core.leader.ground.prefix_search import PrefixSearch
 from kvbm_core.memory import MemoryConfig, MemoryTier
 from kvbm_core.testing import FaultyTier, MemoryDevice
 from kvbm_core.tier import Op
@@ -162,7 +162,7 @@ def test_a_shared_tier_is_told_to_forget_only_what_is_corrupt():
 
 
 def test_what_is_known_of_a_shared_tier_is_bounded(monkeypatch):
-    monkeypatch.setattr("kvbm_core.leader.tiers._MAX_KNOWN_OBJECTS", 8)
+    monkeypatch.setattr("kvbm_core.leader.ground.tiers._MAX_KNOWN_OBJECTS", 8)
     made = planner()
     assert search(made, KEYS[:30], set(KEYS[:30]))[0] == 8
     assert made.occupancy["remote"] == 8

@@ -20,7 +20,7 @@ from kvbm_core import (
     load_config,
 )
 from kvbm_core.block import PROBE_KEY
-from kvbm_core.leader.breaker import Breaker
+from kvbm_core.leader.ground.breaker import Breaker
 from kvbm_core.memory import MemoryTier
 
 NEVER_S = 3600.0

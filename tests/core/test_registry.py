@@ -6,7 +6,7 @@ import pytest
 
 from kvbm_core import BackendError, PolicyContext, Registry
 from kvbm_core.config import load_config
-from kvbm_core.leader.guarded_policy import GuardedPolicy
+from kvbm_core.leader.ground.guarded_policies import GuardedPolicy
 
 MODULE = """
 from kvbm_core import Backend, hookimpl

@@ -18,7 +18,7 @@ from kvbm_core import (
     root_key,
 )
 from kvbm_core.layers import SEAL_BYTES
-from kvbm_core.leader.tier_policies import TierPolicies
+from kvbm_core.leader.ground.tier_policies import TierPolicies
 from kvbm_core.plan import Plan, Store
 from kvbm_core.testing import MemoryDevice
 

@@ -7,9 +7,9 @@ from fractions import Fraction
 import pytest
 
 from kvbm_core import Capabilities, ConfigError, Planner, Report, TierStatus, load_config
-from kvbm_core.leader.claims import Claim, claim_of
-from kvbm_core.leader.partitioned_index import PartitionedIndex
-from kvbm_core.leader.tier_policies import TierPolicies
+from kvbm_core.leader.ground.tier_policies import TierPolicies
+from kvbm_core.leader.tenancy.partitioned_index import PartitionedIndex
+from kvbm_core.leader.tenancy.wishes import Wish, wish_of
 from kvbm_core.movement import Movement
 from kvbm_core.policies import Lru
 from kvbm_core.sharing import Sharing, sharing_of
@@ -28,11 +28,11 @@ def keys(name, count, first=0):
 
 
 class Prefix(list):
-    """A request's keys, with its claim."""
+    """A request's keys, with its wish."""
 
-    def __init__(self, keys, claim=None):
+    def __init__(self, keys, wish=None):
         super().__init__(keys)
-        self.claim = claim
+        self.wish = wish
 
 
 def planner(*tiers, ranks=1, policy=None, movement=None, **sharing):
@@ -57,10 +57,10 @@ def planner(*tiers, ranks=1, policy=None, movement=None, **sharing):
     return Planner([status] * ranks, sharing=Sharing(**sharing), max_store_blocks=10_000, **made)
 
 
-def claim(made, tenant="", keep_s=0.0, now_s=0.0):
+def wish(made, tenant="", keep_s=0.0, now_s=0.0):
     if tenant:
         assert made.tenants.why_not(tenant, now_s) == ""
-    asked = Claim(tenant, keep_s)
+    asked = Wish(tenant, keep_s)
     made.tenants.begin(asked)
     return asked
 
@@ -89,11 +89,11 @@ def used(made):
 
 def test_a_tenant_at_its_quota_makes_room_among_its_own_blocks_and_another_ones_flood_takes_nothing():
     made = planner(20, tenants={"a": {"tier0": 60}, "b": {"tier0": 80}})
-    mine = claim(made, "a")
+    mine = wish(made, "a")
     store(made, keys("a", 6), mine)
     store(made, keys("common", 4))
     for at in range(50):
-        store(made, keys(f"flood {at}", 3), claim(made, "b"))
+        store(made, keys(f"flood {at}", 3), wish(made, "b"))
     assert here(made, keys("a", 6)) == keys("a", 6)
     assert here(made, keys("common", 4)) == keys("common", 4)
     assert used(made) == {("a", "tier0"): 60, ("b", "tier0"): 80}
@@ -108,7 +108,7 @@ def test_what_nobody_is_promised_is_lent_and_given_back():
     made = planner(20, tenants={"a": {"tier0": 60}})
     store(made, keys("common", 20))
     assert len(here(made, keys("common", 20))) == 20
-    store(made, keys("a", 6), claim(made, "a"))
+    store(made, keys("a", 6), wish(made, "a"))
     assert here(made, keys("a", 6)) == keys("a", 6)
     assert len(here(made, keys("common", 20))) == 14
     store(made, keys("more", 30))
@@ -117,7 +117,7 @@ def test_what_nobody_is_promised_is_lent_and_given_back():
 
 def test_a_block_is_charged_to_who_brought_it_first_as_long_as_it_is_there():
     made = planner(20, tenants={"a": {"tier0": 60}, "b": {"tier0": 60}})
-    a, b = claim(made, "a"), claim(made, "b")
+    a, b = wish(made, "a"), wish(made, "b")
     store(made, keys("both", 3), a)
     store(made, keys("both", 5), b)
     assert used(made) == {("a", "tier0"): 30, ("b", "tier0"): 20}
@@ -129,7 +129,7 @@ def test_a_block_is_charged_to_who_brought_it_first_as_long_as_it_is_there():
 
 def test_without_a_quota_in_a_tier_a_tenants_blocks_there_are_common():
     made = planner(8, 20, tenants={"a": {"tier1": 30}})
-    store(made, keys("a", 4), claim(made, "a"))
+    store(made, keys("a", 4), wish(made, "a"))
     store(made, keys("flood", 20))
     assert here(made, keys("a", 4)) == []
     assert len(here(made, keys("a", 4), tier=1)) == 3
@@ -138,7 +138,7 @@ def test_without_a_quota_in_a_tier_a_tenants_blocks_there_are_common():
 
 def test_blocks_that_are_moved_for_nobody_stay_charged_to_whom_they_were():
     made = planner(8, 20, tenants={"a": {"tier0": 40, "tier1": 30}})
-    store(made, keys("a", 4), claim(made, "a"))
+    store(made, keys("a", 4), wish(made, "a"))
     for each in keys("a", 4):
         made.tiers[1].drop(each)
     carry_out(made)
@@ -150,7 +150,7 @@ def test_blocks_that_are_moved_for_nobody_stay_charged_to_whom_they_were():
 
 def test_others_share_by_default_as_many_as_fit_and_a_long_idle_one_makes_room():
     made = planner(10, tenants={"named": {"tier0": 40}}, others={"tier0": 30})
-    first, second = claim(made, "first"), claim(made, "second")
+    first, second = wish(made, "first"), wish(made, "second")
     store(made, keys("first", 3), first)
     assert made.tenants.why_not("third", 0.0) == "the tiers have no room for the quotas of another tenant"
     made.tenants.end(first, 0.0)
@@ -158,7 +158,7 @@ def test_others_share_by_default_as_many_as_fit_and_a_long_idle_one_makes_room()
     assert made.tenants.why_not("third", 600.0) == ""
     assert used(made) == {("named", "tier0"): 0, ("second", "tier0"): 0, ("third", "tier0"): 0}
     assert used(made).keys() == {("named", "tier0"), ("second", "tier0"), ("third", "tier0")}
-    made.tenants.begin(Claim("third"))
+    made.tenants.begin(Wish("third"))
     assert made.tenants.why_not("fourth", 9999.0)
     # Its blocks are still there, and common.
     assert here(made, keys("first", 3)) == keys("first", 3)
@@ -181,7 +181,7 @@ def test_names_of_tenants_are_bounded():
 
 def test_kept_blocks_stay_until_their_time_whatever_comes_and_go_then():
     made = planner(10, 20, keep_fraction=0.5)
-    mine = claim(made, keep_s=5.0)
+    mine = wish(made, keep_s=5.0)
     store(made, keys("kept", 5), mine, now_s=1.0)
     for at in range(40):
         store(made, keys(f"flood {at}", 4), now_s=5.9)
@@ -197,28 +197,28 @@ def test_kept_blocks_stay_until_their_time_whatever_comes_and_go_then():
 
 def test_of_a_tier_and_of_a_quota_a_part_is_kept_at_most_and_the_head_first():
     made = planner(20, keep_fraction=0.25, tenants={"a": {"tier0": 80}})
-    asked = claim(made, "a", keep_s=5.0)
+    asked = wish(made, "a", keep_s=5.0)
     store(made, keys("a", 8), asked)
     assert made.tenants.keep(keys("a", 8), asked, 1.0) == {"tier0": (2, 6)}
     store(made, keys("a", 8, first=8), asked, now_s=1.0)
     assert here(made, keys("a", 8)) == keys("a", 2)
-    common = claim(made, keep_s=5.0)
+    common = wish(made, keep_s=5.0)
     store(made, keys("common", 12), common, now_s=1.0)
     assert made.tenants.keep(keys("common", 12), common, 1.0) == {"tier0": (3, 9)}
 
 
 def test_nobody_has_another_ones_blocks_kept():
     made = planner(20, keep_fraction=0.5, tenants={"a": {"tier0": 80}})
-    store(made, keys("a", 4), claim(made, "a"))
+    store(made, keys("a", 4), wish(made, "a"))
     for tenant in ("", "b"):
-        asked = Claim(tenant, 5.0)
+        asked = Wish(tenant, 5.0)
         assert made.tenants.keep(keys("a", 4), asked, 0.0) == {"tier0": (0, 4)}
 
 
 def test_a_block_that_is_asked_for_again_is_kept_until_the_later_time():
     made = planner(10, keep_fraction=0.5)
-    store(made, keys("kept", 2), claim(made, keep_s=9.0), now_s=1.0)
-    store(made, keys("kept", 2), claim(made, keep_s=2.0), now_s=2.0)
+    store(made, keys("kept", 2), wish(made, keep_s=9.0), now_s=1.0)
+    store(made, keys("kept", 2), wish(made, keep_s=2.0), now_s=2.0)
     made.tenants.release(9.9)
     assert made.tenants.kept_bytes() == {"tier0": 20}
     made.tenants.release(10.0)
@@ -229,7 +229,7 @@ def test_the_kept_copy_of_a_block_stays_where_copies_are_exclusive():
     made = planner(10, 20, keep_fraction=0.5, movement=EXCLUSIVE)
     for at, each in enumerate(keys("kept", 3)):
         made._tiers[1].index.found(each, BLOCK)
-        made.tenants.begin(asked := Claim("", 5.0 if at < 2 else 0.0))
+        made.tenants.begin(asked := Wish("", 5.0 if at < 2 else 0.0))
         made.tenants.keep([each], asked, 0.0) if asked.keep_s else None
     made.fill(1, 0, keys("kept", 3), 0.0)
     carry_out(made)
@@ -240,7 +240,7 @@ def test_the_kept_copy_of_a_block_stays_where_copies_are_exclusive():
 
 def test_the_spare_copy_of_a_tenants_block_makes_no_room_for_others():
     made = planner(10, 10, tenants={"a": {"tier1": 40}}, movement=EXCLUSIVE)
-    theirs = Prefix(keys("theirs", 4), claim(made, "a"))
+    theirs = Prefix(keys("theirs", 4), wish(made, "a"))
     made.tiers[1].index.stored(made.tiers[1].reserve(theirs, theirs))
     made.fill(1, 0, keys("theirs", 4), 0.0)
     carry_out(made)
@@ -251,7 +251,7 @@ def test_the_spare_copy_of_a_tenants_block_makes_no_room_for_others():
 
 def test_what_a_corrupt_kept_block_took_is_free():
     made = planner(10, keep_fraction=0.5, tenants={"a": {"tier0": 80}})
-    store(made, keys("a", 4), claim(made, "a", keep_s=5.0))
+    store(made, keys("a", 4), wish(made, "a", keep_s=5.0))
     made.tiers[0].drop(key("a"), corrupt=True)
     assert used(made) == {("a", "tier0"): 30}
     assert made.tenants.kept_bytes() == {"tier0": 30}
@@ -260,9 +260,9 @@ def test_what_a_corrupt_kept_block_took_is_free():
 def test_without_tenants_and_kept_blocks_the_index_is_the_plain_one():
     made = planner(10, keep_fraction=0.5, others={"tier0": 30})
     store(made, keys("plain", 4))
-    made.tenants.begin(Claim())
+    made.tenants.begin(Wish())
     assert not isinstance(made._tiers[0].index, PartitionedIndex)
-    assert claim_of(keys("plain", 4)) is None
+    assert wish_of(keys("plain", 4)) is None
 
 
 def test_a_finding_is_true_after_the_index_was_divided():
@@ -274,7 +274,7 @@ def test_a_finding_is_true_after_the_index_was_divided():
             return self[start:stop]
 
     found = made.find(Asked(wanted), 0, 4, 0.0)
-    claim(made, keep_s=1.0)
+    wish(made, keep_s=1.0)
     assert made.find(Asked(wanted), 0, 4, 0.0, found) is found
     store(made, wanted)
     assert made.find(Asked(wanted), 0, 4, 0.0, found).tiers == [0] * 4
@@ -301,7 +301,7 @@ def test_no_policy_is_asked_twice_for_one_block():
 
     made = planner(10, policy=policy, tenants={"a": {"tier0": 40}})
     store(made, keys("common", 10))
-    store(made, keys("a", 6), claim(made, "a"))
+    store(made, keys("a", 6), wish(made, "a"))
     assert [len(each.asked) for each in made_policies] == [0, 6]
 
 
@@ -322,9 +322,20 @@ def test_quotas_that_cannot_be_are_refused(tenants, said):
         sharing_of(load_config({"tiers": tiers, "tenants": tenants}))
 
 
+@pytest.mark.parametrize(
+    "sharing", [{"tenants": {"a": {"far": Fraction(1, 2)}}}, {"others": {"far": Fraction(1, 2)}}]
+)
+def test_in_a_tier_that_other_engines_use_nobody_is_promised_a_part(sharing):
+    far = TierStatus("far", Capabilities(capacity_bytes=100, shared=True), [])
+    with pytest.raises(
+        ConfigError, match=r"tenants: (a|default): far: other engines .* take this quota away"
+    ):
+        Planner([[far]], sharing=Sharing(**sharing))
+
+
 def test_quotas_are_of_all_ranks_and_so_is_what_is_told():
     made = planner(20, ranks=2, tenants={"a": {"tier0": 120}})
-    store(made, keys("a", 9), claim(made, "a"))
+    store(made, keys("a", 9), wish(made, "a"))
     assert len(here(made, keys("a", 9))) == 6
     assert used(made) == {("a", "tier0"): 120}
     assert next(made.tenants.levels()).quota_bytes == 120
@@ -336,9 +347,9 @@ def test_a_block_takes_as_long_among_many_tenants_as_among_few():
     def calls(tenants, there):
         made = planner(4000, others={"tier0": 10}, keep_fraction=0.5, tenants={"a": {"tier0": 1000}})
         for at in range(tenants):
-            claim(made, f"t{at}")
+            wish(made, f"t{at}")
         store(made, keys("there", there))
-        asked = claim(made, "a", keep_s=5.0)
+        asked = wish(made, "a", keep_s=5.0)
         store(made, keys("a", 100), asked)
         count = 0
 

@@ -49,7 +49,10 @@ def engine(world_size=1):
         use_mla=False, served_model_name="m", is_hybrid=False, is_attention_free=False,
         is_prefix_caching_supported=True, hf_text_config=SimpleNamespace(),
     )  # fmt: skip
-    return SimpleNamespace(model_config=model, parallel_config=parallel, cache_config=SimpleNamespace())
+    return SimpleNamespace(
+        model_config=model, parallel_config=parallel, cache_config=SimpleNamespace(),
+        observability_config=SimpleNamespace(otlp_traces_endpoint=None),
+    )  # fmt: skip
 
 
 def leader(world_size=1):

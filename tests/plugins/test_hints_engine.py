@@ -150,5 +150,5 @@ def test_blocks_of_a_request_that_waits_are_read_from_a_slow_store_before_its_tu
         # Who wants nothing but that: from the store into host memory and the engine's.
         answer, told, restored = ask(llm, also, {"prefetch_only": True}, max_tokens=1)
         assert answer == right[len(also)][:1]
-        assert told == {"prefetch_only": {"answer": "accepted", "blocks": {"remote": (len(also) - 1) // 32}}}
+        assert told == {"prefetch_only": {"answer": "accepted", "blocks": {"cpu": (len(also) - 1) // 32}}}
         assert restored == (len(also) - 1) // 32

@@ -10,7 +10,7 @@ from prometheus import DEPLOY, Prometheus, concrete, free_port, panels
 
 from kvbm_core import Op
 from kvbm_core.layers import SEAL_BYTES
-from kvbm_core.leader.breaker import Breaker
+from kvbm_core.leader.ground.breaker import Breaker
 from kvbm_lmdb._directory import OVERHEAD_BYTES
 from kvbm_metrics import METRICS
 from kvbm_vllm._stats import PREFIX

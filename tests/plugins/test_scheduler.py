@@ -50,7 +50,7 @@ def bare(*, runner_v2=False, zeroes=False, world_size=1, most_loads=32):
         ),
         SimpleNamespace(
             model_config=None, parallel_config=SimpleNamespace(world_size=world_size),
-            use_v2_model_runner=runner_v2,
+            use_v2_model_runner=runner_v2, observability_config=SimpleNamespace(otlp_traces_endpoint=None),
         ),
         SimpleNamespace(
             num_blocks=64, kv_cache_groups=[SimpleNamespace(kv_cache_spec=FullAttentionSpec())],

@@ -11,10 +11,10 @@ from simulated_ranks import SimulatedRanks
 
 from kvbm_core import Lru, Origin, Registry, chain_keys, load_config, root_key
 from kvbm_core.groups import KvGroup, group_keys
-from kvbm_core.leader.claims import Claim, claim_of
-from kvbm_core.leader.guarded_policy import GuardedPolicy
-from kvbm_core.leader.partitioned_index import PartitionedIndex
-from kvbm_core.leader.tier_policies import TierPolicies
+from kvbm_core.leader.ground.guarded_policies import GuardedPolicy
+from kvbm_core.leader.ground.tier_policies import TierPolicies
+from kvbm_core.leader.tenancy.partitioned_index import PartitionedIndex
+from kvbm_core.leader.tenancy.wishes import Wish, wish_of
 from kvbm_core.movement import Movement
 from kvbm_core.plan import Fill, FillReason
 from kvbm_core.policies import Fifo
@@ -44,11 +44,11 @@ POLICIES = [
 
 
 class Keys(list):
-    """The keys of a request in one KV group, with its claim."""
+    """The keys of a request in one KV group, with its wish."""
 
-    def __init__(self, keys, claim=None):
+    def __init__(self, keys, wish=None):
         super().__init__(keys)
-        self.claim, self._set = claim, frozenset(keys)
+        self.wish, self._set = wish, frozenset(keys)
 
     def __contains__(self, key):
         return key in self._set
@@ -117,7 +117,7 @@ class Program:
         digests = [chain_keys(root_key(), [chain, *range(LENGTH - 1)], 1) for chain in range(CHAINS)]
         self.chains = [[Keys(group_keys(each, group.tag)) for group in self.groups] for each in digests]
         self.now_s, self.requests, self.did = 0.0, 0, Counter()
-        self.claims, self.findings, self.watched = [None], {}, []
+        self.wishes, self.findings, self.watched = [None], {}, []
         self.computes = rng.random() < 0.7
         """True if the engine says how fast it computes, so that slow tiers are left out."""
 
@@ -137,7 +137,7 @@ class Program:
             self.planner.reset()
         elif action < 0.76:
             source, target = rng.sample(range(len(self.planner.tiers)), 2)
-            ahead = rng.choice([Keys(keys, rng.choice(self.claims)), ()])
+            ahead = rng.choice([Keys(keys, rng.choice(self.wishes)), ()])
             self.planner.fill(source, target, keys[: rng.randrange(LENGTH)], self.now_s, ahead, group)
         elif action < 0.78:
             self.planner.touch(keys, rng.randrange(len(self.planner.tiers)))
@@ -167,7 +167,7 @@ class Program:
         rng = self.rng
         start = rng.choice([0, 0, rng.randrange(LENGTH)])
         stop = rng.randint(start + 1, LENGTH)
-        prefix = Keys(keys[:stop], rng.choice(self.claims))
+        prefix = Keys(keys[:stop], rng.choice(self.wishes))
         self.planner.store(
             keys[start:stop], list(range(start, stop)), prefix, self.now_s, group,
             Origin(start, rng.choice([None, start, stop])),
@@ -191,27 +191,27 @@ class Program:
         in_step = {*chosen} == {self.planner.host_pool} and self.rng.random() < 0.5
         self.planner.load(
             str(self.requests), keys[: len(chosen)], list(range(len(chosen))), chosen, group=group,
-            in_step=in_step, prefix=Keys(keys, self.rng.choice(self.claims)),
+            in_step=in_step, prefix=Keys(keys, self.rng.choice(self.wishes)),
         )  # fmt: skip
 
     def _begin_or_end(self, keys):
         """Have a request with hints come, or end: then what is there of it is kept."""
         rng, tenants = self.rng, self.planner.tenants
-        if len(self.claims) > 1 and rng.random() < 0.4:
-            claim = self.claims.pop(rng.randrange(1, len(self.claims)))
-            if claim.keep_s:
-                for kept, refused in tenants.keep(keys, claim, self.now_s).values():
+        if len(self.wishes) > 1 and rng.random() < 0.4:
+            wish = self.wishes.pop(rng.randrange(1, len(self.wishes)))
+            if wish.keep_s:
+                for kept, refused in tenants.keep(keys, wish, self.now_s).values():
                     self.did["kept"] += kept
                     self.did["not kept"] += refused
-            tenants.end(claim, self.now_s)
+            tenants.end(wish, self.now_s)
             return
         name = rng.choice(["", "a", "b", "c", "d", "e"])
         if name and tenants.why_not(name, self.now_s):
             self.did["no tenant"] += 1
             return
-        tenants.begin(claim := Claim(name, rng.choice([0.0, 2.0, 50.0])))
-        self.claims.append(claim)
-        self.did["tenant" if name else "claim"] += 1
+        tenants.begin(wish := Wish(name, rng.choice([0.0, 2.0, 50.0])))
+        self.wishes.append(wish)
+        self.did["tenant" if name else "wish"] += 1
 
     def _find(self, keys):
         """Ask as for a waiting request: what is remembered is as true as what is found anew."""
@@ -232,7 +232,7 @@ class Program:
     def check(self):
         """Insist on what holds at any moment."""
         self.ranks.check_room(self.planner)
-        self.planner.tenants.release(self.now_s)  # Of a write-back that came after the time of its claim.
+        self.planner.tenants.release(self.now_s)  # Of a write-back that came after the time of its wish.
         for position, tier in enumerate(self.planner.tiers):
             index = tier.index
             states = [{*index}, {*index._filling}, {*index._leaving}]
@@ -261,7 +261,7 @@ class Program:
 
         def reserves(wanted, charge, protected=(), **told):
             kept, owners = dict(orders.kept), dict(orders.owners)
-            asked = claim_of(protected)
+            asked = wish_of(protected)
             allowed = {"", asked.tenant} if asked else {"", *map(index._find_owner, wanted)}
             filling, evicted = reserve(wanted, charge, protected, **told)
             assert not kept.keys() & set(evicted), "a kept block was evicted"

@@ -39,7 +39,7 @@ class SimulatedRanks:
 
     def planner(self, **options):
         kinds = [
-            Capabilities(capacity_bytes=capacity, addressable=self.lends and tier == 0)
+            Capabilities(capacity_bytes=capacity, addressable=self.lends and tier == 0, durable=tier > 0)
             for tier, capacity in enumerate(self.capacities)
         ]
         if self.has_remote:
@@ -67,6 +67,7 @@ class SimulatedRanks:
 
     def submit(self, plan, planner):
         """Take a plan in: drops at once, and of each operation a report to come from each rank and tier."""
+        assert all(tier > 0 and keys for tier, keys in plan.used)
         for tier, keys in plan.drops:
             index = planner._tiers[tier].index
             assert all(index.state(key) is not BlockState.READY and not index.is_pinned(key) for key in keys)

@@ -32,4 +32,4 @@ def test_the_same_over_many_steps(seed):
 def test_the_programs_do_all_that_can_be_done():
     did = sum(map(run_shortly, SHORT_SEEDS), Counter())
     assert {*did} >= {FillReason.DEMOTION, FillReason.WRITE_BACK, FillReason.PREFETCH, "late"}
-    assert {*did} >= {"tenant", "claim", "kept", "not kept", "no tenant", "short", "declined", "probe"}
+    assert {*did} >= {"tenant", "wish", "kept", "not kept", "no tenant", "short", "declined", "probe"}

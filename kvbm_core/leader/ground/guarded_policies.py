@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Container, Mapping, Sequence
-from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
 from kvbm_core.admission import AdmissionPolicy
@@ -46,12 +45,13 @@ class _Adviser(Generic[P]):
     def __bool__(self) -> bool:
         return self._policy is not None
 
-    def ask(self, method: str, call: Callable[[P], Any]) -> Any:
-        """Call a method. None if it raises, or if the policy has made a mistake before."""
+    def ask(self, method: str, *values: Any, read: Callable[[Any], Any] | None = None) -> Any:
+        """Call a method, and `read` its answer. None if that fails, or if it has made a mistake before."""
         if self._policy is None:
             return None
         try:
-            return call(self._policy)
+            answer = getattr(self._policy, method)(*values)
+            return answer if read is None else read(answer)
         except Exception as error:  # noqa: BLE001 - a stranger's code: its mistake must not end the engine.
             self.dismiss(f"{method}() raised {type(error).__name__}", error)
             return None
@@ -84,13 +84,11 @@ class GuardedAdmission(AdmissionPolicy):
 
     def offered(self, keys: Sequence[BlockKey], origin: Origin) -> None:
         """See `AdmissionPolicy.offered`."""
-        self._adviser.ask("offered", lambda policy: policy.offered(keys, origin))
+        self._adviser.ask("offered", keys, origin)
 
     def admitted(self, keys: Sequence[BlockKey], nbytes: int, origin: Origin, now_s: float) -> int:
         """See `AdmissionPolicy.admitted`."""
-        count = self._adviser.ask(
-            "admitted", lambda policy: int(policy.admitted(keys, nbytes, origin, now_s))
-        )
+        count = self._adviser.ask("admitted", keys, nbytes, origin, now_s, read=int)
         return len(keys) if count is None else max(0, min(len(keys), count))
 
 
@@ -117,7 +115,7 @@ class GuardedPolicy(Lru):
     def insert(self, key: BlockKey, nbytes: int) -> None:
         """See `EvictionPolicy.insert`."""
         super().insert(key, nbytes)
-        self._adviser.ask("insert", lambda adviser: adviser.insert(key, nbytes))
+        self._adviser.ask("insert", key, nbytes)
 
     def insert_each(self, sizes: Mapping[BlockKey, int]) -> None:
         """See `Fifo.insert_each`."""
@@ -127,7 +125,7 @@ class GuardedPolicy(Lru):
     def touch(self, key: BlockKey) -> None:
         """See `EvictionPolicy.touch`."""
         super().touch(key)
-        self._adviser.ask("touch", lambda adviser: adviser.touch(key))
+        self._adviser.ask("touch", key)
 
     def offered(self, keys: Sequence[BlockKey], origin: Origin) -> None:
         """See `EvictionPolicy.offered`."""
@@ -138,22 +136,22 @@ class GuardedPolicy(Lru):
             if key in self:
                 super().touch(key)
         self._await_tail(keys)
-        self._adviser.ask("offered", lambda adviser: adviser.offered(keys, origin))
+        self._adviser.ask("offered", keys, origin)
 
     def remove(self, key: BlockKey) -> None:
         """See `EvictionPolicy.remove`."""
         super().remove(key)
-        self._adviser.ask("remove", lambda adviser: adviser.remove(key))
+        self._adviser.ask("remove", key)
 
     def next_victims(self, count: int) -> list[BlockKey]:
         """See `EvictionPolicy.next_victims`. What it names wrongly is left out: it is a guess."""
-        named = self._adviser.ask("next_victims", lambda adviser: list(adviser.next_victims(count))) or ()
+        named = self._adviser.ask("next_victims", count, read=list) or ()
         known = [key for key in named[:count] if isinstance(key, bytes) and key in self]
         return known or list(super().next_victims(count))
 
     def admits(self, key: BlockKey, nbytes: int) -> bool:
         """See `EvictionPolicy.admits`."""
-        return self._adviser.ask("admits", lambda adviser: adviser.admits(key, nbytes)) is not False
+        return self._adviser.ask("admits", key, nbytes) is not False
 
     def admitted(self, keys: list[BlockKey], fitting: int, nbytes: int) -> list[BlockKey]:
         """Give the leading keys that fit or that the policy lets in, see `Fifo.admitted`."""
@@ -169,7 +167,7 @@ class GuardedPolicy(Lru):
         if not self._adviser:
             return super().evict(nbytes, protected)
         victims: list[BlockKey] = []
-        for key in self._adviser.ask("evict", partial(_evict, nbytes=nbytes, protected=protected)) or ():
+        for key in self._adviser.ask("evict", nbytes, protected, read=list) or ():
             if not isinstance(key, bytes) or key not in self or key in protected or nbytes <= 0:
                 self._adviser.dismiss(f"evict() named an object that {self._why_not(key, nbytes)}")
                 break
@@ -178,7 +176,7 @@ class GuardedPolicy(Lru):
             super().remove(key)
         rest = super().evict(nbytes, protected)
         for key in rest:
-            self._adviser.ask("remove", partial(_remove, key=key))
+            self._adviser.ask("remove", key)
         if rest or nbytes <= 0:  # Else it may be that all are protected.
             self._short_evictions = self._short_evictions + 1 if rest else 0
         if self._short_evictions > max(_SHORT_EVICTIONS - 1, len(self) // _OBJECTS_EACH):
@@ -201,11 +199,3 @@ class _Either(Container[BlockKey]):
 
     def __contains__(self, key: object) -> bool:
         return key in self._one or key in self._other
-
-
-def _evict(adviser: EvictionPolicy, nbytes: int, protected: Container[BlockKey]) -> list[BlockKey]:
-    return list(adviser.evict(nbytes, protected))
-
-
-def _remove(adviser: EvictionPolicy, key: BlockKey) -> None:
-    adviser.remove(key)

@@ -13,13 +13,13 @@ from typing import Final, NamedTuple
 
 from kvbm_core.block import BlockKey
 from kvbm_core.errors import ConfigError
-from kvbm_core.leader.claims import COMMON, Claim
-from kvbm_core.leader.partitioned_index import PartitionedIndex
-from kvbm_core.leader.tier_policies import TierPolicies
-from kvbm_core.leader.tier_state import TierState
-from kvbm_core.leader.tiers import Tiers
+from kvbm_core.leader.ground.tier_policies import TierPolicies
+from kvbm_core.leader.ground.tier_state import TierState
+from kvbm_core.leader.ground.tiers import Tiers
+from kvbm_core.leader.tenancy.partitioned_index import PartitionedIndex
+from kvbm_core.leader.tenancy.wishes import COMMON, Wish
 from kvbm_core.policy import PolicyContext
-from kvbm_core.sharing import Sharing
+from kvbm_core.sharing import OTHERS, Sharing
 
 __all__ = ["TenantLevel", "Tenants"]
 
@@ -73,9 +73,9 @@ class Tenants:
         self._accounts: dict[str, _Account] = {}
         self._parted: dict[int, PartitionedIndex] = {}
         """The indexes of the tiers that are shared out or have kept blocks, by position."""
-        self._others = None if sharing.others is None else self._by_position(sharing.others)
+        self._others = None if sharing.others is None else self._by_position(OTHERS, sharing.others)
         for name, quotas in sharing.tenants.items():
-            self._open(name, _Account(self._by_position(quotas), is_named=True))
+            self._open(name, _Account(self._by_position(name, quotas), is_named=True))
 
     def __repr__(self) -> str:
         return f"<Tenants {', '.join(self._accounts)}>"
@@ -94,30 +94,30 @@ class Tenants:
         self._open(name, account)
         return ""
 
-    def begin(self, claim: Claim) -> None:
-        """Note that a request with a claim lives."""
-        if claim.keep_s and self._sharing.keep_fraction:
+    def begin(self, wish: Wish) -> None:
+        """Note that a request with a wish lives."""
+        if wish.keep_s and self._sharing.keep_fraction:
             for tier in self._tiers:
                 if tier.capacity_bytes is not None and not tier.capabilities.shared:
                     self._part(tier)
-        if account := self._accounts.get(claim.tenant):
+        if account := self._accounts.get(wish.tenant):
             account.requests += 1
 
-    def end(self, claim: Claim, now_s: float) -> None:
-        """Note that a request with a claim has ended."""
-        if account := self._accounts.get(claim.tenant):
+    def end(self, wish: Wish, now_s: float) -> None:
+        """Note that a request with a wish has ended."""
+        if account := self._accounts.get(wish.tenant):
             account.requests -= 1
             account.seen_s = now_s
 
-    def keep(self, keys: Sequence[BlockKey], claim: Claim, now_s: float) -> dict[str, tuple[int, int]]:
+    def keep(self, keys: Sequence[BlockKey], wish: Wish, now_s: float) -> dict[str, tuple[int, int]]:
         """Keep blocks of a request for as long as it has asked for, from now on.
 
         Returns:
             By the tier's name how many are kept, and how many are there and are not.
         """
-        claim.until_s = now_s + claim.keep_s
+        wish.until_s = now_s + wish.keep_s
         return {
-            self._tiers[position].name: index.keep(keys, claim.tenant, claim.until_s)
+            self._tiers[position].name: index.keep(keys, wish.tenant, wish.until_s)
             for position, index in self._parted.items()
         }
 
@@ -141,15 +141,15 @@ class Tenants:
             kept[self._tiers[position].name] = index.orders.kept_bytes * self._world_size
         return kept
 
-    def _by_position(self, quotas: Mapping[str, Fraction]) -> dict[int, int]:
+    def _by_position(self, tenant: str, quotas: Mapping[str, Fraction]) -> dict[int, int]:
         """Give the bytes that these quotas are on one rank, by the tier's position."""
         positions, found = {tier.name: at for at, tier in enumerate(self._tiers)}, {}
         for name, quota in quotas.items():
             tier = self._tiers[positions[name]]
             if tier.capabilities.shared or tier.capacity_bytes is None:
                 raise ConfigError(
-                    f"tenants: tier {name} cannot be shared out, because other engines use it or it has no "
-                    "capacity; take its quotas away"
+                    f"tenants: {tenant}: {name}: other engines use this tier, so that no part of it can be "
+                    "promised; take this quota away"
                 )
             found[positions[name]] = int(tier.capacity_bytes * quota)
         return found

@@ -10,10 +10,10 @@ from typing import Final
 from kvbm_core.block import BlockKey
 from kvbm_core.errors import ConfigError
 from kvbm_core.groups import TAG_BYTES, KvGroup, is_plain
-from kvbm_core.leader.prefix_search import PrefixSearch
-from kvbm_core.leader.tier_index import LatestKeys, TierIndex
-from kvbm_core.leader.tier_policies import TierPolicies
-from kvbm_core.leader.tier_state import TierState
+from kvbm_core.leader.ground.prefix_search import PrefixSearch
+from kvbm_core.leader.ground.tier_index import LatestKeys, TierIndex
+from kvbm_core.leader.ground.tier_policies import TierPolicies
+from kvbm_core.leader.ground.tier_state import TierState
 from kvbm_core.plan import TierStatus
 from kvbm_core.policies import Fifo, Lru
 from kvbm_core.policy import PolicyContext
@@ -79,20 +79,16 @@ class Tiers:
 
     def take_drops(self) -> list[tuple[int, list[BlockKey]]]:
         """Take the blocks that tiers shall forget: position and keys."""
-        taken = []
-        for position, tier in enumerate(self._states):
-            if tier.drops:
-                taken.append((position, tier.drops))
-                tier.drops = []
+        taken = [(tier.position, tier.drops) for tier in self._states if tier.drops]
+        for position, _ in taken:
+            self._states[position].drops = []
         return taken
 
     def take_used(self) -> list[tuple[int, list[BlockKey]]]:
         """Take what requests have had: position and keys."""
-        taken = []
-        for position, tier in enumerate(self._states):
-            if tier.used:
-                taken.append((position, tier.used))
-                tier.used = []
+        taken = [(tier.position, tier.used) for tier in self._states if tier.used]
+        for position, _ in taken:
+            self._states[position].used = []
         return taken
 
     def drop_all(self) -> None:

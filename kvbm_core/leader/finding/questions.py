@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from kvbm_core.block import BlockKey, BlockState
 from kvbm_core.leader.cost_model import CostModel
 from kvbm_core.leader.draft import Draft
-from kvbm_core.leader.prefix_search import PrefixSearch
-from kvbm_core.leader.tier_state import TierState
-from kvbm_core.leader.tiers import Tiers
+from kvbm_core.leader.ground.prefix_search import PrefixSearch
+from kvbm_core.leader.ground.tier_state import TierState
+from kvbm_core.leader.ground.tiers import Tiers
 from kvbm_core.plan import Lookup
 
 __all__ = ["Questions"]
@@ -35,7 +35,7 @@ class Questions:
     ) -> frozenset[int]:
         """Ask for the leading blocks of a run, see `Planner.lookup`."""
         asking: set[int] = set()
-        for position, tier, search in self._to_be_asked(now_s, len(keys)):
+        for tier, search in self._to_be_asked(now_s, len(keys)):
             # A block that is on its way there needs no question, and is no hit yet.
             if tier.index.state(keys[0]) is not BlockState.ABSENT:
                 continue
@@ -44,7 +44,7 @@ class Questions:
             elif span := search.span(keys, now_s):
                 number = self._draft.number()
                 asking.add(number)
-                self._draft.lookup(Lookup(number, position, search.ask(number, span), group, head))
+                self._draft.add(Lookup(number, tier.position, search.ask(number, span), group, head))
         return frozenset(asking)
 
     def ask_each(
@@ -52,25 +52,25 @@ class Questions:
     ) -> frozenset[int]:
         """Ask for single objects, of which each may be there without the others, in one round."""
         asking: set[int] = set()
-        for position, tier, search in self._to_be_asked(now_s):
+        for tier, search in self._to_be_asked(now_s):
             absent = tier.index.absent(keys)
             asking |= search.asking_each(absent)
             if unknown := search.unknown(absent, now_s):
                 number = self._draft.number()
                 asking.add(number)
-                self._draft.lookup(Lookup(number, position, search.ask_each(number, unknown), group, head))
+                self._draft.add(Lookup(number, tier.position, search.ask_each(number, unknown), group, head))
         return frozenset(asking)
 
     def may_be_there(self, now_s: float) -> Callable[[BlockKey], bool]:
         """Give a function that says whether a tier may have an object that none is known to have."""
-        searches = [search for _, _, search in self._to_be_asked(now_s)]
+        searches = [search for _, search in self._to_be_asked(now_s)]
         return lambda key: any(search.absent_until_s(key) <= now_s for search in searches)
 
     def _to_be_asked(
         self, now_s: float, blocks: float = math.inf
-    ) -> Iterator[tuple[int, TierState, PrefixSearch]]:
-        for position, tier in enumerate(self._tiers):
+    ) -> Iterator[tuple[TierState, PrefixSearch]]:
+        for tier in self._tiers:
             if tier.search is None or not tier.breaker.closed(now_s):
                 continue
-            if not self._cost_model.should_skip(position, now_s, blocks):
-                yield position, tier, tier.search
+            if not self._cost_model.should_skip(tier.position, now_s, blocks):
+                yield tier, tier.search

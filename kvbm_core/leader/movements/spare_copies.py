@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from kvbm_core.block import BlockKey
-from kvbm_core.leader.tiers import Tiers
+from kvbm_core.leader.ground.tiers import Tiers
 
 __all__ = ["SpareCopies"]
 

@@ -1,6 +1,6 @@
 """Which boundaries of a prompt can be restored, asked of tiers and remembered as long as it is true.
 
-For an engine with several KV groups; `kvbm_core.leader.matches` serves those with one.
+For an engine with several KV groups; `kvbm_core.leader.finding.matches` serves those with one.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Final
 
 from kvbm_core.block import BlockKey
 from kvbm_core.groups import KvGroup
-from kvbm_core.leader.boundaries import Boundaries, BoundaryFinder, GroupPrefix, Part
-from kvbm_core.leader.matches import Finding, scan
-from kvbm_core.leader.questions import Questions
-from kvbm_core.leader.tiers import Tiers
+from kvbm_core.leader.finding.boundaries import Boundaries, BoundaryFinder, GroupPrefix, Part
+from kvbm_core.leader.finding.matches import Finding, scan
+from kvbm_core.leader.finding.questions import Questions
+from kvbm_core.leader.ground.tiers import Tiers
 
 __all__ = ["GroupMatch", "GroupMatcher"]
 

@@ -1,6 +1,6 @@
 """What a request asks of the tiers for its blocks: whose they are, and how long they must stay.
 
-A claim travels with the keys of its request's prefix, as their attribute ``claim``, to wherever room is made
+A wish travels with the keys of its request's prefix, as their attribute ``wish``, to wherever room is made
 for them: a store of now, a write-back of later, a promotion.
 """
 
@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["COMMON", "UNCLAIMED", "Claim", "claim_of"]
+__all__ = ["COMMON", "NO_WISH", "Wish", "wish_of"]
 
 COMMON: Final = ""
 """Whose the blocks are that no tenant is charged for."""
 
 
 @dataclass(slots=True, eq=False)
-class Claim:
+class Wish:
     """Of one request that has hints."""
 
     tenant: str = COMMON
@@ -27,13 +27,13 @@ class Claim:
     """When that ends, by the leader's clock."""
 
 
-UNCLAIMED: Final = Claim()
+NO_WISH: Final = Wish()
 """Of a request without hints."""
 
 
-def claim_of(prefix: object) -> Claim | None:
-    """Give the claim of a request's keys, `UNCLAIMED` if it has no hints. None: they are of no request."""
-    claim = getattr(prefix, "claim", None)
-    if claim is not None or not hasattr(prefix, "claim"):
-        return claim
-    return UNCLAIMED
+def wish_of(prefix: object) -> Wish | None:
+    """Give the wish of a request's keys, `NO_WISH` if it has no hints. None: they are of no request."""
+    wish = getattr(prefix, "wish", None)
+    if wish is not None or not hasattr(prefix, "wish"):
+        return wish
+    return NO_WISH

@@ -9,10 +9,10 @@ from typing import Final
 
 from kvbm_core.admission import AdmissionPolicy
 from kvbm_core.block import BlockKey
-from kvbm_core.leader.breaker import Breaker
-from kvbm_core.leader.counts import TierCounts, TierLevels
-from kvbm_core.leader.prefix_search import PrefixSearch
-from kvbm_core.leader.tier_index import TierIndex
+from kvbm_core.leader.ground.breaker import Breaker
+from kvbm_core.leader.ground.counts import TierCounts, TierLevels
+from kvbm_core.leader.ground.prefix_search import PrefixSearch
+from kvbm_core.leader.ground.tier_index import TierIndex
 from kvbm_core.policy import Origin
 from kvbm_core.tier import Capabilities
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvbm_core.block import BlockKey
-from kvbm_core.leader.tiers import Tiers
+from kvbm_core.leader.ground.tiers import Tiers
 
 __all__ = ["Finding", "Match", "Matcher", "Prefix", "scan"]
 

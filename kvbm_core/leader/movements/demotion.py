@@ -16,7 +16,7 @@ from typing import Final
 from kvbm_core.block import BlockKey, BlockState
 from kvbm_core.groups import TAG_BYTES
 from kvbm_core.leader.draft import Draft
-from kvbm_core.leader.tiers import Tiers
+from kvbm_core.leader.ground.tiers import Tiers
 from kvbm_core.movement import Movement
 from kvbm_core.plan import FillReason
 

@@ -8,8 +8,8 @@ from typing import Final
 
 from kvbm_core.block import BlockKey, BlockState
 from kvbm_core.leader.draft import Draft
-from kvbm_core.leader.tier_state import TierState
-from kvbm_core.leader.tiers import Tiers
+from kvbm_core.leader.ground.tier_state import TierState
+from kvbm_core.leader.ground.tiers import Tiers
 from kvbm_core.plan import FillReason
 
 __all__ = ["WriteBack"]

@@ -18,13 +18,13 @@ import msgspec
 from kvbm_core.block import BlockKey
 from kvbm_core.groups import KvGroup
 from kvbm_core.leader.cost_model import CostModel
-from kvbm_core.leader.demotion import Demotion
 from kvbm_core.leader.draft import Draft
-from kvbm_core.leader.promotion import Promotion
-from kvbm_core.leader.spare_copies import SpareCopies
-from kvbm_core.leader.tier_state import UNKNOWN
-from kvbm_core.leader.tiers import Tiers
-from kvbm_core.leader.write_back import WriteBack
+from kvbm_core.leader.ground.tier_state import UNKNOWN
+from kvbm_core.leader.ground.tiers import Tiers
+from kvbm_core.leader.movements.demotion import Demotion
+from kvbm_core.leader.movements.promotion import Promotion
+from kvbm_core.leader.movements.spare_copies import SpareCopies
+from kvbm_core.leader.movements.write_back import WriteBack
 from kvbm_core.movement import WRITE_THROUGH, Movement
 from kvbm_core.policy import Origin
 
@@ -115,8 +115,7 @@ class Movements:
                 tier.admission.offered(keys, origin)
                 offered = tier.admitted(offered, now_s, group, origin)
             if tier.keeps_order:
-                refused = set(absent).difference(offered) if len(offered) < len(absent) else ()
-                tier.note_used(keys, refused)
+                tier.note_used(keys, set(absent).difference(offered) if len(offered) < len(absent) else ())
             wanted = offered
             if not tier.is_host_pool or not tier.breaker.closed(now_s):
                 wanted = self._write_back.admit(tier, offered, prefix, now_s, group)

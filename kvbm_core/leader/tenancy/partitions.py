@@ -13,7 +13,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvbm_core.block import BlockKey
-from kvbm_core.leader.claims import COMMON
+from kvbm_core.leader.tenancy.wishes import COMMON
 from kvbm_core.policies import Fifo
 from kvbm_core.policy import Origin
 

@@ -12,9 +12,9 @@ import itertools
 from collections.abc import Callable, Container, Iterable, Sequence
 
 from kvbm_core.block import BlockKey
-from kvbm_core.leader.claims import COMMON, claim_of
-from kvbm_core.leader.partitions import Partitions, Share
-from kvbm_core.leader.tier_index import TierIndex
+from kvbm_core.leader.ground.tier_index import TierIndex
+from kvbm_core.leader.tenancy.partitions import Partitions, Share
+from kvbm_core.leader.tenancy.wishes import COMMON, wish_of
 from kvbm_core.policies import Fifo
 
 __all__ = ["PartitionedIndex"]
@@ -55,12 +55,12 @@ class PartitionedIndex(TierIndex):
 
         A tenant that has used up its quota makes room among its own objects. Else common objects make room.
         """
-        claim = claim_of(protected)
+        wish = wish_of(protected)
         wanted = keys if are_absent else self.absent(keys)
-        if claim is not None:
-            filling, evicted = self._reserve_for(claim.tenant, wanted, charge, protected)
-            if claim.keep_s:
-                self.keep(filling, claim.tenant, claim.until_s)
+        if wish is not None:
+            filling, evicted = self._reserve_for(wish.tenant, wanted, charge, protected)
+            if wish.keep_s:
+                self.keep(filling, wish.tenant, wish.until_s)
             return filling, evicted
         filling, evicted = [], []
         for tenant, run in itertools.groupby(wanted, key=self._find_owner):
