@@ -215,7 +215,7 @@ def test_every_field_of_a_member_is_documented():
         assert documented[name][1] == ("required" if field.required else f"`{default!r}`"), name
 
 
-@pytest.mark.parametrize("name", ["Tier", "Addressable", "Coordinator"])
+@pytest.mark.parametrize("name", ["Tier", "Addressable", "Coordinator", "Probeable"])
 def test_every_method_of_the_contract_is_documented(name):
     assert table(CONTRACT, name).keys() == getattr(kvbm_core, name).__abstractmethods__
 
