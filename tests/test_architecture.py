@@ -54,9 +54,9 @@ WINGS = {
     "backends/kvbm_zstd/*.py": 150,
     "backends/kvbm_eviction/*.py": 660,
     "backends/kvbm_admission/*.py": 160,
-    "plugins/kvbm_engine/*.py": 1640,
+    "plugins/kvbm_engine/*.py": 1740,
     "plugins/kvbm_vllm/**/*.py": 2250,
-    "plugins/kvbm_replay/*.py": 1960,
+    "plugins/kvbm_replay/*.py": 2270,
 }
 """Lines of code of each wing at most, without comments, docstrings and empty lines."""
 

@@ -103,7 +103,7 @@ class BlockKeys:
         return digests
 
     def digests(self, start: int, stop: int) -> list[BlockKey]:
-        """Digest the prefixes from one number of `hash_tokens` to another, exclusive. Asked once, in order."""
+        """Digest the prefixes from one number of `hash_tokens` up to another. Asked once, in order."""
         size = self._size
         tokens = self._request.all_token_ids[start * size : stop * size]
         made = chain_keys(self._last, tokens, size, self._extras(start, stop))

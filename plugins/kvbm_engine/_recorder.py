@@ -6,9 +6,9 @@
     {"lost": 3}
 
 A request's line comes when it has ended and its last blocks were offered to the tiers: when it came, tokens
-of prompt and answer, the leading blocks that the engine's own cache had, each moment at which it was looked up
-and at which blocks were offered, and a hash of 48 bits for each complete block. Moments are microseconds, no
-two of a log alike: they give the order in which requests that ran side by side met the tiers.
+of prompt and answer, the leading blocks that the engine's own cache had, each moment at which it was looked
+up and at which blocks were offered, and a hash of 48 bits for each complete block. Moments are microseconds,
+no two of a log alike: they give the order in which requests that ran side by side met the tiers.
 
 The hashes are keyed with a secret that is drawn for each start and kept nowhere: who has the log cannot even
 try whether it has a text that he knows.

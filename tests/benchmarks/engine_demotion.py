@@ -12,9 +12,10 @@ third of the prompts stands above a tier with demotion between them. That tier i
   fast again   asked until the engine has found that out, at most so many seconds; then it is used again
   slow again   left alone again
 
-A line each: the time to the first token with the tiers, as a part of that without a connector (of all requests
-together, of the median pair, and of the 95th percentiles), each with an interval of 95 % (resampled pairs), and
-what was loaded from each tier. Goal: at most 1.05 while it is slow. Ends with 1 where that or a recovery failed.
+A line each: the time to the first token with the tiers, as a part of that without a connector (of all
+requests together, of the median pair, and of the 95th percentiles), each with an interval of 95 % (resampled
+pairs), and what was loaded from each tier. Goal: at most 1.05 while it is slow. Ends with 1 where that or a
+recovery failed.
 """
 
 from __future__ import annotations
@@ -226,7 +227,8 @@ class Phase:
 
     def show(self) -> float:
         """Print a line; give the ratio of all requests together."""
-        loaded = {name: count - self.before.get(name, 0) for name, count in self.engines.loaded.items()}
+        before = self.before
+        loaded = {name: count - before.get(name, 0) for name, count in self.engines.loaded.items()}
         total, median, tail = (estimate(self.pairs, of) for of in (total_of, median_of, tail_of))
         without_ms = statistics.median(second for _, second in self.pairs) * 1e3
         print(
@@ -307,7 +309,8 @@ def main() -> int:
     options = parser.parse_args()
     options.tokens = options.tokens or (4096 if options.device == "cuda" else 1280)
     print(f"command: python {' '.join(sys.argv)}")
-    print(f"{platform.machine()}, {os.cpu_count()} cores, python {platform.python_version()}, {options.device}")
+    python = platform.python_version()
+    print(f"{platform.machine()}, {os.cpu_count()} cores, python {python}, {options.device}")
     with tempfile.TemporaryDirectory() as folder:
         make = multiprocessing.get_context("spawn").Process(
             target=make_model, args=(Path(folder), options.device)
