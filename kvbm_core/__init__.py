@@ -8,7 +8,7 @@ from kvbm_core.admission import Admission, AdmissionPolicy
 from kvbm_core.block import BlockKey, BlockState, Namespace, chain_keys, make_namespace, root_key
 from kvbm_core.codec import Codec, CodecConfig, CodecContext, CodecKind
 from kvbm_core.config import ByteSize, Settings, StackConfig, load_config
-from kvbm_core.coordinator import Coordinator, Member
+from kvbm_core.coordinator import Coordinator, Member, Probeable
 from kvbm_core.device import Device, DeviceTraits, Pinnable, Stageable, Work
 from kvbm_core.errors import (
     BackendError,
@@ -24,8 +24,8 @@ from kvbm_core.errors import (
 )
 from kvbm_core.field_docs import show_fields
 from kvbm_core.hookspecs import hookimpl
-from kvbm_core.leader.counts import TierCounts
-from kvbm_core.leader.matches import Match
+from kvbm_core.leader.finding.matches import Match
+from kvbm_core.leader.ground.counts import TierCounts
 from kvbm_core.leader.planner import Planner
 from kvbm_core.movement import Movement
 from kvbm_core.plan import Load, Plan, Report, Store, TierStatus
@@ -98,6 +98,7 @@ __all__ = [
     "Policy",
     "PolicyConfig",
     "PolicyContext",
+    "Probeable",
     "QueueFullError",
     "Reason",
     "Region",

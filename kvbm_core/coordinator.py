@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-__all__ = ["Coordinator", "Member"]
+__all__ = ["Coordinator", "Member", "Probeable"]
 
 
 class Member(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,3 +76,19 @@ class Coordinator(ABC):
     @abstractmethod
     def close(self) -> None:
         """Be listed no more. May be called twice."""
+
+
+class Probeable(ABC):
+    """What a coordinator adds when it can be tried without an engine, for `kvbm check`."""
+
+    @abstractmethod
+    def probe(self) -> str:
+        """Connect, do what an engine will do there, undo it, and say in a line how it went.
+
+        Behaviour:
+            - Nobody is listed by it.
+            - What an operator should look at, though it works, is logged as a warning.
+
+        Raises:
+            CoordinatorError: It cannot be used; says why, and what to do.
+        """

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,7 @@ from kvbm_core.errors import TierOpenError
 __all__ = [
     "DIRECTORY_MODE",
     "FILE_MODE",
+    "open_direct",
     "open_file",
     "open_folder",
     "refuse_strange_links",
@@ -74,6 +76,23 @@ def open_file(folder: Path, folder_fd: int, name: str, flags: int, tier: str) ->
         "or write another path",
         tier,
     )
+
+
+def open_direct(open_named: Callable[[str, int], int], name: str, flags: int) -> tuple[int, bool]:
+    """Open a file past the page cache where the file system can.
+
+    Args:
+        open_named: Opens it, given the name and the flags, as `HeldFolder.open` does.
+        name: Of the file.
+        flags: As of `os.open`, but for the page cache.
+
+    Returns:
+        The file descriptor, and whether it is past the page cache.
+    """
+    try:
+        return open_named(name, flags | os.O_DIRECT), True
+    except OSError:
+        return open_named(name, flags), False
 
 
 def open_folder(path: Path, tier: str, *, tighten: bool = True, parent_fd: int | None = None) -> int:

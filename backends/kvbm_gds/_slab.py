@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import os
 import re
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from kvbm_core.localdir import LocalDirectory, free_bytes, unusable
 from kvbm_core.log_limit import TierLog
 from kvbm_core.namespace_facts import keep_facts, room_bytes
 from kvbm_core.tier import PAGE_BYTES, TierContext
+from kvbm_core.trust import open_direct
 from kvbm_gds._config import GdsConfig
 from kvbm_gds._layout import (
     ENTRY,
@@ -36,7 +36,6 @@ from kvbm_gds._layout import (
     Entry,
     Sizing,
 )
-from kvbm_gds._machine import open_direct
 
 __all__ = ["SLAB", "Slab", "directory_of", "read_entries", "sound_fields"]
 
@@ -222,7 +221,7 @@ class Slab:
     def _open_files(self) -> None:
         for number in range(self._sizing.files):
             name = f"slab.{number:03d}"
-            fd, direct = open_direct(functools.partial(self._folder.open, name))
+            fd, direct = open_direct(self._folder.open, name, os.O_RDWR | os.O_CREAT)
             self._fds.append(fd)
             self.direct = self.direct and direct
         kept = {f"slab.{number:03d}" for number in range(self._sizing.files)}

@@ -3,8 +3,7 @@
     tiers:
       - {backend: remote, url: "s3://kv-cache/prod"}
 
-`RemoteTier` is the tier, `RemoteConfig` its settings. ``kvbm remote gc URL`` deletes what
-is old.
+`RemoteTier` is the tier, `RemoteConfig` its settings. ``kvbm clear URL`` deletes what is old.
 """
 
 from __future__ import annotations

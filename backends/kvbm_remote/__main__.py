@@ -1,8 +1,15 @@
-"""The old form of `kvbm remote`."""
+"""The old form of what `kvbm clear` does."""
 
 from __future__ import annotations
 
-from kvbm_core.command import moved
+import sys
+
+from kvbm_core.command import ExitCode
 
 if __name__ == "__main__":
-    moved("python -m kvbm_remote", "remote")
+    print(
+        "`python -m kvbm_remote gc URL --max-age 7d --max-bytes 500GiB` is now "
+        "`kvbm clear URL --older-than 7d --down-to 500GiB --yes`",
+        file=sys.stderr,
+    )
+    raise SystemExit(ExitCode.WRONG)

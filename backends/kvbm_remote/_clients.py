@@ -8,7 +8,6 @@ import importlib.util
 import inspect
 import os
 import shlex
-import tempfile
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Final
 
 from kvbm_core.errors import TierOpenError
 from kvbm_core.extras import extra_command
+from kvbm_core.localdir import try_writing
 from kvbm_core.log_limit import Log, TierLog
 from kvbm_remote._async_stores import AsyncStore, ObjectStore
 from kvbm_remote._config import RemoteConfig, shown_url
@@ -71,18 +71,19 @@ def is_read_only(config: RemoteConfig) -> bool:
     return config.read_only or config.protocol in WITHOUT_ROOT
 
 
-def make_store(config: RemoteConfig, log: Log = _log) -> Store:
+def make_store(config: RemoteConfig, log: Log = _log, *, direct: bool = False) -> Store:
     """Choose the client library. Opens no connection.
 
     Args:
         config: The tier's.
         log: Where its lines go.
+        direct: Read files of a directory past the page cache, see `LocalStore`.
 
     Raises:
         TierOpenError: If the protocol is unknown, its package is not installed, or an option is wrong.
     """
     if config.protocol in ("file", "local"):
-        return LocalStore(_folder(config), log)
+        return LocalStore(_folder(config), log, direct=direct)
     authorities = _authorities(config)
     settings = _obstore_settings(config)
     if settings is None:
@@ -112,18 +113,7 @@ def check(config: RemoteConfig) -> None:
     """
     make_store(config)
     if config.protocol in ("file", "local") and not config.read_only:
-        root = _folder(config)
-        existing = next(folder for folder in (root, *root.parents) if os.path.lexists(folder))
-        try:
-            # Permission bits do not tell everything (read-only mounts): try it, and clean up.
-            os.rmdir(tempfile.mkdtemp(prefix=".kvbm-check-", dir=existing))
-        except OSError as error:
-            raise TierOpenError(
-                f"url: {existing} cannot be used by uid {os.getuid()} ({error}); write a directory that this "
-                "user may write",
-                operation="check",
-                tier="remote",
-            ) from error
+        try_writing(_folder(config), "remote", "url")
 
 
 def _folder(config: RemoteConfig) -> Path:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 import re
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
 from kvbm_core.block import Namespace
@@ -16,10 +19,10 @@ from kvbm_core.tier import whole_pages
 from kvbm_remote._clients import make_store
 from kvbm_remote._config import RemoteConfig, shown_url
 from kvbm_remote._facts import namespace_of
-from kvbm_remote._faults import classify
+from kvbm_remote._faults import Fault, classify
 from kvbm_remote._kinds import CORRUPT, MISSING
 from kvbm_remote._runners import run_through
-from kvbm_remote._stores import FACTS, TOP, Entry, Store
+from kvbm_remote._stores import FACTS, LITTER_S, TOP, Entry, Store, is_temporary
 
 __all__ = ["contents"]
 
@@ -44,14 +47,17 @@ class _Whole(Contents):
     """A whole store. A place is the path, the length and the time of the last change."""
 
     timed = True
+    shared = True
 
     def __init__(self, config: RemoteConfig) -> None:
         self.where = shown_url(config.url)
         self.threads = max(1, config.max_in_flight)
+        self._beside: list[Entry] = []
+        """What was listed and is no block, but ours."""
         self._patience_s = config.timeout_s * config.attempts
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._store: Store = make_store(config)
+        self._store: Store = make_store(config, direct=True)
         if self._store.asynchronous:
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._loop.run_forever, name="kvbm-contents", daemon=True)
@@ -70,7 +76,7 @@ class _Whole(Contents):
         for entry in self._entries(FACTS):
             if (namespace := namespace_of(entry.path)) and (rank := _RANK.search(entry.path)):
                 try:
-                    content = self._get(entry.path, memoryview(bytearray(MOST_BYTES)))
+                    content = self._get(entry.path, memoryview(mmap.mmap(-1, MOST_BYTES)))
                 except TierError:
                     content = None
                 told = None if content is None else decode_facts(bytes(content))
@@ -79,11 +85,14 @@ class _Whole(Contents):
 
     def objects(self) -> Iterator[Found]:
         """See `Contents.objects`."""
+        self._beside = []
         for entry in self._entries(TOP):
             if match := _BLOCK.fullmatch(entry.path):
                 namespace, key = bytes.fromhex(match[1]), bytes.fromhex(match[5])
                 broken = "" if entry.nbytes else "it is empty"
                 yield Found(namespace, int(match[2]), key, entry.nbytes, entry.modified_s, entry, broken)
+            elif is_temporary(entry.path) or namespace_of(entry.path):
+                self._beside.append(entry)
 
     def problems(self) -> Sequence[str]:
         """See `Contents.problems`."""
@@ -107,17 +116,23 @@ class _Whole(Contents):
             return True
 
     def remove(self, found: Sequence[Found]) -> int:
-        """See `Contents.remove`. Engines miss what is gone."""
-        removed = 0
-        for each in found:
-            if self.is_there(each):
-                try:
-                    self._run(self._store.delete(each.place.path))
-                    removed += 1
-                except Exception as error:  # noqa: BLE001 - a client's error may quote a password
-                    if (fault := classify(error)).kind is not MISSING:
-                        raise TierError(f"{self.where}: {fault}", tier="remote") from None
-        return removed
+        """See `Contents.remove`. Several at once; what cannot be deleted is left.
+
+        Raises:
+            TierError: Not one could be deleted.
+        """
+        return self._delete([each.place for each in found])
+
+    def tidy(self, kept: Collection[tuple[Namespace, int]], *, really: bool) -> int:
+        """See `Contents.tidy`. What is young may be a writer's at work, or facts ahead of the first block."""
+        names = {namespace.hex() for namespace, _ in kept}
+        old_s = time.time() - LITTER_S
+        doomed = [
+            entry
+            for entry in self._beside
+            if entry.modified_s < old_s and namespace_of(entry.path) not in names
+        ]
+        return self._delete(doomed) if really else len(doomed)
 
     def close(self) -> None:
         """See `Contents.close`."""
@@ -126,6 +141,23 @@ class _Whole(Contents):
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
+
+    def _delete(self, entries: Sequence[Entry]) -> int:
+        """Delete, and say how many were there."""
+
+        def delete(entry: Entry) -> Fault | None:
+            try:
+                self._run(self._store.delete(entry.path))
+            except Exception as error:  # noqa: BLE001 - a client's error may quote a password
+                return classify(error)
+            return None
+
+        with ThreadPoolExecutor(self.threads) as pool:
+            faults = [fault for fault in pool.map(delete, entries) if fault]
+        failed = [fault for fault in faults if fault.kind is not MISSING]
+        if failed and len(failed) == len(entries):
+            raise TierError(f"{self.where}: {failed[0]}", tier="remote")
+        return len(entries) - len(faults)
 
     def _get(self, path: str, buffer: memoryview) -> memoryview | None:
         """Read an object; none if it is gone, nothing if it cannot be one of ours."""

@@ -155,7 +155,7 @@ TIMEOUT: Final = Kind(
     Reason.DEADLINE,
     "the store is slow or silent, or no credentials are found: raise 'timeout_s', or check the network",
 )
-FULL: Final = Kind("full", Reason.FULL, "make room: kvbm remote gc")
+FULL: Final = Kind("full", Reason.FULL, "make room: kvbm clear")
 SERVER: Final = Kind("server error", Reason.ERROR, "look into the server's log", again=True)
 OTHER: Final = Kind("error", Reason.ERROR, "check 'url' and 'storage_options'")
 

@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Final
 
 from kvbm_core.log_limit import Log, LogLimit
-from kvbm_core.trust import DIRECTORY_MODE, FILE_MODE, why_strange_folder
+from kvbm_core.tier import whole_pages
+from kvbm_core.trust import DIRECTORY_MODE, FILE_MODE, open_direct, why_strange_folder
 from kvbm_remote._faults import StrangeFolderError, WrongLengthError
 from kvbm_remote._stores import LITTER_S, UNFINISHED, Buffer, Entry, Store
 
 __all__ = ["LocalStore"]
 
+_PLAIN: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _UNFINISHED: Final = re.compile(UNFINISHED, re.ASCII)
 
@@ -36,8 +38,16 @@ class LocalStore(Store):
     client = "files"
     abandonable = False
 
-    def __init__(self, root: Path, log: Log) -> None:
+    def __init__(self, root: Path, log: Log, *, direct: bool = False) -> None:
+        """Take a directory.
+
+        Args:
+            root: It need not exist.
+            log: Where its lines go.
+            direct: Read past the page cache. Then targets start on a page and are whole pages.
+        """
         self._root = str(root)
+        self._direct = direct
         self._tidied: set[str] = set()
         self._lines = LogLimit(log)
         self._place: tuple[int, int] | None = None
@@ -52,16 +62,16 @@ class LocalStore(Store):
             nbytes = _plain_bytes(os.fstat(file))
             if not 0 < nbytes <= len(target):
                 raise WrongLengthError
-            target = target[:nbytes]
+            room = target[: whole_pages(1, nbytes) if self._direct else nbytes]
             done = 0
-            while done < len(target):
-                count = os.preadv(file, [target[done:]], done)
+            while done < nbytes:
+                count = os.preadv(file, [room[done:]], done)
                 if not count:
                     raise WrongLengthError
                 done += count
         finally:
             os.close(file)
-        return target
+        return target[:nbytes]
 
     async def put(self, path: str, content: Buffer, *, overwrite: bool) -> None:
         """See `Store.put`. Written under a temporary name, then renamed."""
@@ -107,8 +117,9 @@ class LocalStore(Store):
 
     def _open(self, path: str) -> int:
         # O_NONBLOCK: a pipe would wait for somebody at its other end.
+        file = self._at(path)
         try:
-            return os.open(self._at(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            return open_direct(os.open, file, _PLAIN)[0] if self._direct else os.open(file, _PLAIN)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENXIO):
                 raise WrongLengthError from error

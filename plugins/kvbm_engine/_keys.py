@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from kvbm_core import BlockKey, chain_keys
 from kvbm_core.groups import TAG_BYTES, KvGroup, group_keys
-from kvbm_core.leader.claims import Claim
+from kvbm_core.leader.tenancy.wishes import Wish
 from kvbm_engine._values import EngineRequest
 
 __all__ = ["BlockKeys", "hash_tokens"]
@@ -39,7 +39,7 @@ class BlockKeys:
         "_noted",
         "_request",
         "_size",
-        "claim",
+        "wish",
     )
 
     def __init__(
@@ -61,8 +61,8 @@ class BlockKeys:
         self._members: set[BlockKey] = set()
         """Of the first `_noted` keys of each group: made where somebody asks, for a tier that is full."""
         self._noted = [0] * len(groups)
-        self.claim: Claim | None = None
-        """What the request asks for its blocks, see `kvbm_core.leader.claims`. None: it has no hints."""
+        self.wish: Wish | None = None
+        """What the request asks for its blocks. None: it has no hints."""
 
     def __repr__(self) -> str:
         return f"<BlockKeys {sum(map(len, self._keys))} of request {self._request.request_id}>"
@@ -103,7 +103,7 @@ class BlockKeys:
         return digests
 
     def digests(self, start: int, stop: int) -> list[BlockKey]:
-        """Digest the prefixes from one number of `hash_tokens` up to another. Asked once, in order."""
+        """Digest the prefixes from one number of `hash_tokens` to another, exclusive. Once, in order."""
         size = self._size
         tokens = self._request.all_token_ids[start * size : stop * size]
         made = chain_keys(self._last, tokens, size, self._extras(start, stop))

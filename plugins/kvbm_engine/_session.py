@@ -15,8 +15,8 @@ from kvbm_engine._hints import Answers, HintDesk
 from kvbm_engine._ledger import Ledger, Writes
 from kvbm_engine._matching import Matching
 from kvbm_engine._prefetch import Prefetch
-from kvbm_engine._recorder import Recorder
 from kvbm_engine._requests import RequestState
+from kvbm_engine._spans import Watchers
 from kvbm_engine._sparse import SparseStores
 from kvbm_engine._storing import Storing
 from kvbm_engine._values import EngineRequest, GroupBlocks, Limits, Schedule, Step
@@ -35,7 +35,7 @@ class Session:
         max_load_blocks: Device blocks of requests that load, at once.
         joins: True if a step can wait for the load of its blocks, on every rank.
         storing: Chooses what is stored. By default of windows those ahead of a prompt's end.
-        recorder: Writes down what is asked for.
+        watchers: Are told what becomes of requests. By default there are none.
         limits: What requests may have of the tiers by hints and ahead of their turn. By default nothing.
     """
 
@@ -48,7 +48,7 @@ class Session:
         *,
         joins: bool,
         storing: Storing | None = None,
-        recorder: Recorder | None = None,
+        watchers: Watchers | None = None,
         limits: Limits | None = None,
     ) -> None:
         self.planner = planner
@@ -56,12 +56,12 @@ class Session:
         self.matching = Matching(ledger, planner, tally, max_load_blocks, joins=joins)
         self._storing = storing or Storing(ledger, planner, SparseStores(None))
         self._tally = tally
-        self._recorder = recorder
-        if recorder:
-            self._storing.on_offer = recorder.offered
+        self._recorder, self._spans = watchers or Watchers()
+        if self._recorder:
+            self._storing.on_offer = self._recorder.offered
         limits = limits or Limits()
         self._desk = HintDesk(ledger.groups, planner, tally, limits)
-        self._prefetch = Prefetch(ledger, planner, tally, limits)
+        self._prefetch = Prefetch(ledger, planner, limits)
 
     def __repr__(self) -> str:
         return f"<Session {len(self.ledger)} requests; {self.planner!r}>"
@@ -96,7 +96,7 @@ class Session:
         if hints is not None:
             self._desk.begin(name, self.ledger.state(request), hints, max_tokens, now_s)
         if reads_cache and self._prefetch.is_used:
-            self._prefetch.arrived(self.ledger.state(request), name)
+            self._prefetch.arrived(self.ledger.state(request), name, now_s)
 
     def match(
         self, request: EngineRequest, computed_tokens: int, now_s: float, *, reads_cache: bool
@@ -112,6 +112,8 @@ class Session:
             now_s: The time.
             reads_cache: False if the request must be computed whatever is found.
         """
+        if self._spans:
+            self._spans.asked(request.request_id, now_s)
         if self._recorder:
             self._recorder.turned(request.request_id, computed_tokens, now_s)
         if self._prefetch.delayed and self._prefetch.delays(request.request_id, now_s):
@@ -122,6 +124,8 @@ class Session:
     def allocated(self, request: EngineRequest, blocks: GroupBlocks, load_tokens: int, now_s: float) -> None:
         """Plan the load that was matched, into the blocks the engine has given to the request."""
         self._prefetch.gone(request.request_id)
+        if self._spans:
+            self._spans.admitted(request, load_tokens, now_s)
         admission = self.ledger.admit(request, blocks)
         if (state := admission.state) is None:
             return
@@ -146,6 +150,8 @@ class Session:
         self._storing.offer_due(now_s, writes.written)
         plan = self.planner.take(now_s, self._order(writes))
         self._tally.planned(plan)
+        if self._spans:
+            self._spans.planned(plan)
         self._storing.planned(plan)
         if self._recorder:
             self._recorder.settle(self.ledger.owed)
@@ -160,6 +166,8 @@ class Session:
         answers = self._desk.end(name, now_s)
         self._prefetch.gone(name)
         self._tally.finished(name)
+        if self._spans:
+            self._spans.gone(name, now_s)
         state = self.ledger.find(name)
         self.ledger.finish(name, now_s)
         if self._recorder:
@@ -178,9 +186,13 @@ class Session:
         self.planner.cost_model.computed(*self.ledger.end(step, now_s), now_s)
         finished = self.planner.report(reports, now_s)
         self._tally.ended(self.planner.took, copied)
+        if self._spans:
+            self._spans.ended(self.planner.took, now_s)
         for load, failures in finished:
             self._tally.loaded(load, failures)
             self._desk.loaded(load, len(failures))
+            if self._spans:
+                self._spans.loaded(load, failures, now_s)
             if not load.in_step:
                 self.ledger.parked.loaded(load.request, len(load.keys))
             if failures and (state := self.ledger.find(load.request)):

@@ -8,6 +8,7 @@ does without the other.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
@@ -16,7 +17,7 @@ from aetcd import rpc
 from kvbm_core.printable import printable
 from kvbm_etcd._config import Access
 
-__all__ = ["AwayError", "Client", "EtcdError", "RefusedError"]
+__all__ = ["AwayError", "Client", "EtcdError", "RefusedError", "Status"]
 
 _REFUSALS: Final = {
     grpc.StatusCode.UNAUTHENTICATED,
@@ -41,6 +42,17 @@ class RefusedError(EtcdError):
     """etcd does not let this user do this."""
 
 
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What an endpoint says of itself."""
+
+    version: str
+    index: int
+    """The last entry of the cluster's log that it has put into effect."""
+    errors: tuple[str, ...]
+    """Alarms, like that its room is used up."""
+
+
 class Client:
     """Blocking calls, each ended by a timeout. An endpoint that fails is left for the next one.
 
@@ -57,6 +69,16 @@ class Client:
         self._at = 0
         self._channel: Any = None
         self._token: str | None = None
+
+    def status(self) -> Status:
+        """Ask the endpoint how it is.
+
+        Raises:
+            EtcdError: As every method here.
+        """
+        answer = self._call(lambda channel: rpc.MaintenanceStub(channel).Status, rpc.StatusRequest())
+        errors = tuple(printable(each) for each in answer.errors)
+        return Status(printable(answer.version), int(answer.raftAppliedIndex), errors)
 
     def grant(self, ttl_s: int) -> int:
         """Make a lease.

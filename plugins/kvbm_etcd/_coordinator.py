@@ -24,10 +24,11 @@ from typing import Final
 
 import msgspec
 
-from kvbm_core import Coordinator, CoordinatorError, Member
+from kvbm_core import Coordinator, CoordinatorError, Member, Probeable
 from kvbm_core.log_limit import LogLimit
 from kvbm_etcd._client import AwayError, Client, EtcdError, RefusedError
 from kvbm_etcd._config import EtcdConfig, init_timeout_s, read_access
+from kvbm_etcd._probe import probe
 from kvbm_etcd._roll import Entry, check_alike, engine_prefix, missing_ranks, read_entries
 
 __all__ = ["EtcdCoordinator"]
@@ -47,7 +48,7 @@ class _State(enum.Enum):
     TAKEN = "taken"
 
 
-class EtcdCoordinator(Coordinator):
+class EtcdCoordinator(Coordinator, Probeable):
     """See `Coordinator`.
 
     Args:
@@ -68,8 +69,6 @@ class EtcdCoordinator(Coordinator):
         self._state = _State.STARTING
         self._error: EtcdError | None = None
         self._lines = LogLimit(logger)
-        self._says_listed = False
-        """True if the last line that was written says so."""
         self._changed = threading.Condition()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvbm-etcd", daemon=True)
@@ -96,6 +95,10 @@ class EtcdCoordinator(Coordinator):
         if state is _State.TAKEN or isinstance(error, RefusedError):
             self.close()
             raise CoordinatorError(self._said(state, error), operation="join")
+
+    def probe(self) -> str:
+        """Try etcd without joining. See `Probeable.probe`."""
+        return probe(self._config, self._access)
 
     def gather(self) -> Sequence[Member]:
         """Wait for the engine's workers. See `Coordinator.gather`."""
@@ -188,11 +191,13 @@ class EtcdCoordinator(Coordinator):
             self._changed.notify_all()
 
     def _say(self, kind: tuple[_State, type], text: str) -> None:
+        now_s = time.monotonic()
         if kind[0] is not _State.LISTED:
-            self._says_listed &= not self._lines.warning(kind, "%s", text)
-        elif not self._says_listed:  # Else the line that it ends was left out.
-            self._says_listed = True
+            self._lines.lasts("not listed", now_s, "%s", text, cause=kind)
+        elif self._state is _State.STARTING:
             logger.info("%s", text)
+        else:
+            self._lines.over("not listed", now_s, "%s; it did not %s", text, level=logging.INFO)
 
     def _said(self, state: _State, error: EtcdError | None) -> str:
         assert self._entry is not None

@@ -15,6 +15,7 @@ from typing import Final
 
 from kvbm_core import BlockKey, Load, Plan, Planner, Reason, TierCounts
 from kvbm_core.groups import KvGroup, Rule
+from kvbm_core.leader.endings import Took
 from kvbm_core.registry import Registry
 from kvbm_engine import (
     BlockKeys,
@@ -58,7 +59,7 @@ class _Hits(Tally):
     def planned(self, plan: Plan) -> None:
         """Nothing: no metric is read."""
 
-    def ended(self, took: Iterable[tuple[str, str, float]], copied: Mapping[str, int]) -> None:
+    def ended(self, took: Iterable[Took], copied: Mapping[str, int]) -> None:
         """Nothing."""
 
     def loaded(self, load: Load, failures: Mapping[int, Reason]) -> None:
@@ -78,7 +79,7 @@ class Prompt:
 
     __slots__ = (
         "all_token_ids", "keys", "left", "load_tokens", "looks", "num_computed_tokens", "num_tokens",
-        "request_id",
+        "request_id", "trace_headers",
     )  # fmt: skip
 
     def __init__(
@@ -94,6 +95,7 @@ class Prompt:
         """Tokens to be computed before its first one comes out."""
         self.looks = 0
         """Times that it was looked up."""
+        self.trace_headers: Mapping[str, str] | None = None
         self.keys = _NumberedKeys(self, groups, numbers, keys)
 
     def __repr__(self) -> str:
@@ -138,7 +140,7 @@ class ReplayEngine:
             [layout.statuses()],
             max_store_blocks=config.max_store_blocks,
             groups=groups,
-            policy=registry.policies(config),
+            policies=registry.policies(config),
             block_tokens=groups[sizes.index(max(sizes))].block_tokens if config.only_faster else 0,
             movements=[entry.movement for entry in config.tiers],
         )

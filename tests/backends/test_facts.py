@@ -23,7 +23,7 @@ from kvbm_core.tier import Op, Outcome, Reason, TierContext, Transfer
 from kvbm_gds import GdsConfig, GdsTier
 from kvbm_gds import _tier as gds_tier
 from kvbm_lmdb import LmdbConfig, LmdbTier
-from kvbm_remote import RemoteConfig, RemoteTier, _gc
+from kvbm_remote import RemoteConfig, RemoteTier, _contents
 from kvbm_remote._clients import make_store
 from kvbm_remote._faults import WrongLengthError
 
@@ -294,11 +294,12 @@ def test_damaged_ones_are_passed_over_or_written_anew(s3, open_remote, lines):
     other.close()
 
 
-def test_the_collector_keeps_them_as_long_as_there_are_blocks(s3, open_remote, monkeypatch, capsys):
-    def collect(*arguments):
+def test_they_are_kept_as_long_as_there_are_blocks(s3, open_remote, monkeypatch, capsys):
+    def clear(*arguments):
         option = f"endpoint_url={s3['storage_options']['endpoint_url']}"
-        assert kvbm(["remote", "gc", s3["url"], "--option", option, "--json", *arguments]) == 0
-        return json.loads(capsys.readouterr().out)
+        assert kvbm(["clear", s3["url"], "--option", option, "--json", *arguments]) == 0
+        said = json.loads(capsys.readouterr().out)
+        return said["removed"], sum(part["left_objects"] for part in said["parts"]), said["tidied"]
 
     tiers = [open_remote(s3, FACTS), open_remote(s3, OTHER)]
     for n, tier in enumerate(tiers):
@@ -306,16 +307,14 @@ def test_the_collector_keeps_them_as_long_as_there_are_blocks(s3, open_remote, m
         store(tier, n + 10)
     until(lambda: len(written(tiers[0])) == 2)
     tiers[0].discard([key(0), key(10)])
-    until(lambda: collect("--max-age", "1d")["found_blocks"] == 2)
+    until(lambda: clear("--older-than", "1d")[1] == 2)
     # Young: it may have been written ahead of the first block.
     assert len(written(tiers[0])) == 2
-    monkeypatch.setattr(_gc, "LITTER_S", -60.0)
-    assert collect("--max-age", "1d", "--dry-run")["deleted_facts"] == 1
-    said = collect("--max-age", "1d")
-    assert (said["found_blocks"], said["deleted_blocks"], said["deleted_facts"]) == (2, 0, 1)
+    monkeypatch.setattr(_contents, "LITTER_S", -60.0)
+    assert clear("--older-than", "1d") == (None, 2, 1)
+    assert clear("--older-than", "1d", "--yes") == (0, 2, 1)
     assert list(written(tiers[0])) == [path_of(OTHER)]
-    said = collect("--max-bytes", "1B")
-    assert (said["found_blocks"], said["deleted_blocks"], said["deleted_facts"]) == (2, 2, 1)
+    assert clear("--down-to", "1B", "--yes") == (2, 0, 1)
     assert written(tiers[0]) == {}
 
 

@@ -1,6 +1,5 @@
-"""What is the remote tier's own, without a server: files, memory, http, settings, the collector."""
+"""What is the remote tier's own, without a server: files, memory, http, settings, and clearing it."""
 
-import asyncio
 import contextlib
 import datetime
 import functools
@@ -24,8 +23,7 @@ from published import published
 from test_cpu import BLOCK, NAMESPACE, content, key, load, lookup, region, run, store
 
 from kvbm_cli._app import run as kvbm
-from kvbm_core.command import ExitCode
-from kvbm_core.config import convert, size_text
+from kvbm_core.config import convert
 from kvbm_core.errors import ConfigError, TierError, TierOpenError
 from kvbm_core.log_limit import TierLog
 from kvbm_core.tier import Op, Outcome, Reason, TierContext, Transfer
@@ -557,7 +555,7 @@ def test_the_settings_are_read_from_a_mapping():
     assert MARKER not in "".join(traceback.format_exception(caught.value))
 
 
-# the collector
+# kvbm clear
 
 
 @pytest.fixture
@@ -583,32 +581,23 @@ def left(tmp_path, open_tier):
     return [n for n in range(10) if load(tier, n)[0].outcome is Outcome.DONE]
 
 
-def test_the_collector_deletes_by_age(aged, open_tier, capsys):
-    arguments = ["gc", f"file://{aged}/kv", "--max-age", "6.5d", "--json"]
-    assert kvbm(["remote", *arguments, "--dry-run"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert (said["deleted_blocks"], said["dry_run"]) == (3, True)
+def clear(aged, *arguments, yes=True):
+    assert kvbm(["clear", f"file://{aged}/kv", *arguments, *(["--yes"] if yes else [])]) == 0
+
+
+def test_what_is_old_is_deleted(aged, open_tier):
+    clear(aged, "--older-than", "6.5d", yes=False)
     assert left(aged, open_tier) == list(range(10))
-    assert kvbm(["remote", *arguments]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said == {
-        "found_blocks": 10, "found_bytes": 10 * BLOCK, "deleted_blocks": 3, "deleted_bytes": 3 * BLOCK,
-        "deleted_litter": 0, "deleted_facts": 0, "failed": 0, "dry_run": False,
-    }  # fmt: skip
+    clear(aged, "--older-than", "6.5d")
     assert left(aged, open_tier) == list(range(7))
 
 
-def test_the_collector_deletes_the_oldest_until_it_fits(aged, open_tier):
-    command = [sys.executable, "-m", "kvbm_remote", "gc", f"file://{aged}/kv", "--max-bytes", str(4 * BLOCK)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stderr == "`python -m kvbm_remote` is now `kvbm remote`\n"
-    assert done.stdout.startswith(
-        f"10 blocks found, {size_text(10 * BLOCK)}; 6 deleted, {size_text(6 * BLOCK)}; 0 unfinished"
-    )
+def test_the_oldest_are_deleted_until_it_fits(aged, open_tier):
+    clear(aged, "--down-to", f"{4 * BLOCK}B")
     assert left(aged, open_tier) == [0, 1, 2, 3]
 
 
-def test_the_collector_deletes_what_dead_writers_left(aged, capsys):
+def test_what_dead_writers_left_is_deleted(aged, capsys):
     (folder, *_) = (aged / "kv/v1" / NAMESPACE.hex() / "r0of1").iterdir()
     (aged / "kv/v1/tmp").mkdir()
     litter = [folder / f".kvbm-{'0' * 32}.tmp", aged / "kv/v1/tmp" / ("0" * 32)]
@@ -617,9 +606,10 @@ def test_the_collector_deletes_what_dead_writers_left(aged, capsys):
         file.write_bytes(b"half")
 
     def collect():
-        assert kvbm(["remote", "gc", f"file://{aged}/kv", "--max-age", "99d", "--json"]) == 0
-        said = published("remote gc", capsys.readouterr().out)
-        return said["deleted_blocks"], said["deleted_litter"]
+        capsys.readouterr()
+        clear(aged, "--older-than", "99d", "--json")
+        said = published("clear", capsys.readouterr().out)
+        return said["removed"], said["tidied"]
 
     assert collect() == (0, 0)
     assert all(file.exists() for file in litter)
@@ -631,28 +621,14 @@ def test_the_collector_deletes_what_dead_writers_left(aged, capsys):
 
 
 def test_age_and_size_together_delete_no_more_than_they_must(aged, open_tier):
-    assert (
-        kvbm(["remote", "gc", f"file://{aged}/kv", "--max-age", "5d", "--max-bytes", str(3 * BLOCK + 1)]) == 0
-    )
+    clear(aged, "--older-than", "5d", "--down-to", f"{3 * BLOCK + 1}B")
     assert left(aged, open_tier) == [0, 1, 2]
-
-
-def test_the_collector_says_what_it_cannot_do(tmp_path, capsys):
-    assert kvbm(["remote", "gc", "ess3://bucket", "--max-age", "1d"]) == ExitCode.UNUSABLE
-    assert "no file system is called 'ess3'" in capsys.readouterr().err
-    for arguments, said in (
-        (["gc", "s3://b"], "nothing to do: write --max-age, --max-bytes, or both"),
-        (["gc", "s3://b", "--max-age", "week"], "'week' is not an age; write a number and s, m, h, d or w"),
-        (["gc", "s3://b", "--max-age", "1d", "--option", "x"], "write NAME=VALUE"),
-    ):
-        assert kvbm(["remote", *arguments]) == ExitCode.WRONG
-        assert said in capsys.readouterr().err
 
 
 def test_engines_that_lose_a_block_miss_it(aged, open_tier):
     tier = open_tier(f"file://{aged}/kv")
     assert lookup(tier, 9) is Outcome.DONE
-    kvbm(["remote", "gc", f"file://{aged}/kv", "--max-age", "1d"])
+    clear(aged, "--older-than", "1d")
     completion, target = load(tier, 9)
     assert completion.outcome is Outcome.MISSING
     assert target == b"\xaa" * BLOCK
@@ -661,12 +637,10 @@ def test_engines_that_lose_a_block_miss_it(aged, open_tier):
     assert load(tier, 9)[1] == content(9)
 
 
-def test_the_memory_file_system_can_be_collected(open_tier):
+def test_the_memory_file_system_can_be_cleared(open_tier, capsys):
     tier = open_tier("memory://collected")
     for n in range(4):
         store(tier, n)
-    from kvbm_remote._gc import collect
-
-    summary = asyncio.run(collect(RemoteConfig(url="memory://collected"), max_bytes=BLOCK))
-    assert (summary.found_blocks, summary.deleted_blocks) == (4, 3)
+    assert kvbm(["clear", "memory://collected", "--down-to", f"{BLOCK}B", "--yes", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["removed"] == 3
     MemoryFileSystem.store.clear()

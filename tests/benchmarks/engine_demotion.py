@@ -232,8 +232,8 @@ class Phase:
         total, median, tail = (estimate(self.pairs, of) for of in (total_of, median_of, tail_of))
         without_ms = statistics.median(second for _, second in self.pairs) * 1e3
         print(
-            f"{self.name:<11} {len(self.pairs):>4} requests, {without_ms:,.0f} ms without: all {total}, median "
-            f"{median}, p95 {tail}; loaded {loaded}",
+            f"{self.name:<11} {len(self.pairs):>4} requests, {without_ms:,.0f} ms without: all {total}, "
+            f"median {median}, p95 {tail}; loaded {loaded}",
             flush=True,
         )
         return total_of(self.pairs)

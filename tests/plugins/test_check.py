@@ -214,13 +214,43 @@ def test_what_a_backend_warns_of_is_told(tmp_path, check, monkeypatch):
     assert "NIXL is not installed" in said
 
 
-def test_a_tier_that_might_lose_what_it_has_is_not_tried(strange, check):
+def test_a_tier_that_might_lose_what_it_has_is_not_tried(strange, check, tmp_path):
     tiers, _ = check([{"backend": "strange", "capacity": "8MiB", "file": "/var/kv"}])
     assert tiers["strange"]["not_tried"].startswith("not tried: file may say where it keeps its objects")
     tiers, _ = check([{"backend": "strange", "capacity": "8MiB", "path": "/proc/kv"}], status=ExitCode.MEND)
     assert tiers["strange"]["problem"].startswith("path: /proc cannot be used by uid ")
+    (tmp_path / "file").touch()
+    below = {"backend": "strange", "capacity": "8MiB", "path": f"{tmp_path}/file/kv"}
+    tiers, _ = check([below], status=ExitCode.MEND)
+    assert "a part of it is a file" in tiers["strange"]["problem"]
     tiers, _ = check([{"backend": "strange", "capacity": "8MiB"}], "--read-only")
     assert tiers["strange"]["not_tried"] == "not asked for"
+
+
+@pytest.mark.parametrize("name", ["gds", "lmdb", "remote"])
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("file/kv", "[Errno 20] Not a directory), so {place}"),
+        ("file/kv", "a part of it is a file: write a directory on a local disk"),
+        ("dangling/kv", "dangling leads to /no/such, which is not there: make it, or remove the link"),
+        ("x" * 256, "write a shorter path (255 bytes for a name, 4095 for all)"),
+        ("missing/" + "x" * 256 + "/kv", "write a shorter path (255 bytes for a name, 4095 for all)"),
+        ("xxxxxxxxx/" * 500, "write a shorter path (255 bytes for a name, 4095 for all)"),
+    ],
+)
+def test_a_place_that_cannot_be_made_is_refused(tmp_path, check, name, place, said):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("/no/such")
+    where = f"{tmp_path}/{place}"
+    entry = {"backend": name, "capacity": "16MiB", "path": where}
+    if name == "remote":
+        entry = {"backend": name, "url": f"file://{where}"}
+    tiers, _ = check([entry], status=ExitCode.MEND)
+    assert tiers[name]["problem"].startswith(
+        f"tier {name}: {'url' if name == 'remote' else 'path'}: {tmp_path}"
+    )
+    assert said.format(place=where) in tiers[name]["problem"]
 
 
 # ---- where it reads

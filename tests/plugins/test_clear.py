@@ -4,10 +4,11 @@ import os
 import time
 
 import pytest
+from planted_faults import AT_ONCE, DURABLE, FACTS, KEYS, NAMESPACE, OBJECT_BYTES, fill, listed, opened, tier
 from published import published
-from test_verify import AT_ONCE, DURABLE, FACTS, KEYS, NAMESPACE, OBJECT_BYTES, fill, listed, opened, tier
 
 from kvbm_cli._app import run as kvbm
+from kvbm_cli.clear._order import Order
 from kvbm_core import Stack, make_namespace
 from kvbm_core.command import ExitCode
 from kvbm_core.testing import MemoryDevice
@@ -111,3 +112,16 @@ def test_the_table_for_people(tmp_path, capsys, monkeypatch):
     assert "nothing is deleted: with --yes 4 objects would be" in capsys.readouterr().out
     assert kvbm(["clear", str(tmp_path / "gds"), "--down-to", "0B", "--yes"]) == ExitCode.DONE
     assert "4 of 4 objects deleted" in capsys.readouterr().out
+
+
+def test_the_order_of_many_takes_bounded_memory():
+    order, stored = Order(64), [(float(at), 10) for at in range(5000)]
+    for at, nbytes in stored:
+        order.add(at, nbytes)
+    assert repr(order) != repr(Order()), "it has counted"
+    assert len(order._bytes) <= 64
+    order.cut(12_345)
+    gone = [at for at, nbytes in stored if order.chosen(at, nbytes)]
+    # As many as must be, and none that is younger than another by more than a span.
+    assert 10 * (len(stored) - len(gone)) <= 12_345 < 10 * (len(stored) - len(gone) + 1)
+    assert max(gone) - len(gone) < 5000 / 16

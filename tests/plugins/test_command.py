@@ -150,8 +150,8 @@ def test_completion_finds_verbs_and_options():
         "COMP_CWORD": "1",
     }
     assert program(env=environment).stdout.split() == ["etcd"]
-    environment |= {"COMP_WORDS": "kvbm remote gc --dr", "COMP_CWORD": "3"}
-    assert program(env=environment).stdout.split() == ["--dry-run"]
+    environment |= {"COMP_WORDS": "kvbm clear --old", "COMP_CWORD": "2"}
+    assert program(env=environment).stdout.split() == ["--older-than"]
 
 
 # ---- ends
@@ -195,7 +195,6 @@ def test_a_signal_ends_it_without_a_traceback(stranger, number, tmp_path):
     ("module", "words", "now"),
     [
         ("kvbm_etcd", ["ls", "--endpoint", "nowhere"], "kvbm etcd"),
-        ("kvbm_remote", ["gc", "x"], "kvbm remote"),
         ("kvbm_bench", ["compare", "/no/such.json"], "kvbm bench"),
         ("kvbm_metrics", ["/proc/no/such"], "kvbm metrics copy"),
     ],
@@ -207,6 +206,14 @@ def test_the_old_forms_say_where_they_went_and_work(module, words, now):
     assert first == f"`python -m {module}` is now `{now}`"
     assert second.startswith(f"{' '.join(now.split()[:2])}: ")
     assert done.returncode in (ExitCode.WRONG, ExitCode.UNUSABLE)
+
+
+def test_the_collector_of_old_says_what_does_its_work():
+    done = subprocess.run(
+        [sys.executable, "-m", "kvbm_remote", "gc", "x"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == ExitCode.WRONG
+    assert "is now `kvbm clear URL --older-than 7d --down-to 500GiB --yes`" in done.stderr
 
 
 # ---- pages

@@ -654,3 +654,62 @@ def test_what_others_wrote_cannot_command_the_log(join, etcd_server, engine):
         join(world_size=1)
     assert str(raised.value).isprintable()
     etcd_server.ctl("del", "/kvbm/", "--prefix")
+
+
+# ---- kvbm check
+
+
+@pytest.fixture
+def check(capsys):
+    def run(status=ExitCode.DONE, **settings):
+        config = {"tiers": [{"backend": "cpu", "capacity": "8MiB"}],
+                  "coordinator": {"backend": "etcd", "timeout_s": 0.5, **settings}}  # fmt: skip
+        capsys.readouterr()
+        assert kvbm(["check", json.dumps(config), "--json", "--block-bytes", "64KiB"]) == status
+        return published("check", capsys.readouterr().out)["coordinator"]
+
+    return run
+
+
+def test_check_registers_a_key_and_takes_it_back(check, join, etcd_server):
+    join()
+    found = check(endpoints=[etcd_server.endpoint], prefix="/kvbm")
+    assert re.fullmatch(
+        r"etcd 3\.\d+\.\d+; 1 of 1 endpoints answer, the last 0 entries behind; a key was written, read and "
+        r"deleted in \d+\.\d ms; \d+ engines registered",
+        found["detail"],
+    )
+    assert (found["problem"], found["warnings"]) == (None, [])
+    assert ".check" not in etcd_server.ctl("get", "/kvbm", "--prefix", "--keys-only")
+
+
+def test_check_names_endpoints_that_are_away(check, etcd_server):
+    found = check(endpoints=["http://127.0.0.1:9", etcd_server.endpoint])
+    assert "1 of 2 endpoints answer" in found["detail"]
+    [said] = found["warnings"]
+    assert said.startswith("etcd at 127.0.0.1:9: ")
+    assert said.endswith("start it, or take it out of 'endpoints'")
+    etcd_server.stop()
+    try:
+        found = check(ExitCode.MEND, endpoints=[etcd_server.endpoint])
+    finally:
+        etcd_server.resume()
+    assert "no endpoint answers" in found["problem"]
+    assert "no answer within 0.5 s" in found["problem"]
+    assert "start etcd there, or write its 'endpoints'" in found["problem"]
+
+
+def test_check_says_who_may_not_write(check, safe, monkeypatch):
+    assert check(timeout_s=5, **safe)["problem"] is None
+    found = check(ExitCode.MEND, timeout_s=5, prefix="/elsewhere", **safe)
+    assert "it refuses user 'kvbm'" in found["problem"]
+    assert "grant readwrite below /elsewhere/v1/" in found["problem"]
+    monkeypatch.setenv("ETCD_AUTH_PASSWORD", f"{SECRET}-wrong")
+    found = check(ExitCode.MEND, timeout_s=5, **safe)
+    assert "it refuses user 'kvbm'" in found["problem"]
+    assert SECRET not in found["problem"]
+
+
+def test_check_of_a_wrong_setting(check):
+    found = check(ExitCode.MEND, prefix="kvbm")
+    assert "prefix: 'kvbm'; write a path like /kvbm" in found["problem"]

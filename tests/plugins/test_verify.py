@@ -5,57 +5,35 @@ import mmap
 import os
 import random
 import shutil
-import struct
 import threading
-from pathlib import Path
 
-import lmdb
 import pytest
-import xxhash
 import yaml
+from planted_faults import (
+    AT_ONCE,
+    DURABLE,
+    KEYS,
+    NAMESPACE,
+    OBJECT_BYTES,
+    batches,
+    contents_of,
+    fill,
+    listed,
+    opened,
+    payload,
+    plant,
+    tier,
+)
 from published import published
 
 from kvbm_cli._app import run as kvbm
-from kvbm_core import Stack, chain_keys, make_namespace, root_key
 from kvbm_core.command import ExitCode
 from kvbm_core.config import convert
-from kvbm_core.layers import SEAL_BYTES, why_damaged
+from kvbm_core.layers import why_damaged
 from kvbm_core.registry import Registry
-from kvbm_core.testing import MemoryDevice
-from kvbm_gds._layout import ENTRY, ENTRY_BYTES, HEADER_BYTES
-from kvbm_lmdb._place import pieces_of
 from kvbm_lmdb._tree import Tree
 
-BLOCK_BYTES, AT_ONCE, OBJECTS, FAULTS = 8192, 64, 400, 200
-OBJECT_BYTES = BLOCK_BYTES + SEAL_BYTES
-KEYS = chain_keys(root_key(), range(16 * 4 * OBJECTS), block_tokens=16)
-FACTS = {"models": [], "block_tokens": 16}
-NAMESPACE = make_namespace(FACTS)
-DURABLE = ["gds", "lmdb", "remote"]
-
-
-def tier(name, folder, capacity="32MiB", **more):
-    if name == "remote":
-        return {"backend": name, "url": f"file://{folder}/{name}", **more}
-    return {"backend": name, "capacity": capacity, "path": f"{folder}/{name}", **more}
-
-
-def opened(entry, seed=1):
-    device, rng = MemoryDevice(AT_ONCE, BLOCK_BYTES), random.Random(seed)
-    for block in range(AT_ONCE):
-        device.write(block, rng.randbytes(BLOCK_BYTES))
-    return Stack.open({"tiers": [entry]}, device, NAMESPACE, facts=FACTS)
-
-
-def batches(keys, count=AT_ONCE):
-    return [keys[at : at + count] for at in range(0, len(keys), count)]
-
-
-def fill(entry, keys=KEYS[:OBJECTS]):
-    with opened(entry) as stack:
-        for batch in batches(keys):
-            stack.store(batch, list(range(len(batch))))
-            stack.wait()
+OBJECTS = 400
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +41,7 @@ def filled(tmp_path_factory):
     """A folder with 400 objects in each durable tier, to be copied."""
     folder = tmp_path_factory.mktemp("filled")
     for name in DURABLE:
-        fill(tier(name, folder))
+        fill(tier(name, folder), KEYS[:OBJECTS])
     return folder
 
 
@@ -80,164 +58,54 @@ def verify(capsys):
     return run
 
 
-def contents_of(name, folder):
-    entry = tier(name, folder)
-    backend = Registry().backend(entry.pop("backend"))
-    [part] = backend.contents(convert(entry, backend.config_type, name))
-    return part
+def codecs_in(folder, name):
+    """Settings of a tier with codecs; the key lies in the folder. A tier of slots is not compressed."""
+    (folder / "key").write_bytes(os.urandom(32))
+    (folder / "key").chmod(0o600)
+    crypt = {"name": "crypt", "keys": [{"file": str(folder / "key")}]}
+    return {"codecs": [crypt] if name == "gds" else ["zstd", crypt]}
 
 
-def listed(name, folder):
-    part = contents_of(name, folder)
-    try:
-        return list(part.objects())
-    finally:
-        part.close()
+# ---- faults, see `planted_faults`
 
 
-# ---- faults: each is told an object, another one that nobody else damages, and chance
-
-
-def flip(file, at, rng):
-    """Change one byte of a file."""
-    with Path(file).open("r+b") as content:
-        content.seek(at)
-        [byte] = content.read(1)
-        content.seek(at)
-        content.write(bytes([byte ^ rng.randrange(1, 256)]))
-
-
-def place_bytes(name, folder, found):
-    """Say where an object's bytes lie: file and offset."""
-    if name == "gds":
-        return folder / "gds/rank0/slab.000", found.place[0] * 12288
-    if name == "lmdb":
-        [(page, _)] = pieces_of(found.place[8:])
-        return folder / "lmdb/rank0/data.mdb", page * 4096 + 16
-    return folder / "remote" / found.place.path, 0
-
-
-def payload(name, folder, found, _other, rng):
-    file, at = place_bytes(name, folder, found)
-    flip(file, at + rng.randrange(BLOCK_BYTES), rng)
-    return {found.key}
-
-
-def seal(name, folder, found, _other, rng):
-    # The last eight bytes of a seal are zero, and count as well.
-    file, at = place_bytes(name, folder, found)
-    flip(file, at + BLOCK_BYTES + rng.randrange(SEAL_BYTES), rng)
-    return {found.key}
-
-
-def torn(name, folder, found, _other, rng):
-    """The second half never came to the disk."""
-    file, at = place_bytes(name, folder, found)
-    with file.open("r+b") as content:
-        content.seek(at + OBJECT_BYTES // 2)
-        content.write(bytes(OBJECT_BYTES - OBJECT_BYTES // 2))
-    return {found.key}
-
-
-def swap(name, folder, found, other, _rng):
-    """Two whole objects lie in each other's places."""
-    places = [place_bytes(name, folder, each) for each in (found, other)]
-    held = [file.read_bytes()[at : at + OBJECT_BYTES] for file, at in places]
-    for (file, at), content in zip(places, reversed(held), strict=True):
-        with file.open("r+b") as target:
-            target.seek(at)
-            target.write(content)
-    return {found.key, other.key}
-
-
-def entry(folder, found, raw):
-    with (folder / "gds/rank0/index").open("r+b") as index:
-        index.seek(HEADER_BYTES + found.place[0] * ENTRY_BYTES)
-        index.write(raw)
-
-
-def rows(folder, change):
-    """Change rows of LMDB's index, as nothing but damage does."""
-    file = folder / "lmdb/rank0/data.mdb"
-    with lmdb.open(str(file), subdir=False, lock=False, max_dbs=2, map_size=32 << 20) as env:
-        index = env.open_db(b"index", create=False)
-        with env.begin(write=True, db=index) as txn:
-            change(txn)
-
-
-def key(name, folder, found, _other, rng):
-    """It is listed under another key."""
-    wrong = rng.randbytes(32)
-    if name == "gds":
-        namespace, _, sequence, nbytes, _ = ENTRY.unpack(found.place[1][: ENTRY.size])
-        fields = ENTRY.pack(namespace, wrong, sequence, nbytes, 0)
-        entry(folder, found, fields + xxhash.xxh3_64_digest(fields))
-    elif name == "lmdb":
-        rows(folder, lambda txn: (txn.delete(NAMESPACE + found.key), txn.put(NAMESPACE + wrong, found.place)))
-    else:
-        file = folder / "remote" / found.place.path
-        target = file.parent.parent / wrong.hex()[:2] / wrong.hex()
-        target.parent.mkdir(exist_ok=True)
-        file.rename(target)
-    return {wrong}
-
-
-def length(name, folder, found, _other, rng):
-    """It is listed with another length; a file has another."""
-    wrong = OBJECT_BYTES - rng.randrange(1, 60)
-    if name == "gds":
-        namespace, same, sequence, _, _ = ENTRY.unpack(found.place[1][: ENTRY.size])
-        fields = ENTRY.pack(namespace, same, sequence, wrong, 0)
-        entry(folder, found, fields + xxhash.xxh3_64_digest(fields))
-    elif name == "lmdb":
-        row = found.place[:8] + struct.pack("<Q", wrong) + found.place[16:]
-        rows(folder, lambda txn: txn.put(NAMESPACE + found.key, row))
-    else:
-        os.truncate(folder / "remote" / found.place.path, rng.choice([0, 50, wrong, OBJECT_BYTES + 9]))
-    return {found.key}
-
-
-def listing(name, folder, found, _other, rng):
-    """A byte of its entry in the index is another; a row leads beyond the end of the file."""
-    if name == "gds":
-        raw = bytearray(found.place[1])
-        raw[rng.randrange(48, 80)] ^= rng.randrange(1, 256)
-        entry(folder, found, bytes(raw))
-    elif name == "lmdb":
-        row = found.place[:16] + struct.pack("<Q", 3 << 40 | 1 << 30)
-        rows(folder, lambda txn: txn.put(NAMESPACE + found.key, row))
-    else:
-        return payload(name, folder, found, _other, rng)
-    return {found.key}
-
-
-KINDS = [payload, seal, torn, swap, key, length, listing]
-
-
-@pytest.mark.parametrize("name", DURABLE)
-def test_each_planted_fault_is_found_and_nothing_else(tmp_path, verify, filled, name):
-    shutil.copytree(filled / name, tmp_path / name)
-    rng = random.Random(name)
-    assert verify(tmp_path / name)["damage"] == []
+@pytest.mark.parametrize(
+    ("name", "codecs", "faults"),
+    [
+        *((name, False, 40) for name in DURABLE),
+        ("remote", True, 40),
+        *(
+            pytest.param(name, codecs, 1000, marks=pytest.mark.soak)
+            for name in DURABLE
+            for codecs in (False, True)
+        ),
+    ],
+)
+def test_each_planted_fault_is_found_and_nothing_else(tmp_path, verify, name, faults, codecs):
+    place = tier(name, tmp_path, **(codecs_in(tmp_path, name) if codecs else {}))
+    file = tmp_path / "kvbm.yaml"
+    file.write_text(yaml.safe_dump({"tiers": [place]}))
+    count, rng = 2 * faults, random.Random(name)
+    fill(place, KEYS[:count])
+    assert verify(file)["damage"] == []
     objects = listed(name, tmp_path)
-    assert len(objects) == OBJECTS
+    assert len(objects) == count
     rng.shuffle(objects)
-    wrong, kinds = set(), itertools.cycle(KINDS)
-    while len(wrong) < FAULTS:
-        wrong |= next(kinds)(name, tmp_path, objects.pop(), objects.pop(), rng)
-    found = verify(tmp_path / name)
+    wrong = plant(name, tmp_path, objects, faults, rng)
+    found = verify(file)
     assert {each["key"] for each in found["damage"]} == {each.hex() for each in wrong}
     assert len(found["damage"]) == len(wrong)
-    [part] = found["parts"]
-    assert (part["objects"], part["damaged"], part["replaced"]) == (OBJECTS, len(wrong), 0)
+    assert sum(part["objects"] for part in found["parts"]) == count
+    assert not any(part["replaced"] for part in found["parts"])
     # Without what is damaged the rest is sound, and an engine has it.
-    removed = verify(tmp_path / name, "--remove")
-    assert all(each["removed"] for each in removed["damage"])
+    removed = verify(file, "--remove")
+    assert all(each["removed"] != each["unread"] for each in removed["damage"])
     whole = [each.key for each in listed(name, tmp_path)]
-    assert not {*whole} & wrong
-    assert len(whole) == OBJECTS - len(wrong)
-    with opened(tier(name, tmp_path)) as stack:
-        assert all(stack.load([key], [0]) for key in whole[:20])
+    unread = {bytes.fromhex(each["key"]) for each in found["damage"] if each["unread"]}
+    assert {*whole} & wrong == unread
+    assert len(whole) == count - len(wrong) + len(unread)
+    with opened(place) as stack:
+        assert all(stack.load([key], [0]) for key in whole[:20] if key not in wrong)
 
 
 def test_a_slab_that_was_cut_short(tmp_path, verify, filled):
@@ -371,10 +239,7 @@ def test_an_object_store(s3_server, monkeypatch, verify):
 
 @pytest.mark.parametrize("name", ["lmdb", "remote"])
 def test_through_codecs(tmp_path, verify, name):
-    (tmp_path / "key").write_bytes(os.urandom(32))
-    (tmp_path / "key").chmod(0o600)
-    codecs = ["zstd", {"name": "crypt", "keys": [{"file": str(tmp_path / "key")}]}]
-    entry_ = tier(name, tmp_path, codecs=codecs)
+    entry_ = tier(name, tmp_path, **codecs_in(tmp_path, name))
     fill(entry_, KEYS[:AT_ONCE])
     file = tmp_path / "kvbm.yaml"
     file.write_text(yaml.safe_dump({"tiers": [entry_]}))

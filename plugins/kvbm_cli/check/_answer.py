@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
 
-from kvbm_cli.check._trial import NotTriedError, Trial, nearest_folder, place_of, try_tier, why_not_tried
+from kvbm_cli.check._trial import NotTriedError, Trial, place_of, try_tier, why_not_tried
 from kvbm_cli.size._answer import Sizes
 from kvbm_core.config import StackConfig, TierEntry, parse_size, size_text
+from kvbm_core.coordinator import Probeable
 from kvbm_core.errors import KvbmError
-from kvbm_core.localdir import free_bytes
+from kvbm_core.localdir import existing_folder, free_bytes
 from kvbm_core.registry import Registry
 from kvbm_core.sharing import sharing_of
 from kvbm_core.tier import Capabilities
 from kvbm_core.worker.opening import check_stack
 
-__all__ = ["CheckedStack", "CheckedTier", "check_all"]
+__all__ = ["CheckedCoordinator", "CheckedStack", "CheckedTier", "check_all"]
 
 _TRAITS = ("durable", "addressable", "device_direct", "shared", "remote_lookup", "read_only")
 
@@ -58,6 +59,18 @@ class CheckedTier(msgspec.Struct, frozen=True, kw_only=True):
     """What is wrong, and what to write or do instead."""
 
 
+class CheckedCoordinator(msgspec.Struct, frozen=True, kw_only=True):
+    """Where engines register, as it was found."""
+
+    backend: str
+    detail: str = ""
+    """How it answered."""
+    warnings: list[str] = []
+    not_tried: str | None = None
+    problem: str | None = None
+    """What is wrong, and what to write or do instead."""
+
+
 class CheckedStack(msgspec.Struct, frozen=True, kw_only=True):
     """What `kvbm check --json` writes."""
 
@@ -66,6 +79,8 @@ class CheckedStack(msgspec.Struct, frozen=True, kw_only=True):
     """Of a block on one rank, that was written."""
     ranks: int
     tiers: list[CheckedTier]
+    coordinator: CheckedCoordinator | None
+    """Null: none is configured."""
     warnings: list[str]
     """What is of no use where it stands."""
     problems: list[str]
@@ -84,7 +99,7 @@ def check_all(
     problems: list[str] = []
     with _warnings() as warnings:
         try:
-            check_stack(config)
+            check_stack(msgspec.structs.replace(config, coordinator=None))
             sharing_of(config)
         except KvbmError as error:
             if not any(tier.problem for tier in tiers):
@@ -95,10 +110,30 @@ def check_all(
         block_bytes=block_bytes,
         ranks=ranks,
         tiers=tiers,
+        coordinator=_check_coordinator(config, try_it=try_tiers),
         warnings=warnings,
         problems=problems,
         notes=list(sizes.notes) if sizes else [],
     )
+
+
+def _check_coordinator(config: StackConfig, *, try_it: bool) -> CheckedCoordinator | None:
+    """Try the coordinator as an engine would use it. An engine that it refuses does not start."""
+    if config.coordinator is None:
+        return None
+    found = CheckedCoordinator(backend=str(config.coordinator.get("backend")))
+    with _warnings() as said:
+        try:
+            made = Registry().coordinator(config.coordinator)
+            try:
+                if not try_it or not isinstance(made, Probeable):
+                    reason = "it cannot be tried without an engine" if try_it else "not asked for"
+                    return msgspec.structs.replace(found, not_tried=reason)
+                return msgspec.structs.replace(found, detail=made.probe(), warnings=said)
+            finally:
+                made.close()
+        except KvbmError as error:
+            return msgspec.structs.replace(found, problem=str(error), warnings=said)
 
 
 def _check(
@@ -182,7 +217,9 @@ def _capacity(entry: TierEntry) -> int | None:
 def _free(place: Path | None, entry: TierEntry) -> int | None:
     """Say how much there is where a tier keeps its objects."""
     if place:
-        return free_bytes(nearest_folder(place))
+        with suppress(OSError):  # The tier's problem says so.
+            return free_bytes(existing_folder(place))
+        return None
     if entry.settings.keys() != {"capacity"}:
         return None
     for line in Path("/proc/meminfo").read_text().splitlines():

@@ -48,7 +48,7 @@ def check(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
-    """Read a configuration as the connector would, and open, write and read every tier, without vLLM."""
+    """Read a configuration as the connector would, and try every tier and the coordinator, without vLLM."""
     ranks = Ranks(tensor_parallel, pipeline_parallel)
     sizes: Sizes | None = None
     if model is not None:
@@ -65,6 +65,7 @@ def check(
     else:
         _show(found)
     bad = found.problems or any(tier.problem for tier in found.tiers)
+    bad = bad or (found.coordinator is not None and found.coordinator.problem)
     raise typer.Exit(ExitCode.MEND if bad else ExitCode.DONE)
 
 
@@ -80,6 +81,11 @@ def _show(found: CheckedStack) -> None:
         *(f"to mend: {tier.problem}" for tier in found.tiers if tier.problem),
         *(f"to mend: {problem}" for problem in found.problems),
     ]
+    if at := found.coordinator:
+        name = f"coordinator {at.backend}"
+        lines += [f"{name}: {said}" for said in (at.detail, at.not_tried) if said]
+        lines += [f"warning: {warning}" for warning in at.warnings]
+        lines += [f"to mend: {at.problem}"] if at.problem else []
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

@@ -28,14 +28,14 @@ from kvbm_core.block import make_namespace
 from kvbm_core.config import StackConfig, TierEntry, parse_size
 from kvbm_core.errors import KvbmError, QueueFullError, TierError
 from kvbm_core.layers import SEAL_BYTES
-from kvbm_core.localdir import unusable
+from kvbm_core.localdir import try_writing
 from kvbm_core.registry import Registry
 from kvbm_core.testing import MemoryDevice
 from kvbm_core.tier import Capabilities, Completion, Op, Outcome, Region, Tier, TierContext, Transfer
 from kvbm_core.worker.opening import open_tiers
 from kvbm_core.worker.peers import Peers
 
-__all__ = ["NotTriedError", "Trial", "nearest_folder", "place_of", "try_tier", "why_not_tried"]
+__all__ = ["NotTriedError", "Trial", "place_of", "try_tier", "why_not_tried"]
 
 _TRIAL_BYTES: Final = 64 << 20
 """Are written and read, or one object if that is more."""
@@ -68,11 +68,6 @@ def place_of(settings: Any) -> Path | None:
     if isinstance(url, str) and url.startswith(_FILE_URL):
         path = url.removeprefix(_FILE_URL)
     return Path(os.path.expanduser(path)).absolute() if isinstance(path, str) and path else None
-
-
-def nearest_folder(place: Path) -> Path:
-    """Give a directory, or the nearest one above that is there."""
-    return next((folder for folder in (place, *place.parents) if folder.is_dir()), Path("/"))
 
 
 def why_not_tried(entry: TierEntry, *, shared: bool) -> str:
@@ -131,12 +126,9 @@ def _aside(entry: TierEntry) -> Iterator[tuple[TierEntry, str]]:
     if (place := place_of(entry.settings)) is None:
         yield entry, ""
         return
+    key = "path" if "path" in entry.settings else "url"
+    folder = tempfile.mkdtemp(prefix=".kvbm-check-", dir=try_writing(place, entry.name, key))
     try:
-        folder = tempfile.mkdtemp(prefix=".kvbm-check-", dir=nearest_folder(place))
-    except OSError as error:
-        raise unusable(nearest_folder(place), error, entry.name) from error
-    try:
-        key = "path" if "path" in entry.settings else "url"
         value = folder if key == "path" else _FILE_URL + folder
         yield msgspec.structs.replace(entry, settings={**entry.settings, key: value}), folder
     finally:

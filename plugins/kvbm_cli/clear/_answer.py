@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import msgspec
 
+from kvbm_cli.clear._order import Order
 from kvbm_cli.inspect._places import Place
 from kvbm_core.block import Namespace
 from kvbm_core.contents import Contents, Found
@@ -43,6 +44,9 @@ class Cleared(msgspec.Struct, kw_only=True):
     """Tiers whose backend cannot do it."""
     removed: int | None = None
     """Objects that were deleted; null without --yes."""
+    tidied: int = 0
+    """Of a store: files of writers that died, and what was written about namespaces without objects, that
+    were deleted; without --yes: would be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,30 +59,6 @@ class Choice:
     """Only what was stored, or whose namespace was last used, longer ago."""
     down_to: int | None
     """The oldest, until so many bytes are left in a place."""
-
-    def of(
-        self, objects: Sequence[Found], most_bytes: float | None, ages_s: Mapping[Namespace, float] | None
-    ) -> set[int]:
-        """Choose among the objects of one part, by their positions.
-
-        Args:
-            objects: All of them.
-            most_bytes: The part's share of what may be left.
-            ages_s: Of namespaces; None: each object's order is its time.
-        """
-        mine = [at for at, each in enumerate(objects) if each.namespace.hex().startswith(self.digits)]
-        doomed = {*mine} if self.older_s is None and most_bytes is None else set()
-        if self.older_s is not None:
-            doomed |= {at for at in mine if _age(objects[at], ages_s) > self.older_s}
-        if most_bytes is not None:
-            left = [at for at in mine if at not in doomed]
-            excess = sum(objects[at].nbytes for at in left) - most_bytes
-            for at in sorted(left, key=lambda at: objects[at].order):
-                if excess <= 0:
-                    break
-                doomed.add(at)
-                excess -= objects[at].nbytes
-        return doomed
 
 
 def clear_places(source: str, places: Iterable[Place], choice: Choice, *, really: bool) -> Cleared:
@@ -103,52 +83,118 @@ def clear_places(source: str, places: Iterable[Place], choice: Choice, *, really
                         operation="clear", tier=place.tier,
                     )  # fmt: skip
             for contents in parts:
-                _clear(place, contents, choice, len(parts), answer, really=really)
+                most_bytes = None if choice.down_to is None else choice.down_to / len(parts)
+                clearing = _Clearing(place, contents, choice, most_bytes, really=really)
+                clearing.run()
+                answer.parts += clearing.parts.values()
+                answer.tidied += clearing.tidied
+                if answer.removed is not None:
+                    answer.removed += clearing.removed
         finally:
             for contents in parts:
                 contents.close()
     return answer
 
 
-def _clear(
-    place: Place, contents: Contents, choice: Choice, parts: int, answer: Cleared, *, really: bool
-) -> None:
-    # What cannot be read is for `kvbm verify --remove`.
-    objects = [found for found in contents.objects() if not found.broken]
-    most_bytes = None if choice.down_to is None else choice.down_to / parts
-    doomed = choice.of(objects, most_bytes, _ages(place, contents, objects, choice))
-    found: dict[tuple[Namespace, int], ClearedPart] = {}
-    for at, each in enumerate(objects):
-        name = each.namespace, each.rank
-        if name not in found:
-            found[name] = ClearedPart(
-                tier=place.tier, where=contents.where, rank=each.rank, namespace=each.namespace.hex()
+class _Clearing:
+    """One part of a place, listed as a stream: once, and a second time where the oldest of too many go.
+
+    Args:
+        place: What it is a part of.
+        contents: The part.
+        choice: What is deleted.
+        most_bytes: The part's share of what may be left; None: that does not matter.
+        really: Delete.
+    """
+
+    def __init__(
+        self, place: Place, contents: Contents, choice: Choice, most_bytes: float | None, *, really: bool
+    ) -> None:
+        self._tier = place.tier
+        self._contents = contents
+        self._choice = choice
+        self._most_bytes = most_bytes
+        self._really = really
+        self._now_s = time.time()
+        self._used_s = _last_used(place, contents, choice)
+        self._doomed: list[Found] = []
+        self.parts: dict[tuple[Namespace, int], ClearedPart] = {}
+        self.removed = 0
+        self.tidied = 0
+
+    def run(self) -> None:
+        """Choose, and delete."""
+        order = Order()
+        for found in self._objects():
+            part = self._part(found)
+            part.left_objects, part.left_bytes = part.left_objects + 1, part.left_bytes + found.nbytes
+            if not self._is_wanted(found):
+                continue
+            if self._is_old(found):
+                self._doom(found)
+            elif self._most_bytes is not None:
+                order.add(found.order, found.nbytes)
+        self._delete()
+        if self._most_bytes is not None:
+            order.cut(self._most_bytes)
+            for found in self._objects():
+                if (
+                    self._is_wanted(found)
+                    and not self._is_old(found)
+                    and order.chosen(found.order, found.nbytes)
+                ):
+                    self._doom(found)
+            self._delete()
+        kept = {name for name, part in self.parts.items() if part.left_objects}
+        self.tidied = self._contents.tidy(kept, really=self._really)
+
+    def _objects(self) -> Iterator[Found]:
+        # What cannot be read is for `kvbm verify --remove`.
+        return (found for found in self._contents.objects() if not found.broken)
+
+    def _is_wanted(self, found: Found) -> bool:
+        return found.namespace.hex().startswith(self._choice.digits)
+
+    def _is_old(self, found: Found) -> bool:
+        """Say whether it goes whatever else there is."""
+        if self._choice.older_s is None:
+            return self._most_bytes is None
+        used_s = found.order
+        if self._used_s is not None:
+            used_s = self._used_s.get((found.namespace, found.rank), self._now_s)
+        return self._now_s - used_s > self._choice.older_s
+
+    def _part(self, found: Found) -> ClearedPart:
+        name = found.namespace, found.rank
+        if name not in self.parts:
+            self.parts[name] = ClearedPart(
+                tier=self._tier, where=self._contents.where, rank=found.rank, namespace=found.namespace.hex()
             )
-        part = found[name]
-        if at in doomed:
-            part.objects, part.nbytes = part.objects + 1, part.nbytes + each.nbytes
-        else:
-            part.left_objects, part.left_bytes = part.left_objects + 1, part.left_bytes + each.nbytes
-    answer.parts += found.values()
-    if answer.removed is not None:
-        chosen = [objects[at] for at in sorted(doomed)]
-        for start in range(0, len(chosen), _AT_ONCE):
-            answer.removed += contents.remove(chosen[start : start + _AT_ONCE])
+        return self.parts[name]
+
+    def _doom(self, found: Found) -> None:
+        part = self._part(found)
+        part.objects, part.nbytes = part.objects + 1, part.nbytes + found.nbytes
+        part.left_objects, part.left_bytes = part.left_objects - 1, part.left_bytes - found.nbytes
+        if self._really:
+            self._doomed.append(found)
+            if len(self._doomed) >= _AT_ONCE:
+                self._delete()
+
+    def _delete(self) -> None:
+        if self._doomed:
+            self.removed += self._contents.remove(self._doomed)
+            self._doomed = []
 
 
-def _age(found: Found, ages_s: Mapping[Namespace, float] | None) -> float:
-    return time.time() - found.order if ages_s is None else ages_s.get(found.namespace, 0.0)
-
-
-def _ages(
-    place: Place, contents: Contents, objects: Sequence[Found], choice: Choice
-) -> Mapping[Namespace, float] | None:
-    """Give the ages of a local part's namespaces: since an engine last started with them."""
-    if contents.timed or choice.older_s is None or not objects:
+def _last_used(
+    place: Place, contents: Contents, choice: Choice
+) -> Mapping[tuple[Namespace, int], float] | None:
+    """Give when an engine last started with a namespace of a local part. None: each object has its time."""
+    if contents.timed or choice.older_s is None:
         return None
-    rank, now_s = objects[0].rank, time.time()
     return {
-        stored.namespace: now_s - stored.latest_s
+        (stored.namespace, stored.rank): stored.latest_s
         for stored in place.stored() or ()
-        if stored.rank == rank and stored.latest_s is not None
+        if stored.latest_s is not None
     }

@@ -46,7 +46,10 @@ def clear(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was chosen as JSON.")] = False,
 ) -> None:
-    """Delete objects of durable and remote tiers by namespace, age or size, where no engine is."""
+    """Delete objects of durable and remote tiers by namespace, age or size.
+
+    Of a local disk where no engine is; of a store also beside engines, which miss a block.
+    """
     if namespace is None and older_than is None and down_to is None:
         raise ConfigError(
             "nothing is chosen; write --namespace, --older-than or --down-to (`--down-to 0B` is everything)"
@@ -101,5 +104,8 @@ def _show(done: Cleared) -> None:
         lines.append(f"nothing is deleted: with --yes {chosen:,} objects would be")
     else:
         lines.append(f"{done.removed:,} of {chosen:,} objects deleted")
+    if done.tidied:
+        would = "would be " if done.removed is None else ""
+        lines.append(f"{done.tidied:,} files of dead writers and empty namespaces {would}deleted")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

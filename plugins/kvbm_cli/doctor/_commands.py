@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -11,11 +12,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvbm_cli._console import make_console
-from kvbm_cli.check._trial import nearest_folder, place_of
+from kvbm_cli.check._trial import place_of
 from kvbm_cli.doctor._bundle import make_bundle, write_bundle
 from kvbm_cli.doctor._findings import Finding, Health, look
 from kvbm_core.command import ExitCode, answers, write_json
 from kvbm_core.config import StackConfig, load_config
+from kvbm_core.localdir import existing_folder
 
 __all__ = ["Diagnosis", "doctor"]
 
@@ -58,8 +60,12 @@ def doctor(
 
 def _folders(stack: StackConfig) -> list[Path]:
     """Give the folders in which tiers keep files, or the nearest that are there."""
-    places = [place_of(entry.settings) for entry in stack.tiers]
-    return list(dict.fromkeys(nearest_folder(place) for place in places if place))
+    found: dict[Path, None] = {}
+    for place in (place_of(entry.settings) for entry in stack.tiers):
+        with suppress(OSError):  # `kvbm check` says so.
+            if place and (folder := existing_folder(place)).is_dir():
+                found[folder] = None
+    return list(found)
 
 
 def _show(found: list[Finding]) -> None:

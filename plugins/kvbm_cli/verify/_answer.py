@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -11,12 +9,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import islice
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from kvbm_cli.inspect._places import Place
 from kvbm_cli.verify._judge import Judge, NotJudgedError
+from kvbm_cli.verify._memory import ReadMemory
+from kvbm_cli.verify._pace import Pace
+from kvbm_core.block import BlockKey, Namespace
 from kvbm_core.contents import Contents, Found
 from kvbm_core.errors import KvbmError
 from kvbm_core.layers import NO_SEAL
@@ -105,7 +106,7 @@ class _Tally:
 
 def verify_places(
     source: str, places: Iterable[Place], wanted: Callable[[Found], bool], limit: int | None,
-    told: Callable[[int], None], *, remove: bool,
+    told: Callable[[int], None], *, remove: bool = False, gentle: bool | None = None,
 ) -> Verified:  # fmt: skip
     """Read and prove objects.
 
@@ -116,6 +117,7 @@ def verify_places(
         limit: How many of each part of a place at most; None: all.
         told: Called with the bytes of each object that was read.
         remove: Delete what is damaged, where no engine is.
+        gentle: Read one object at a time and with pauses; None: where an engine is.
 
     Raises:
         KvbmError: A place cannot be read at all.
@@ -134,7 +136,7 @@ def verify_places(
             continue
         try:
             for contents in parts:
-                _Verifying(place, contents, answer, told).run(wanted, limit, remove=remove)
+                _Verifying(place, contents, answer, told, gentle).run(wanted, limit, remove=remove)
         finally:
             for contents in parts:
                 contents.close()
@@ -146,7 +148,12 @@ class _Verifying:
     """One part of a place."""
 
     def __init__(
-        self, place: Place, contents: Contents, answer: Verified, told: Callable[[int], None]
+        self,
+        place: Place,
+        contents: Contents,
+        answer: Verified,
+        told: Callable[[int], None],
+        gentle: bool | None,
     ) -> None:
         self._place = place
         self._contents = contents
@@ -154,10 +161,14 @@ class _Verifying:
         self._told = told
         self._judge = Judge(place.entry, contents.facts())
         self._tallies: dict[tuple[str | None, int], _Tally] = {}
-        self._own = threading.local()
+        self._memory = ReadMemory()
+        self._pace = Pace(gentle, contents.holder)
+        self._changes = contents.shared
+        """Somebody has used the place meanwhile, or may have."""
 
     def run(self, wanted: Callable[[Found], bool], limit: int | None, *, remove: bool) -> None:
         holders = {self._contents.holder()}
+        self._changes = self._changes or holders != {""}
         objects = islice(filter(wanted, self._contents.objects()), limit)
         for found, (verdict, what) in self._judged(objects):
             self._count(found, verdict, what)
@@ -189,9 +200,17 @@ class _Verifying:
             pool.shutdown(cancel_futures=True)
 
     def _look(self, found: Found) -> tuple[_Verdict, str]:
-        """Judge an object: one that seems damaged is looked for again, and read once more."""
-        verdict, what = self._look_once(found)
+        """Judge an object.
+
+        One that seems damaged is looked for again and read once more where somebody may change it. Where
+        nobody does, it would tell nothing: what leads to an object may be damaged itself.
+        """
+        with self._pace.turn():
+            verdict, what = self._look_once(found)
         if verdict in (_Verdict.SOUND, _Verdict.NOT_JUDGED):
+            return verdict, what
+        self._changes = self._changes or bool(self._contents.holder())
+        if not self._changes:
             return verdict, what
         if found.broken:
             time.sleep(_TORN_S)
@@ -205,22 +224,17 @@ class _Verifying:
         if found.broken:
             return _Verdict.DAMAGED, found.broken
         try:
-            content = self._contents.read(found, self._buffer(self._contents.room_bytes(found.nbytes)))
-            if content is None:
-                return _Verdict.REPLACED, ""
-            what = self._judge.why(found, content)
+            room_bytes = self._contents.room_bytes(found.nbytes)
+            with self._memory.take(room_bytes, self._judge.beside_bytes(found)) as buffer:
+                content = self._contents.read(found, buffer)
+                what = None if content is None else self._judge.why(found, content)
         except NotJudgedError as error:
             return _Verdict.NOT_JUDGED, str(error)
         except KvbmError as error:
             return _Verdict.UNREAD, str(error)
+        if what is None:
+            return _Verdict.REPLACED, ""
         return (_Verdict.DAMAGED, what) if what else (_Verdict.SOUND, "")
-
-    def _buffer(self, nbytes: int) -> memoryview:
-        """Give this thread's buffer. It starts on a page, as O_DIRECT has it."""
-        buffer: memoryview | None = getattr(self._own, "buffer", None)
-        if buffer is None or len(buffer) < nbytes:
-            buffer = self._own.buffer = memoryview(mmap.mmap(-1, max(nbytes, mmap.PAGESIZE)))
-        return buffer
 
     def _count(self, found: Found, verdict: _Verdict, what: str) -> None:
         unknown = found.broken and not self._judge.knows(found.namespace)
@@ -272,5 +286,16 @@ class _Verifying:
             )
             return
         self._contents.remove([found for found, _ in doomed])
+        names = {_name(found) for found, _ in doomed}
+        left = names.intersection(map(_name, self._contents.objects()))
         for found, damage in doomed:
-            damage.removed = not self._contents.is_there(found)
+            damage.removed = _name(found) not in left
+        if left:
+            self._answer.problems.append(
+                f"{part.where}: {len(left)} that are damaged are still listed, as the index is damaged; "
+                "delete the folder while no engine uses it"
+            )
+
+
+def _name(found: Found) -> tuple[Namespace, BlockKey, Any]:
+    return found.namespace, found.key, found.place

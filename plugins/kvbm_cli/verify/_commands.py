@@ -36,6 +36,14 @@ def verify(
     remove: Annotated[
         bool, typer.Option("--remove", help="Delete what is damaged, unless an engine holds the place.")
     ] = False,
+    gentle: Annotated[
+        bool | None,
+        typer.Option(
+            "--gentle/--full-speed",
+            show_default="gentle where an engine holds the place",
+            help="Read one object at a time, a tenth of the time, so that an engine keeps its speed.",
+        ),
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="One of a URL's storage_options.")
     ] = None,
@@ -51,6 +59,7 @@ def verify(
             limit,
             told,
             remove=remove,
+            gentle=gentle,
         )
     if as_json:
         write_json(found)

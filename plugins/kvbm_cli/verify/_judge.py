@@ -67,11 +67,16 @@ class Judge:
         """Say whether it is written what a namespace is made of."""
         return any(name == namespace for name, _ in self._facts)
 
+    def beside_bytes(self, found: Found) -> int:
+        """Say how much memory decoding an object takes, beside its bytes."""
+        return 0 if self._entry is None else len(self._entry.codecs) * _usual_bytes(found.nbytes)
+
     def why(self, found: Found, content: memoryview) -> str:
         """Say what is wrong with an object; empty if it is whole.
 
         Raises:
-            NotJudgedError: That cannot be told.
+            NotJudgedError: That cannot be told of any object of the namespace.
+            UnverifiableError: A codec cannot tell it of this one.
         """
         reading = self._reading(found)
         if len(content) < found.nbytes:
@@ -79,8 +84,9 @@ class Judge:
         if reading.coded:
             try:
                 content = self._decode(reading, found, content.toreadonly())
-            except UnverifiableError as error:
-                raise NotJudgedError(str(error)) from error
+            except UnverifiableError:
+                # Of this object alone: its key is not given, or the bytes that name it are damaged.
+                raise
             except KvbmError as error:
                 return f"it cannot be decoded: {error}"
         return why_damaged(content, found.key, reading.namespace)
@@ -120,7 +126,7 @@ class Judge:
 
     def _decode(self, reading: _Reading, found: Found, content: memoryview) -> memoryview:
         """Decode an object whose length nobody tells: into what others took, or more, or much more."""
-        usual = max(reading.room_bytes, 1 << (_USUAL * len(content) - 1).bit_length())
+        usual = max(reading.room_bytes, _usual_bytes(len(content)))
         for nbytes in sorted({reading.room_bytes, usual}):
             with suppress(CorruptError):
                 return self._decode_into(reading, found, content, nbytes)
@@ -135,12 +141,13 @@ class Judge:
         return target[:got]
 
     def _chain(self, namespace: Namespace, nbytes: int) -> CodecChain:
-        entry, registry = self._entry, Registry()
+        entry = self._entry
         assert entry is not None
         with self._lock:
             if (namespace, nbytes) in self._chains:
                 return self._chains[namespace, nbytes]
-            codecs, longest = [], nbytes
+            # Looks through what is installed, which takes longer than a read.
+            codecs, longest, registry = [], nbytes, Registry()
             for part in entry.codecs:
                 kind = registry.codec(part.name)
                 settings = convert(part.settings, kind.config_type, f"tier {entry.name}: {part.name}")
@@ -149,3 +156,8 @@ class Judge:
                 codecs.append((part.name, codec))
             chain = self._chains[namespace, nbytes] = CodecChain(codecs, nbytes)
         return chain
+
+
+def _usual_bytes(nbytes: int) -> int:
+    """Give the room that an object has when it is decoded, if none so far was longer."""
+    return max(_LEAST_ROOM_BYTES, 1 << (_USUAL * nbytes - 1).bit_length())
