@@ -10,7 +10,7 @@ import msgspec
 
 from kvbm_core.config import PartEntry, StackConfig, TierEntry, convert, load_config
 from kvbm_core.errors import ConfigError
-from kvbm_core.layers import SEAL_BYTES
+from kvbm_core.layers import SEAL_BYTES, OrderShape
 from kvbm_core.plan import TierStatus
 from kvbm_core.registry import Registry
 from kvbm_core.tier import Backend, Capabilities
@@ -21,6 +21,8 @@ _HOST_POOLS: Final = frozenset({"cpu"})
 """Backends whose memory the planner has used directly. A backend says so only when it is opened."""
 _SLOTTED: Final = frozenset({"cpu", "gds"})
 """Backends in which each object takes as much as the longest."""
+_DURABLE: Final = frozenset({"lmdb", "gds"})
+"""Backends that keep the order in which their objects were used, and have room set aside for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +157,23 @@ def _tier(
         )
     slots = entry.backend in _SLOTTED
     charges = tuple((block_bytes if slots else nbytes) + SEAL_BYTES for nbytes in group_bytes)
+    if blocks and entry.backend in _DURABLE:
+        blocks -= _order_blocks(blocks, max(charges), slots=slots)
     return TierLayout(
         entry.name, entry.backend, charges, blocks, backend.shared,
         addressable=may_be_pool and entry.backend in _HOST_POOLS and not entry.checked and not entry.codecs,
         read_only=bool(getattr(settings, "read_only", False)),
     )  # fmt: skip
+
+
+def _order_blocks(blocks: int, charge_bytes: int, *, slots: bool) -> int:
+    """Count the blocks whose room the order of use takes, of so many that a tier holds."""
+
+    def charge(nbytes: int) -> int:
+        return charge_bytes if slots else nbytes
+
+    shape = OrderShape.of(Capabilities(blocks * charge_bytes, durable=True), charge_bytes, charge)
+    return -(-shape.room_bytes // charge_bytes) if shape else 0
 
 
 def _most(capacity: int, needed: Callable[[int], int]) -> int:

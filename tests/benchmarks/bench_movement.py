@@ -1,16 +1,18 @@
 """Two tiers with each movement between them, against one of the same size: hits, bytes written, first tokens.
 
-    python tests/benchmarks/bench_movement.py [--brief] [TRACE ...] [--generate LOAD ...]
+    python tests/benchmarks/bench_movement.py [--brief] [--admission] [TRACE ...] [--generate LOAD ...]
 
 Replays through the real planner (`kvbm replay`'s machine: an 8B model on an H100, host memory, NVMe disks;
 writes take their time). A row is a movement; dropped are blocks that were evicted above before they were
-copied, or too many at once.
+copied, or too many at once. With `--admission` each admission policy of the disk stands beside each movement;
+the budget of `write-budget` is a quarter of the pace at which that movement writes without one.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +20,7 @@ from kvbm_core.registry import Registry
 from kvbm_replay._driver import replay
 from kvbm_replay._layout import Layout, read_layout
 from kvbm_replay._machine import Machine
+from kvbm_replay._outcome import Outcome
 from kvbm_replay._reader import read_trace
 from kvbm_replay.generators import generate
 from kvbm_replay.trace import Keys, Trace
@@ -31,6 +34,9 @@ MOVEMENTS: Final[dict[str, dict[str, Any]]] = {
     "demotion, exclusive": {"stores": "demotion", "copies": "exclusive"},
     "demotion, exclusive, measured": {"stores": "demotion", "copies": "exclusive", "promotion": "measured"},
 }
+ADMISSIONS: Final = ("always", "second-touch", "prompts-only", "write-budget")
+ADMITTED: Final = ("write_through", "demotion", "demotion, exclusive")
+"""Movements that are shown with each admission policy."""
 SIZES: Final = ((1, 2), (2, 3), (1, 5), (1, 20))
 """Millions of tokens in host memory and on disk."""
 LOADS: Final = (
@@ -39,9 +45,11 @@ LOADS: Final = (
 )  # fmt: skip
 
 
-def layout_of(blocks: list[int], movement: dict[str, Any], machine: Machine, block_tokens: int) -> Layout:
+def layout_of(
+    blocks: list[int], movement: dict[str, Any], admission: Any, machine: Machine, block_tokens: int
+) -> Layout:
     """Give a stack of host memory, and a disk if there are two sizes."""
-    disk = {"backend": "gds", "path": "/", "capacity": "1TiB", "movement": movement}
+    disk = {"backend": "gds", "path": "/", "capacity": "1TiB", "movement": movement, "admission": admission}
     tiers = [{"backend": "cpu", "capacity": "1TiB"}, disk][: len(blocks)]
     layout = read_layout({"tiers": tiers}, block_tokens * machine.token_bytes, Registry())
     for position, count in enumerate(blocks):
@@ -49,10 +57,15 @@ def layout_of(blocks: list[int], movement: dict[str, Any], machine: Machine, blo
     return layout
 
 
-def row(name: str, trace: Trace, keys: Keys, blocks: list[int], movement: dict[str, Any]) -> str:
+def run(
+    trace: Trace, keys: Keys, blocks: list[int], movement: dict[str, Any], admission: Any = "always"
+) -> Outcome:
     machine = Machine()
-    layout = layout_of(blocks, movement, machine, trace.block_tokens)
-    outcome = replay(trace, layout, machine, keys=keys, paced=True)
+    layout = layout_of(blocks, movement, admission, machine, trace.block_tokens)
+    return replay(trace, layout, machine, keys=keys, paced=True)
+
+
+def row(name: str, outcome: Outcome) -> str:
     host, *lower = outcome.tiers
     disk_gib = sum(tier.stored_bytes for tier in lower) / 2**30
     return (
@@ -62,7 +75,15 @@ def row(name: str, trace: Trace, keys: Keys, blocks: list[int], movement: dict[s
     )
 
 
-def table(trace: Trace, sizes: tuple[tuple[float, float], ...]) -> None:
+def settings_of(admission: str, always: Outcome) -> Any:
+    """Give an admission policy as it is configured, for a disk that gets what it gets without one."""
+    if admission != "write-budget":
+        return admission
+    days = always.duration_s / 86_400
+    return {"name": admission, "bytes_per_day": max(1, int(always.tiers[-1].stored_bytes / days / 4))}
+
+
+def table(trace: Trace, sizes: Sequence[tuple[float, float]], *, with_admission: bool) -> None:
     keys = Keys()
     for memory, disk in sizes:
         blocks = [int(each * 1e6) // trace.block_tokens for each in (memory, disk)]
@@ -71,9 +92,14 @@ def table(trace: Trace, sizes: tuple[tuple[float, float], ...]) -> None:
             f"{'':<36} {'hits':>7} {'in memory':>9} {'GiB to':>9} {'GiB to':>9} {'mean ms':>9} {'p95 ms':>9}"
             f"\n{'':<36} {'':>7} {'':>9} {'memory':>9} {'disk':>9} {'to first token':>19} {'dropped':>7}"
         )
-        for name, movement in MOVEMENTS.items():
-            print(row(name, trace, keys, blocks, movement), flush=True)
-        print(row("one tier of memory, as large as both", trace, keys, [sum(blocks)], {}), flush=True)
+        for name in ADMITTED if with_admission else MOVEMENTS:
+            movement = MOVEMENTS[name]
+            always = run(trace, keys, blocks, movement)
+            print(row(name, always), flush=True)
+            for admission in ADMISSIONS[1:] if with_admission else ():
+                outcome = run(trace, keys, blocks, movement, settings_of(admission, always))
+                print(row(f"  {admission}", outcome), flush=True)
+        print(row("one tier of memory, as large as both", run(trace, keys, [sum(blocks)], {})), flush=True)
 
 
 def main() -> int:
@@ -82,6 +108,7 @@ def main() -> int:
     )
     parser.add_argument("traces", nargs="*", type=Path, help="in Mooncake's format")
     parser.add_argument("--generate", action="append", help=f"default: {' '.join(LOADS)}")
+    parser.add_argument("--admission", action="store_true", help="policies of what is written to the disk")
     parser.add_argument("--brief", action="store_true", help="few requests: does it run at all?")
     options = parser.parse_args()
     machine = Machine()
@@ -91,14 +118,16 @@ def main() -> int:
         f"memory {machine.speed('', 'cpu').text()}; disk {machine.speed('', 'gds').text()}"
     )
     if options.brief:
-        table(generate("chat:seed=1,requests=100"), ((0.1, 0.2),))
+        table(generate("chat:seed=1,requests=100"), ((0.1, 0.2),), with_admission=options.admission)
         return 0
     for path in options.traces:
-        table(read_trace([path]), SIZES)
-    for load in options.generate or LOADS:
+        sizes = SIZES[1:2] if options.admission else SIZES
+        table(read_trace([path]), sizes, with_admission=options.admission)
+    for load in options.generate or (() if options.traces and options.admission else LOADS):
         trace = generate(load)
         part = trace.unique * trace.block_tokens / 1e6  # Sizes as parts of what the load has.
-        table(trace, tuple((round(a * part, 2), round(b * part, 2)) for a, b in ((0.1, 0.2), (0.05, 0.5))))
+        sizes = tuple((round(a * part, 2), round(b * part, 2)) for a, b in ((0.1, 0.2), (0.05, 0.5)))
+        table(trace, sizes, with_admission=options.admission)
     return 0
 
 

@@ -188,7 +188,7 @@ def recorder_at(path, *, capacity_bytes):
 
 def end(recorder, name, tokens, keys):
     """End a request that has nothing left to offer."""
-    recorder.ended(name, tokens, tokens + 2, keys, 9.0)
+    recorder.ended(name, tokens, tokens + 2, keys, 0.0)
     recorder.settle()
 
 
