@@ -51,7 +51,7 @@ class BareLmdb(Bare):
         for start in range(0, len(targets), _AT_ONCE):
             with self._env.begin(buffers=True) as txn:
                 for at, target in enumerate(targets[start : start + _AT_ONCE], start):
-                    target[: self._nbytes] = txn.get(_key(at))
+                    target[: self._nbytes] = txn.get(_key(at)) or b""
 
     def close(self) -> None:
         """See `Bare.close`."""

@@ -370,12 +370,8 @@ def test_each_tier_is_measured_as_often_as_asked_for_and_left_as_it_was(tmp_path
         assert len(tier["stores"]) == len(tier["loads"]) == 3
         assert tier["not_compared"] is None
         assert min(tier["store_ratio"], tier["load_ratio"], tier["bare_store_bytes_per_s"]) > 0
-    assert [tier["bare"].split()[0] for tier in tiers.values()] == [
-        "memmove,",
-        "pwrite",
-        "py-lmdb,",
-        "LocalFileSystem",
-    ]
+    first = [tier["bare"].split()[0] for tier in tiers.values()]
+    assert first == ["memmove,", "pwrite", "py-lmdb,", "LocalFileSystem"]
     # 4 MiB, of which each object has its seal, in pages.
     assert (tiers["cpu"]["objects"], tiers["remote"]["objects"]) == ((4 << 20) // ((1 << 16) + 4096), 80)
     assert tree(place) == []

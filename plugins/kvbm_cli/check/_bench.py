@@ -40,7 +40,7 @@ class TierSpeed(msgspec.Struct, frozen=True, kw_only=True):
     bare_load_bytes_per_s: float | None = None
     store_ratio: float | None = None
     load_ratio: float | None = None
-    """Of the tier's speed to the bare medium's: the median of each round's. Seal and codecs are the tier's."""
+    """Of the tier's speed to the bare medium's, the median of each round's; seals and codecs count."""
     not_compared: str | None = None
     """Why its medium could not be used bare."""
     problem: str | None = None
