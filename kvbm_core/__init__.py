@@ -24,8 +24,8 @@ from kvbm_core.errors import (
 )
 from kvbm_core.field_docs import show_fields
 from kvbm_core.hookspecs import hookimpl
-from kvbm_core.leader.counts import TierCounts
-from kvbm_core.leader.matches import Match
+from kvbm_core.leader.finding.matches import Match
+from kvbm_core.leader.ground.counts import TierCounts
 from kvbm_core.leader.planner import Planner
 from kvbm_core.movement import Movement
 from kvbm_core.plan import Load, Plan, Report, Store, TierStatus

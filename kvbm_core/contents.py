@@ -7,15 +7,21 @@ it was listed.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kvbm_core.block import BlockKey, Namespace
+from kvbm_core.errors import KvbmError, TierError
 from kvbm_core.field_docs import show_fields
+from kvbm_core.localdir import LocalDirectory
+from kvbm_core.stored import facts_in
+from kvbm_core.trust import open_direct, open_file, open_folder
 
-__all__ = ["Contents", "Found"]
+__all__ = ["Contents", "FolderContents", "Found"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,3 +127,77 @@ class Contents(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of files and connections."""
+
+
+class FolderContents(Contents):
+    """A rank's folder on a local disk. A backend adds what its files say.
+
+    Args:
+        directory: As configured.
+        rank: Whose folder.
+        folder: The folder.
+        tier: The backend's name, for messages.
+
+    Raises:
+        KvbmError: The folder or a file of it cannot be read or trusted. What was opened is closed again.
+    """
+
+    def __init__(self, directory: LocalDirectory, rank: int, folder: Path, tier: str) -> None:
+        self.where = str(folder)
+        self.rank = rank
+        self.folder = folder
+        self._directory = directory
+        self._tier = tier
+        self._fds: list[int] = []
+        try:
+            self._folder_fd = open_folder(folder, tier, tighten=False)
+            try:
+                self.open_files(os.listdir(self._folder_fd))
+            finally:
+                os.close(self._folder_fd)
+        except (OSError, KvbmError) as error:
+            self.close()
+            if isinstance(error, KvbmError):
+                raise
+            raise TierError(f"{self.where} cannot be read: {error.strerror}", tier=tier) from error
+
+    def __repr__(self) -> str:
+        return f"<contents of {self.where}>"
+
+    @abstractmethod
+    def open_files(self, names: Sequence[str]) -> None:
+        """Open what is needed with `open_file`; `names` are those in the folder. Called once, at first."""
+
+    def open_file(self, name: str, *, direct: bool = False) -> int:
+        """Open a file of the folder for reading, until `close`.
+
+        Args:
+            name: Of the file.
+            direct: Past the page cache, where the file system can.
+        """
+        if direct:
+            fd, _ = open_direct(self._open, name, os.O_RDONLY)
+        else:
+            fd = self._open(name, os.O_RDONLY)
+        self._fds.append(fd)
+        return fd
+
+    def holder(self) -> str:
+        """See `Contents.holder`."""
+        return self._directory.owner(self.rank)
+
+    def facts(self) -> Mapping[tuple[Namespace, int], Mapping[str, Any] | None]:
+        """See `Contents.facts`."""
+        return {(name, self.rank): facts for name, (_, facts) in facts_in(self.folder).items()}
+
+    def tidy(self, kept: Collection[tuple[Namespace, int]], *, really: bool) -> int:
+        """See `Contents.tidy`. An engine does it at its start."""
+        return 0
+
+    def close(self) -> None:
+        """See `Contents.close`."""
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def _open(self, name: str, flags: int) -> int:
+        return open_file(self.folder, self._folder_fd, name, flags, self._tier)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-__all__ = ["Log", "LogLimit", "TierLog", "clock_words"]
+__all__ = ["Log", "LogLimit", "TierLog", "clock_words", "spell_words"]
 
 _MAX_KEYS: Final = 256
 """The key whose line is oldest is forgotten first."""
@@ -57,6 +57,8 @@ class LogLimit:
         - The first line of a key is written at once.
         - The next line that is written says how many were left out since the last, and over how long.
         - What no line has followed is said when the key is forgotten, or at `close`.
+        - Of what lasts, the end is written if the beginning was, and only then: what was said to fail is said
+          to work again, and what flaps has one line a minute of each kind.
 
     May be used by several threads.
 
@@ -72,6 +74,10 @@ class LogLimit:
         self._clock = clock
         self._lock = threading.Lock()
         self._keys: OrderedDict[Hashable, _Written] = OrderedDict()
+        self._since: dict[Hashable, float] = {}
+        """When what lasts now began."""
+        self._told: set[Hashable] = set()
+        """Of these, those of which a line says so."""
 
     def __repr__(self) -> str:
         left_out = sum(written.left_out for written in self._keys.values())
@@ -93,6 +99,41 @@ class LogLimit:
     def warning(self, key: Hashable, message: str, *args: object) -> bool:
         """Log a warning, see `error`."""
         return self._write(logging.WARNING, key, message, args)
+
+    def lasts(
+        self, what: Hashable, since_s: float, message: str, *args: object, cause: Hashable = None
+    ) -> None:
+        """Say that something has ceased to be as it should be, or is still so.
+
+        Args:
+            what: The state, as a rule (tier, state).
+            since_s: When it began, on any clock that does not go back. The first time counts.
+            message: As of `logging.Logger.error`.
+            *args: Likewise.
+            cause: A line with another one may follow within `every_s`.
+        """
+        self._since.setdefault(what, since_s)
+        if self._write(logging.WARNING, (what, cause), message, args):
+            self._told.add(what)
+
+    def over(
+        self, what: Hashable, now_s: float, message: str = "", *args: object, level: int = logging.WARNING
+    ) -> None:
+        """Say that something is as it should be again. Nothing, if it was so all the while.
+
+        Args:
+            what: As of `lasts`.
+            now_s: The time, on the same clock.
+            message: As of `logging.Logger.warning`; its last ``%s`` is since when, and for how long, it was.
+                Empty: somebody else has written the line.
+            *args: Those before it.
+            level: Of the line.
+        """
+        if (since_s := self._since.pop(what, None)) is None:
+            return
+        if what in self._told and message:
+            self._log.log(level, message, *args, spell_words(since_s, now_s), stacklevel=2)
+        self._told.discard(what)
 
     def close(self) -> None:
         """Say how many lines were left out that no line has followed. May be called twice."""
@@ -125,6 +166,13 @@ class LogLimit:
         self._log.log(
             written.level, "%d more in the last %.0f s of: %s", written.left_out, since_s, written.line
         )
+
+
+def spell_words(since_s: float, now_s: float) -> str:
+    """Write a span of time that ends now, for people: ``since 2026-03-01 09:30:05, for 90 s``."""
+    seconds = now_s - since_s
+    length = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    return f"since {clock_words(since_s, now_s)}, for {length}"
 
 
 def clock_words(at_s: float, now_s: float) -> str:

@@ -1,6 +1,6 @@
 """What the leader wants moved, and what came of it: values that travel between processes.
 
-Planner ── Plan(drops, stores, loads, lookups, fills, probes) ──► TransferEngine
+Planner ── Plan(drops, stores, loads, lookups, fills, probes, used) ──► TransferEngine
 Planner ◄── Report(op, tier, failures) ── TransferEngine        (from every rank)
 """
 
@@ -168,10 +168,13 @@ class Plan(msgspec.Struct, frozen=True, array_like=True):
     """Tiers that shall be tried."""
     fills: list[Fill] = []
     """Copies from tier to tier."""
+    used: list[tuple[int, list[BlockKey]]] = []
+    """Tiers that keep the order of use, and which keys of what each has or gets requests have had since the
+    last plan: the one used last is the last."""
 
     def __bool__(self) -> bool:
         operations = self.stores or self.loads or self.lookups or self.fills or self.probes
-        return bool(self.drops or operations or self.overwrites)
+        return bool(self.drops or operations or self.overwrites or self.used)
 
 
 class Report(msgspec.Struct, frozen=True, array_like=True):

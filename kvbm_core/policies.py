@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Final
 
 from kvbm_core.block import BlockKey
@@ -55,6 +55,11 @@ class Fifo(dict[BlockKey, int], EvictionPolicy):
         """See `EvictionPolicy.insert`."""
         self[key] = nbytes
         self.nbytes += nbytes
+
+    def insert_each(self, sizes: Mapping[BlockKey, int]) -> None:
+        """Take objects in that the tier holds now, in this order, each with the bytes that it takes."""
+        self.update(sizes)
+        self.nbytes += sum(sizes.values())
 
     def touch(self, key: BlockKey) -> None:
         """See `EvictionPolicy.touch`."""
@@ -139,6 +144,14 @@ class Lru(Fifo):
             for each in reversed(head):
                 if each in self:
                     self._renew(each)
+
+    def insert_each(self, sizes: Mapping[BlockKey, int]) -> None:
+        """See `Fifo.insert_each`."""
+        if self._heads.keys().isdisjoint(sizes):
+            super().insert_each(sizes)
+            return
+        for key, nbytes in sizes.items():
+            self.insert(key, nbytes)
 
     def touch(self, key: BlockKey) -> None:
         """See `EvictionPolicy.touch`."""

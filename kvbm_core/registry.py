@@ -16,8 +16,8 @@ from kvbm_core.config import StackConfig, convert, refuse_unknown
 from kvbm_core.coordinator import Coordinator
 from kvbm_core.errors import BackendError, ConfigError
 from kvbm_core.extras import extra_command
-from kvbm_core.leader.guarded_policy import GuardedPolicy
-from kvbm_core.leader.tier_policies import GuardedAdmission, MakeAdmission, MakeOrder, TierPolicies
+from kvbm_core.leader.ground.guarded_policies import GuardedAdmission, GuardedPolicy
+from kvbm_core.leader.ground.tier_policies import MakeAdmission, MakeOrder, TierPolicies
 from kvbm_core.policies import Fifo, Lru
 from kvbm_core.policy import EvictionPolicy, Policy, PolicyConfig, PolicyContext
 from kvbm_core.tier import CONTRACT_VERSION, Backend, TierConfig

@@ -43,7 +43,10 @@ def sharing_of(config: StackConfig) -> Sharing:
             if tier not in names:
                 raise ConfigError(f"{where}: there is no such tier; write one of {', '.join(names)}")
             if names[tier] is None:
-                raise ConfigError(f"{where}: this tier has no capacity to be shared; take it away")
+                raise ConfigError(
+                    f"{where}: this tier has no capacity to be shared: other engines may fill it, and "
+                    "nothing is evicted there; take this quota away"
+                )
             if quota <= 0:
                 raise ConfigError(f"{where}: {quota}; write a size above 0, like 1GiB")
             sums[tier] += quota

@@ -11,7 +11,7 @@ from typing import Any, Self
 from kvbm_core.block import BlockKey, Namespace
 from kvbm_core.config import StackConfig, load_config
 from kvbm_core.device import Device
-from kvbm_core.leader.counts import TierCounts
+from kvbm_core.leader.ground.counts import TierCounts
 from kvbm_core.leader.planner import Planner
 from kvbm_core.registry import Registry
 from kvbm_core.tier import Reason
@@ -65,11 +65,11 @@ class Stack:
         if not isinstance(config, StackConfig):
             config = load_config(config)
         registry = registry or Registry()
-        policy = registry.policies(config)
+        policies = registry.policies(config)
         worker = Worker(config, device, namespace, registry=registry, facts=facts)
         try:
             planner = Planner(
-                [worker.status()], max_store_blocks=config.max_store_blocks, policy=policy,
+                [worker.status()], max_store_blocks=config.max_store_blocks, policies=policies,
                 movements=[entry.movement for entry in config.tiers],
             )  # fmt: skip
         except BaseException:

@@ -78,22 +78,21 @@ def open_file(folder: Path, folder_fd: int, name: str, flags: int, tier: str) ->
     )
 
 
-def open_direct(
-    open_file: Callable[[int], int], flags: int = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-) -> tuple[int, bool]:
+def open_direct(open_named: Callable[[str, int], int], name: str, flags: int) -> tuple[int, bool]:
     """Open a file past the page cache where the file system can.
 
     Args:
-        open_file: Opens it with the flags that it is given.
+        open_named: Opens it, given the name and the flags, as `HeldFolder.open` does.
+        name: Of the file.
         flags: As of `os.open`, but for the page cache.
 
     Returns:
         The file descriptor, and whether it is past the page cache.
     """
     try:
-        return open_file(flags | os.O_DIRECT), True
+        return open_named(name, flags | os.O_DIRECT), True
     except OSError:
-        return open_file(flags), False
+        return open_named(name, flags), False
 
 
 def open_folder(path: Path, tier: str, *, tighten: bool = True, parent_fd: int | None = None) -> int:

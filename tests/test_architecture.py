@@ -22,7 +22,7 @@ FUNCTIONS = [
 MAY_SWALLOW = {
     "kvbm_core/layers/deadline.py": "the top of a tier's thread: it becomes completions",
     "kvbm_core/layers/codec_tier.py": "the tops of threads that run a stranger's codecs: it becomes outcomes",
-    "kvbm_core/leader/guarded_policy.py": "the edge to a stranger's policy, which is dismissed",
+    "kvbm_core/leader/ground/guarded_policies.py": "the edge to a stranger's policy, which is dismissed",
     "kvbm_core/worker/copier.py": "a device's error is foreign: it becomes outcomes",
     "kvbm_core/worker/worker.py": "the top of the transfer engine's thread, and the edge to the engine",
     "backends/kvbm_gds/_io.py": "the tops of the threads that move bytes: it becomes outcomes",
@@ -31,7 +31,6 @@ MAY_SWALLOW = {
     "backends/kvbm_remote/_tier.py": "the edge to foreign client libraries: it becomes a completion",
     "plugins/kvbm_cli/_app.py": "the program's top: no traceback for a user",
     "plugins/kvbm_etcd/_coordinator.py": "the top of the registration's thread",
-    "kvbm_core/leader/tier_policies.py": "a stranger's code: its mistake must not end the engine",
     "kvbm_core/testing/_watch.py": "the top of a test's thread: it is raised where the test is",
     "kvbm_core/testing/_whole.py": "a waived test is expected to fail, in whatever way",
     "backends/kvbm_device/_staged.py": "the accelerator's own error is not ours to know: it becomes outcomes",
@@ -41,8 +40,12 @@ MAY_SWALLOW = {
 
 TIER_BACKENDS = ("kvbm_cpu", "kvbm_lmdb", "kvbm_gds", "kvbm_remote")
 WINGS = {
-    "kvbm_core/*.py": 2430,
-    "kvbm_core/leader/*.py": 2580,
+    "kvbm_core/*.py": 2450,
+    "kvbm_core/leader/*.py": 740,
+    "kvbm_core/leader/ground/*.py": 645,
+    "kvbm_core/leader/finding/*.py": 380,
+    "kvbm_core/leader/movements/*.py": 440,
+    "kvbm_core/leader/tenancy/*.py": 385,
     "kvbm_core/worker/*.py": 1410,
     "kvbm_core/layers/*.py": 540,
     "backends/kvbm_cpu/*.py": 365,
@@ -54,8 +57,8 @@ WINGS = {
     "backends/kvbm_zstd/*.py": 150,
     "backends/kvbm_eviction/*.py": 660,
     "backends/kvbm_admission/*.py": 160,
-    "plugins/kvbm_engine/*.py": 1640,
-    "plugins/kvbm_vllm/**/*.py": 2250,
+    "plugins/kvbm_engine/*.py": 1810,
+    "plugins/kvbm_vllm/**/*.py": 2260,
     "plugins/kvbm_replay/*.py": 1960,
 }
 """Lines of code of each wing at most, without comments, docstrings and empty lines."""
@@ -84,9 +87,7 @@ def test_every_wing_is_small(wing, most):
 
 
 def test_files_and_functions_are_short():
-    # The suite is a list of tests that nobody reads as a whole.
-    long = [path for path in FILES if len(path.read_text().splitlines()) > 400]
-    assert [path for path in long if path.name != "suite.py"] == []
+    assert [path for path in FILES if len(path.read_text().splitlines()) > 400] == []
     assert [(path, node.name) for path, node in FUNCTIONS if node.end_lineno - node.lineno >= 60] == []
 
 

@@ -7,7 +7,6 @@ import enum
 import hashlib
 import importlib
 import importlib.util
-import os
 import re
 import struct
 import subprocess
@@ -19,12 +18,14 @@ import msgspec
 import pytest
 import xxhash
 import yaml
+from pages import DOCS, FENCE, PAGES, READMES, REFERENCE, ROOT, blocks, name_of
 
 import kvbm_admission
 import kvbm_core
 import kvbm_eviction
+from kvbm_cli.top._answer import _FAULTS
 from kvbm_core import errors, hookspecs, load_config, testing
-from kvbm_core.config import ByteSize, StackConfig, TierEntry, convert, parse_size
+from kvbm_core.config import ByteSize, StackConfig, TierEntry, parse_size
 from kvbm_core.layers import SEAL_BYTES, SealTier
 from kvbm_core.memory import MemoryConfig, MemoryTier
 from kvbm_core.policies import kvbm_policies
@@ -42,15 +43,8 @@ from kvbm_remote import RemoteConfig
 from kvbm_vllm._stats import PREFIX
 from kvbm_zstd import ZstdConfig
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 make_reference = importlib.import_module("make_reference")
-DOCS = ROOT / "docs"
-REFERENCE = DOCS / "reference"
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
-READMES = sorted((ROOT / "backends").glob("*/README.md"))
-
-FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 TIER_TYPES = {
     "memory": MemoryConfig,
@@ -63,14 +57,6 @@ TIER_TYPES = {
 CODEC_TYPES = {"crypt": CryptConfig, "zstd": ZstdConfig}
 
 COORDINATOR_TYPES = {"etcd": EtcdConfig}
-
-
-def name_of(page):
-    return str(page.relative_to(ROOT))
-
-
-def blocks(page):
-    return [(info.split(), text) for info, text in FENCE.findall(page.read_text())]
 
 
 def section(page, title):
@@ -123,131 +109,6 @@ def test_the_index_names_every_page():
     assert [
         name_of(page) for page in DOCS.rglob("*.md") if page != DOCS / "README.md" and page not in found
     ] == []
-
-
-# Code.
-
-
-TUTORIAL = DOCS / "tutorial" / "first-tier.md"
-
-
-def tutorial_files():
-    """The files that the tutorial writes; blocks of one file follow each other, as the reader is told."""
-    files = {}
-    for info, text in blocks(TUTORIAL):
-        if len(info) > 1 and info[1].startswith("file="):
-            files.setdefault(info[1].removeprefix("file="), []).append(text)
-    return {name: "\n".join(texts) for name, texts in files.items()}
-
-
-STACKS = [
-    pytest.param(text, id=f"{name_of(page)}-{at}")
-    for page in PAGES + READMES
-    for at, (info, text) in enumerate(blocks(page))
-    if info[:1] == ["yaml"] and "tiers:" in text
-]
-RUNNABLE = [
-    pytest.param(text, id=f"{name_of(page)}-{at}")
-    for page in PAGES
-    for at, (info, text) in enumerate(blocks(page))
-    if info[:1] == ["python"] and "runnable" in info
-]
-
-
-@pytest.mark.parametrize("text", STACKS)
-def test_every_stack_is_a_valid_configuration(text):
-    config = load_config(yaml.safe_load(text))
-    if config.coordinator is not None:
-        settings = {**config.coordinator}
-        convert(settings, COORDINATOR_TYPES[settings.pop("backend")], "coordinator")
-    for entry in config.tiers:
-        if entry.backend in TIER_TYPES:
-            convert(entry.settings, TIER_TYPES[entry.backend], entry.name)
-        else:
-            assert entry.backend == "shelf"
-        for part in entry.codecs:
-            if part.name in CODEC_TYPES:
-                convert(part.settings, CODEC_TYPES[part.name], part.name)
-
-
-@pytest.fixture
-def shelf(tmp_path, monkeypatch):
-    """Install the backend of the tutorial: its files, and the metadata an installer would write."""
-    folder = tmp_path / "site"
-    for name, text in tutorial_files().items():
-        file = folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
-    name, version = project["name"], project["version"]
-    metadata = folder / f"{name.replace('-', '_')}-{version}.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    points = project["entry-points"]["kvbm_core"]
-    lines = [f"{key} = {value}" for key, value in points.items()]
-    (metadata / "entry_points.txt").write_text("\n".join(["[kvbm_core]", *lines, ""]))
-    monkeypatch.syspath_prepend(str(folder))
-    importlib.invalidate_caches()
-    yield folder
-    sys.modules.pop("kvbm_shelf", None)
-
-
-def beside_the_core(folder):
-    """Give the environment of a child that finds a folder's packages, and the core that is tested here."""
-    paths = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": paths}
-
-
-@pytest.mark.parametrize("text", RUNNABLE)
-def test_every_runnable_block_runs(text, shelf, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    exec(compile(text, "documentation", "exec"), {"__name__": "documentation"})
-
-
-def test_the_tutorials_tier_passes_the_suite_as_it_says(shelf):
-    environment = beside_the_core(shelf)
-    command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "test_shelf.py"]
-    done = subprocess.run(command, cwd=shelf, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    [drawn] = [text for info, text in blocks(TUTORIAL) if info == ["text", "suite"]]
-    untimed = [re.sub(r" in \S+s( \(\S+\))?$", "", text.strip()) for text in (done.stdout, drawn)]
-    assert untimed[0] == untimed[1]
-
-
-def test_the_suite_finds_what_the_tutorial_says_it_finds(shelf):
-    module = shelf / "kvbm_shelf" / "__init__.py"
-    guard = (
-        "        if self._used + charge > self._capabilities.capacity_bytes:\n"
-        "            return Outcome.FAILED, Reason.FULL, 0\n"
-    )
-    assert guard in module.read_text()
-    module.write_text(module.read_text().replace(guard, ""))
-    environment = beside_the_core(shelf)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-k",
-        "capacity",
-        "-p",
-        "no:cacheprovider",
-        "test_shelf.py",
-    ]
-    done = subprocess.run(command, cwd=shelf, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert re.search(r"^FAILED .*more_are_refused", done.stdout, re.MULTILINE)
-
-
-def test_the_tutorial_is_as_short_as_it_says():
-    code = [text for name, text in tutorial_files().items() if name.endswith(".py")]
-    lines = [line for text in code for line in text.splitlines() if line.strip()]
-    assert 100 < len(lines) < 160
-
-
-def test_there_is_code_to_run():
-    assert len(RUNNABLE) >= 2
-    assert len(STACKS) >= 5
 
 
 # Configuration.
@@ -527,7 +388,7 @@ def test_the_facts_of_a_namespace_are_documented():
 
 
 def test_every_error_is_named():
-    tree = blocks(REFERENCE / "errors.md")[0][1]
+    tree = blocks(REFERENCE / "errors.md")[0].text
     drawn = [line.rstrip() for line in tree.splitlines()]
     docstring = [line.removeprefix("    ").rstrip() for line in (errors.__doc__ or "").splitlines()]
     assert set(errors.__all__) == set(re.findall(r"\w+Error\b", tree)) - {"ValueError"}
@@ -568,6 +429,33 @@ def test_every_tier_and_fault_has_a_row_for_operators():
     assert all(all(row[:2]) and row[-2 if len(row) == 6 else -1] for row in rows(page.read_text()))
 
 
+# Troubleshooting.
+
+
+def texts_of_the_code():
+    """Every text in the packages, with what is put into it left out as in the documentation."""
+    for folder in ("kvbm_core", "backends", "plugins"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield re.sub(r"%\S*?[sdgfr]", "…", node.value)
+                elif isinstance(node, ast.JoinedStr):
+                    yield "".join(getattr(part, "value", "…") if isinstance(part, ast.Constant) else "…"
+                                  for part in node.values)  # fmt: skip
+
+
+def test_lines_that_the_page_on_troubleshooting_quotes_are_in_the_code():
+    page = (DOCS / "how-to" / "troubleshooting.md").read_text()
+    code = "\n".join([*texts_of_the_code(), *_FAULTS])
+    cells = [cells[0] for cells in rows(page) if "vLLM's" not in cells[0]]
+    quoted = [
+        quote for cell in cells for quote in re.findall(r"`([^`]+)`", cell) if "vllm:kvbm_" not in quote
+    ]
+    parts = {part.strip() for quote in quoted for part in quote.split("…")}
+    assert len(parts) > 60
+    assert [part for part in parts if len(part) > 2 and part not in code] == []
+
+
 # Come from another connector.
 
 
@@ -595,14 +483,6 @@ def test_pages_speak_of_the_project_alone(page):
     assert not re.search(r"\b(pypi|files\.pythonhosted)\.", text)
 
 
-def test_commands_of_make_exist():
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for page in PAGES:
-        for info, text in blocks(page):
-            if info[:1] == ["console"]:
-                assert set(re.findall(r"^make ([a-z-]+)", text, re.MULTILINE)) <= targets, name_of(page)
-
-
 def test_the_page_on_security_names_tests_that_are_there():
     page = ROOT / "docs/explanation/security.md"
     text = page.read_text()
@@ -613,6 +493,15 @@ def test_the_page_on_security_names_tests_that_are_there():
     named = set(re.findall(r"`(test_\w+)`", text))
     assert len(named) > 10
     assert named <= there
+
+
+def test_files_that_explanations_name_exist():
+    """In a table a name may leave out `kvbm_core`, or the folder of the name before it."""
+    files = {path.relative_to(ROOT).as_posix() for folder in ("kvbm_core", "backends", "plugins", "tests")
+             for path in (ROOT / folder).rglob("*.py")}  # fmt: skip
+    for page in (DOCS / "explanation").glob("*.md"):
+        for name in re.findall(r"`([\w/]+\.py)`", FENCE.sub("", page.read_text())):
+            assert any(f"/{file}".endswith(f"/{name}") for file in files), f"{name_of(page)} names {name}"
 
 
 def test_scripts_that_are_named_exist():

@@ -213,6 +213,18 @@ def test_marks_that_are_asked_for_are_asked_of_every_part(parts):
     assert alone[1] == "(engine or x) and (ranks or gpu)"
 
 
+def test_a_part_reads_the_files_alone_that_have_its_tests(parts, tmp_path, monkeypatch):
+    for name, mark in (("a", "ranks"), ("b", "engine"), ("c", "early"), ("d", "gpu")):
+        file = tmp_path / "tests" / name / f"test_{name}.py"
+        file.parent.mkdir(parents=True)
+        file.write_text(f"pytestmark = [pytest.mark.vllm, pytest.mark.{mark}]")
+    monkeypatch.chdir(tmp_path)
+    read = [[word for word in words if word.endswith(".py")] for words in parts((0, 0, 0), "-k", "name")[1]]
+    assert read == [[], ["tests/b/test_b.py"], ["tests/a/test_a.py", "tests/d/test_d.py"]]
+    [_, engines, _] = parts((0, 0, 0), "tests/c/test_c.py::test_it")[1]
+    assert engines[-1] == "tests/c/test_c.py::test_it", "a place that is named is read, and no other"
+
+
 def test_a_test_that_wants_the_terminal_has_it(parts):
     _, [together, engines, _] = parts((0, 0, 0), "-s")
     assert together[2:4] == engines[2:4] == ("-n", "0")

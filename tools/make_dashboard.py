@@ -149,8 +149,9 @@ ROWS: Final[Sequence[tuple[str, Sequence[Json]]]] = [
               (gauge("kept_bytes"), "{{tier}}"), width=6),
         panel("timeseries", "Hints", "Of requests that ended, a second, by their answers.", "short",
               (rate("hints", "hint, answer", ENGINE), "{{hint}} {{answer}}"), width=6),
-        panel("timeseries", "Read ahead", "Blocks a second, for requests that waited.", "short",
-              (rate("prefetched_blocks", "tier"), "{{tier}}"), width=6),
+        panel("timeseries", "Read ahead", "Into host memory, for requests that waited; a source is a "
+              "position in the stack.", "Bps",
+              (rate("filled_bytes", "source", f'{ENGINE}, reason="prefetch"'), "from {{source}}"), width=6),
     ]),
     ("How fast?", [
         panel("timeseries", "Time of a load", "Of the neighbouring blocks of one request, slowest rank.", "s",
@@ -172,13 +173,19 @@ ROWS: Final[Sequence[tuple[str, Sequence[Json]]]] = [
     ("What fails?", [
         panel("state-timeline", "Tiers in use", "By server. After failures a tier is left alone.", "none",
               (gauge("tier_usable", "instance, engine, tier", how="min"), "{{instance}} {{engine}} {{tier}}"),
-              defaults={"max": 1, **steps((None, "red"), (1, "green")), "mappings": [
+              width=6, defaults={"max": 1, **steps((None, "red"), (1, "green")), "mappings": [
                   {"type": "value", "options": {"0": {"text": "left alone", "index": 0},
                                                 "1": {"text": "in use", "index": 1}}}]}),
+        panel("state-timeline", "Left alone for",
+              "The operation that failed last, and why. The server's log has the medium's own words.", "none",
+              (gauge("tier_left_alone", "instance, engine, tier, operation, reason", how="max") + " > 0",
+               "{{instance}} {{engine}} {{tier}} {{operation}} {{reason}}"),
+              width=6, defaults={"max": 1, **steps((None, "red")), "mappings": [
+                  {"type": "value", "options": {"1": {"text": "left alone", "index": 0}}}]}),
         panel("timeseries", "Transfers that failed", "Blocks a second. Each was computed, or is not stored.",
-              "short", (rate("failed_transfers", "tier, reason"), "{{tier}} {{reason}}")),
+              "short", (rate("failed_transfers", "tier, reason"), "{{tier}} {{reason}}"), width=6),
         panel("timeseries", "Blocks dropped", "Not even tried to be stored, a second.", "short",
-              (rate("dropped_blocks", "tier, reason"), "{{tier}} {{reason}}")),
+              (rate("dropped_blocks", "tier, reason"), "{{tier}} {{reason}}"), width=6),
         panel("stat", "Damaged blocks", "Found by their checksum and not used.", "short",
               (total("failed_transfers", labels=f'{TIER}, reason="corrupt"'), "blocks"),
               height=4, defaults=BAD),

@@ -50,16 +50,21 @@ def main(arguments: Sequence[str]) -> int:
         options.workers = "0"  # A worker has no terminal.
     engines = str(min(int(options.workers), MOST_ENGINES)) if options.workers.isdecimal() else options.workers
     parts = [
-        ("not (engine or gpu)", ["-n", options.workers, "--dist", "worksteal"]),
-        ("engine and not (ranks or gpu)", ["-n", engines, "--dist", "load", "--maxschedchunk", "1"]),
-        ("ranks or gpu", []),
+        ("not (engine or gpu)", ["-n", options.workers, "--dist", "worksteal"], ()),
+        (
+            "engine and not (ranks or gpu)",
+            ["-n", engines, "--dist", "load", "--maxschedchunk", "1"],
+            ("engine",),
+        ),
+        ("ranks or gpu", [], ("ranks", "gpu")),
     ]
     statuses = []
-    for part, spread in parts:
+    for part, spread, marks in parts:
         expression = f"({options.chosen}) and ({part})" if options.chosen else part
-        statuses.append(pytest("-m", expression, *spread, *others))
+        words = [*others, *([] if names_a_place(others) else files_with(marks))]
+        statuses.append(pytest("-m", expression, *spread, *words))
         if options.again and statuses[-1] == FAILED:
-            statuses[-1] = run_again("-m", expression, *others)
+            statuses[-1] = run_again("-m", expression, *words)
         if statuses[-1] not in (0, FAILED, NOTHING_TO_RUN):
             break  # Stopped by hand or by -x, or the command line is wrong.
     return outcome(statuses)
@@ -68,6 +73,20 @@ def main(arguments: Sequence[str]) -> int:
 def workers() -> int:
     """Give the number of processes that the tests without an engine are spread over."""
     return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+
+
+def names_a_place(arguments: Sequence[str]) -> bool:
+    """Say whether a file, a folder or a test is among pytest's arguments."""
+    return any(Path(each.split("::")[0]).exists() for each in arguments)
+
+
+def files_with(marks: Sequence[str]) -> list[str]:
+    """List the files of tests that name one of these marks; none for no mark.
+
+    A process that runs a part of the tests reads them all otherwise, which takes as long as some engines.
+    """
+    files = sorted(Path("tests").rglob("test_*.py")) if marks else []
+    return [str(file) for file in files if any(f"mark.{mark}" in file.read_text() for mark in marks)]
 
 
 def outcome(statuses: Sequence[int]) -> int:

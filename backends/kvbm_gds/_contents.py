@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any, Final
+from collections.abc import Iterator, Sequence
+from typing import Final
 
-from kvbm_core.block import Namespace
-from kvbm_core.contents import Contents, Found
-from kvbm_core.errors import KvbmError, TierError
-from kvbm_core.localdir import HeldFolder, LocalDirectory
-from kvbm_core.stored import facts_in
-from kvbm_core.trust import open_direct, open_file, open_folder
+from kvbm_core.contents import Contents, FolderContents, Found
+from kvbm_core.errors import TierError
+from kvbm_core.localdir import HeldFolder
 from kvbm_gds._config import GdsConfig
 from kvbm_gds._layout import ENTRY, ENTRY_BYTES, FORMAT_VERSION, HEADER, HEADER_BYTES, MAGIC, in_pages
 from kvbm_gds._slab import SLAB, directory_of, read_entries, sound_fields
@@ -26,33 +21,19 @@ _EMPTY: Final = bytes(ENTRY_BYTES)
 def contents(config: GdsConfig) -> Sequence[Contents]:
     """See `Backend.contents`."""
     directory = directory_of(config)
-    return [_Folder(directory, rank, folder) for rank, folder in directory.ranks()]
+    return [_Folder(directory, rank, folder, "gds") for rank, folder in directory.ranks()]
 
 
-class _Folder(Contents):
+class _Folder(FolderContents):
     """A rank's folder. A place is the slot and its entry as it was read: no two stores have equal ones."""
 
-    def __init__(self, directory: LocalDirectory, rank: int, folder: Path) -> None:
-        self.where = str(folder)
-        self._directory = directory
-        self._rank = rank
-        self._folder = folder
-        self._fds: dict[int, int] = {}
-        """By number, the slab files."""
+    def open_files(self, names: Sequence[str]) -> None:
+        """See `FolderContents.open_files`."""
         self._slot_bytes = self._slots_per_file = 0
-        self._index = -1
-        self._open()
-
-    def __repr__(self) -> str:
-        return f"<contents of {self.where}>"
-
-    def holder(self) -> str:
-        """See `Contents.holder`."""
-        return self._directory.owner(self._rank)
-
-    def facts(self) -> Mapping[tuple[Namespace, int], Mapping[str, Any] | None]:
-        """See `Contents.facts`."""
-        return {(name, self._rank): facts for name, (_, facts) in facts_in(self._folder).items()}
+        self._index = self.open_file("index") if "index" in names else -1
+        slabs = [match for name in names if (match := SLAB.fullmatch(name))]
+        self._slabs = {int(match[1]): self.open_file(match[0], direct=True) for match in slabs}
+        self._read_header()
 
     def objects(self) -> Iterator[Found]:
         """See `Contents.objects`. In the order of slots."""
@@ -61,7 +42,7 @@ class _Folder(Contents):
 
     def problems(self) -> Sequence[str]:
         """See `Contents.problems`."""
-        if self._index < 0 and not self._fds:
+        if self._index < 0 and not self._slabs:
             return []
         if not self._slot_bytes:
             return [f"{self.where}/index: its header is damaged or gone; an engine will start empty"]
@@ -75,7 +56,7 @@ class _Folder(Contents):
         """See `Contents.read`."""
         number, at = divmod(found.place[0], self._slots_per_file)
         try:
-            got = os.preadv(self._fds[number], [buffer[: in_pages(found.nbytes)]], at * self._slot_bytes)
+            got = os.preadv(self._slabs[number], [buffer[: in_pages(found.nbytes)]], at * self._slot_bytes)
         except OSError as error:
             raise TierError(f"it cannot be read: {error.strerror}", tier="gds") from error
         return buffer[: min(got, found.nbytes)]
@@ -89,7 +70,7 @@ class _Folder(Contents):
 
     def remove(self, found: Sequence[Found]) -> int:
         """See `Contents.remove`."""
-        held, removed = HeldFolder(self._folder, "gds"), 0
+        held, removed = HeldFolder(self.folder, "gds"), 0
         try:
             index = held.open("index", os.O_RDWR)
             try:
@@ -105,37 +86,6 @@ class _Folder(Contents):
         finally:
             held.release()
         return removed
-
-    def tidy(self, kept: Collection[tuple[Namespace, int]], *, really: bool) -> int:
-        """See `Contents.tidy`. An engine does it at its start."""
-        return 0
-
-    def close(self) -> None:
-        """See `Contents.close`."""
-        for fd in (*self._fds.values(), self._index):
-            if fd >= 0:
-                os.close(fd)
-        self._fds, self._index = {}, -1
-
-    def _open(self) -> None:
-        folder_fd = open_folder(self._folder, "gds", tighten=False)
-        try:
-            names = os.listdir(folder_fd)
-            if "index" in names:
-                self._index = open_file(self._folder, folder_fd, "index", os.O_RDONLY, "gds")
-            for name in names:
-                if match := SLAB.fullmatch(name):
-                    self._fds[int(match[1])], _ = open_direct(
-                        partial(open_file, self._folder, folder_fd, name, tier="gds"), os.O_RDONLY
-                    )
-            self._read_header()
-        except (OSError, KvbmError) as error:
-            self.close()
-            if isinstance(error, KvbmError):
-                raise
-            raise TierError(f"{self.where} cannot be read: {error.strerror}", tier="gds") from error
-        finally:
-            os.close(folder_fd)
 
     def _read_header(self) -> None:
         header = os.pread(self._index, HEADER.size, 0) if self._index >= 0 else b""
@@ -154,6 +104,6 @@ class _Folder(Contents):
             broken = f"the index entry of slot {slot} is damaged"
         elif not 0 < nbytes <= self._slot_bytes:
             broken = f"the index says {nbytes} bytes, and a slot has {self._slot_bytes}"
-        elif slot // self._slots_per_file not in self._fds:
+        elif slot // self._slots_per_file not in self._slabs:
             broken = f"slab.{slot // self._slots_per_file:03d} is gone"
-        return Found(namespace, self._rank, key, nbytes, sequence, (slot, raw), broken)
+        return Found(namespace, self.rank, key, nbytes, sequence, (slot, raw), broken)

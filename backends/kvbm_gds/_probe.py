@@ -202,7 +202,8 @@ def child() -> None:
 
 
 def _try(engine: str, file: Path, piece_bytes: int, pieces: int) -> dict[str, Any]:
-    fd, _ = open_direct(lambda flags: os.open(file, flags | os.O_NOFOLLOW, FILE_MODE))
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd, _ = open_direct(lambda name, flags: os.open(name, flags, FILE_MODE), str(file), flags)
     os.posix_fallocate(fd, 0, piece_bytes * pieces)
     ended = threading.Event()
     moving = open_engine(engine, ended.set)

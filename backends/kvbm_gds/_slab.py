@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import os
 import re
 from collections.abc import Iterator
@@ -222,7 +221,7 @@ class Slab:
     def _open_files(self) -> None:
         for number in range(self._sizing.files):
             name = f"slab.{number:03d}"
-            fd, direct = open_direct(functools.partial(self._folder.open, name))
+            fd, direct = open_direct(self._folder.open, name, os.O_RDWR | os.O_CREAT)
             self._fds.append(fd)
             self.direct = self.direct and direct
         kept = {f"slab.{number:03d}" for number in range(self._sizing.files)}

@@ -238,8 +238,8 @@ class GdsTier(Tier):
     def _go_out(self, why: str) -> None:
         self._out = why
         self._next_reopen_s = time.monotonic() + _REOPEN_EVERY_S
-        self._lines.error(
-            "out",
+        self._lines.lasts(
+            "out", time.monotonic(),
             "out for a while: in %s %s; keep other programs out of this directory. Its files are "
             "opened anew every %g s, until that works",
             self._slab.path, why, _REOPEN_EVERY_S,
@@ -264,8 +264,10 @@ class GdsTier(Tier):
             self._slots = Slots(self._slab, self._sizing.slots, self._context, self._index_failed)
             self._slots.take_stock(entries, wanted)
             self._out = ""
-            left = len(self._slots.ready)
-            self._log.warning("it works again: %s has %d of %d objects", self._slab.path, left, len(wanted))
+            self._lines.over(
+                "out", time.monotonic(), "it works again: %s has %d of %d objects; it was out %s",
+                self._slab.path, len(self._slots.ready), len(wanted),
+            )  # fmt: skip
 
     def _end(self, io: Io) -> None:
         flight = self._flying.pop(io.token.ticket)

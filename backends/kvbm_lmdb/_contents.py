@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from mmap import PAGESIZE
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from kvbm_core.block import KEY_BYTES, NAMESPACE_BYTES, Namespace
-from kvbm_core.contents import Contents, Found
-from kvbm_core.errors import KvbmError, TierError
-from kvbm_core.localdir import LocalDirectory
-from kvbm_core.stored import facts_in
-from kvbm_core.trust import open_direct, open_file, open_folder
+from kvbm_core.block import KEY_BYTES, NAMESPACE_BYTES
+from kvbm_core.contents import Contents, FolderContents, Found
+from kvbm_core.errors import TierError
 from kvbm_lmdb._config import LmdbConfig
 from kvbm_lmdb._directory import directory_of
 from kvbm_lmdb._place import (
-    FORMAT_KEY,
     PIECE_HEADER_BYTES,
     SEQUENCE,
-    is_given_up,
-    is_sound,
+    is_no_object,
+    is_whole,
     nbytes_of,
     pieces_of,
 )
@@ -38,31 +32,20 @@ _MOST_ROOM_BYTES: Final = 1 << 32
 def contents(config: LmdbConfig) -> Sequence[Contents]:
     """See `Backend.contents`."""
     directory = directory_of(config)
-    return [_Folder(directory, rank, folder) for rank, folder in directory.ranks()]
+    return [_Folder(directory, rank, folder, "lmdb") for rank, folder in directory.ranks()]
 
 
-class _Folder(Contents):
+class _Folder(FolderContents):
     """A rank's folder. A place is the row of the index: no two stores have equal ones."""
 
-    def __init__(self, directory: LocalDirectory, rank: int, folder: Path) -> None:
-        self.where = str(folder)
-        self._directory = directory
-        self._rank = rank
-        self._folder = folder
-        self._fd = self._tree_fd = -1
+    def open_files(self, names: Sequence[str]) -> None:
+        """See `FolderContents.open_files`."""
         self._problems: list[str] = []
-        self._open()
-
-    def __repr__(self) -> str:
-        return f"<contents of {self.where}>"
-
-    def holder(self) -> str:
-        """See `Contents.holder`."""
-        return self._directory.owner(self._rank)
-
-    def facts(self) -> Mapping[tuple[Namespace, int], Mapping[str, Any] | None]:
-        """See `Contents.facts`."""
-        return {(name, self._rank): facts for name, (_, facts) in facts_in(self._folder).items()}
+        self._fd = self._tree_fd = -1
+        if _DATA in names:
+            self._tree_fd = self.open_file(_DATA)
+            # An engine has it in the page cache; past that a look costs the cache nothing.
+            self._fd = self.open_file(_DATA, direct=not self.holder())
 
     def objects(self) -> Iterator[Found]:
         """See `Contents.objects`. In the order of the file, as far as each object's first piece goes."""
@@ -85,7 +68,7 @@ class _Folder(Contents):
                 f"{self.where}/{_DATA}: its index lists {tree.entries} rows, of which {len(rows)} can be "
                 "reached: it is damaged"
             )
-        found = [self._found(key, row, nbytes) for key, row in rows if not self._is_none(key, row)]
+        found = [self._found(key, row, nbytes) for key, row in rows if not is_no_object(key, row)]
         yield from sorted(found, key=_first_page)
 
     def problems(self) -> Sequence[str]:
@@ -129,50 +112,17 @@ class _Folder(Contents):
         from kvbm_lmdb._removing import remove_rows
 
         rows = {each.namespace + each.key: each.place for each in found}
-        return remove_rows(self._folder, rows)
-
-    def tidy(self, kept: Collection[tuple[Namespace, int]], *, really: bool) -> int:
-        """See `Contents.tidy`. An engine does it at its start."""
-        return 0
-
-    def close(self) -> None:
-        """See `Contents.close`."""
-        for fd in (self._fd, self._tree_fd):
-            if fd >= 0:
-                os.close(fd)
-        self._fd = self._tree_fd = -1
-
-    def _open(self) -> None:
-        try:
-            folder_fd = open_folder(self._folder, "lmdb", tighten=False)
-            try:
-                if _DATA in os.listdir(folder_fd):
-                    self._tree_fd = open_file(self._folder, folder_fd, _DATA, os.O_RDONLY, "lmdb")
-                    # An engine has it in the page cache; past that a look costs the cache nothing.
-                    opening = partial(open_file, self._folder, folder_fd, _DATA, tier="lmdb")
-                    self._fd = opening(os.O_RDONLY) if self.holder() else open_direct(opening, os.O_RDONLY)[0]
-            finally:
-                os.close(folder_fd)
-        except (OSError, KvbmError) as error:
-            self.close()
-            if isinstance(error, KvbmError):
-                raise
-            raise TierError(f"{self.where} cannot be read: {error.strerror}", tier="lmdb") from error
-
-    @staticmethod
-    def _is_none(key: bytes, row: bytes) -> bool:
-        """Say whether a row is of no object: the format, or one that is being erased."""
-        return key == FORMAT_KEY or is_given_up(row[SEQUENCE.size :])
+        return remove_rows(self.folder, rows)
 
     def _found(self, key: bytes, row: bytes, file_bytes: int) -> Found:
         place, broken, nbytes, sequence = row[SEQUENCE.size :], "", 0, 0
         if len(key) != NAMESPACE_BYTES + KEY_BYTES:
             broken = f"the index has a key of {len(key)} bytes"
-        elif len(row) <= SEQUENCE.size or not is_sound(place, file_bytes):
+        elif not is_whole(key, row, file_bytes):
             broken = "its row of the index is damaged, or leads beyond the end of the file"
         if not broken:
             (sequence,), nbytes = SEQUENCE.unpack_from(row), nbytes_of(place)
-        return Found(key[:NAMESPACE_BYTES], self._rank, key[NAMESPACE_BYTES:], nbytes, sequence, row, broken)
+        return Found(key[:NAMESPACE_BYTES], self.rank, key[NAMESPACE_BYTES:], nbytes, sequence, row, broken)
 
 
 def _first_page(found: Found) -> int:

@@ -277,7 +277,8 @@ class Link:
         except (OSError, TierOpenError) as error:
             self.failed(KeeperError(Fault.MEDIUM, str(error)))
             return None
-        self.lines.warning("again", "%s: LMDB works again, with %d objects", self._folder, len(found))
+        text = "%s: LMDB works again, with %d objects; it was gone %s"
+        self.lines.over("gone", time.monotonic(), text, self._folder, len(found))
         return found
 
     def send(self, request: Request) -> None:
@@ -313,10 +314,9 @@ class Link:
         self._end(error)
         wait_s = 0.0 if len(self._faults) == 1 else min(_MOST_RETRY_S, 2.0 ** (len(self._faults) - 3))
         self.retry_s = time.monotonic() + wait_s
-        self.lines.error(
-            ("down", error.fault),
-            "%s: the process that has LMDB is gone; the engine goes on, and another is started%s. %s",
-            self._folder, f" in {wait_s:.1f} s" if wait_s else "", error,
+        self.lines.lasts(
+            "gone", time.monotonic(), "%s: the process that has LMDB is gone; another is started%s. %s",
+            self._folder, f" in {wait_s:.1f} s" if wait_s else "", error, cause=error.fault,
         )  # fmt: skip
         count = self._count(error.fault)
         if count >= _STRIKES.get(error.fault, count + 1):

@@ -16,14 +16,19 @@ from collections.abc import Sequence
 from mmap import PAGESIZE
 from typing import Final
 
+from kvbm_core.block import KEY_BYTES, NAMESPACE_BYTES
+
 __all__ = [
     "FORMAT_KEY",
     "GIVEN_UP",
     "PIECE_HEADER_BYTES",
     "SEQUENCE",
+    "TICK_KEY",
     "Piece",
     "is_given_up",
+    "is_no_object",
     "is_sound",
+    "is_whole",
     "nbytes_of",
     "pages_of",
     "pieces_of",
@@ -37,6 +42,8 @@ GIVEN_UP: Final = 2**64 - 1
 """The length in the row of an object that is being erased, piece by piece."""
 FORMAT_KEY: Final = b"format"
 """Of the row of the index that says which format the two databases have."""
+TICK_KEY: Final = b"tick"
+"""Of the row of the index that is rewritten to make LMDB count a transaction on."""
 PIECE_HEADER_BYTES: Final = 16
 """LMDB's, ahead of a large value, which lies in pages of its own, next to each other."""
 _NUMBER: Final = struct.Struct("<Q")
@@ -54,6 +61,20 @@ Piece = tuple[int, int]
 def is_given_up(place: bytes) -> bool:
     """Say whether the object is being erased, and this is what is left of its place."""
     return len(place) >= 8 and len(place) % 8 == 0 and nbytes_of(place) == GIVEN_UP
+
+
+def is_no_object(full_key: bytes, row: bytes) -> bool:
+    """Say whether a row of the index is of no object: one of its own, or of what is being erased."""
+    return full_key in (FORMAT_KEY, TICK_KEY) or is_given_up(row[SEQUENCE.size :])
+
+
+def is_whole(full_key: bytes, row: bytes, file_bytes: int) -> bool:
+    """Say whether a row of the index is of an object that can be read in a file of `file_bytes`."""
+    return (
+        len(full_key) == NAMESPACE_BYTES + KEY_BYTES
+        and not is_no_object(full_key, row)
+        and is_sound(row[SEQUENCE.size :], file_bytes)
+    )
 
 
 def place_of(nbytes: int, pieces: Sequence[Piece]) -> bytes:

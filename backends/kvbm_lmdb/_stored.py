@@ -6,11 +6,11 @@ import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kvbm_core.block import KEY_BYTES, NAMESPACE_BYTES, Namespace
+from kvbm_core.block import NAMESPACE_BYTES, Namespace
 from kvbm_core.localdir import LocalDirectory
 from kvbm_core.stored import Stored, stored_in_directory
 from kvbm_lmdb._config import LmdbConfig
-from kvbm_lmdb._place import SEQUENCE, nbytes_of
+from kvbm_lmdb._place import SEQUENCE, is_whole, nbytes_of
 
 __all__ = ["stored"]
 
@@ -35,11 +35,12 @@ def _count(folder: Path, in_use: bool) -> Mapping[Namespace, tuple[int, int]] | 
     try:
         with lmdb.open(str(file), subdir=False, readonly=True, lock=False, max_dbs=2) as env:
             # Reading a page beyond the end of the file would end this process.
-            if (env.info()["last_pgno"] + 1) * mmap.PAGESIZE > file.stat().st_size:
+            nbytes = file.stat().st_size
+            if (env.info()["last_pgno"] + 1) * mmap.PAGESIZE > nbytes:
                 return None
             with env.begin(db=env.open_db(b"index", create=False)) as txn:
                 for full_key, row in txn.cursor():
-                    if len(full_key) == NAMESPACE_BYTES + KEY_BYTES and len(row) > 2 * SEQUENCE.size:
+                    if is_whole(full_key, row, nbytes):
                         objects, total = counts.get(full_key[:NAMESPACE_BYTES], (0, 0))
                         counts[full_key[:NAMESPACE_BYTES]] = (
                             objects + 1, total + nbytes_of(row[SEQUENCE.size :]),

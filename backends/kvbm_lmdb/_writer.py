@@ -23,12 +23,10 @@ from kvbm_lmdb._data_file import ASIDE, remove
 from kvbm_lmdb._directory import OVERHEAD_BYTES, PAGE_BYTES, Sizing
 from kvbm_lmdb._environment import DAMAGE, PIECE, Entry, Store
 from kvbm_lmdb._messages import Committed
-from kvbm_lmdb._place import SEQUENCE, nbytes_of
+from kvbm_lmdb._place import SEQUENCE, TICK_KEY, nbytes_of
 
 __all__ = ["Writer"]
 
-_TICK: Final = b"tick"
-"""A row of the index that is no object's: rewritten to make LMDB count a transaction on."""
 _ROUNDS: Final = 4
 """Attempts to make room for stores that did not fit."""
 _CUT_BATCHES: Final = 64
@@ -244,7 +242,7 @@ class Writer:
                 with self._store.env.begin(write=True, db=self._store.index) as txn:
                     # An unchanged value would be no change, and no transaction.
                     self._sequence += 1
-                    txn.put(_TICK, SEQUENCE.pack(self._sequence))
+                    txn.put(TICK_KEY, SEQUENCE.pack(self._sequence))
 
     def _make_room_of_aside(self, nbytes: int) -> None:
         """Delete the damaged file put aside if there may soon be no room for both."""

@@ -16,7 +16,6 @@ import stat
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -118,9 +117,9 @@ class LocalStore(Store):
 
     def _open(self, path: str) -> int:
         # O_NONBLOCK: a pipe would wait for somebody at its other end.
-        opening, flags = partial(os.open, self._at(path)), _PLAIN
+        file = self._at(path)
         try:
-            return open_direct(opening, flags)[0] if self._direct else opening(flags)
+            return open_direct(os.open, file, _PLAIN)[0] if self._direct else os.open(file, _PLAIN)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENXIO):
                 raise WrongLengthError from error

@@ -14,6 +14,7 @@ from typing import Final
 from kvbm_core.block import BlockKey
 from kvbm_core.errors import QueueFullError, TierError
 from kvbm_core.layers.forward import ForwardTier
+from kvbm_core.layers.order_tier import OrderTier
 from kvbm_core.tier import Capabilities, Completion, Outcome, Reason, Tier, Transfer
 
 __all__ = ["DeadlineTier"]
@@ -129,6 +130,12 @@ class DeadlineTier(ForwardTier):
         self._inbox.append(("discard", keys))
         self._event.set()
 
+    def used(self, keys: Sequence[BlockKey]) -> None:
+        """Note which objects were used, see `OrderTier.used`. Of no use to a tier without it."""
+        if isinstance(self._inner, OrderTier):
+            self._inbox.append(("used", keys))
+            self._event.set()
+
     def close(self) -> None:
         """See `Tier.close`. Waits at most a few seconds for a tier that hangs."""
         self._closing = True
@@ -154,6 +161,8 @@ class DeadlineTier(ForwardTier):
 
     def _run(self) -> None:
         """Be the one thread that calls the inner tier."""
+        if isinstance(self._inner, OrderTier):
+            self._guard("restore")
         while not self._closing or self._inbox:
             self._event.wait(self._TICK_S if self._open else self._LATE_TICK_S if self._late else None)
             self._event.clear()

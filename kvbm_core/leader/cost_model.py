@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["CostModel"]
+__all__ = ["TRIAL_EVERY_S", "CostModel"]
 
 _MEMORY: Final = 0.7
 """What earlier measurements count for, when a new one comes."""
@@ -30,7 +30,8 @@ _TRIAL_BLOCKS: Final = 16
 computes."""
 _TRIAL_FRACTION: Final = 0.05
 """Of a prompt's computing time: what a new try of a tier that was found slow may cost, at most."""
-_TRIAL_EVERY_S: Final = 30.0
+TRIAL_EVERY_S: Final = 30.0
+"""A tier that was found slow is tried again so long after the last try, at the soonest."""
 _TRIAL_SHARE: Final = 0.01
 """Of the time since a slow tier was last tried or measured: what a try of one block may cost."""
 
@@ -75,7 +76,7 @@ class CostModel:
         self._short_steps = _Speed()
         """They take longer a token than long ones, so what is slower than these is slow."""
         self._loading = [_Speed() for _ in range(tiers)]
-        self._tried_s = [-_TRIAL_EVERY_S] * tiers
+        self._tried_s = [-TRIAL_EVERY_S] * tiers
 
     def __repr__(self) -> str:
         speeds = ["?" if s.seconds is None else f"{s.seconds * 1e3:.3g}" for s in self._loading]
@@ -120,6 +121,14 @@ class CostModel:
         """Say whether a block from this tier takes longer than computing it."""
         computing, loading = self._block_seconds(), self._loading[tier].seconds
         return computing is not None and loading is not None and loading >= computing
+
+    def block_seconds(self, tier: int) -> tuple[float, float]:
+        """Give what a block of the largest KV group takes: from this tier, and computed. NaN: not known."""
+        loading, computing = self._loading[tier].seconds, self._block_seconds()
+        return (
+            math.nan if loading is None else loading,
+            math.nan if computing is None else computing,
+        )
 
     def should_skip(self, tier: int, now_s: float, blocks: float = math.inf) -> bool:
         """Say whether a tier need not be asked for so many blocks: it is slow, and no try is due."""
@@ -208,7 +217,7 @@ class CostModel:
     def _blocks_to_try(self, tier: int, budget_s: float, now_s: float) -> float:
         """Say how many blocks a try of a slow tier may load now; below 1 if none is due."""
         seconds = self._loading[tier].seconds
-        if seconds is None or now_s - self._tried_s[tier] < _TRIAL_EVERY_S:
+        if seconds is None or now_s - self._tried_s[tier] < TRIAL_EVERY_S:
             return 0.0
         since_s = now_s - max(self._tried_s[tier], self._loading[tier].ended_s)
         return max(budget_s / seconds, 1.0 if seconds <= _TRIAL_SHARE * since_s else 0.0)

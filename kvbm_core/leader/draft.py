@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Final
 
 from kvbm_core.block import BlockKey
+from kvbm_core.leader.ground.tiers import Tiers
 from kvbm_core.leader.in_flight import InFlight
-from kvbm_core.leader.tier_state import Tiers
 from kvbm_core.plan import Fill, FillReason, Load, Lookup, Plan, Probe, Store, WriteOrder
 
 __all__ = ["Draft"]
@@ -27,16 +27,23 @@ class Draft:
     def __init__(self, tiers: Tiers, in_flight: InFlight) -> None:
         self._tiers = tiers
         self._in_flight = in_flight
-        self._stores: list[Store] = []
+        self._plan = Plan()
         self._small: dict[tuple[tuple[int, ...], int], Store] = {}
         """The latest small store by its tiers and its group: requests that decode store a block each."""
-        self._loads: list[Load] = []
-        self._lookups: list[Lookup] = []
-        self._fills: list[Fill] = []
 
     def __repr__(self) -> str:
-        counts = f"{len(self._stores)} stores, {len(self._loads)} loads, {len(self._lookups)} lookups"
-        return f"<Draft {counts}, {len(self._fills)} fills>"
+        plan = self._plan
+        counts = f"{len(plan.stores)} stores, {len(plan.loads)} loads, {len(plan.lookups)} lookups"
+        return f"<Draft {counts}, {len(plan.fills)} fills>"
+
+    @property
+    def has_probes(self) -> bool:
+        """True if a tier is to be tried; what else is planned is under way already."""
+        return bool(self._plan.probes)
+
+    def number(self) -> int:
+        """Draw the number of the next operation."""
+        return self._in_flight.number()
 
     def stores(
         self,
@@ -44,7 +51,7 @@ class Draft:
         keys: Sequence[BlockKey],
         blocks: Sequence[int],
         group: int,
-    ) -> None:
+    ) -> list[int]:
         """Add blocks to be written from the device, one store for each set of tiers; small ones together.
 
         Args:
@@ -52,12 +59,15 @@ class Draft:
             keys: That the engine offers.
             blocks: The device blocks, one a key.
             group: Number of the KV group.
+
+        Returns:
+            Numbers of the stores.
         """
         first, *others = targets.values()
         # As a rule they are equal, and lists of the same objects are quickly compared.
         is_one = all(each == first for each in others)
         together = {tuple(targets): first} if is_one else _by_tiers(targets)
-        block_of = dict(zip(keys, blocks, strict=True))
+        block_of, ops = dict(zip(keys, blocks, strict=True)), []
         for tiers, stored in together.items():
             here = list(blocks) if len(stored) == len(keys) else [block_of[key] for key in stored]
             for tier in tiers:
@@ -66,46 +76,62 @@ class Draft:
             if small is not None and len(small.keys) + len(stored) <= _TOGETHER:
                 small.keys.extend(stored)
                 small.blocks.extend(here)
+                ops.append(small.op)
                 continue
-            store = Store(self._in_flight.number(), stored, here, list(tiers), group)
-            self._stores.append(store)
+            store = Store(self.number(), stored, here, list(tiers), group)
+            self._plan.stores.append(store)
             self._small[tiers, group] = store
             self._in_flight.expect(store)
+            ops.append(store.op)
+        return ops
 
     def seal(self) -> None:
         """Have what is added from here on be operations of their own: a reset dooms those of before."""
         self._small.clear()
 
-    def load(self, load: Load, *, pinned: bool) -> None:
-        """Add a load; `pinned` says whether its blocks are kept from being evicted."""
-        self._loads.append(load)
-        self._in_flight.expect(load, pinned=pinned)
-
-    def lookup(self, lookup: Lookup) -> None:
-        """Add a question."""
-        self._lookups.append(lookup)
-        self._in_flight.expect(lookup)
+    def add(self, op: Load | Lookup | Probe | Fill, *, pinned: bool = True) -> None:
+        """Add an operation; `pinned` says of a load whether its blocks are kept from being evicted."""
+        plan = self._plan
+        lists = {Load: plan.loads, Lookup: plan.lookups, Probe: plan.probes, Fill: plan.fills}
+        lists[type(op)].append(op)  # type: ignore[attr-defined]
+        self._in_flight.expect(op, pinned=pinned)
 
     def fill(
-        self, source: int, target: int, keys: Sequence[BlockKey], group: int, reason: FillReason
-    ) -> None:
-        """Add blocks to be copied from one tier to another: pinned in the source, reserved in the target."""
-        number, host_pool = self._in_flight.number(), self._tiers.host_pool
-        fill = Fill(number, source, target, list(keys), host_pool, group, reason)
-        self._fills.append(fill)
-        self._tiers[target].storing += len(keys)
-        self._in_flight.expect(fill)
+        self, source: int, target: int, runs: Iterable[tuple[Sequence[BlockKey], Container[BlockKey]]],
+        group: int, reason: FillReason,
+    ) -> list[BlockKey]:  # fmt: skip
+        """Add blocks to be copied from one tier to another: pinned in the source, reserved in the target.
 
-    def take(self, order: WriteOrder, probes: list[Probe]) -> Plan:
-        """Take everything, with what the engine writes and the tiers that are to be tried."""
+        Args:
+            source: Position of the tier that has them.
+            target: Position of the tier that shall have them.
+            runs: Each in the order of its prefix, and that prefix, see `TierState.reserve`.
+            group: Number of the KV group.
+            reason: Why. Blocks that are demoted come as they would be evicted, and go below in that order.
+
+        Returns:
+            Those that there is room for.
+        """
+        above, below, filling = self._tiers[source], self._tiers[target], list[BlockKey]()
+        for keys, prefix in runs:
+            filling += below.reserve(keys, prefix, group)
+        gone = above.index.pin(filling)
+        assert not gone, "what is not in the source is not copied"
+        if filling:  # The first of a fill is the last to be evicted.
+            keys = filling[::-1] if reason is FillReason.DEMOTION else filling
+            fill = Fill(self.number(), source, target, keys, self._tiers.host_pool, group, reason)
+            self.add(fill)
+            below.storing += len(keys)
+        return filling
+
+    def take(self, order: WriteOrder) -> Plan:
+        """Take everything, with what the engine writes."""
         self._small.clear()
-        stores, self._stores = self._stores, []
-        loads, self._loads = self._loads, []
-        lookups, self._lookups = self._lookups, []
-        fills, self._fills = self._fills, []
+        plan, self._plan = self._plan, Plan()
         return Plan(
-            self._tiers.take_drops(), stores, loads, lookups,
-            order.overwrites, order.unordered, order.blocks_final, probes, fills,
+            self._tiers.take_drops(), plan.stores, plan.loads, plan.lookups,
+            order.overwrites, order.unordered, order.blocks_final,
+            plan.probes, plan.fills, self._tiers.take_used(),
         )  # fmt: skip
 
 

@@ -13,21 +13,24 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 
 from kvbm_core.block import BlockKey
 from kvbm_core.groups import KvGroup
-from kvbm_core.leader.boundaries import GroupPrefix, Part
-from kvbm_core.leader.claims import claim_of
 from kvbm_core.leader.cost_model import CostModel
-from kvbm_core.leader.counts import TierCounts, TierLevels
 from kvbm_core.leader.draft import Draft
-from kvbm_core.leader.endings import Endings
-from kvbm_core.leader.group_matches import GroupMatch, GroupMatcher
+from kvbm_core.leader.endings import Endings, Took
+from kvbm_core.leader.finding.boundaries import GroupPrefix, Part
+from kvbm_core.leader.finding.group_matches import GroupMatch, GroupMatcher
+from kvbm_core.leader.finding.matches import Match, Matcher, Prefix
+from kvbm_core.leader.finding.questions import Questions
+from kvbm_core.leader.ground.counts import TierCounts, TierLevels
+from kvbm_core.leader.ground.tier_policies import TierPolicies
+from kvbm_core.leader.ground.tier_state import UNKNOWN
+from kvbm_core.leader.ground.tiers import Tiers
 from kvbm_core.leader.in_flight import InFlight
-from kvbm_core.leader.matches import Match, Matcher, Prefix
-from kvbm_core.leader.movements import Movements
-from kvbm_core.leader.questions import Questions
+from kvbm_core.leader.left_alone import LeftAlone
+from kvbm_core.leader.movements.edges import Movements
 from kvbm_core.leader.shortage import Shortages
-from kvbm_core.leader.tenants import Tenants
-from kvbm_core.leader.tier_state import UNKNOWN, MakePolicy, Tiers, make_lru
-from kvbm_core.leader.write_back import WriteBack
+from kvbm_core.leader.tenancy.tenants import Tenants
+from kvbm_core.leader.tenancy.wishes import wish_of
+from kvbm_core.leader.tier_news import TierNews
 from kvbm_core.movement import Movement
 from kvbm_core.plan import FillReason, Load, Plan, Report, TierStatus, WriteOrder
 from kvbm_core.policy import Origin
@@ -44,7 +47,7 @@ class Planner:
         ranks: What each worker says of its tiers, fastest first.
         max_store_blocks: Blocks on their way into a tier below the host pool, at once.
         groups: The engine's KV groups, in the order of its numbers for them.
-        policy: Makes the policy of each tier; by default least recently used.
+        policies: Makes the policies of each tier; by default least recently used, and everything is written.
         block_tokens: Tokens a block, where only what loads faster than the engine computes shall be loaded;
             the engine tells `cost_model` how fast it computes. 0: what a tier has is loaded.
         ops: Numbers for operations, where planners follow each other: no late report may fit another one.
@@ -62,28 +65,30 @@ class Planner:
         *,
         max_store_blocks: int = 512,
         groups: Sequence[KvGroup] = (KvGroup(1),),
-        policy: MakePolicy = make_lru,
+        policies: TierPolicies | None = None,
         block_tokens: int = 0,
         ops: Iterator[int] | None = None,
         movements: Sequence[Movement] = (),
         sharing: Sharing | None = None,
     ) -> None:
         self._world_size = len(ranks)
-        self._tiers = Tiers(ranks, policy, groups)
-        self.tenants = Tenants(self._tiers, sharing or Sharing(), policy, len(ranks))
+        policies = policies or TierPolicies()
+        self._tiers = Tiers(ranks, policies, groups)
+        self.tenants = Tenants(self._tiers, sharing or Sharing(), policies, len(ranks))
         self._in_flight = InFlight(len(ranks), ops)
         self._matcher = Matcher(self._tiers, self._in_flight)
-        self._write_back = WriteBack(self._tiers, max_store_blocks)
         self.cost_model = CostModel(len(self._tiers), block_tokens, self._tiers.host_pool)
-        self._shortages = Shortages(self._tiers, len(ranks))
+        self._news = TierNews(self._tiers, len(ranks), self.cost_model)
+        self._shortages = Shortages(self._tiers, self._news)
         self._draft = Draft(self._tiers, self._in_flight)
         self._movements = Movements(
-            self._tiers, self._draft, self.cost_model, movements, self._write_back.max_storing, groups
+            self._tiers, self._draft, self.cost_model, movements, max_store_blocks, groups
         )
         self._endings = Endings(
-            self._tiers, self._in_flight, self.cost_model, self._shortages, self._movements
-        )
-        self._questions = Questions(self._tiers, self._in_flight, self._draft, self.cost_model)
+            self._tiers, self._in_flight, self.cost_model, self._shortages, self._movements,
+            LeftAlone(self._draft, self._news),
+        )  # fmt: skip
+        self._questions = Questions(self._tiers, self._draft, self.cost_model)
         self._group_matcher = GroupMatcher(self._tiers, groups, self._in_flight, self._questions)
         self.loading_blocks = 0
         """Blocks on their way to the device, for which requests wait. Of a load in-step, the device waits."""
@@ -103,8 +108,8 @@ class Planner:
         return {tier.name: tier.counts for tier in self._tiers}
 
     @property
-    def took(self) -> Sequence[tuple[str, str, float]]:
-        """Operations that ended with the last `report`: kind, tier's name, seconds on the slowest rank."""
+    def took(self) -> Sequence[Took]:
+        """Operations that ended with the last `report`, each in one tier."""
         return self._endings.took
 
     @property
@@ -118,9 +123,8 @@ class Planner:
 
     def busy(self, now_s: float) -> bool:
         """Return True if something is under way, or would be if `take` were called."""
-        unsaid = self._tiers.has_drops or self._endings.probes
-        is_due = self._write_back.is_due(now_s) or self._movements.is_due(now_s)
-        return bool(self._in_flight or unsaid or is_due)
+        unsaid = self._tiers.has_drops or self._draft.has_probes
+        return bool(self._in_flight or unsaid or self._movements.is_due(now_s))
 
     def match(self, keys: Sequence[BlockKey], now_s: float) -> list[int]:
         """Find the longest prefix that can be loaded.
@@ -246,15 +250,19 @@ class Planner:
             there = [key for key, tier in zip(keys, tiers, strict=True) if tier == position]
             gone.update(self._tiers[position].index.pin(there))
             self._movements.loaded(position, there)
+            if self._tiers[position].keeps_order:
+                self._tiers[position].note_used(there)
         assert not (gone and in_step), "a load in step cannot fail"
-        pinned = [key not in gone for key in keys] if gone else [True] * len(keys)
-        fills = self._plan_fills(keys, tiers, gone, prefix, group)
+        pinned = [key not in gone for key in keys]
+        loaded = [(key, tier) for key, tier in zip(keys, tiers, strict=True) if key not in gone]
+        kept = self._movements.kept(loaded, prefix, group)
+        fills = [self.host_pool if key in kept else -1 for key in keys]
         start = 0
         for (tier, fill, held), run in itertools.groupby(zip(tiers, fills, pinned, strict=True)):
             part = slice(start, start := start + len(list(run)))
-            number = self._in_flight.number()
+            number = self._draft.number()
             op = Load(number, request, tier, fill, list(keys[part]), list(blocks[part]), in_step, group, head)
-            self._draft.load(op, pinned=held)
+            self._draft.add(op, pinned=held)
         self.loading_blocks += 0 if in_step else len(keys)
 
     def store(
@@ -265,7 +273,7 @@ class Planner:
         now_s: float,
         group: int = 0,
         origin: Origin = UNKNOWN,
-    ) -> None:
+    ) -> Sequence[int]:
         """Plan to write blocks to every tier that has them not; by demotion a tier gets them later.
 
         Args:
@@ -276,31 +284,15 @@ class Planner:
             now_s: The time, as in `match`.
             group: Number of the KV group.
             origin: What policies may know of the blocks.
+
+        Returns:
+            Numbers of the operations that read them from the device.
         """
-        targets: dict[int, list[BlockKey]] = {}
-        rest: Sequence[BlockKey] = keys
-        for position, tier in enumerate(self._tiers):
-            absent = tier.index.absent(keys)
-            tier.index.offered(keys, origin, has_some=len(absent) < len(keys))
-            if tier.capabilities.read_only:
-                continue
-            offered = self._movements.offered(position, absent, rest)
-            if tier.admission is not None:
-                tier.admission.offered(keys, origin)
-                offered = self._tiers.admitted(position, offered, now_s, group, origin)
-            wanted = offered
-            if not tier.is_host_pool or not tier.breaker.closed(now_s):
-                wanted = self._write_back.admit(tier, offered, prefix, now_s, group)
-            # Some of `keys` may be there already: the others must not push these out.
-            filling = self._tiers.reserve(position, wanted, prefix, group, are_absent=True)
-            if filling:
-                targets[position] = filling
-            self._movements.computed(position, filling)
-            rest = self._movements.not_taken(position, offered, filling)
-        if targets:
-            self._draft.stores(targets, keys, blocks, group)
-        if (claim := claim_of(prefix)) and claim.keep_s:
-            self.tenants.keep(keys, claim, now_s)
+        targets = self._movements.targets(keys, prefix, now_s, group, origin)
+        ops = self._draft.stores(targets, keys, blocks, group) if targets else ()
+        if (wish := wish_of(prefix)) and wish.keep_s:
+            self.tenants.keep(keys, wish, now_s)
+        return ops
 
     def fill(
         self, source: int, target: int, keys: Sequence[BlockKey], now_s: float,
@@ -324,25 +316,15 @@ class Planner:
         if below.capabilities.read_only or not (above.breaker.closed(now_s) and below.breaker.closed(now_s)):
             return []
         there = [key for key in below.index.absent(keys) if key in above.index]
-        there = self._tiers.admitted(target, there, now_s, group)
-        filling = self._tiers.reserve(target, there, prefix, group)
-        above.index.pin(filling)
-        if filling:
-            self._draft.fill(source, target, filling, group, reason)
-        return filling
+        there = below.admitted(there, now_s, group)
+        return self._draft.fill(source, target, [(there, prefix)], group, reason)
 
     def take(self, now_s: float, order: WriteOrder | None = None) -> Plan:
         """Take everything planned since the last call, with what the engine writes."""
         self._shortages.grow(now_s)
         self.tenants.release(now_s)
         self._movements.plan(now_s)
-        if self.host_pool >= 0:
-            for position in range(len(self._tiers)):
-                for group, keys in self._write_back.due(position, now_s).items():
-                    if keys:
-                        self._draft.fill(self.host_pool, position, keys, group, FillReason.WRITE_BACK)
-        probes, self._endings.probes = self._endings.probes, []
-        return self._draft.take(order or WriteOrder(), probes)
+        return self._draft.take(order or WriteOrder())
 
     def report(self, reports: Iterable[Report], now_s: float) -> list[tuple[Load, dict[int, Reason]]]:
         """Take in what the ranks report. What is not expected is of a planner before, and ignored.
@@ -359,6 +341,7 @@ class Planner:
             self._endings.end(leg, now_s)
             if leg.is_last and isinstance(op, Load):
                 finished.append((op, leg.pending.failures[op.tier]))
+        self._news.speeds(now_s)
         return finished
 
     def reset(self) -> None:
@@ -367,24 +350,6 @@ class Planner:
         self._draft.seal()
         self._movements.forget()
         self._tiers.drop_all()
-
-    def _plan_fills(
-        self, keys: Sequence[BlockKey], tiers: Sequence[int], gone: Container[BlockKey],
-        prefix: Container[BlockKey], group: int,
-    ) -> list[int]:  # fmt: skip
-        """Choose which blocks the host pool keeps as they pass through its memory."""
-        host_pool = self.host_pool
-        lower = [
-            (key, tier)
-            for key, tier in zip(keys, tiers, strict=True)
-            if tier > host_pool >= 0 and not self._tiers[tier].capabilities.device_direct and key not in gone
-        ]
-        if not lower:
-            return [-1] * len(keys)
-        wanted = self._movements.kept_above([key for key, _ in lower], [tier for _, tier in lower])
-        # Their ancestors in the group need no mention: `load` has pinned them.
-        kept = set(self._tiers.reserve(host_pool, wanted, prefix, group))
-        return [host_pool if key in kept else -1 for key in keys]
 
     def _blocks_by_tier(self, parts: Iterable[Part]) -> dict[int, float]:
         """Count blocks by the tier that has them, in blocks of the largest group."""

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Final
 
-from kvbm_core.config import size_text
+from kvbm_core.leader.ground.tier_state import TierState
+from kvbm_core.leader.ground.tiers import Tiers
 from kvbm_core.leader.in_flight import LegEnded
-from kvbm_core.leader.tier_state import Tiers, TierState
-from kvbm_core.log_limit import LogLimit
+from kvbm_core.leader.tier_news import TierNews
 
 __all__ = ["FIRST_PAUSE_S", "LONGEST_PAUSE_S", "Shortages"]
-
-logger = logging.getLogger("kvbm_core")
 
 FIRST_PAUSE_S: Final = 1.0
 LONGEST_PAUSE_S: Final = 60.0
@@ -23,14 +20,6 @@ _HOST_POOL_PAUSE_S: Final = 0.1
 _PARTS: Final = 16
 """It is let hold so large a part of its capacity more at a time, the host pool all. Only where nearly all
 that it may hold is used: else nothing would be known."""
-_FULL: Final = (
-    "tier %s: its medium is full at %s of the %s configured. Its oldest blocks make room for new ones from "
-    "here on, and it grows when there is more: free space on it, or write a smaller capacity.%s"
-)
-_IN_USE: Final = (
-    "tier %s: transfers that have not ended keep memory of it in use, so that it holds %s of the %s "
-    "configured for now; as a rule a tier below it is slow or hangs.%s"
-)
 
 
 @dataclass(slots=True)
@@ -55,14 +44,13 @@ class Shortages:
 
     Args:
         tiers: The leader's tiers.
-        world_size: Ranks of the engine, for messages.
+        news: Is told which are short of room, and which no more.
     """
 
-    def __init__(self, tiers: Tiers, world_size: int) -> None:
+    def __init__(self, tiers: Tiers, news: TierNews) -> None:
         self._tiers = tiers
-        self._world_size = world_size
+        self._news = news
         self._short: dict[int, _Short] = {}
-        self._lines = LogLimit(logger)
 
     def __repr__(self) -> str:
         return f"<Shortages {', '.join(self._tiers[position].name for position in self._short)}>"
@@ -89,7 +77,7 @@ class Shortages:
         if held < capacity:
             tier.index.capacity_bytes = held
             if capacity == tier.capacity_bytes:
-                self._say_full(tier, held, leg.pending.details.get(position, ""))
+                self._news.full(tier, held, leg.pending.details.get(position, ""), now_s)
         elif known is None:
             return False
         pause_s = known.pause_s if known else self._first_pause_s(tier)
@@ -111,7 +99,7 @@ class Shortages:
                 continue
             if limit == most:
                 del self._short[position]
-                self._lines.warning((tier.name, "room"), "tier %s holds its whole capacity again", tier.name)
+                self._news.whole(tier, now_s)
                 continue
             step = most if tier.is_host_pool else max(*tier.charges, most // _PARTS)
             tier.index.capacity_bytes = min(most, limit + step)
@@ -122,9 +110,3 @@ class Shortages:
     @staticmethod
     def _first_pause_s(tier: TierState) -> float:
         return _HOST_POOL_PAUSE_S if tier.is_host_pool else FIRST_PAUSE_S
-
-    def _say_full(self, tier: TierState, held: int, detail: str) -> None:
-        says = f" It says: {detail}." if detail else ""
-        message = _IN_USE if tier.is_host_pool else _FULL
-        sizes = [size_text(nbytes * self._world_size) for nbytes in (held, tier.capacity_bytes or 0)]
-        self._lines.warning((tier.name, "full"), message, tier.name, *sizes, says)

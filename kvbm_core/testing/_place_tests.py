@@ -105,7 +105,7 @@ class PlaceTests:
         """Both are open in one process: no table is shared by all tiers of a kind."""
         folder = rig.folder.with_name("elsewhere")
         folder.mkdir()
-        other = rig.elsewhere_in(folder)
+        other = rig.another(folder=folder)
         first, second = rig.open(), other.open()
         try:
             rig.must_store(first, 1, 2)

@@ -146,9 +146,9 @@ class Rig:
         """Give the settings as the backend's own type."""
         return convert(self.settings(), self.backend.config_type, "settings")
 
-    def elsewhere_in(self, folder: Path) -> Rig:
-        """Give another for tiers in another folder."""
-        return Rig(self.name, self._settings, folder, self.max_bytes, self._fill)
+    def another(self, *, folder: Path | None = None, max_bytes: int | None = None) -> Rig:
+        """Give another, for tiers in another folder or of longer objects; what is not given is as here."""
+        return Rig(self.name, self._settings, folder or self.folder, max_bytes or self.max_bytes, self._fill)
 
     # Objects.
 

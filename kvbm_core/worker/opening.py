@@ -19,7 +19,7 @@ from kvbm_core.codec import Codec, CodecConfig, CodecContext, CodecKind
 from kvbm_core.config import ByteSize, StackConfig, TierEntry, convert, size_text
 from kvbm_core.device import Device, Stageable
 from kvbm_core.errors import BackendError, ConfigError, KvbmError, TierOpenError
-from kvbm_core.layers import CodecChain, CodecTier, DeadlineTier, ReplicaTier, SealTier
+from kvbm_core.layers import CodecChain, CodecTier, DeadlineTier, OrderShape, OrderTier, ReplicaTier, SealTier
 from kvbm_core.namespace_facts import codec_facts
 from kvbm_core.plan import TierStatus
 from kvbm_core.registry import Registry
@@ -265,8 +265,12 @@ def _open(
         tier.close()
         raise
     _announce(tier.capabilities, choice, inside)
-    lengths = [codecs.max_bytes(nbytes) if codecs and nbytes else nbytes for nbytes in object_bytes]
-    charges = tuple(map(tier.capabilities.charge, lengths))
+    bare = tier.capabilities
+
+    def charge(nbytes: int) -> int:
+        return bare.charge(codecs.max_bytes(nbytes) if codecs and nbytes else nbytes)
+
+    charges = tuple(map(charge, object_bytes))
     addressable, checked = tier.capabilities.addressable, choice.entry.checked
     if addressable and may_be_host_pool and not checked and not codecs:
         return OpenTier(name, tier, charges, device.traits.block_bytes)
@@ -275,6 +279,8 @@ def _open(
         tier = CodecTier(tier, codecs, context.max_bytes, woken.set, name)
     if checked or (checked is None and (codecs or not addressable)):
         tier = SealTier(tier, context.namespace, read, name)
+    if shape := OrderShape.of(bare, context.max_bytes, charge):
+        tier = OrderTier(tier, shape, woken.set, name)
     if follows:
         tier = ReplicaTier(tier, woken.set)
     tier = DeadlineTier(tier, woken, name, context.wake, stages=read is not None)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from kvbm_core.block import PROBE_KEY
-from kvbm_core.log_limit import clock_words
+from kvbm_core.log_limit import spell_words
 from kvbm_core.plan import Load, Lookup, Probe, Report, Store
 from kvbm_core.staging import Staging
 from kvbm_core.tier import Op, Reason, Region
@@ -149,9 +149,9 @@ class Probes:
         # Else something of a plan has worked meanwhile: the leader says so.
         since_s = queue.failing_since_s
         if self._trials.get(trial.probe.tier) is trial and since_s is not None:
-            since = clock_words(since_s, time.monotonic())
+            since = spell_words(since_s, time.monotonic())
             queue.failing.clear()
-            logger.warning("tier %s works again (%s); it had failed since %s", queue.tier.name, how, since)
+            logger.warning("tier %s works again (%s); it had failed %s", queue.tier.name, how, since)
             self._end(trial, how)
 
     def _end(self, trial: _Trial, how: str = "") -> None:

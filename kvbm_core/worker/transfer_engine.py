@@ -115,6 +115,9 @@ class TransferEngine:
             with self._jobs.lock:
                 for tier, keys in plan.drops:
                     self._queues.get(tier, self._buffers).drop(keys)
+                for tier, keys in plan.used:
+                    if queue := self._queues.get(tier):
+                        queue.tier.used(keys)
                 for probe in plan.probes:
                     self._probes.begin(probe)
             self._take_stores(stores, claimed, blocks_final=plan.blocks_final)

@@ -13,10 +13,10 @@ from typing import Any, Self
 
 import httpx
 import msgspec
-from prometheus_client.parser import text_string_to_metric_families
 
 from kvbm_bench._errors import BenchError
 from kvbm_bench._text import Message
+from kvbm_metrics import read_page
 
 SILENCE_LIMIT_S = 600.0
 """The longest pause in an answer; a long prompt on a slow processor is silent for minutes."""
@@ -24,8 +24,8 @@ CONNECT_LIMIT_S = 10.0
 KEEP_ALIVE_S = 2.0
 """Less than uvicorn, under vLLM, keeps an idle connection: else a request meets one that is being closed."""
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-_COUNTERS = {"vllm:prompt_tokens_by_source_total": "source", "vllm:kvbm_loaded_blocks_total": "tier"}
-"""Where a prompt's tokens came from: the name of a counter of vLLM, and the label that tells them apart."""
+_TOKENS_BY_SOURCE = "vllm:prompt_tokens_by_source_total"
+"""vLLM's own counter of where a prompt's tokens came from."""
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,13 +142,14 @@ class Client:
         counts: Counter[str] = Counter()
         try:
             response = await self._http.get("/metrics", timeout=CONNECT_LIMIT_S)
-            families = list(text_string_to_metric_families(response.text)) if response.is_success else []
+            samples = read_page(response.text).samples if response.is_success else []
         except (httpx.HTTPError, ValueError):
             return counts
-        for sample in (sample for family in families for sample in family.samples):
-            label = _COUNTERS.get(sample.name)
-            if label is not None:
-                counts[f"{label} {sample.labels.get(label)}"] += int(sample.value)
+        for sample in samples:
+            if sample.name == _TOKENS_BY_SOURCE:
+                counts[f"source {sample.labels.get('source')}"] += int(sample.value)
+            elif sample.metric and sample.metric.name == "loaded_blocks":
+                counts[f"tier {sample.labels['tier']}"] += int(sample.value)
         return counts
 
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
-from prometheus_client.parser import text_string_to_metric_families
-
-_PREFIXES = ("vllm:", "vllm_")
-"""What an engine may put before a connector's names."""
+from kvbm_metrics import read_page
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,24 +27,16 @@ class TierCounters:
 
 
 def parse_counters(text: str) -> TierCounters:
-    """Read the counters by tier, summed over all other labels (engine, model, rank)."""
-    sums: dict[str, Counter[str]] = {
-        "kvbm_loaded_blocks_total": Counter(),
-        "kvbm_loaded_bytes_total": Counter(),
-        "kvbm_stored_blocks_total": Counter(),
-    }
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            counter = sums.get(_without_prefix(sample.name))
-            if counter is not None and "tier" in sample.labels:
-                counter[sample.labels["tier"]] += int(sample.value)
-    return TierCounters(*sums.values())
+    """Read the counters by tier, summed over all other labels (engine, model, rank).
 
-
-def _without_prefix(name: str) -> str:
-    for prefix in _PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
+    Raises:
+        ValueError: The text is no metrics.
+    """
+    sums = {field.name: Counter[str]() for field in fields(TierCounters)}
+    for sample in read_page(text).samples:
+        if sample.metric and sample.metric.name in sums:
+            sums[sample.metric.name][sample.labels["tier"]] += int(sample.value)
+    return TierCounters(**sums)
 
 
 def _growth(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:

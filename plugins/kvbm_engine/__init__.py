@@ -15,6 +15,7 @@ from kvbm_engine._parked import Parked
 from kvbm_engine._rank import Copies, CopyCounter, Progress, Rank
 from kvbm_engine._recorder import Recorder, check_record
 from kvbm_engine._session import Session
+from kvbm_engine._spans import Spans, Watchers
 from kvbm_engine._sparse import SparseStores, prompt_ends, sparse_stores
 from kvbm_engine._storing import Storing
 from kvbm_engine._values import EngineRequest, GroupBlocks, Limits, Outcome, Schedule, Scheduled, State, Step
@@ -36,10 +37,12 @@ __all__ = [
     "Schedule",
     "Scheduled",
     "Session",
+    "Spans",
     "SparseStores",
     "State",
     "Step",
     "Storing",
+    "Watchers",
     "check_record",
     "hash_tokens",
     "prompt_ends",

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from kvbm_core import Load, Planner
 from kvbm_core.groups import KvGroup
-from kvbm_core.leader.claims import UNCLAIMED, Claim
+from kvbm_core.leader.tenancy.wishes import NO_WISH, Wish
 from kvbm_core.sharing import OTHERS
 from kvbm_engine._requests import RequestState
 from kvbm_engine._values import Limits
@@ -60,7 +60,7 @@ class _Asked:
 
     state: RequestState | None
     hints: _Hints
-    claim: Claim
+    wish: Wish
     loaded: dict[str, int] = field(default_factory=dict)
     """Blocks, by tier."""
 
@@ -104,15 +104,15 @@ class HintDesk:
         if state is None:
             for hint in hints.answers:
                 hints.refuse(hint, _NOT_CACHED)
-            self._asked[name] = _Asked(None, hints, UNCLAIMED)
+            self._asked[name] = _Asked(None, hints, NO_WISH)
             return
         self._check(hints, max_tokens, now_s)
-        claim = Claim(hints.tenant, hints.keep_s) if hints.tenant or hints.keep_s else UNCLAIMED
-        if claim is not UNCLAIMED:
-            state.keys.claim = claim
-            self._planner.tenants.begin(claim)
+        wish = Wish(hints.tenant, hints.keep_s) if hints.tenant or hints.keep_s else NO_WISH
+        if wish is not NO_WISH:
+            state.keys.wish = wish
+            self._planner.tenants.begin(wish)
         state.no_store, state.loads_all = hints.no_store, hints.prefetch_only
-        self._asked[name] = _Asked(state, hints, claim)
+        self._asked[name] = _Asked(state, hints, wish)
 
     def loaded(self, load: Load, failed: int) -> None:
         """Note that a load has ended, and how many blocks of it have failed."""
@@ -127,11 +127,11 @@ class HintDesk:
             return None
         hints, state = asked.hints, asked.state
         if state is not None and hints.keep_s:
-            self._keep(hints, asked.claim, state, now_s)
+            self._keep(hints, asked.wish, state, now_s)
         if hints.prefetch_only:
             hints.accept("prefetch_only", blocks=asked.loaded)
-        if asked.claim is not UNCLAIMED:
-            self._planner.tenants.end(asked.claim, now_s)
+        if asked.wish is not NO_WISH:
+            self._planner.tenants.end(asked.wish, now_s)
         for hint, answer in hints.answers.items():
             self._tally.hinted(hint if hint in HINTS else "unknown", answer["answer"])
         return hints.answers
@@ -154,14 +154,14 @@ class HintDesk:
             hints.keep_s = self._max_keep_s
             hints.clip("keep", f"{self._max_keep_s:g} seconds at most", seconds=self._max_keep_s)
 
-    def _keep(self, hints: _Hints, claim: Claim, state: RequestState, now_s: float) -> None:
+    def _keep(self, hints: _Hints, wish: Wish, state: RequestState, now_s: float) -> None:
         """Keep all that is there of a request that ends, and say how much that is."""
         keys = [
             key
             for at, group in enumerate(self._groups)
             for key in state.keys.slice(0, state.complete_blocks(at, group.block_tokens), at)
         ]
-        found = self._planner.tenants.keep(keys, claim, now_s)
+        found = self._planner.tenants.keep(keys, wish, now_s)
         told = hints.answers["keep"]
         told["blocks"] = {tier: kept for tier, (kept, _) in found.items()}
         if any(refused for _, refused in found.values()):

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 
 from kvbm_core import BlockKey, chain_keys
-from kvbm_core.groups import KvGroup, group_keys
-from kvbm_core.leader.claims import Claim
+from kvbm_core.groups import TAG_BYTES, KvGroup, group_keys
+from kvbm_core.leader.tenancy.wishes import Wish
 from kvbm_engine._values import EngineRequest
 
 __all__ = ["BlockKeys", "hash_tokens"]
@@ -39,7 +39,7 @@ class BlockKeys:
         "_noted",
         "_request",
         "_size",
-        "claim",
+        "wish",
     )
 
     def __init__(
@@ -61,8 +61,8 @@ class BlockKeys:
         self._members: set[BlockKey] = set()
         """Of the first `_noted` keys of each group: made where somebody asks, for a tier that is full."""
         self._noted = [0] * len(groups)
-        self.claim: Claim | None = None
-        """What the request asks for its blocks, see `kvbm_core.leader.claims`. None: it has no hints."""
+        self.wish: Wish | None = None
+        """What the request asks for its blocks. None: it has no hints."""
 
     def __repr__(self) -> str:
         return f"<BlockKeys {sum(map(len, self._keys))} of request {self._request.request_id}>"
@@ -90,13 +90,32 @@ class BlockKeys:
             self._extend(stop * self._groups[group].block_tokens // self._size)
         return keys[start:stop]
 
+    def prefixes(self, tokens: int) -> list[bytes]:
+        """Give for each `hash_tokens` of the leading tokens a digest of all up to there.
+
+        Empty where no group's block ends: nothing is named by that prefix.
+        """
+        count = tokens // self._size
+        digests = [b""] * count
+        for at, group in enumerate(self._groups):
+            step = group.block_tokens // self._size
+            digests[step - 1 :: step] = [key[:-TAG_BYTES] for key in self.slice(0, count // step, at)]
+        return digests
+
+    def digests(self, start: int, stop: int) -> list[BlockKey]:
+        """Digest the prefixes from one number of `hash_tokens` to another, exclusive. Once, in order."""
+        size = self._size
+        tokens = self._request.all_token_ids[start * size : stop * size]
+        made = chain_keys(self._last, tokens, size, self._extras(start, stop))
+        self._last = made[-1]
+        return made
+
     def _extend(self, stop: int) -> None:
         """Make digests up to the number `stop`, and the keys of the blocks that end there."""
         have, size = self._digests, self._size
-        tokens = self._request.all_token_ids[have * size : stop * size]
-        digests = chain_keys(self._last, tokens, size, self._extras(have, stop))
+        digests = self.digests(have, stop)
         for keys, group in zip(self._keys, self._groups, strict=True):
             step = group.block_tokens // size
             ends = digests if step == 1 else digests[(len(keys) + 1) * step - 1 - have :: step]
             keys += group_keys(ends, group.tag)
-        self._digests, self._last = stop, digests[-1]
+        self._digests = stop

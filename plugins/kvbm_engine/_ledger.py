@@ -124,6 +124,11 @@ class Ledger:
         """True if no request has blocks that it may give back: none runs, and none has them and waits."""
         return not (self.others.running or self.others.admits or self.steps or self.parked)
 
+    @property
+    def owed(self) -> set[str]:
+        """Names of the requests that have finished, and whose last blocks were not offered."""
+        return {state.request.request_id for state in self._ended}
+
     def state(self, request: EngineRequest) -> RequestState | None:
         """Give what is known of a request, from now on."""
         state = self._requests.get(request.request_id)

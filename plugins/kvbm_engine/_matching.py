@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from kvbm_core import Planner
-from kvbm_core.leader.boundaries import Part
-from kvbm_core.leader.group_matches import GroupMatch
+from kvbm_core.leader.finding.boundaries import Part
+from kvbm_core.leader.finding.group_matches import GroupMatch
 from kvbm_engine._ledger import Admission, Ledger
 from kvbm_engine._requests import NEVER, RequestState, Tables
 from kvbm_engine._search import make_search

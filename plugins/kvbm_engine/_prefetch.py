@@ -4,7 +4,8 @@
 
 Nobody waits for such a read, so it comes after whatever a request waits for. It takes free room of the host
 pool, and what its policy would give up first: blocks of waiting requests that are there already are touched,
-so that they are not among them.
+so that they are not among them. A request that wants nothing else (`prefetch_only`) waits for all of it in
+the engine's queue, where it holds nothing, and not beside others' loads in the engine's memory.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from kvbm_core import BlockKey, BlockState, Match, Planner
-from kvbm_core.leader.boundaries import Part
-from kvbm_core.leader.group_matches import GroupMatch
+from kvbm_core.leader.finding.boundaries import Part
+from kvbm_core.leader.finding.group_matches import GroupMatch
 from kvbm_engine._ledger import Ledger
 from kvbm_engine._requests import RequestState
 from kvbm_engine._values import Limits
-from kvbm_metrics import Tally
 
 __all__ = ["Prefetch"]
 
@@ -57,6 +57,8 @@ class _Waiting:
     reading: list[_Chunk] = field(default_factory=list)
     nbytes: int = 0
     """Of the host pool, brought for it."""
+    patient_until_s: float = 0.0
+    """It waits so long for all that is to be read, also for what has not begun."""
     paused_step: int = -1
     """The step in which the engine had turned to it, and was told to wait for what is on its way."""
 
@@ -67,14 +69,12 @@ class Prefetch:
     Args:
         ledger: Knows the requests and steps.
         planner: Knows where blocks are.
-        tally: Counts the blocks.
         limits: How much is brought, and how long it is waited for.
     """
 
-    def __init__(self, ledger: Ledger, planner: Planner, tally: Tally, limits: Limits) -> None:
+    def __init__(self, ledger: Ledger, planner: Planner, limits: Limits) -> None:
         self._ledger = ledger
         self._planner = planner
-        self._tally = tally
         self._patience_s = limits.patience_s
         self._pool = planner.host_pool
         room = planner.tiers[self._pool].capacity_bytes if self._pool >= 0 else None
@@ -95,10 +95,14 @@ class Prefetch:
     def __repr__(self) -> str:
         return f"<Prefetch {len(self._queue)} of {len(self._waiting)} waiting, {len(self._reading)} chunks>"
 
-    def arrived(self, state: RequestState | None, name: str) -> None:
+    def arrived(self, state: RequestState | None, name: str, now_s: float) -> None:
         """Note that a request waits."""
-        if state is not None and name not in self._waiting:
-            self._waiting[name] = self._queue[name] = _Waiting(state)
+        if state is None or name in self._waiting:
+            return
+        waiting = self._waiting[name] = self._queue[name] = _Waiting(state)
+        if state.loads_all:
+            waiting.patient_until_s = now_s + self._patience_s
+            self.delayed[name] = waiting
 
     @property
     def is_used(self) -> bool:
@@ -123,6 +127,8 @@ class Prefetch:
             for chunk in waiting.reading
             if now_s - chunk.began_s < patience_s and self._is_under_way(chunk)
         ]
+        if name in self._queue and now_s < waiting.patient_until_s:
+            return True
         if not waiting.reading:
             del self.delayed[name]
             return False
@@ -132,7 +138,7 @@ class Prefetch:
     def step(self, now_s: float) -> None:
         """Plan what is read next. Called when the engine has chosen whom it gives blocks in a step."""
         if self._reading:
-            self._reading = [chunk for chunk in self._reading if not self._has_ended(chunk)]
+            self._reading = [chunk for chunk in self._reading if self._is_under_way(chunk)]
         if not self._queue:
             return
         for name, waiting in list(itertools.islice(self._queue.items(), _MAX_LOOKED_AT)):
@@ -234,10 +240,3 @@ class Prefetch:
     def _is_under_way(self, chunk: _Chunk) -> bool:
         # Blocks of one fill end together.
         return self._planner.tiers[self._pool].index.state(chunk.keys[-1]) is BlockState.FILLING
-
-    def _has_ended(self, chunk: _Chunk) -> bool:
-        if self._is_under_way(chunk):
-            return False
-        there = sum(self._planner.is_ready(key, self._pool) for key in chunk.keys)
-        self._tally.prefetched(chunk.source, there)
-        return True

@@ -8,8 +8,8 @@ from typing import Final
 
 from kvbm_core import Match
 from kvbm_core.groups import KvGroup
-from kvbm_core.leader.boundaries import Part
-from kvbm_core.leader.group_matches import GroupMatch
+from kvbm_core.leader.finding.boundaries import Part
+from kvbm_core.leader.finding.group_matches import GroupMatch
 from kvbm_engine._keys import BlockKeys
 from kvbm_engine._values import EngineRequest
 
@@ -137,7 +137,7 @@ class RequestState:
 
     def forget(self, keys: BlockKeys) -> None:
         """Go on under other keys: nothing known of before is true of them."""
-        keys.claim = self.keys.claim
+        keys.wish = self.keys.wish
         self.keys, self.offered = keys, [0] * len(self.offered)
         self.finding.clear()
         if any(self.blocks):

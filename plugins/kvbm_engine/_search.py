@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from kvbm_core import Match, Planner
 from kvbm_core.groups import KvGroup
-from kvbm_core.leader.boundaries import Part
-from kvbm_core.leader.group_matches import GroupMatch
+from kvbm_core.leader.finding.boundaries import Part
+from kvbm_core.leader.finding.group_matches import GroupMatch
 from kvbm_engine._requests import RequestState
 
 __all__ = ["BoundarySearch", "Counted", "PrefixSearch", "Search", "make_search"]

@@ -15,7 +15,8 @@ from kvbm_engine._hints import Answers, HintDesk
 from kvbm_engine._ledger import Ledger, Writes
 from kvbm_engine._matching import Matching
 from kvbm_engine._prefetch import Prefetch
-from kvbm_engine._recorder import Recorder
+from kvbm_engine._requests import RequestState
+from kvbm_engine._spans import Watchers
 from kvbm_engine._sparse import SparseStores
 from kvbm_engine._storing import Storing
 from kvbm_engine._values import EngineRequest, GroupBlocks, Limits, Schedule, Step
@@ -34,7 +35,7 @@ class Session:
         max_load_blocks: Device blocks of requests that load, at once.
         joins: True if a step can wait for the load of its blocks, on every rank.
         storing: Chooses what is stored. By default of windows those ahead of a prompt's end.
-        recorder: Writes down what is asked for.
+        watchers: Are told what becomes of requests. By default there are none.
         limits: What requests may have of the tiers by hints and ahead of their turn. By default nothing.
     """
 
@@ -47,7 +48,7 @@ class Session:
         *,
         joins: bool,
         storing: Storing | None = None,
-        recorder: Recorder | None = None,
+        watchers: Watchers | None = None,
         limits: Limits | None = None,
     ) -> None:
         self.planner = planner
@@ -55,10 +56,12 @@ class Session:
         self.matching = Matching(ledger, planner, tally, max_load_blocks, joins=joins)
         self._storing = storing or Storing(ledger, planner, SparseStores(None))
         self._tally = tally
-        self._recorder = recorder
+        self._recorder, self._spans = watchers or Watchers()
+        if self._recorder:
+            self._storing.on_offer = self._recorder.offered
         limits = limits or Limits()
         self._desk = HintDesk(ledger.groups, planner, tally, limits)
-        self._prefetch = Prefetch(ledger, planner, tally, limits)
+        self._prefetch = Prefetch(ledger, planner, limits)
 
     def __repr__(self) -> str:
         return f"<Session {len(self.ledger)} requests; {self.planner!r}>"
@@ -88,10 +91,12 @@ class Session:
         """
         name = request.request_id
         self.ledger.arrived(name)
+        if self._recorder:
+            self._recorder.arrived(name, now_s)
         if hints is not None:
             self._desk.begin(name, self.ledger.state(request), hints, max_tokens, now_s)
         if reads_cache and self._prefetch.is_used:
-            self._prefetch.arrived(self.ledger.state(request), name)
+            self._prefetch.arrived(self.ledger.state(request), name, now_s)
 
     def match(
         self, request: EngineRequest, computed_tokens: int, now_s: float, *, reads_cache: bool
@@ -107,6 +112,10 @@ class Session:
             now_s: The time.
             reads_cache: False if the request must be computed whatever is found.
         """
+        if self._spans:
+            self._spans.asked(request.request_id, now_s)
+        if self._recorder:
+            self._recorder.turned(request.request_id, computed_tokens, now_s)
         if self._prefetch.delayed and self._prefetch.delays(request.request_id, now_s):
             self.ledger.look_at(request, computed_tokens)
             return None, False
@@ -115,12 +124,14 @@ class Session:
     def allocated(self, request: EngineRequest, blocks: GroupBlocks, load_tokens: int, now_s: float) -> None:
         """Plan the load that was matched, into the blocks the engine has given to the request."""
         self._prefetch.gone(request.request_id)
+        if self._spans:
+            self._spans.admitted(request, load_tokens, now_s)
         admission = self.ledger.admit(request, blocks)
         if (state := admission.state) is None:
             return
         self.matching.count(state)
         if self._recorder and admission.begins:
-            self._recorder.began(request.request_id, admission.had_tokens, now_s)
+            self._recorder.looked(request.request_id, admission.had_tokens, request.num_tokens, now_s)
         # The engine may have preempted it since the last step: what was computed for it is in the old blocks,
         # which are not overwritten before this step's plan is carried out.
         self._storing.offer(state, now_s)
@@ -139,7 +150,11 @@ class Session:
         self._storing.offer_due(now_s, writes.written)
         plan = self.planner.take(now_s, self._order(writes))
         self._tally.planned(plan)
+        if self._spans:
+            self._spans.planned(plan)
         self._storing.planned(plan)
+        if self._recorder:
+            self._recorder.settle(self.ledger.owed)
         return self.ledger.begin(plan, writes, schedule.tokens, now_s)
 
     def finished(self, name: str, now_s: float) -> Answers | None:
@@ -151,12 +166,12 @@ class Session:
         answers = self._desk.end(name, now_s)
         self._prefetch.gone(name)
         self._tally.finished(name)
-        if self._recorder and (state := self.ledger.find(name)):
-            tokens, size = state.request.num_tokens, self.ledger.groups[0].block_tokens
-            # The KV of the last token is never computed.
-            keys = state.keys.slice(0, (tokens - 1) // size)
-            self._recorder.ended(name, state.prompt_tokens, tokens - state.prompt_tokens, keys)
+        if self._spans:
+            self._spans.gone(name, now_s)
+        state = self.ledger.find(name)
         self.ledger.finish(name, now_s)
+        if self._recorder:
+            self._record(name, state, now_s)
         return answers
 
     def outcomes(self, reports: Sequence[Report], step: int, copied: Mapping[str, int], now_s: float) -> None:
@@ -171,9 +186,13 @@ class Session:
         self.planner.cost_model.computed(*self.ledger.end(step, now_s), now_s)
         finished = self.planner.report(reports, now_s)
         self._tally.ended(self.planner.took, copied)
+        if self._spans:
+            self._spans.ended(self.planner.took, now_s)
         for load, failures in finished:
             self._tally.loaded(load, failures)
             self._desk.loaded(load, len(failures))
+            if self._spans:
+                self._spans.loaded(load, failures, now_s)
             if not load.in_step:
                 self.ledger.parked.loaded(load.request, len(load.keys))
             if failures and (state := self.ledger.find(load.request)):
@@ -197,6 +216,18 @@ class Session:
     def take_readings(self, now_s: float) -> Readings:
         """Give what was counted since the last call."""
         return self._tally.take(now_s)
+
+    def _record(self, name: str, state: RequestState | None, now_s: float) -> None:
+        """Write down a request that has ended."""
+        assert self._recorder is not None
+        if state is None:
+            self._recorder.forget(name)
+            return
+        tokens = state.request.num_tokens
+        # The KV of the last token is never computed.
+        digests = state.keys.prefixes(tokens - 1)
+        self._recorder.ended(name, state.prompt_tokens, tokens, digests, now_s)
+        self._recorder.settle(self.ledger.owed)
 
     def _order(self, writes: Writes) -> WriteOrder:
         """Say what the engine writes from this step on, and in which order."""

@@ -19,6 +19,7 @@ from kvbm_core import BlockKey, Origin, Plan, Planner
 from kvbm_core.groups import Rule
 from kvbm_engine._ledger import Ledger
 from kvbm_engine._requests import RequestState
+from kvbm_engine._spans import Spans
 from kvbm_engine._sparse import SparseStores, prompt_ends
 from kvbm_engine._values import EngineRequest
 
@@ -33,6 +34,7 @@ class Storing:
         planner: Is offered the blocks.
         stores: Chooses blocks of the KV groups of which a prefix does not need all.
         junction: Says at how many tokens others have left a request's prompt, as far as the engine knows.
+        spans: Is told whose blocks are stored.
     """
 
     def __init__(
@@ -41,16 +43,20 @@ class Storing:
         planner: Planner,
         stores: SparseStores,
         junction: Callable[[EngineRequest], int] = lambda _: 0,
+        spans: Spans | None = None,
     ) -> None:
         self._ledger = ledger
         self._planner = planner
         self._stores = stores
         self._junction = junction
+        self._spans = spans
         self.blocks_final = True
         """True if every block offered since the last step was computed before the latest step that overwrites
         blocks."""
         self._written_step = 0
         """The latest step that overwrites blocks."""
+        self.on_offer: Callable[[str, int, float], None] | None = None
+        """Is told what was offered: the request's name, its leading tokens, and the time."""
 
     def __repr__(self) -> str:
         return f"<Storing: step {self._written_step} overwrote blocks last>"
@@ -89,6 +95,8 @@ class Storing:
                 keys = state.keys.slice(offered, complete, at)
                 self._offer(state, at, range(offered, complete), keys, now_s, final=final)
         state.owes_end &= not ended
+        if self.on_offer:
+            self.on_offer(state.request.request_id, state.complete_tokens(), now_s)
 
     def _offer(
         self, state: RequestState, at: int, places: Sequence[int], keys: Sequence[BlockKey], now_s: float,
@@ -102,7 +110,9 @@ class Storing:
                 self.blocks_final &= final
                 blocks = [state.blocks[at][place] for place in some]
                 origin = Origin(some[0], prompt_blocks)
-                self._planner.store(keys[part], blocks, state.keys, now_s, at, origin)
+                ops = self._planner.store(keys[part], blocks, state.keys, now_s, at, origin)
+                if self._spans:
+                    self._spans.offered(ops, state.request)
 
     def _places(self, state: RequestState, at: int, offered: int, complete: int, *, ended: bool) -> list[int]:
         """Choose blocks of a group of which a prefix does not need all: those that some boundary needs."""

@@ -30,6 +30,10 @@ class EngineRequest(Protocol):
     def num_computed_tokens(self) -> int:
         """Of how many the KV is computed, or will be once the steps under way have ended."""
 
+    @property
+    def trace_headers(self) -> Mapping[str, str] | None:
+        """W3C's trace context that it came with. Read only where spans are made."""
+
 
 GroupBlocks: TypeAlias = Sequence[Sequence[int]]
 """Device blocks by KV group: those of the groups that are stored, in their order, behind them those of

@@ -69,8 +69,6 @@ class EtcdCoordinator(Coordinator, Probeable):
         self._state = _State.STARTING
         self._error: EtcdError | None = None
         self._lines = LogLimit(logger)
-        self._says_listed = False
-        """True if the last line that was written says so."""
         self._changed = threading.Condition()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvbm-etcd", daemon=True)
@@ -193,11 +191,13 @@ class EtcdCoordinator(Coordinator, Probeable):
             self._changed.notify_all()
 
     def _say(self, kind: tuple[_State, type], text: str) -> None:
+        now_s = time.monotonic()
         if kind[0] is not _State.LISTED:
-            self._says_listed &= not self._lines.warning(kind, "%s", text)
-        elif not self._says_listed:  # Else the line that it ends was left out.
-            self._says_listed = True
+            self._lines.lasts("not listed", now_s, "%s", text, cause=kind)
+        elif self._state is _State.STARTING:
             logger.info("%s", text)
+        else:
+            self._lines.over("not listed", now_s, "%s; it did not %s", text, level=logging.INFO)
 
     def _said(self, state: _State, error: EtcdError | None) -> str:
         assert self._entry is not None

@@ -9,6 +9,7 @@ copies them out.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from kvbm_metrics._address import MetricsAddress, read_address
@@ -28,6 +29,7 @@ from kvbm_metrics._tally import Tally
 
 if TYPE_CHECKING:
     from kvbm_metrics._exporter import Exporter
+    from kvbm_metrics._page import Page, Sample, read_page
     from kvbm_metrics._server import MetricsServer
 
 __all__ = [
@@ -38,25 +40,27 @@ __all__ = [
     "Metric",
     "MetricsAddress",
     "MetricsServer",
+    "Page",
     "Readings",
+    "Sample",
     "Tally",
     "device_readings",
     "labels_of",
     "merge",
     "rate_reading",
     "read_address",
+    "read_page",
     "reading",
 ]
+
+_NEEDS_PROMETHEUS = {
+    "Exporter": "_exporter", "MetricsServer": "_server", "Page": "_page", "Sample": "_page",
+    "read_page": "_page",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """Import what needs prometheus_client when somebody asks for it: `kvbm check` does without."""
-    if name == "Exporter":
-        from kvbm_metrics._exporter import Exporter
-
-        return Exporter
-    if name == "MetricsServer":
-        from kvbm_metrics._server import MetricsServer
-
-        return MetricsServer
+    if name in _NEEDS_PROMETHEUS:
+        return getattr(import_module(f"kvbm_metrics.{_NEEDS_PROMETHEUS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -33,14 +34,11 @@ class MetricsAddress:
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
-    def url(self, hostname: str) -> str:
-        """Give what others ask for the metrics.
-
-        Args:
-            hostname: Of this machine, for an address that is every address.
-        """
+    @property
+    def url(self) -> str:
+        """What others ask for the metrics: with this machine's name, where the address is every address."""
         anywhere = ipaddress.ip_address(self.host).is_unspecified
-        return f"http://{f'{hostname}:{self.port}' if anywhere else self}/metrics"
+        return f"http://{f'{socket.gethostname()}:{self.port}' if anywhere else self}/metrics"
 
 
 def read_address(environment: Mapping[str, str], engine: int = 0) -> MetricsAddress | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import socket
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,10 +15,13 @@ from typing import Any, Final
 from prometheus_client import CollectorRegistry, generate_latest
 
 from kvbm_core import ConfigError
+from kvbm_core.log_limit import LogLimit
 from kvbm_metrics._address import HOST, PORT, MetricsAddress
 from kvbm_metrics._totals import Totals
 
 __all__ = ["MetricsServer"]
+
+logger = logging.getLogger("kvbm_metrics")
 
 _CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _MAX_CONNECTIONS: Final = 32
@@ -55,6 +59,7 @@ class MetricsServer:
         self._totals = Totals(label_names, label_values, prefix)
         self._registry = CollectorRegistry()
         self._registry.register(self._totals)
+        self._lines = LogLimit(logger)
         self._open: list[asyncio.Task[None]] = []
         """A task for each connection, the oldest first."""
         self._listener = _listen(address)
@@ -70,7 +75,7 @@ class MetricsServer:
     @property
     def url(self) -> str:
         """Where others of this machine's network ask for the metrics."""
-        return self._address.url(socket.gethostname())
+        return self._address.url
 
     def observe(self, readings: Mapping[str, Any]) -> None:
         """Add readings."""
@@ -106,10 +111,16 @@ class MetricsServer:
             connection, _ = self._listener.accept()
         except BlockingIOError:  # Whoever it was has gone.
             return
-        except OSError:  # The process has no descriptor left.
+        except OSError as error:  # The process has no descriptor left.
+            self._lines.lasts(
+                "deaf", self._loop.time(), "the metrics at %s are not served for now: %s; the engine goes on",
+                self.url, error.strerror,
+            )  # fmt: skip
             self._loop.remove_reader(self._listener)
             self._loop.call_later(_ACCEPT_PAUSE_S, self._listen_on)
             return
+        text = "the metrics at %s are served again; they were not %s"
+        self._lines.over("deaf", self._loop.time(), text, self.url)
         task = self._loop.create_task(self._answer(connection))
         task.add_done_callback(partial(self._ended, connection))
         self._open.append(task)

@@ -95,8 +95,9 @@ METRICS: Final[Mapping[str, Metric]] = {
             ("tier",),
         ),
         Metric(
-            "prefetched_blocks", _COUNTER,
-            "Blocks brought from here into the memory tier for requests that waited.", ("tier",),
+            "tier_left_alone", _GAUGE,
+            "1 for the operation and reason that the tier is left alone for, 0 for all others.",
+            ("operation", "reason", "tier"),
         ),
         Metric("kept_bytes", _GAUGE, "Bytes of blocks kept for requests, over all ranks.", ("tier",)),
         Metric(

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kvbm_core import Load, Plan, Planner, Reason
-from kvbm_core.leader.tenants import TenantLevel
+from kvbm_core.leader.endings import Took
+from kvbm_core.leader.tenancy.tenants import TenantLevel
 from kvbm_core.plan import FillReason
 from kvbm_metrics._table import HINTS, Readings, device_readings, reading
 
@@ -19,8 +20,15 @@ _FAILURES: Final = {
     "load": ("missing", "corrupt", "full", "busy", "deadline", "error"),
     "lookup": ("busy", "deadline", "error"),
 }
+_FAULTS: Final = tuple(
+    (operation, reason)
+    for operation, reasons in _FAILURES.items()
+    for reason in reasons
+    if Reason(reason).is_fault
+)
+"""That a tier can be left alone for."""
 _DROPS: Final = ("backlog", "unusable", "gone", "late", "admission")
-_PLAIN: Final = ("saved_tokens", "hit_blocks", "missed_blocks", "prefetched_blocks")
+_PLAIN: Final = ("saved_tokens", "hit_blocks", "missed_blocks")
 _ANSWERS: Final = ("accepted", "clipped", "refused")
 
 
@@ -61,6 +69,8 @@ class Tally:
         self._told: dict[str, int] = {}
         self._of_tenants: dict[str, int] = {}
         """Gauges of the tenants that were there last."""
+        self._faults: dict[str, int] = {}
+        """Likewise of what tiers were left alone for."""
 
     def __repr__(self) -> str:
         return f"<Tally {len(self._requests)} requests loading>"
@@ -92,16 +102,17 @@ class Tally:
             request = self._requests.setdefault(load.request, _Request(0))
             request.blocks_left += len(load.keys)
 
-    def ended(self, took: Iterable[tuple[str, str, float]], copied: Mapping[str, int]) -> None:
+    def ended(self, took: Iterable[Took], copied: Mapping[str, int]) -> None:
         """Take in operations that have ended on every rank, and what the devices have copied since.
 
         Args:
-            took: ``store``, ``load`` or ``lookup``, the tier's name, and the seconds on the slowest rank.
+            took: As `Planner.took` has them.
             copied: Readings of all ranks' devices since the last time.
         """
         self._counted.update(copied)
-        for kind, tier, seconds in took:
-            self._seconds.setdefault(reading("operation_seconds", kind, tier), []).append(seconds)
+        for each in took:
+            key = reading("operation_seconds", each.kind.value, each.tier.name)
+            self._seconds.setdefault(key, []).append(each.seconds)
 
     def loaded(self, load: Load, failures: Mapping[int, Reason]) -> None:
         """Take in a load that has ended on every rank; with a request's last one its saved tokens count."""
@@ -138,10 +149,6 @@ class Tally:
             self._counted[reading("saved_tokens", tier)] += tokens
             left -= tokens
         self._counted[reading("saved_tokens", shares.most_common(1)[0][0])] += left
-
-    def prefetched(self, tier: int, blocks: int) -> None:
-        """Count blocks brought from a tier, by its position, into the host pool for a request that waits."""
-        self._counted[reading("prefetched_blocks", self._tiers[tier])] += blocks
 
     def hinted(self, hint: str, answer: str) -> None:
         """Count a hint that was answered."""
@@ -188,7 +195,12 @@ class Tally:
         yield from dict.fromkeys(self._of_tenants, 0).items()  # A tenant that is gone has nothing.
         self._of_tenants = dict(_tenant_gauges(tenants.levels()))
         yield from self._of_tenants.items()
+        yield from dict.fromkeys(self._faults, 0).items()
+        self._faults.clear()
         for tier, levels in self._planner.levels(now_s).items():
+            if levels.left_alone_for:
+                words = [word.value for word in levels.left_alone_for]
+                self._faults[reading("tier_left_alone", *words, tier)] = 1
             yield f"tier_used_bytes|{tier}", levels.used_bytes
             yield f"tier_usable|{tier}", int(levels.usable)
             yield f"queued_blocks|store|{tier}", levels.waiting_blocks
@@ -196,6 +208,7 @@ class Tally:
             if levels.capacity_bytes is not None and levels.capacity_now_bytes is not None:
                 yield f"tier_capacity_bytes|{tier}", levels.capacity_bytes
                 yield f"tier_capacity_now_bytes|{tier}", levels.capacity_now_bytes
+        yield from self._faults.items()
 
     def _zeros(self) -> Iterator[str]:
         """Name the series that will be there: what appears with its first event has no rate."""
@@ -207,6 +220,7 @@ class Tally:
             for source, reason in self._fills_into(position):
                 yield reading("filled_bytes", reason.value, str(source), tier)
             yield from (reading("dropped_blocks", reason, tier) for reason in _DROPS)
+            yield from (reading("tier_left_alone", *fault, tier) for fault in _FAULTS)
             for operation, reasons in _FAILURES.items():
                 yield from (reading("failed_transfers", operation, reason, tier) for reason in reasons)
 

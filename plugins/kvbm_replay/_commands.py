@@ -133,6 +133,8 @@ def replay(
         write_trace(found[0], save)
     console, answered = _console(as_json), []
     for trace in found:
+        options = {"--capacity": capacity, "--engine-cache": engine_cache, "--token-bytes": token_bytes}
+        _check_groups(trace, {**options, "no --stack": not stacks})
         machine = _machine(trace, prefill, link, token_bytes, speed)
         sizes = capacity or (None if stacks else _DEFAULT_SIZES)
         sweep = Sweep(
@@ -183,6 +185,7 @@ def plan(
     """Say how much memory and disk a load needs, and what each further GiB would save."""
     check_picture(plot)
     trace = _trace(traces, load)
+    _check_groups(trace, {"kvbm plan": True})
     machine = _machine(trace, prefill, link, token_bytes, speed)
     check_speeds(machine, [MEMORY, disk])
     question = Question(
@@ -226,6 +229,16 @@ def _machine(
     return Machine(prefill, sizes["--link"], sizes["--token-bytes"], dict(map(read_speed, speeds or ())))
 
 
+def _check_groups(trace: Trace, options: Mapping[str, object]) -> None:
+    """Refuse what has no meaning for a model of which not all blocks are of one size, and needed."""
+    wrong = [option for option, value in options.items() if value]
+    if wrong and not trace.is_plain:
+        raise ConfigError(
+            f"{', '.join(wrong)}: {trace.name} is of a model with several KV groups, or of which a prefix "
+            "needs not all blocks, which are no measure then; write kvbm replay, and sizes into a --stack"
+        )
+
+
 def check_speeds(machine: Machine, tiers: Sequence[str]) -> None:
     """Refuse the speed of a tier that is not there."""
     for name in machine.speeds:
@@ -247,7 +260,8 @@ def check_picture(file: Path | None) -> None:
 
 def _layouts(stacks: list[str] | None, trace: Trace, machine: Machine) -> list[tuple[str, Layout]]:
     """Read the stacks, and see that each speed is of a tier."""
-    block_bytes, registry = trace.block_tokens * machine.token_bytes, Registry()
+    block_bytes = trace.block_tokens * machine.token_bytes if trace.is_plain else trace.group_bytes
+    registry = Registry()
     layouts = [
         (_stack_name(text, at), read_layout(_read_stack(text), block_bytes, registry))
         for at, text in enumerate(stacks or [None], 1)

@@ -1,17 +1,16 @@
-"""Drives the real planner with a trace: it decides as in an engine, and nothing is moved."""
+"""Drives an engine's leader with a trace: it decides as in an engine, and nothing is moved."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Final
 
-from kvbm_core import Origin, Planner
-from kvbm_core.block import BlockKey
+from kvbm_core.groups import KvGroup
 from kvbm_core.registry import Registry
+from kvbm_replay._course import Event, Kind, read_events
+from kvbm_replay._engine import Prompt, ReplayEngine
 from kvbm_replay._engine_cache import EngineCache
 from kvbm_replay._layout import Layout
 from kvbm_replay._machine import Machine
@@ -20,8 +19,6 @@ from kvbm_replay._ranks import Ranks
 from kvbm_replay.trace import Keys, Request, Trace
 
 __all__ = ["replay"]
-
-_NOTHING: Final[Mapping[int, float]] = MappingProxyType({})
 
 
 def replay(
@@ -37,7 +34,8 @@ def replay(
     """Replay a trace through a stack.
 
     Args:
-        trace: The requests.
+        trace: The requests. Where it was recorded when each met the tiers, they meet them in that order;
+            else each is computed when it comes, one after the other.
         layout: The stack.
         machine: Its speeds: for times, and for what the planner would find faster to compute.
         registry: Where policies are found.
@@ -45,127 +43,123 @@ def replay(
         engine_blocks: Blocks of the engine's own prefix cache. None: as recorded, or none.
         paced: True if writes take the machine's time; then a slow tier loses stores.
     """
-    keys = Keys() if keys is None else keys
-    run = _Replay(layout, machine, registry or Registry(), keys, engine_blocks, paced=paced)
+    ranks = Ranks(layout, machine, paced=paced)
+    groups = trace.groups or (KvGroup(trace.block_tokens),)
+    engine = ReplayEngine(layout, ranks, registry or Registry(), groups, trace.block_tokens)
+    cache = None if engine_blocks is None else EngineCache(engine_blocks)
+    run = _Replay(engine, machine, trace.block_tokens, Keys() if keys is None else keys, cache)
     began_s = time.perf_counter()
-    for request in trace.requests:
-        run.take(request)
-    run.finish()
-    return run.outcome(trace, time.perf_counter() - began_s)
+    if all(request.course for request in trace.requests):
+        run.follow(trace.requests)
+    else:
+        for request in trace.requests:
+            run.take(request)
+    engine.wait(math.inf)
+    return run.outcome(trace, layout, ranks.loaded, time.perf_counter() - began_s)
 
 
 class _Replay:
-    """One replay: an engine that computes one prompt after the other."""
+    """One replay."""
 
     def __init__(
-        self, layout: Layout, machine: Machine, registry: Registry, keys: Keys, engine_blocks: int | None,
-        *, paced: bool,
-    ) -> None:  # fmt: skip
-        self._layout, self._machine, self._keys = layout, machine, keys
-        self._engine = None if engine_blocks is None else EngineCache(engine_blocks)
-        self._block_tokens = layout.block_bytes // machine.token_bytes
-        config = layout.config
-        self._planner = Planner(
-            [layout.statuses()],
-            max_store_blocks=config.max_store_blocks,
-            policy=registry.policies(config),
-            block_tokens=self._block_tokens if config.only_faster else 0,
-            movements=[entry.movement for entry in config.tiers],
-        )
-        self._asks = any(tier.shared for tier in layout.tiers)
-        self._ranks = Ranks(layout, machine, paced=paced)
-        self._now_s = 0.0
-        self._hits: Counter[int] = Counter()
-        self._loaded = 0
+        self, engine: ReplayEngine, machine: Machine, block_tokens: int, keys: Keys, cache: EngineCache | None
+    ) -> None:
+        self._engine, self._keys, self._cache = engine, keys, cache
+        self._token_s: Final = 1 / machine.prefill_tokens_per_s
+        self._block_tokens = block_tokens
         self._engine_hits = 0
         self._first_token_s: list[float] = []
-        self._busy_s = 0.0
 
     def take(self, request: Request) -> None:
         """Look a request up, load what is worth it, compute the rest, and store its blocks."""
-        planner = self._planner
-        self._pass(request.at_s)
-        known = self._in_engine(request)
-        keys = self._keys.of(request.blocks)
-        tiers = self._find(keys[known : request.asked])
-        self._hits.update(tiers)
-        self._engine_hits += known
-        worth = planner.cost_model.blocks_to_load(tiers, self._now_s)
-        loading: dict[int, float] = {}
-        if worth < len(tiers):
-            planner.decline(tiers[worth:])
-            del tiers[worth:]
-        if tiers:
-            planner.cost_model.tried(tiers, self._now_s)
-            loading = self._ranks.load_seconds(tiers)
-            planner.load("", keys[known : known + worth], range(worth), tiers, head=keys[0])
-            self._go(loading)
-            self._pass(self._now_s + max(loading.values()))
-        self._loaded += worth
-        tokens = max(1, request.input_tokens - (known + worth) * self._block_tokens)
-        compute_s = tokens / self._machine.prefill_tokens_per_s
-        self._pass(self._now_s + compute_s)
-        planner.cost_model.computed(tokens, compute_s, self._now_s)
-        self._first_token_s.append(max(loading.values(), default=0.0) + compute_s)
-        self._busy_s += self._first_token_s[-1]
-        self._store(keys, request)
+        engine, size = self._engine, self._block_tokens
+        engine.wait(request.at_s)
+        blocks = len(request.blocks)
+        # An engine computes the last token of a prompt itself.
+        prompt = self._prompt(request, blocks * size + (request.asked == blocks))
+        self._look(prompt, request, min(request.engine_blocks or 0, request.asked), request.input_tokens)
+        left = prompt.left
+        self._load(prompt)
+        engine.compute([(prompt, blocks * size)], left, left * self._token_s)
+        for more in range(len(request.answer)):
+            engine.compute([(prompt, (blocks + more + 1) * size)], 1, 0.0)
+        engine.end(prompt)
 
-    def finish(self) -> None:
-        """Write what is still to be written."""
-        self._pass(math.inf)
+    def follow(self, requests: Sequence[Request]) -> None:
+        """Take requests through what happened to them, in the order of the moments."""
+        prompts: dict[int, Prompt] = {}
+        together: list[Event] = []
+        for event in read_events(requests):
+            request = requests[event.request]
+            self._engine.wait(event.at_us / 1e6)
+            if event.kind is Kind.ARRIVE:
+                prompt = prompts[event.request] = self._prompt(request, request.input_tokens)
+                self._engine.arrive(prompt)
+            elif event.kind is Kind.TURN:
+                self._engine.turn(prompts[event.request], event.engine_tokens)
+            elif event.kind is Kind.LOOK:
+                prompts[event.request].num_tokens = event.tokens
+                blocks = event.engine_tokens // self._block_tokens
+                self._look(prompts[event.request], request, blocks, event.tokens)
+            else:
+                together.append(event)
+                if event.goes_on:
+                    continue
+                self._compute([(prompts[each.request], each.tokens) for each in together])
+            for each in together or [event]:
+                if each.is_last:
+                    prompt = prompts.pop(each.request)
+                    self._load(prompt)
+                    self._engine.end(prompt, with_last=each.has_ended)
+            together.clear()
 
-    def outcome(self, trace: Trace, took_s: float) -> Outcome:
+    def outcome(self, trace: Trace, layout: Layout, loaded: int, took_s: float) -> Outcome:
         """Give what was counted."""
-        planner, layout = self._planner, self._layout
+        engine = self._engine
         tiers = [
             TierOutcome(
-                tier.name, tier.blocks, self._hits[at], counts.stored, counts.stored * layout.block_bytes,
+                tier.name, tier.blocks, engine.found.get(at, 0), counts.stored, counts.stored_bytes,
                 counts.evicted, counts.declined, sum(counts.dropped.values()),
             )
-            for at, (tier, counts) in enumerate(zip(layout.tiers, planner.counts.values(), strict=True))
+            for at, (tier, counts) in enumerate(zip(layout.tiers, engine.counts.values(), strict=True))
         ]  # fmt: skip
         return Outcome(
-            trace.accesses, len(trace.requests), self._engine_hits, self._loaded, tuple(tiers),
-            sorted(self._first_token_s), self._busy_s, trace.duration_s, took_s,
+            self._engine_hits + engine.asked_blocks, len(trace.requests), self._engine_hits, loaded,
+            tuple(tiers), sorted(self._first_token_s), sum(self._first_token_s), trace.duration_s, took_s,
         )  # fmt: skip
 
-    def _in_engine(self, request: Request) -> int:
+    def _prompt(self, request: Request, tokens: int) -> Prompt:
+        return self._engine.prompt(request.blocks + request.answer, tokens, self._keys)
+
+    def _look(self, prompt: Prompt, request: Request, recorded_blocks: int, tokens: int) -> None:
+        """Look a request of so many tokens up, given what the engine's own cache has as recorded."""
+        had = self._in_engine(request, recorded_blocks) * self._block_tokens
+        self._engine_hits += sum(len(group.needed(0, had)) for group in self._engine.groups)
+        loads = self._engine.look(prompt, had)
+        if not prompt.looks:  # One that was preempted has had its first token.
+            prompt.left = max(1, tokens - had - loads)
+        prompt.looks += 1
+
+    def _load(self, prompt: Prompt) -> None:
+        """Wait for what is loaded of a request; note when its first token would have come."""
+        load_s = self._engine.load(prompt)
+        if prompt.left:
+            self._first_token_s.append(load_s + prompt.left * self._token_s)
+            prompt.left = 0
+
+    def _compute(self, prompts: Sequence[tuple[Prompt, int]]) -> None:
+        """Compute requests up to so many tokens in one step, once what is loaded of them has come."""
+        for prompt, _ in prompts:
+            self._load(prompt)
+        # Another stack may have more of a prompt than that of the recording.
+        parts = [(prompt, max(tokens, prompt.num_computed_tokens)) for prompt, tokens in prompts]
+        new = max(1, sum(tokens - prompt.num_computed_tokens for prompt, tokens in parts))
+        self._engine.compute(parts, new, new * self._token_s)
+
+    def _in_engine(self, request: Request, recorded_blocks: int) -> int:
         """Count the leading blocks that the engine's own cache has, of those that tiers may be asked for."""
-        if self._engine is None:
-            return min(request.engine_blocks or 0, request.asked)
-        known = min(self._engine.match(request.blocks), request.asked)
-        self._engine.use(request.blocks + request.answer)
+        if self._cache is None:
+            return min(recorded_blocks, len(request.blocks) + len(request.answer))
+        known = min(self._cache.match(request.blocks), request.asked)
+        self._cache.use(request.blocks + request.answer)
         return known
-
-    def _find(self, keys: Sequence[BlockKey]) -> list[int]:
-        """Find the longest prefix; tiers that cannot list their blocks are asked, and answer at once."""
-        planner, now_s = self._planner, self._now_s
-        tiers = planner.match(keys, now_s)
-        while self._asks and (rest := keys[len(tiers) :]) and planner.lookup(rest, now_s, head=keys[0]):
-            self._go()
-            tiers = planner.match(keys, now_s)
-        return tiers
-
-    def _store(self, keys: list[BlockKey], request: Request) -> None:
-        """Offer what was computed: the prompt's blocks together, those of the answer as they come."""
-        planner, answer = self._planner, self._keys.of(request.answer)
-        prefix = {*keys, *answer}
-        planner.store(keys, range(len(keys)), prefix, self._now_s, 0, Origin(0, len(keys)))
-        self._go()
-        for at, key in enumerate(answer, len(keys)):
-            planner.store([key], [0], prefix, self._now_s, 0, Origin(at, len(keys)))
-            self._go()
-
-    def _pass(self, until_s: float) -> None:
-        """Let time pass, and have the planner learn of each write when it has ended."""
-        for end_s, reports in self._ranks.ended(until_s):
-            self._now_s = max(self._now_s, end_s)
-            self._planner.report(reports, self._now_s)
-            self._go()
-        if until_s < math.inf:
-            self._now_s = max(self._now_s, until_s)
-
-    def _go(self, loading: Mapping[int, float] = _NOTHING) -> None:
-        """Carry out what is planned, and what follows from that."""
-        while plan := self._planner.take(self._now_s):
-            self._ranks.submit(self._planner, plan, self._now_s, loading)

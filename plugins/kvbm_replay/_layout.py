@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -19,6 +19,8 @@ __all__ = ["Layout", "TierLayout", "capacity_bytes", "read_layout"]
 
 _HOST_POOLS: Final = frozenset({"cpu"})
 """Backends whose memory the planner has used directly. A backend says so only when it is opened."""
+_SLOTTED: Final = frozenset({"cpu", "gds"})
+"""Backends in which each object takes as much as the longest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,22 +29,22 @@ class TierLayout:
 
     name: str
     backend: str
-    charge_bytes: int
-    """That a block takes of the capacity."""
+    charges: tuple[int, ...]
+    """For each KV group the bytes of the capacity that a block takes."""
     blocks: int | None
-    """That it holds. None: no bound."""
+    """That it holds, of the largest group. None: no bound."""
     shared: bool
     addressable: bool
     read_only: bool
 
-    def status(self, token_block_bytes: int) -> TierStatus:
+    def status(self, group_bytes: tuple[int, ...]) -> TierStatus:
         """Say what a worker would have said, with nothing found."""
-        capacity_bytes = None if self.blocks is None else self.blocks * self.charge_bytes
+        capacity_bytes = None if self.blocks is None else self.blocks * max(self.charges)
         capabilities = Capabilities(
             capacity_bytes, shared=self.shared, remote_lookup=self.shared, addressable=self.addressable,
             read_only=self.read_only,
         )  # fmt: skip
-        return TierStatus(self.name, capabilities, [], (self.charge_bytes,), (token_block_bytes,))
+        return TierStatus(self.name, capabilities, [], self.charges, group_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +53,13 @@ class Layout:
 
     config: StackConfig
     tiers: tuple[TierLayout, ...]
-    block_bytes: int
-    """Of the KV of a block over all ranks."""
+    group_bytes: tuple[int, ...]
+    """For each KV group the bytes of a block over all ranks."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block of the largest group."""
+        return max(self.group_bytes)
 
     @property
     def blocks(self) -> int | None:
@@ -63,7 +70,7 @@ class Layout:
 
     def statuses(self) -> list[TierStatus]:
         """Give what the planner is told of each tier."""
-        return [tier.status(self.block_bytes) for tier in self.tiers]
+        return [tier.status(self.group_bytes) for tier in self.tiers]
 
     def position(self, name: str) -> int:
         """Find a tier by its name.
@@ -97,7 +104,7 @@ class Layout:
 
 
 def read_layout(
-    source: StackConfig | Mapping[str, Any] | str, block_bytes: int, registry: Registry
+    source: StackConfig | Mapping[str, Any] | str, block_bytes: int | Sequence[int], registry: Registry
 ) -> Layout:
     """Read a stack as an engine would, and open nothing.
 
@@ -105,18 +112,19 @@ def read_layout(
 
     Args:
         source: The configuration, a mapping, or the path of a YAML file.
-        block_bytes: Of a block over all ranks.
+        block_bytes: Of a block over all ranks, or of one of each KV group.
         registry: Where backends are found.
 
     Raises:
         ConfigError: For a mistake in the configuration.
     """
+    group_bytes = (block_bytes,) if isinstance(block_bytes, int) else tuple(block_bytes)
     config = source if isinstance(source, StackConfig) else load_config(source)
     tiers: list[TierLayout] = []
     for position, entry in enumerate(config.tiers):
         has_pool = any(tier.addressable for tier in tiers)
-        tiers.append(_tier(entry, position, block_bytes, registry, may_be_pool=not has_pool))
-    return Layout(config, tuple(tiers), block_bytes)
+        tiers.append(_tier(entry, position, group_bytes, registry, may_be_pool=not has_pool))
+    return Layout(config, tuple(tiers), group_bytes)
 
 
 def capacity_bytes(backend: Backend, blocks: int, block_bytes: int) -> int:
@@ -131,8 +139,9 @@ def capacity_bytes(backend: Backend, blocks: int, block_bytes: int) -> int:
 
 
 def _tier(
-    entry: TierEntry, position: int, block_bytes: int, registry: Registry, *, may_be_pool: bool
+    entry: TierEntry, position: int, group_bytes: tuple[int, ...], registry: Registry, *, may_be_pool: bool
 ) -> TierLayout:
+    block_bytes = max(group_bytes)
     backend = registry.backend(entry.backend)
     settings: Any = convert(entry.settings, backend.config_type, f"tiers[{position}] ({entry.name})")
     capacity = getattr(settings, "capacity", None)
@@ -144,8 +153,10 @@ def _tier(
             f"tier {entry.name}: capacity {entry.settings['capacity']!r} is smaller than a block of "
             f"{block_bytes} bytes and its seal; write a larger capacity, or give the model's --token-bytes"
         )
+    slots = entry.backend in _SLOTTED
+    charges = tuple((block_bytes if slots else nbytes) + SEAL_BYTES for nbytes in group_bytes)
     return TierLayout(
-        entry.name, entry.backend, block_bytes + SEAL_BYTES, blocks, backend.shared,
+        entry.name, entry.backend, charges, blocks, backend.shared,
         addressable=may_be_pool and entry.backend in _HOST_POOLS and not entry.checked and not entry.codecs,
         read_only=bool(getattr(settings, "read_only", False)),
     )  # fmt: skip

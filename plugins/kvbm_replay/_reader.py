@@ -2,18 +2,21 @@
 
     {"timestamp": 0, "input_length": 6758, "output_length": 500, "hash_ids": [46, 47, ...]}    Mooncake
 
-    {"kvbm_log": 1, "run": "c0ffee...", "block_tokens": 16, "token_bytes": 131072}             ours
-    {"timestamp": 12, "input_length": 50, "output_length": 14, "engine_blocks": 1, "hash_ids": [...]}
+    {"kvbm_log": 2, "run": "c0ffee...", "block_tokens": 16, "token_bytes": 131072, "groups": [...]}   ours
+    {"timestamp": 12.345, "input_length": 50, "output_length": 14, "engine_blocks": 1,
+     "looks": [[12351, 16, 50]], "stores": [[45678, 48]], "ended": 45699, "hash_ids": [...]}
     {"lost": 3}
 
 Times are milliseconds. In Mooncake's format `hash_ids` are of a prompt's blocks of 512 tokens, the last of
 which may be short and is not counted. In ours they are of all complete blocks, of the prompt and the answer.
+Version 1 of ours has no groups, looks and stores.
 """
 
 from __future__ import annotations
 
 import gzip
 import lzma
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -22,15 +25,26 @@ from typing import Annotated, BinaryIO, Final, Literal
 import msgspec
 
 from kvbm_core.errors import ConfigError
-from kvbm_replay.trace import Request, Trace
+from kvbm_core.groups import TAG_BYTES, Coverage, KvGroup, Rule
+from kvbm_replay.trace import Course, Request, Trace
 
 __all__ = ["read_trace", "write_trace"]
 
 MOONCAKE_BLOCK_TOKENS: Final = 512
-_LOG_VERSION: Final = 1
+_LOG_VERSIONS: Final = (1, 2)
 _MOST: Final = 2**53
 """That a JSON reader keeps whole."""
 _Count = Annotated[int, msgspec.Meta(ge=0, le=_MOST)]
+_Size = Annotated[int, msgspec.Meta(ge=1, le=_MOST)]
+
+
+class _Group(msgspec.Struct):
+    """A KV group of the engine."""
+
+    block_tokens: _Size
+    block_bytes: _Size
+    rule: Rule
+    rule_tokens: _Count
 
 
 class _Row(msgspec.Struct):
@@ -41,10 +55,15 @@ class _Row(msgspec.Struct):
     output_length: _Count = 0
     hash_ids: list[int] | None = None
     engine_blocks: _Count | None = None
+    turned: tuple[_Count, _Count] | None = None
+    looks: list[tuple[_Count, _Count, _Count]] = []
+    stores: list[tuple[_Count, _Count]] = []
+    ended: _Count | None = None
     kvbm_log: int | None = None
     run: str = ""
     block_tokens: _Count = 0
-    token_bytes: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    token_bytes: _Size | None = None
+    groups: list[_Group] = []
     lost: _Count = 0
 
 
@@ -74,7 +93,10 @@ def read_trace(paths: Sequence[Path]) -> Trace:
         )
     reader.requests.sort(key=lambda request: request.at_s)
     name = paths[0].name
-    return Trace(name, reader.block_tokens, reader.requests, reader.token_bytes, reader.lost)
+    groups, group_bytes = reader.groups, reader.group_bytes
+    return Trace(
+        name, reader.block_tokens, reader.requests, reader.token_bytes, reader.lost, groups, group_bytes
+    )
 
 
 class _Reader:
@@ -84,6 +106,8 @@ class _Reader:
         self.requests: list[Request] = []
         self.block_tokens = 0
         self.token_bytes: int | None = None
+        self.groups: list[KvGroup] = []
+        self.group_bytes: list[int] = []
         self.lost = 0
         self._run: str | None = None
         self._is_log = False
@@ -118,9 +142,10 @@ class _Reader:
             self._take_request(row)
 
     def _begin_log(self, row: _Row, *, is_first: bool) -> None:
-        if row.kvbm_log != _LOG_VERSION:
+        if row.kvbm_log not in _LOG_VERSIONS:
             raise ConfigError(
-                f"kvbm_log: {row.kvbm_log}; this release reads version {_LOG_VERSION}: install one that fits"
+                f"kvbm_log: {row.kvbm_log}; this release reads versions "
+                f"{' and '.join(map(str, _LOG_VERSIONS))}: install one that fits"
             )
         if not is_first or row.block_tokens < 1:
             raise ConfigError("a header must be the first line of its file, with block_tokens of 1 or more")
@@ -131,6 +156,12 @@ class _Reader:
             )
         self._run, self._is_log = row.run, True
         self.block_tokens, self.token_bytes = row.block_tokens, row.token_bytes
+        self.groups = [_group(at, group) for at, group in enumerate(row.groups)]
+        if self.groups and math.gcd(*(group.block_tokens for group in self.groups)) != row.block_tokens:
+            raise ConfigError(
+                f"block_tokens: {row.block_tokens}; write the greatest common divisor of those of the groups"
+            )
+        self.group_bytes = [group.block_bytes for group in row.groups]
 
     def _begin_other(self) -> bool:
         if not self._is_log:
@@ -153,7 +184,36 @@ class _Reader:
         if self._is_log:
             request.answer, request.engine_blocks = blocks[count:], row.engine_blocks
             request.asked = min(len(request.blocks), max(0, row.input_length - 1) // self.block_tokens)
+            if row.looks:
+                request.course = self._course(row, len(blocks))
         self.requests.append(request)
+
+    def _course(self, row: _Row, blocks: int) -> Course:
+        """Take when a request met the tiers; its tokens must be those whose hashes are there."""
+        assert row.timestamp is not None
+        first = [round(row.timestamp * 1e3), *(row.turned or ())[:1], row.looks[0][0]]
+        later = [moment for moment, *_ in [*row.looks[1:], *row.stores]]
+        if first != sorted(first) or min(later, default=first[-1]) < first[-1]:
+            raise ConfigError(
+                f"looks, stores: moments {[*first, *later]}; in microseconds, the timestamp comes first, "
+                "then turned, then the first look"
+            )
+        if any(had >= tokens for _, had, tokens in row.looks):
+            raise ConfigError(f"looks: {row.looks}; write more tokens than the engine's own cache had")
+        most = max([tokens for _, tokens in row.stores] + [tokens - 1 for *_, tokens in row.looks])
+        if (needed := most // self.block_tokens) > blocks:
+            raise ConfigError(
+                f"hash_ids: {blocks}; looks and stores of {most} tokens need {needed} blocks of "
+                f"{self.block_tokens} tokens"
+            )
+        return Course(row.looks, row.stores, row.turned, row.ended)
+
+
+def _group(at: int, group: _Group) -> KvGroup:
+    """Give a KV group; its tag is its place, for the keys of a replay are its own."""
+    if group.rule in (Rule.WINDOW, Rule.CHUNK) and not group.rule_tokens:
+        raise ConfigError(f"groups: a {group.rule.value} of 0 rule_tokens; write its tokens")
+    return KvGroup(group.block_tokens, Coverage(group.rule, group.rule_tokens), at.to_bytes(TAG_BYTES, "big"))
 
 
 def write_trace(trace: Trace, path: Path) -> None:

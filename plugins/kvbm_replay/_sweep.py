@@ -60,7 +60,7 @@ def run_sweep(trace: Trace, sweep: Sweep) -> LoadAnswer:
             paced=sweep.paced,
         )  # fmt: skip
         references: tuple[float | None, float | None] = (None, None)
-        if sweep.references:
+        if sweep.references and trace.is_plain:
             total = trace.unique if layout.blocks is None else layout.blocks + engine_blocks
             if total not in known:
                 known[total] = _references(trace, total)

@@ -12,8 +12,25 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kvbm_core.block import KEY_BYTES, BlockKey
+from kvbm_core.groups import KvGroup, is_plain
 
-__all__ = ["Keys", "Request", "Trace"]
+__all__ = ["Course", "Keys", "Request", "Trace"]
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """When a request met the tiers, as recorded: moments in microseconds, no two of a trace alike."""
+
+    looks: Sequence[tuple[int, int, int]]
+    """Moment, the leading tokens that the engine's own cache had, and all that the request had then. One, and
+    another each time that it was preempted."""
+    stores: Sequence[tuple[int, int]]
+    """Moment, and the leading tokens whose blocks had been offered to the tiers then."""
+    turned: tuple[int, int] | None = None
+    """The moment at which the engine turned to it and had no room, and the leading tokens that its own cache
+    had then. None: it had room at once."""
+    ended: int | None = None
+    """The moment at which it ended. None: not known."""
 
 
 @dataclass(slots=True)
@@ -33,6 +50,8 @@ class Request:
     asked: int = -1
     """Leading blocks that tiers may be asked for: an engine computes the last token of a prompt itself.
     -1: all."""
+    course: Course | None = None
+    """None: not known. Then it is computed at once when it comes."""
 
     def __post_init__(self) -> None:
         if self.asked < 0:
@@ -50,9 +69,19 @@ class Trace:
     """Bytes of the KV of a token over all ranks, as recorded. None: not known."""
     lost: int = 0
     """Requests that the recording has not, because it could not follow."""
+    groups: Sequence[KvGroup] = ()
+    """The engine's KV groups; the greatest common divisor of their blocks is `block_tokens`. Empty: one, of
+    which a prefix needs all blocks."""
+    group_bytes: Sequence[int] = ()
+    """For each group the bytes of a block over all ranks."""
 
     def __repr__(self) -> str:
         return f"<Trace {self.name}: {len(self.requests)} requests, {self.accesses} blocks>"
+
+    @property
+    def is_plain(self) -> bool:
+        """True if a prefix needs all blocks of one KV group."""
+        return not self.groups or is_plain(self.groups)
 
     @property
     def accesses(self) -> int:

@@ -11,23 +11,22 @@ import vllm
 
 from kvbm_core import Coordinator, Member, Namespace, Registry, StackConfig
 from kvbm_core.config import TierEntry
-from kvbm_metrics import read_address
 from kvbm_vllm._replicas import replicas_of
-from kvbm_vllm._stats import engine_index
 
 __all__ = ["join_as_leader", "join_as_worker"]
 
 
-def join_as_leader(config: StackConfig, vllm_config: Any) -> Coordinator | None:
-    """Register the leader, with the address of its metrics, and wait for its workers.
+def join_as_leader(config: StackConfig, vllm_config: Any, metrics: str) -> Coordinator | None:
+    """Register the leader and wait for its workers. None if no coordinator is configured.
 
-    None if no coordinator is configured.
+    Args:
+        config: The stack.
+        vllm_config: vLLM's configuration.
+        metrics: Where its metrics are served. Empty: with the engine's own alone.
 
     Raises:
         CoordinatorError: If the processes of the engine do not come together.
     """
-    address = read_address(os.environ, engine_index(vllm_config))
-    metrics = address.url(socket.gethostname()) if address else ""
     coordinator = _join(config, vllm_config, metrics=metrics)
     if coordinator is not None:
         try:

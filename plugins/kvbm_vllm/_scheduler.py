@@ -26,6 +26,7 @@ from kvbm_vllm._replicas import replica_number
 from kvbm_vllm._schedule import ScheduleReader
 from kvbm_vllm._startup import NoTiers, RollCall, begin_session, open_recorder
 from kvbm_vllm._stats import KvbmStats, open_server
+from kvbm_vllm._tracing import open_tracer
 from kvbm_vllm._values import Handshake, Outcomes
 from kvbm_vllm._weights import AdapterDigests
 
@@ -126,14 +127,17 @@ class SchedulerHalf:
             if again:
                 logger.warning("the workers have opened their tiers anew: what was under way is forgotten")
                 self.ledger.lose_all()
-            self._coordinator = self._coordinator or join_as_leader(self._config, self._vllm_config)
+            # First, so that nobody is listed with an address that cannot be had.
+            self._server = self._server or open_server(self._vllm_config)
+            url = self._server.url if self._server else ""
+            self._coordinator = self._coordinator or join_as_leader(self._config, self._vllm_config, url)
             self._recorder = self._recorder or open_recorder(
                 handshakes, self._config, self.ledger, replica_number(self._vllm_config.parallel_config)
             )
             self._stage = begin_session(
-                handshakes, self._config, self.ledger, self._max_load_blocks, self._ops, self._recorder
-            )
-            self._server = self._server or open_server(self._vllm_config)
+                handshakes, self._config, self.ledger, self._max_load_blocks, self._ops, self._recorder,
+                open_tracer(self._vllm_config),
+            )  # fmt: skip
         except KvbmError:
             if not again:
                 self.close()
@@ -143,8 +147,8 @@ class SchedulerHalf:
             self.ledger.parked.lose_loads()
             self._stage = NoTiers(self.ledger)
             return
-        metrics = self._server.url if self._server else "with the engine's own"
-        for line in overview(handshakes, self._config, self._groups.groups, metrics):
+        served = url or "with the engine's own"
+        for line in overview(handshakes, self._config, self._groups.groups, served):
             logger.info("%s", line)
 
     def arrived(self, request: Any) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kvbm_core import ConfigError, Plan, Planner, Registry, Report, StackConfig, TierCounts, TierStatus
 from kvbm_core.sharing import sharing_of
@@ -23,13 +23,18 @@ from kvbm_engine import (
     Recorder,
     Schedule,
     Session,
+    Spans,
     Step,
     Storing,
+    Watchers,
     sparse_stores,
 )
 from kvbm_metrics import Readings, Tally
 from kvbm_vllm._ranks import check_ranks
 from kvbm_vllm._values import Handshake
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
 
 __all__ = ["NoTiers", "RollCall", "begin_session", "open_recorder"]
 
@@ -182,6 +187,7 @@ def begin_session(
     max_load_blocks: int,
     ops: Iterator[int],
     recorder: Recorder | None = None,
+    tracer: Tracer | None = None,
 ) -> Session:
     """Begin with what all ranks say of their tiers.
 
@@ -192,6 +198,7 @@ def begin_session(
         max_load_blocks: Device blocks of requests that load, at once.
         ops: Numbers for operations, which go on where another session ended.
         recorder: Writes down what is asked for.
+        tracer: Makes spans.
     """
     ranks = sorted(handshakes, key=lambda handshake: handshake.rank)
     status = [handshake.status for handshake in ranks]
@@ -200,7 +207,7 @@ def begin_session(
         status,
         max_store_blocks=config.max_store_blocks,
         groups=ledger.groups,
-        policy=Registry().policies(config),
+        policies=Registry().policies(config),
         block_tokens=block_tokens if config.only_faster else 0,
         ops=ops,
         movements=[entry.movement for entry in config.tiers],
@@ -212,7 +219,8 @@ def begin_session(
             constants[key] = min(value, constants.get(key, value))
     tally = Tally(planner, block_tokens if ledger.is_plain else 0, constants)
     joins = all(handshake.joins for handshake in ranks)
-    storing = Storing(ledger, planner, sparse_stores(config, ledger.groups), _junction)
+    spans = None if tracer is None else Spans(tracer, planner.tiers)
+    storing = Storing(ledger, planner, sparse_stores(config, ledger.groups), _junction, spans)
     limits = Limits(config.keep_fraction, config.max_keep_s, config.prefetch_fraction, config.load_deadline_s)
     return Session(
         ledger,
@@ -221,7 +229,7 @@ def begin_session(
         max_load_blocks,
         joins=joins,
         storing=storing,
-        recorder=recorder,
+        watchers=Watchers(recorder, spans),
         limits=limits,
     )
 
@@ -238,21 +246,16 @@ def open_recorder(
         replica: The engine's number, where several read the same configuration.
 
     Raises:
-        ConfigError: If the file cannot be written, or a replay of it would say nothing true.
+        ConfigError: If the file cannot be written.
     """
     if config.record is None:
         return None
-    if not ledger.is_plain:
-        raise ConfigError(
-            "record: this model keeps its KV in several groups, or needs not all of it, which a replay does "
-            "not know: leave 'record' out"
-        )
     path = Path(config.record).expanduser()
-    block_tokens = ledger.groups[0].block_tokens
-    block_bytes = sum(handshake.status[0].block_bytes[0] for handshake in handshakes)
+    of_ranks = [handshake.status[0].block_bytes for handshake in handshakes]
+    block_bytes = [sum(each) for each in zip(*of_ranks, strict=True)]
     if replica is not None:
         path = path.with_name(f"{path.name}.dp{replica}")
-    return Recorder(path, block_tokens, block_bytes // block_tokens, config.record_capacity)
+    return Recorder(path, ledger.groups, block_bytes, config.record_capacity)
 
 
 def _block_tokens(ledger: Ledger, status: Sequence[Sequence[TierStatus]]) -> int:

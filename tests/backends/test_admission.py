@@ -14,7 +14,8 @@ from kvbm_core import (
     TierStatus,
     load_config,
 )
-from kvbm_core.leader.tier_policies import GuardedAdmission, TierPolicies
+from kvbm_core.leader.ground.guarded_policies import GuardedAdmission
+from kvbm_core.leader.ground.tier_policies import TierPolicies
 
 DAY_S = 86_400.0
 PROMPT = Origin(0, 1000)
@@ -40,7 +41,7 @@ def planner(*admissions, capacity=100):
         TierStatus(str(at), Capabilities(capacity_bytes=capacity, addressable=not at), [])
         for at in range(len(admissions))
     ]
-    return Planner([statuses], policy=policies)
+    return Planner([statuses], policies=policies)
 
 
 def stored(made, numbers, now_s=0.0, origin=PROMPT):
@@ -83,7 +84,7 @@ def test_second_touch_forgets_what_was_offered_long_ago_and_its_memory_has_a_bou
         policy.offered(keys(*range(start, start + 100)), PROMPT)
     policy.offered(keys(0), PROMPT)
     assert policy.admitted(keys(0), 1000, PROMPT, 0.0) == 0
-    touches = policy._adviser._touches
+    touches = policy._adviser._policy._touches
     assert len(touches._young) + len(touches._old) < 2 * 4096 + 200
 
 
@@ -184,7 +185,7 @@ def test_a_strangers_mistake_lets_everything_in_with_one_line(caplog):
 def test_a_tier_without_a_bound_has_an_admission_policy_too():
     policies = TierPolicies({}, {0: lambda context: made("prompts-only")})
     status = TierStatus("far", Capabilities(capacity_bytes=None), [])
-    far = Planner([[status]], policy=policies)
+    far = Planner([[status]], policies=policies)
     assert stored(far, [1], origin=Origin(0, 0)) == {}
     assert stored(far, [2], origin=Origin(0, 1)) == {0: [2]}
 

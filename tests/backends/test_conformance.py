@@ -5,8 +5,11 @@ import contextlib
 import pytest
 from servers import FaultProxy
 
+from kvbm_core.testing._life_tests import LifeTests
+from kvbm_core.testing._medium_tests import MediumTests
+from kvbm_core.testing._process_tests import ProcessTests
 from kvbm_core.testing.suite import TierSuite
-from kvbm_gds import _slots, _tier
+from kvbm_gds import _engines, _slots, _tier
 
 
 class TestMemory(TierSuite):
@@ -39,9 +42,26 @@ class Gds(TierSuite):
         monkeypatch.setattr(_slots, "_MEND_EVERY_S", 0.05)
 
 
+PROBED = {part.__name__ for part in (LifeTests, MediumTests, ProcessTests)}
+"""Parts of the suite in which each opening probes, in a child: they try what an opening does and leaves."""
+
+
 class TestGdsByNixl(Gds):
     backend = "gds"
-    programs = 15  # Opening it takes half a second, for the probe.
+    found = None
+
+    @pytest.fixture(autouse=True)
+    def probed_once(self, request, monkeypatch):
+        """Probe at the first opening, for half a second, and remember what was found for the other parts."""
+        probe = _engines.run_probe
+
+        def remembered(*arguments):
+            cls = type(self)
+            cls.found = cls.found or probe(*arguments)
+            return cls.found
+
+        if request.function.__qualname__.split(".")[0] not in PROBED:
+            monkeypatch.setattr(_engines, "run_probe", remembered)
 
     def settings(self, folder):
         return {"capacity": "2MiB", "path": str(folder / "kv"), "engine": "posix"}

@@ -18,7 +18,12 @@ from test_lmdb import MIB, config, du_bytes, listed, rewrite_rows, small_disk
 
 from kvbm_core.tier import Op, Outcome, Reason, TierContext, Transfer
 from kvbm_lmdb import LmdbTier, _tier
-from kvbm_lmdb._place import is_sound, nbytes_of, pieces_of, place_of
+from kvbm_lmdb._contents import contents
+from kvbm_lmdb._cut import delete
+from kvbm_lmdb._environment import open_store
+from kvbm_lmdb._place import SEQUENCE, TICK_KEY, is_sound, nbytes_of, pieces_of, place_of
+from kvbm_lmdb._stored import stored
+from kvbm_lmdb._tree import read_meta
 
 MAX = 700_000
 
@@ -381,3 +386,25 @@ def test_a_directory_of_cut_objects_can_be_copied(tmp_path, open_tier, monkeypat
     tier = LmdbTier(config(tmp_path / "copy"), TierContext(NAMESPACE, MAX))
     churn.check(tier)
     tier.close()
+
+
+def test_what_a_killed_keeper_has_half_erased_is_counted_by_nobody(tmp_path, open_tier, monkeypatch):
+    churn = fragment(tmp_path, open_tier, monkeypatch, 4 * MIB, 90_000)
+    churn.step(4)
+    gone = next(name for name, place in churn.tier._present.items() if len(pieces_of(place)) > 2)
+    churn.tier.close()
+    with (tmp_path / "kv/rank0/data.mdb").open("r+b") as file:
+        store = open_store(file.fileno(), read_meta(file.fileno()).map_bytes, lambda: None)
+        # The keeper's first step, and the last that it lived to make; before it LMDB was moved on.
+        with store.env.begin(write=True) as txn:
+            assert delete(store, txn, NAMESPACE + gone, most_pages=1) < 0
+            txn.put(TICK_KEY, SEQUENCE.pack(1 << 40), db=store.index)
+        store.env.close()
+    live = {key(n): size for n, size in churn.live.items() if key(n) != gone}
+    [found] = stored(config(tmp_path / "kv"))
+    assert (found.objects, found.nbytes) == (len(live), sum(live.values()))
+    [part] = contents(config(tmp_path / "kv"))
+    assert {each.key: each.nbytes for each in part.objects() if not each.broken} == live
+    assert not [each.broken for each in part.objects() if each.broken]
+    assert part.problems() == []
+    part.close()

@@ -68,11 +68,14 @@ class Vllm:
         self.clock_s = 0.0
         told = (
             load_config({"tiers": [{"backend": "cpu", "capacity": "1MiB"}], "only_faster": False}),
-            SimpleNamespace(model_config=None, parallel_config=SimpleNamespace(rank=0, world_size=1)),
+            SimpleNamespace(
+                model_config=None, parallel_config=SimpleNamespace(rank=0, world_size=1),
+                observability_config=SimpleNamespace(otlp_traces_endpoint=None),
+            ),
             SimpleNamespace(
                 num_blocks=16, kv_cache_groups=[SimpleNamespace(kv_cache_spec=FullAttentionSpec())]
             ),
-        )
+        )  # fmt: skip
         self.scheduler = _scheduler.SchedulerHalf(*told)
         joins = chance.random() < 0.7
         self.scheduler.start([Handshake(0, self.engine.worker.status(), {}, joins)])

@@ -28,8 +28,8 @@ from bench_planner import PREFIX_BLOCKS, TARGET_MS, keys_of, resident_bytes
 
 from kvbm_core import BlockKey, Capabilities, Fifo, Lru, Planner, TierStatus
 from kvbm_core.groups import Coverage, KvGroup, Rule, group_keys, group_tag
-from kvbm_core.leader.guarded_policy import GuardedPolicy
-from kvbm_core.leader.tier_index import TierIndex
+from kvbm_core.leader.ground.guarded_policies import GuardedPolicy
+from kvbm_core.leader.ground.tier_index import TierIndex
 
 sys.path.append(str(Path(__file__).parents[1] / "third_party" / "kvbm_arc"))
 from kvbm_arc import Arc
@@ -168,8 +168,7 @@ def fill(tiers: Sequence[TierIndex], keys: Iterable[list[BlockKey]], mixed: bool
             lengths = [chance.randrange(CHARGE * 3 // 10, CHARGE) if mixed else CHARGE for _ in batch]
             wire = msgspec.msgpack.encode(lengths)
             filling, _ = tier.reserve(batch, CHARGE)
-            for key, charge in zip(filling, msgspec.msgpack.decode(wire), strict=False):
-                tier.stored(key, charge)
+            tier.stored(filling, msgspec.msgpack.decode(wire)[: len(filling)])
 
 
 def memory(tiers: int, objects: int, mixed: bool, churn: bool) -> float:

@@ -45,6 +45,7 @@ class Queue:
         self.llm, self.engine, self.wait_steps = llm, llm.llm_engine, wait_steps
         self.session = connector(llm)._leader.session
         self.chunk_blocks = self.session._prefetch._chunk_blocks
+        self.block_bytes = self.session.planner.tiers[0].block_bytes[0]
         self.number = 0
 
     def forget(self) -> None:
@@ -61,8 +62,7 @@ class Queue:
         self.session._prefetch._chunk_blocks = self.chunk_blocks if ahead else 0
         self.number += 1
         runs, waits = f"runs {self.number}", f"waits {self.number}"
-        counted = self.session._tally._counted
-        before = counted["prefetched_blocks|remote"]
+        before = self.read_ahead_bytes()
         self.engine.add_request(runs, {"prompt_token_ids": prompt[-20:]}, params(4000))  # No block.
         self.engine.step()
         self.engine.add_request(waits, {"prompt_token_ids": prompt}, params(4))
@@ -75,7 +75,11 @@ class Queue:
                 answer = tuple(output.outputs[0].token_ids)
                 first_s = first_s or time.perf_counter() - began_s
         drain(self.llm)
-        return first_s, answer, counted["prefetched_blocks|remote"] - before
+        return first_s, answer, (self.read_ahead_bytes() - before) // self.block_bytes
+
+    def read_ahead_bytes(self) -> int:
+        """Give the bytes read from the store into host memory so far, for requests that waited."""
+        return self.session.planner.counts["cpu"].filled_bytes[1, "prefetch"]
 
 
 def main() -> int:

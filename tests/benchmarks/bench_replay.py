@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from kvbm_core.groups import KvGroup
 from kvbm_core.registry import Registry
 from kvbm_engine import Recorder
 from kvbm_replay import Keys, generate
@@ -74,12 +75,14 @@ def record_rows(brief: bool) -> None:
     """Record requests of 2,048 blocks: the engine's thread alone, and all threads."""
     requests, keys = 100 if brief else 1000, [bytes([at % 256] * 32) for at in range(2048)]
     with tempfile.TemporaryDirectory() as folder:
-        recorder = Recorder(Path(folder) / "log", 16, 131_072, 1 << 30)
+        recorder = Recorder(Path(folder) / "log", [KvGroup(16)], [16 * 131_072], 1 << 30)
         began_s, handed_s = time.process_time(), 0.0
         for at in range(requests):
             start_s = time.thread_time()
-            recorder.began(str(at), 0, 0.0)
-            recorder.ended(str(at), 32_768, 100, keys[:])
+            recorder.looked(str(at), 0, 32_769, 0.0)
+            recorder.offered(str(at), 32_769, 0.0)
+            recorder.ended(str(at), 32_769, 32_868, keys[:], 0.0)
+            recorder.settle()
             handed_s += time.thread_time() - start_s
         recorder.close()
         whole_s = time.process_time() - began_s

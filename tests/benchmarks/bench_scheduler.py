@@ -64,7 +64,8 @@ def make_half(inventory: list[bytes]) -> SchedulerHalf:
     half = SchedulerHalf(
         load_config({"tiers": [{"backend": "cpu", "capacity": "1MiB"}], "only_faster": False}),
         SimpleNamespace(
-            model_config=None, parallel_config=SimpleNamespace(world_size=1), use_v2_model_runner=False
+            model_config=None, parallel_config=SimpleNamespace(world_size=1), use_v2_model_runner=False,
+            observability_config=SimpleNamespace(otlp_traces_endpoint=None),
         ),
         SimpleNamespace(
             num_blocks=ENGINE_BLOCKS, kv_cache_groups=[SimpleNamespace(kv_cache_spec=FullAttentionSpec())]

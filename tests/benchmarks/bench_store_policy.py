@@ -33,9 +33,9 @@ from store_loads import LOADS, Turn, trace
 
 from kvbm_core import BlockKey, Lru, load_config
 from kvbm_core.groups import Coverage, KvGroup, Rule, group_tag
-from kvbm_core.leader.boundaries import BoundaryFinder
-from kvbm_core.leader.matches import scan
-from kvbm_core.leader.tier_index import TierIndex
+from kvbm_core.leader.finding.boundaries import BoundaryFinder
+from kvbm_core.leader.finding.matches import scan
+from kvbm_core.leader.ground.tier_index import TierIndex
 from kvbm_engine._sparse import prompt_ends, sparse_stores
 
 KIB = 1 << 10
@@ -123,8 +123,7 @@ class Tier:
         """Store what is not there; return its bytes."""
         self.index.touch(reversed(keys))
         filling, _ = self.index.reserve(keys, nbytes, prompt)
-        for key in filling:
-            self.index.stored(key)
+        self.index.stored(filling)
         return len(filling) * nbytes
 
 

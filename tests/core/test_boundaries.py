@@ -9,7 +9,7 @@ import pytest
 from kvbm_core.block import chain_keys, root_key
 from kvbm_core.errors import ConfigError
 from kvbm_core.groups import Coverage, KvGroup, Rule, alignment, group_keys, group_tag
-from kvbm_core.leader.boundaries import BoundaryFinder
+from kvbm_core.leader.finding.boundaries import BoundaryFinder
 
 ALL, STATE = Coverage(), Coverage(Rule.STATE)
 

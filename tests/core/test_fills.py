@@ -10,7 +10,7 @@ from kvbm_core import Completion, Op, Outcome, Reason, Stack
 
 def drop(stack, tier, *keys):
     for key in keys:
-        stack._planner._tiers.drop(tier, key)
+        stack._planner.tiers[tier].drop(key)
     stack.wait()
 
 

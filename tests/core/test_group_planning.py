@@ -20,7 +20,7 @@ from kvbm_core import (
     root_key,
 )
 from kvbm_core.groups import Coverage, KvGroup, Rule, group_keys, group_tag
-from kvbm_core.leader.prefix_probe import PrefixProbe
+from kvbm_core.leader.ground.prefix_search import PrefixSearch
 from kvbm_core.testing import MemoryDevice
 
 NOW = 100.0
@@ -60,7 +60,7 @@ def search(planner, prompt, tokens, there):
             return (match.tokens[:1] or [0])[0], rounds, asked
         rounds += 1
         for op in planner.take(NOW).lookups:
-            assert len(op.keys) <= PrefixProbe.max_probes
+            assert len(op.keys) <= PrefixSearch.max_probes
             asked += len(op.keys)
             failures = {at: Reason.MISSING for at, key in enumerate(op.keys) if key not in there}
             planner.report([Report(op.op, op.tier, failures)], NOW)

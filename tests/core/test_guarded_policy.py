@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from kvbm_core.leader.guarded_policy import GuardedPolicy
+from kvbm_core.leader.ground.guarded_policies import GuardedPolicy
 from kvbm_core.policies import Fifo, Lru
 from kvbm_core.policy import EvictionPolicy
 

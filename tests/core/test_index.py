@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvbm_core import BlockState, TransitionError
-from kvbm_core.leader.guarded_policy import GuardedPolicy
-from kvbm_core.leader.tier_index import LatestKeys, TierIndex
+from kvbm_core.leader.ground.guarded_policies import GuardedPolicy
+from kvbm_core.leader.ground.tier_index import LatestKeys, TierIndex
 from kvbm_core.policies import Fifo, Lru
 
 KEYS = [bytes([number]) * 32 for number in range(8)]
@@ -38,8 +38,7 @@ def test_equal_charges_are_one_number_however_they_came():
     made = TierIndex(10**9, order)
     made.found(KEYS[0], int("100000"))
     made.reserve(KEYS[1:], 200_000)
-    for key in KEYS[1:4]:
-        made.stored(key, int("100000"))
+    made.stored(KEYS[1:4], [int("100000") for _ in range(3)])
     assert len({id(number) for number in order.values()}) == 1
 
 
@@ -53,7 +52,7 @@ def test_many_different_charges_are_few_numbers_a_little_more_and_never_above_wh
             made.found(key, charges[key])
         else:
             made.reserve([key], most)
-            made.stored(key, charges[key])
+            made.stored([key], [charges[key]])
     assert all(order[key] == charge for key, charge in list(charges.items())[:4096])
     assert all(charge <= order[key] <= charge * (1 + 1 / 2048) for key, charge in charges.items())
     assert all(order[key] <= most for key in list(charges)[::2])
@@ -101,12 +100,12 @@ def test_a_pinned_block_that_is_dropped_is_gone_with_its_last_pin():
     assert made.state(KEYS[0]) is BlockState.ABSENT
 
 
-@pytest.mark.parametrize("move", ["stored", "not_stored"])
-def test_what_is_not_filling_cannot_end(move):
+@pytest.mark.parametrize(("move", "what"), [("stored", KEYS[:1]), ("not_stored", KEYS[0])])
+def test_what_is_not_filling_cannot_end(move, what):
     with pytest.raises(TransitionError, match="absent"):
-        getattr(index(), move)(KEYS[0])
+        getattr(index(), move)(what)
     with pytest.raises(TransitionError, match="ready"):
-        getattr(index(1, KEYS[0]), move)(KEYS[0])
+        getattr(index(1, KEYS[0]), move)(what)
 
 
 def test_a_block_is_found_once():
@@ -142,8 +141,7 @@ def test_a_policy_is_asked_for_what_does_not_fit_up_to_the_first_that_it_does_no
     made = TierIndex(4, GuardedPolicy(adviser, "disk", "picky"))
     assert made.reserve(KEYS[:3], 1) == (KEYS[:3], [])
     assert adviser.admissions == []
-    for key in KEYS[:3]:
-        made.stored(key)
+    made.stored(KEYS[:3])
     made.pin(KEYS[:1])
     assert made.reserve(KEYS[3:7], 1, KEYS[2:3]) == (KEYS[3:5], [KEYS[1]])
     assert adviser.admissions == KEYS[4:6]
@@ -239,7 +237,10 @@ class Model(RuleBasedStateMachine):
     @rule(data=st.data(), well=st.booleans())
     def end(self, data, well):
         key = data.draw(st.sampled_from(self.those(BlockState.FILLING)))
-        (self.index.stored if well else self.index.not_stored)(key)
+        if well:
+            self.index.stored([key])
+        else:
+            self.index.not_stored(key)
         self.state[key] = BlockState.READY if well else BlockState.ABSENT
         self.order += [key] * well
 

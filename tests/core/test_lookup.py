@@ -18,8 +18,8 @@ from kvbm_core import (
     chain_keys,
     root_key,
 )
-from kvbm_core.leader.breaker import Breaker
-from kvbm_core.leader.prefix_probe import PrefixProbe
+from kvbm_core.leader.ground.breaker import Breaker
+from kvbm_core.leader.ground.prefix_search import PrefixSearch
 from kvbm_core.memory import MemoryConfig, MemoryTier
 from kvbm_core.testing import FaultyTier, MemoryDevice
 from kvbm_core.tier import Op
@@ -61,7 +61,7 @@ def search(made, keys, present, now_s=NOW):
         if found == len(keys) or not made.lookup(keys[found:], now_s):
             return found, asked
         news = answer(made, present)
-        assert news <= PrefixProbe.max_probes
+        assert news <= PrefixSearch.max_probes
         asked += news
 
 
@@ -70,7 +70,7 @@ def search(made, keys, present, now_s=NOW):
 def test_a_prefix_is_found_exactly_with_few_questions(length, present):
     found, asked = search(planner(), KEYS[:length], set(KEYS[:present]))
     assert found == min(length, present)
-    assert asked <= 3 * PrefixProbe.max_probes
+    assert asked <= 3 * PrefixSearch.max_probes
 
 
 @pytest.mark.parametrize("reason", [Reason.DEADLINE, Reason.ERROR])
@@ -102,7 +102,7 @@ def test_what_was_found_or_missing_is_not_asked_again():
 def test_another_engine_may_store_what_was_missing():
     made = planner()
     search(made, KEYS[:10], set(KEYS[:4]))
-    assert search(made, KEYS[:10], set(KEYS[:10]), NOW + PrefixProbe.absent_s + 1) == (10, 6)
+    assert search(made, KEYS[:10], set(KEYS[:10]), NOW + PrefixSearch.absent_s + 1) == (10, 6)
 
 
 def test_two_requests_with_one_prefix_ask_once():
@@ -162,7 +162,7 @@ def test_a_shared_tier_is_told_to_forget_only_what_is_corrupt():
 
 
 def test_what_is_known_of_a_shared_tier_is_bounded(monkeypatch):
-    monkeypatch.setattr("kvbm_core.leader.tier_state._MAX_KNOWN_OBJECTS", 8)
+    monkeypatch.setattr("kvbm_core.leader.ground.tiers._MAX_KNOWN_OBJECTS", 8)
     made = planner()
     assert search(made, KEYS[:30], set(KEYS[:30]))[0] == 8
     assert made.occupancy["remote"] == 8
@@ -171,11 +171,11 @@ def test_what_is_known_of_a_shared_tier_is_bounded(monkeypatch):
 
 
 def test_absent_blocks_remembered_are_bounded(monkeypatch):
-    monkeypatch.setattr(PrefixProbe, "max_absent", 5)
-    probe = PrefixProbe()
+    monkeypatch.setattr(PrefixSearch, "max_absent", 5)
+    probe = PrefixSearch()
     for key in KEYS[:20]:
         probe.miss(key, NOW)
-    assert repr(probe) == "<PrefixProbe 0 asked, 5 absent>"
+    assert repr(probe) == "<PrefixSearch 0 asked, 5 absent>"
 
 
 class Store(MemoryTier):

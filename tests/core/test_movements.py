@@ -82,7 +82,7 @@ def test_nothing_is_demoted_into_a_tier_that_is_left_alone():
     store(made, *range(8))
     assert not made.take(0.5).fills
     assert not made._movements.is_due(0.5)
-    made._tiers[1].is_left_alone = True
+    made.tiers[1].breaker.left_alone_for = (Op.STORE, Reason.ERROR)
     made.store(keys(*range(20, 28)), list(range(8)), set(), 0.5)
     assert made.counts["b"].dropped["unusable"] == 8
 

@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 
-from kvbm_core.leader.breaker import Breaker
+from kvbm_core.leader.ground.breaker import Breaker
 from kvbm_core.policies import Fifo, Lru
 from kvbm_core.policy import EvictionPolicy
 from kvbm_core.tier import Op, Reason

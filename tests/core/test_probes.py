@@ -20,7 +20,7 @@ from kvbm_core import (
     load_config,
 )
 from kvbm_core.block import PROBE_KEY
-from kvbm_core.leader.breaker import Breaker
+from kvbm_core.leader.ground.breaker import Breaker
 from kvbm_core.memory import MemoryTier
 
 NEVER_S = 3600.0
@@ -63,8 +63,8 @@ class Shared(Failing):
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch):
     """Try soon; but leave a tier alone for ever, so that nothing but a try brings it back."""
-    monkeypatch.setattr("kvbm_core.leader.endings.Breaker.first_pause_s", 0.05)
-    monkeypatch.setattr("kvbm_core.leader.endings.Breaker.longest_pause_s", 0.2)
+    monkeypatch.setattr(Breaker, "first_pause_s", 0.05)
+    monkeypatch.setattr(Breaker, "longest_pause_s", 0.2)
     note = Breaker.note
 
     def noted(self, op, reason, now_s):
@@ -210,7 +210,7 @@ def test_a_tier_that_hangs_is_given_one_block_and_no_thread_spins(opened, caplog
 
 def test_what_the_engine_finds_out_itself_is_said_once(opened, caplog, monkeypatch):
     """A trial by a request may come before the next try."""
-    monkeypatch.setattr("kvbm_core.leader.endings.Breaker.first_pause_s", 0.3)
+    monkeypatch.setattr(Breaker, "first_pause_s", 0.3)
     stack, tier = opened(Failing)
     fail(stack)
     tier.fails = set()
@@ -223,7 +223,7 @@ def test_what_the_engine_finds_out_itself_is_said_once(opened, caplog, monkeypat
     stack.wait()
     assert len(lines(caplog)) == 1
     assert tier.tries() == []
-    assert not stack._planner._tiers[0].is_probed
+    assert not stack._planner._endings._left_alone._probed
 
 
 def test_only_the_rank_whose_part_failed_tries_and_says_so(caplog):
@@ -265,7 +265,7 @@ def test_a_block_of_a_try_that_a_kill_left_behind_is_forgotten_and_no_hindrance(
     """A durable tier finds it when it is opened again."""
     planner = Planner([[TierStatus("disk", Capabilities(capacity_bytes=4, durable=True), [(PROBE_KEY, 1)])]])
     assert planner.occupancy == {"disk": 1}
-    planner._endings._plan_probe(0)
+    planner._endings._left_alone._probe(planner.tiers[0])
     plan = planner.take(0.0)
     assert plan.drops == [(0, [PROBE_KEY])]
     assert [probe.tier for probe in plan.probes] == [0]

@@ -6,7 +6,7 @@ import pytest
 
 from kvbm_core import BackendError, PolicyContext, Registry
 from kvbm_core.config import load_config
-from kvbm_core.leader.guarded_policy import GuardedPolicy
+from kvbm_core.leader.ground.guarded_policies import GuardedPolicy
 
 MODULE = """
 from kvbm_core import Backend, hookimpl
@@ -63,7 +63,7 @@ def kvbm_policies():
 def test_a_strangers_policy_is_watched_even_if_it_is_made_from_ours(install, name, watched):
     install("stranger", "mine", "mine_policy", POLICY)
     config = load_config({"tiers": [{"backend": "memory", "capacity": "1MiB", "policy": name}]})
-    made = Registry().policies(config)(0, PolicyContext(1 << 20, 1 << 10, "memory"))
+    made = Registry().policies(config).order(0, PolicyContext(1 << 20, 1 << 10, "memory"))
     assert isinstance(made, GuardedPolicy) is watched
 
 

@@ -18,6 +18,7 @@ from kvbm_core import (
     root_key,
 )
 from kvbm_core.layers import SEAL_BYTES
+from kvbm_core.leader.ground.tier_policies import TierPolicies
 from kvbm_core.plan import Plan, Store
 from kvbm_core.testing import MemoryDevice
 
@@ -217,10 +218,10 @@ class Refuses(Registry):
     """Installed backends, and policies that cannot be made."""
 
     def policies(self, config):
-        def make(position, context):
+        def make(context):
             raise ConfigError("too small for this policy")
 
-        return make
+        return TierPolicies({0: make})
 
 
 def test_a_stack_that_cannot_be_opened_leaves_nothing_open(tmp_path):

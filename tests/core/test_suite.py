@@ -25,9 +25,10 @@ def test_a_broken_tier_is_found_by_the_test_named_for_its_fault(broken, tmp_path
     for part in ("_call_tests", "_medium_tests", "_place_tests", "_process_tests"):
         monkeypatch.setattr(f"kvbm_core.testing.{part}.PATIENCE_S", 0.3)
     monkeypatch.setattr("kvbm_core.testing._child.PATIENCE_S", 1 if "_ends_" in broken.found_by else 5)
-    monkeypatch.setattr("kvbm_core.testing.suite.PATIENCE_S", 2)
-    monkeypatch.setattr("kvbm_core.testing.suite.CALL_S", 0.09)
-    monkeypatch.setattr("kvbm_core.testing.suite.CLOSE_S", 0.09)
+    for part in ("_queue_tests", "_life_tests"):
+        monkeypatch.setattr(f"kvbm_core.testing.{part}.PATIENCE_S", 2)
+    monkeypatch.setattr("kvbm_core.testing._queue_tests.CALL_S", 0.09)
+    monkeypatch.setattr("kvbm_core.testing._queue_tests.CLOSE_S", 0.09)
     monkeypatch.setattr("kvbm_core.testing._machine._PHASES", (Phase.generate,))  # Nobody reads it.
     # The first random program that fails ends the search: many programs cost nothing, and none is missed.
     members = {"backend": broken.backend, "settings": lambda self, f: broken.settings(f), "programs": 500}
@@ -132,7 +133,7 @@ def test_a_thread_left_behind_is_found(tmp_path, monkeypatch):
             super().__init__(config, context)
             threading.Thread(target=ended.wait).start()
 
-    monkeypatch.setattr("kvbm_core.testing.suite.PATIENCE_S", 0.05)
+    monkeypatch.setattr("kvbm_core.testing._life_tests.PATIENCE_S", 0.05)
     try:
         with pytest.raises(AssertionError, match="left behind"):
             run("test_close_ends_the_tiers_threads", Backend("x", FolderConfig, Leaves), tmp_path)

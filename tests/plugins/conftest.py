@@ -87,6 +87,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.filterwarnings("default"))
 
 
+@pytest.fixture(autouse=True)
+def _models_are_looked_at_here(request):
+    """Spare a test that runs vLLM's code a process for each architecture."""
+    if not {"engine", "vllm"}.isdisjoint(request.keywords):
+        from engines import look_at_models_here
+
+        look_at_models_here()
+
+
 def install(site, name, source):
     """Install a stranger's backend as a distribution of its own; import it."""
     info = site / f"kvbm_{name}-0.1.dist-info"

@@ -50,6 +50,7 @@ def make_engine(model: Path, tiers: list[dict[str, Any]] | None, **options: Any)
     from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
     freeze_imports()
+    look_at_models_here()
     # An engine that was refused at its start leaves its worker's connector behind, and the next would get it.
     ensure_kv_transfer_shutdown()
     extra = options.pop("extra", {})
@@ -80,6 +81,18 @@ def freeze_imports() -> None:
     """
     gc.freeze()
     gc.freeze = gc.unfreeze = lambda: None
+
+
+@functools.cache
+def look_at_models_here() -> None:
+    """Have vLLM look at a model's class in this process, which has vLLM imported, and not in a new one.
+
+    It starts one for each architecture that its cache has not, so that CUDA is not initialised in this one.
+    That process imports all of vLLM, which takes as long as several engines.
+    """
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda look: look()
 
 
 def connector(llm: Any) -> Any:

@@ -297,9 +297,9 @@ class Engine:
     def happened(self):
         """Count what has happened, and what tiers did."""
         counts = self.world.counts
-        counted = self.ours._leader.session._tally._counted
-        counts["prefetched"] += sum(n for key, n in counted.items() if key.startswith("prefetched_blocks"))
         for tier in self.ours.counts.values():
+            filled = {reason: nbytes for (_, reason), nbytes in tier.filled_bytes.items()}
+            counts["prefetched"] += filled.get("prefetch", 0)
             counts["loaded"] += tier.loaded
             counts["stored"] += tier.stored
         return counts

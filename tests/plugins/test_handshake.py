@@ -49,7 +49,10 @@ def engine(world_size=1):
         use_mla=False, served_model_name="m", is_hybrid=False, is_attention_free=False,
         is_prefix_caching_supported=True, hf_text_config=SimpleNamespace(),
     )  # fmt: skip
-    return SimpleNamespace(model_config=model, parallel_config=parallel, cache_config=SimpleNamespace())
+    return SimpleNamespace(
+        model_config=model, parallel_config=parallel, cache_config=SimpleNamespace(),
+        observability_config=SimpleNamespace(otlp_traces_endpoint=None),
+    )  # fmt: skip
 
 
 def leader(world_size=1):
@@ -177,16 +180,22 @@ def test_an_engine_that_serves_is_not_ended_by_its_coordinator_when_its_workers_
 
 def test_a_start_that_fails_leaves_nothing_behind(monkeypatch):
     closed = []
-    coordinator = SimpleNamespace(close=lambda: closed.append(1))
-    monkeypatch.setattr("kvbm_vllm._scheduler.join_as_leader", lambda *_: coordinator)
+    server = SimpleNamespace(url="http://here:6880/metrics", close=lambda: closed.append("server"))
+    coordinator = SimpleNamespace(close=lambda: closed.append("coordinator"))
+
+    def join(config, vllm_config, metrics):
+        assert metrics == server.url
+        return coordinator
 
     def refuse(*_):
-        raise KvbmError("port in use", operation="open")
+        raise KvbmError("the file cannot be written", operation="open")
 
-    monkeypatch.setattr("kvbm_vllm._scheduler.open_server", refuse)
-    with pytest.raises(KvbmError, match="port in use"):
+    monkeypatch.setattr("kvbm_vllm._scheduler.open_server", lambda _: server)
+    monkeypatch.setattr("kvbm_vllm._scheduler.join_as_leader", join)
+    monkeypatch.setattr("kvbm_vllm._scheduler.open_recorder", refuse)
+    with pytest.raises(KvbmError, match="cannot be written"):
         leader().start([said()])
-    assert closed == [1]
+    assert closed == ["coordinator", "server"]
 
 
 def test_calls_before_the_handshake_after_the_end_and_twice_do_nothing():

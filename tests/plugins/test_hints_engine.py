@@ -136,10 +136,12 @@ def test_blocks_of_a_request_that_waits_are_read_from_a_slow_store_before_its_tu
         engine.add_request("waits", {"prompt_token_ids": wanted}, sampling())
         give_up_s = time.monotonic() + PATIENCE_S
         blocks = (len(wanted) - 1) // 32
-        while counted(llm, "prefetched_blocks").get("remote", 0) < blocks:
+        cpu = connector(llm).counts["cpu"]
+        while cpu.stored < blocks:
             assert time.monotonic() < give_up_s
             assert engine.has_unfinished_requests()
             engine.step()
+        assert dict(cpu.filled_bytes) == {(1, "prefetch"): cpu.stored_bytes}
         assert loaded(llm) == {"cpu": 0, "remote": 0}
         engine.abort_request(["runs"], internal=False)
         [output] = [done for _ in iter(engine.has_unfinished_requests, False) for done in engine.step()][-1:]
@@ -148,5 +150,5 @@ def test_blocks_of_a_request_that_waits_are_read_from_a_slow_store_before_its_tu
         # Who wants nothing but that: from the store into host memory and the engine's.
         answer, told, restored = ask(llm, also, {"prefetch_only": True}, max_tokens=1)
         assert answer == right[len(also)][:1]
-        assert told == {"prefetch_only": {"answer": "accepted", "blocks": {"remote": (len(also) - 1) // 32}}}
+        assert told == {"prefetch_only": {"answer": "accepted", "blocks": {"cpu": (len(also) - 1) // 32}}}
         assert restored == (len(also) - 1) // 32

@@ -78,7 +78,7 @@ def test_a_lower_tier_that_becomes_slow_is_computed_instead_and_comes_back(fault
     assert counts.declined > declined
     assert counts.stored >= stored
     # A slow tier is tried again after a while; here at once.
-    monkeypatch.setattr(cost_model, "_TRIAL_EVERY_S", 0.0)
+    monkeypatch.setattr(cost_model, "TRIAL_EVERY_S", 0.0)
     faulty.fault = None
     until(lambda: ask_all() > 20)
     assert counts.failed.total() == 0

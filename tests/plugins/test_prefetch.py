@@ -7,7 +7,7 @@ import pytest
 
 from kvbm_core import Capabilities, Planner, Reason, Report, TierStatus, root_key
 from kvbm_core.groups import Coverage, KvGroup, Rule, group_tag
-from kvbm_core.leader.tier_index import TierIndex
+from kvbm_core.leader.ground.tier_index import TierIndex
 from kvbm_core.sharing import Sharing
 from kvbm_engine import BlockKeys, Ledger, Limits, Parked, Schedule, Session
 from kvbm_engine import _prefetch as prefetch
@@ -86,7 +86,8 @@ class Leader:
 
     @property
     def counted(self):
-        return {key: n for key, n in self.tally._counted.items() if key.startswith("prefetched") and n}
+        told = self.session.take_readings(self.now_s)
+        return {key: n for key, n in told.items() if key.startswith("filled_bytes|prefetch") and n}
 
 
 def read(plan):
@@ -106,7 +107,7 @@ def test_blocks_of_a_request_that_waits_are_read_into_the_host_pool_and_found_th
     assert leader.match(a) == (32, True)
     leader.admit(a, 32)
     assert [(load.tier, len(load.keys)) for load in leader.step().loads] == [(0, 8)]
-    assert leader.counted == {"prefetched_blocks|disk": 8}
+    assert leader.counted == {"filled_bytes|prefetch|1|cpu": 8}
 
 
 def test_a_store_that_must_be_asked_is_asked_first():
@@ -259,7 +260,6 @@ def test_after_a_reset_nothing_of_before_is_read():
     leader.end(plan)
     assert read(leader.step()) == 0
     assert leader.match(a) == (0, False)
-    assert leader.counted == {}
 
 
 @pytest.mark.parametrize(
@@ -365,9 +365,37 @@ def test_who_wants_nothing_but_blocks_in_fast_memory_has_all_loaded_that_is_ther
         model.computed(512, 0.001, now_s)
         model.loaded(1, 8, 0.9, now_s)
     assert leader.match(request("b")) == (0, False)
-    assert run(leader, a, hints={"prefetch_only": True}) == {
-        "prefetch_only": {"answer": "accepted", "blocks": {"disk": 8}}
-    }
+    leader.session.finished("b", leader.now_s)
+    leader.now_s += 5.0
+    slow = request("slow")
+    leader.arrive(slow, hints={"prefetch_only": True})
+    leader.now_s += 5.0
+    assert run(leader, slow) == {"prefetch_only": {"answer": "accepted", "blocks": {"disk": 8}}}
+
+
+def test_who_wants_nothing_but_that_waits_for_it_holding_nothing_and_not_for_ever():
+    a, b = request("a", 40), request("b", first=1)
+    leader = Leader(100, [a, b])
+    leader.arrive(a, hints={"prefetch_only": True})
+    assert leader.match(a) == (None, False)
+    plan = leader.step()
+    leader.arrive(b)
+    # Others have their turn meanwhile, and no block of the engine is parked.
+    assert leader.match(b) == (32, True)
+    assert leader.match(a) == (None, False)
+    assert not leader.ledger.parked
+    leader.end(plan)
+    assert leader.match(a) == (160, True)
+    leader.admit(a, 160)
+    assert {load.tier for load in leader.step().loads} == {0}
+    hangs = request("hangs", first=2)
+    leader = Leader(100, [hangs])
+    leader.arrive(hangs, hints={"prefetch_only": True})
+    leader.step()
+    leader.now_s += 4.9
+    assert leader.match(hangs) == (None, False)
+    leader.now_s += 0.1
+    assert leader.match(hangs) == (32, True)
 
 
 def test_what_shall_not_be_stored_is_not_and_keeps_no_engine_stepping():

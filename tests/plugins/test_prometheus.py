@@ -10,7 +10,7 @@ from prometheus import DEPLOY, Prometheus, concrete, free_port, panels
 
 from kvbm_core import Op
 from kvbm_core.layers import SEAL_BYTES
-from kvbm_core.leader.breaker import Breaker
+from kvbm_core.leader.ground.breaker import Breaker
 from kvbm_lmdb._directory import OVERHEAD_BYTES
 from kvbm_metrics import METRICS
 from kvbm_vllm._stats import PREFIX
@@ -167,8 +167,8 @@ def test_under_load_every_query_of_every_panel_has_data(watch, tmp_path):
             panel["title"]
             for panel in panels()
             for target in panel.get("targets", ())
-            # Only on an accelerator, and with tenants.
-            if not any(name in target["expr"] for name in ("device_copy_bytes_per_second", "kvbm_tenant_"))
+            # Only on an accelerator, with tenants, and while a tier is left alone.
+            if not any(name in target["expr"] for name in ("copy_bytes_per_s", "kvbm_tenant_", "left_alone"))
             and not any(map(math.isfinite, prometheus.query(concrete(target["expr"], "4s", "30s")).values()))
         ]
         rules = prometheus.get("rules")["groups"][0]["rules"]
@@ -217,6 +217,8 @@ def test_damage_and_a_tier_that_hangs_are_seen(watch, faulty, monkeypatch):
     for job in JOBS:
         until(lambda job=job: scraped(prometheus, job, {key[0] for key in own}), own)
     assert prometheus.query('vllm:kvbm_tier_usable{job="own"}') == {("faulty",): 0}
+    faults = prometheus.query('vllm:kvbm_tier_left_alone{job="own"} > 0')
+    assert list(faults) == [("load", "deadline", "faulty")]
     assert prometheus.query('vllm:kvbm_saved_tokens_total{job="own"}') == {("faulty",): 0}
     until(
         lambda: {rule["name"]: rule["state"] for rule in prometheus.get("rules")["groups"][0]["rules"]}[

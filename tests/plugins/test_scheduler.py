@@ -50,7 +50,7 @@ def bare(*, runner_v2=False, zeroes=False, world_size=1, most_loads=32):
         ),
         SimpleNamespace(
             model_config=None, parallel_config=SimpleNamespace(world_size=world_size),
-            use_v2_model_runner=runner_v2,
+            use_v2_model_runner=runner_v2, observability_config=SimpleNamespace(otlp_traces_endpoint=None),
         ),
         SimpleNamespace(
             num_blocks=64, kv_cache_groups=[SimpleNamespace(kv_cache_spec=FullAttentionSpec())],
@@ -718,7 +718,7 @@ def test_a_finding_is_remembered_until_another_one_would_be_made(change):
     keys, planner, asked = keys_of(PROMPT), made.session.planner, request("a", PROMPT)
     assert made.match(asked, 0) == ((TOKENS if change == "stored" else 2 * TOKENS), True)
     if change == "evicted":
-        planner._tiers.drop(0, keys[1])
+        planner.tiers[0].drop(keys[1])
     elif change == "stored":
         planner.store(keys[1:], [3], keys, 0.0)
         end(made, step(made))
@@ -825,7 +825,7 @@ def test_what_vllm_was_promised_and_is_gone_when_it_gives_the_blocks_is_computed
     if between == "reset":
         assert made.reset()
     elif between == "evicted":
-        made.session.planner._tiers.drop(0, keys[1])
+        made.session.planner.tiers[0].drop(keys[1])
     made.allocated(asked, ([5, 6, 7],), 2 * TOKENS)
     plan = step(made)
     gone = {"reset": [5, 6], "evicted": [6], "nothing": []}[between]

@@ -1,9 +1,11 @@
 """`kvbm size`: what models keep, by their config.json. `test_real_shapes` compares with vLLM's planner."""
 
 import json
+import re
 
 import pytest
 from model_configs import CONFIGS
+from pages import DOCS
 from published import published
 
 from kvbm_cli._app import run as kvbm
@@ -26,6 +28,8 @@ def sized(tmp_path, capsys):
 GROUPS = {
     # Rule, its tokens, layers, tokens of a block, bytes of a page.
     "Llama-3.1-8B": [("all", 0, 32, 16, 65_536)],
+    "Llama-3.3-70B": [("all", 0, 80, 16, 65_536)],
+    "Qwen3-32B": [("all", 0, 64, 16, 65_536)],
     "DeepSeek-V3": [("all", 0, 61, 64, 73_728)],
     "gpt-oss-120b": [("window", 127, 18, 16, 32_768), ("all", 0, 18, 16, 32_768)],
     "Gemma-3-27B": [
@@ -54,6 +58,16 @@ def test_the_groups_of_models_that_people_serve(sized, model):
          each["rank_block_bytes"] // each["layers"])
         for each in found["groups"]
     ] == GROUPS[model]  # fmt: skip
+
+
+def test_the_page_on_sizes_says_what_the_command_says(sized):
+    page = (DOCS / "how-to" / "plan-sizes.md").read_text()
+    rows = re.findall(r"^\| (\S+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|", page, re.MULTILINE)
+    assert len(rows) == 8
+    for model, *written in rows:
+        plain, short = sized(model), sized(model, "--kv-cache-dtype", "fp8")
+        found = (plain["bytes_per_token"], plain["tokens_per_gib"], short["tokens_per_gib"])
+        assert written == [f"{number:,.0f}" for number in found], model
 
 
 def test_tokens_that_a_gib_holds(sized):

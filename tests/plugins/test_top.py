@@ -173,12 +173,19 @@ def test_status_of_a_server_that_is_well_and_of_one_whose_tier_is_left_alone(por
     assert server["url"] == url
     assert [tier["tier"] for tier in server["engines"][0]["tiers"]] == ["cpu", "disk|of mine"]
     port.observe({"tier_usable|cpu": 0})
-    [said] = ask(capsys, url, code=ExitCode.MEND)["to_mend"]
+    [said] = ask(capsys, url, code=ExitCode.MEND)["to_mend"]  # Of an engine that does not tell why.
     assert said == f"{url} engine 0: tier cpu is left alone; failed since the start: none counted"
+    why = {f"tier_left_alone|{fault}": on for fault, on in (("load|error|cpu", 0), ("store|deadline|cpu", 1))}
+    port.observe(why | {"tier_left_alone|lookup|error|disk|of mine": 0})
+    told = ask(capsys, url, code=ExitCode.MEND)
+    cpu, disk = told["servers"][0]["engines"][0]["tiers"]
+    assert (cpu["left_alone_for"], disk["left_alone_for"]) == ("store deadline", None)
+    [said] = told["to_mend"]
+    assert "is left alone for store deadline, see 'tier cpu fails' in its log; failed since" in said
     assert kvbm(["status", "--interval", "0.1", url]) == ExitCode.MEND
     shown = capsys.readouterr().out
     assert shown.startswith(f"to mend: {said}")
-    for word in ("left alone", "(75%)", "50% of 1GiB", "load deadline 4", "backlog 3", "7/1"):
+    for word in ("store deadline", "(75%)", "50% of 1GiB", "load deadline 4", "backlog 3", "7/1"):
         assert word in shown
 
 

@@ -255,7 +255,7 @@ class Engine:
                 )
             statuses = [worker.status() for worker in self.workers]
             self.planner = Planner(
-                statuses, groups=self.groups, policy=oracle.policies(config), max_store_blocks=48
+                statuses, groups=self.groups, policies=oracle.policies(config), max_store_blocks=48
             )
         except BaseException:
             self.close()

@@ -1,12 +1,13 @@
 """Ranks without bytes: what each tier holds on each, and reports that come late, out of order and failing."""
 
 import itertools
+import math
 from collections import Counter
 
 from kvbm_core import Capabilities, Planner, Reason, Report, TierStatus
 from kvbm_core.block import BlockState
 from kvbm_core.groups import TAG_BYTES
-from kvbm_core.plan import Fill, Lookup
+from kvbm_core.plan import Fill, Lookup, Probe
 
 REASONS = [reason for reason in Reason if reason is not Reason.NONE]
 
@@ -31,10 +32,14 @@ class SimulatedRanks:
         self._numbers = itertools.count(1)
         self.seen = Counter()
         self.failing = 0.0
+        self.mediums = [list(self.capacities) for _ in range(self.count)]
+        """By rank and tier the bytes that the medium has room for: less where others fill it."""
+        self.speeds_s = [0.0 for _ in tiers]
+        """By tier, for a block."""
 
     def planner(self, **options):
         kinds = [
-            Capabilities(capacity_bytes=capacity, addressable=self.lends and tier == 0)
+            Capabilities(capacity_bytes=capacity, addressable=self.lends and tier == 0, durable=tier > 0)
             for tier, capacity in enumerate(self.capacities)
         ]
         if self.has_remote:
@@ -62,14 +67,16 @@ class SimulatedRanks:
 
     def submit(self, plan, planner):
         """Take a plan in: drops at once, and of each operation a report to come from each rank and tier."""
+        assert all(tier > 0 and keys for tier, keys in plan.used)
         for tier, keys in plan.drops:
             index = planner._tiers[tier].index
             assert all(index.state(key) is not BlockState.READY and not index.is_pinned(key) for key in keys)
             for rank in self.held:
                 for key in keys:
                     rank[tier].pop(key, None)
-        for op in [*plan.stores, *plan.loads, *plan.lookups, *plan.fills]:
-            assert {self._group_of[key[-TAG_BYTES:]] for key in op.keys} == {op.group}
+        for op in [*plan.stores, *plan.loads, *plan.lookups, *plan.fills, *plan.probes]:
+            if not isinstance(op, Probe):
+                assert {self._group_of[key[-TAG_BYTES:]] for key in op.keys} == {op.group}
             self.seen[op.op] += 1
             self.mail += [(rank, op, tier) for rank in range(self.count) for tier in op.tiers]
         self.rng.shuffle(self.mail)
@@ -79,7 +86,11 @@ class SimulatedRanks:
         ended = []
         for _ in range(len(self.mail) if most is None else min(most, len(self.mail))):
             rank, op, tier = self.mail.pop()
-            ended += planner.report([self._end(rank, op, tier)], now_s)
+            if isinstance(op, Probe) and self.failing > 0.1:  # It is tried again.
+                self.mail.insert(0, (rank, op, tier))
+            else:
+                report = Report(op.op, tier) if isinstance(op, Probe) else self._end(rank, op, tier)
+                ended += planner.report([report], now_s)
         return ended
 
     def check_room(self, planner):
@@ -103,13 +114,22 @@ class SimulatedRanks:
         failures = {
             at: self.rng.choice(REASONS) for at in range(len(keys)) if self.rng.random() < self.failing
         }
+        took_s = len(keys) * self.speeds_s[tier]
         if isinstance(op, Lookup) or tier == getattr(op, "source" if isinstance(op, Fill) else "tier", -1):
             failures |= {at: Reason.MISSING for at, key in enumerate(keys) if key not in held}
-            return Report(op.op, tier, failures)
+            return Report(op.op, tier, failures, took_s)
         # Codecs may have made them shorter; a rank says nothing where all are as long as was reserved.
         taken = [held.get(key) or self.rng.randint(charge // 2, charge) for key in op.keys]
         if self.rng.random() < 0.5 and held.keys().isdisjoint(keys):
             taken = [charge] * len(op.keys)
-        held.update((keys[at], taken[at]) for at in range(len(keys)) if at not in failures)
+        medium = self.mediums[rank][tier] if tier < len(self.capacities) else math.inf
+        is_full = False
+        for at in range(len(keys)):
+            if at in failures:
+                continue
+            if keys[at] not in held and sum(held.values()) + taken[at] > medium:
+                failures[at], is_full = Reason.FULL, True
+            else:
+                held[keys[at]] = taken[at]
         says_nothing = charge and taken == [charge] * len(op.keys)
-        return Report(op.op, tier, failures, charges=[] if says_nothing else taken)
+        return Report(op.op, tier, failures, took_s, is_full, charges=[] if says_nothing else taken)

@@ -47,6 +47,9 @@ class TierState(msgspec.Struct, frozen=True, kw_only=True):
     tier: str
     state: str
     """`works`; `fails`, where transfers failed lately by the medium's fault; or `left alone`."""
+    left_alone_for: str | None
+    """The operation that failed last and its reason, like `load deadline`; null where it is not left alone.
+    The medium's own words are in the engine's log."""
     used_bytes: int
     capacity_bytes: int | None
     """That it holds now; null where it has no limit of its own."""
@@ -122,7 +125,14 @@ def _to_mend(tier: TierState) -> str:
     span = tier.since_start if tier.lately is None or not tier.lately.failed else tier.lately
     reasons = ", ".join(f"{count} {word}" for word, count in span.failed.items()) or "none counted"
     when = "since the start" if span is tier.since_start else "lately"
-    return f"{'is left alone' if tier.state == 'left alone' else 'fails'}; failed {when}: {reasons}"
+    if tier.state != "left alone":
+        return f"fails; failed {when}: {reasons}"
+    why = (
+        ""
+        if tier.left_alone_for is None
+        else f" for {tier.left_alone_for}, see 'tier {tier.tier} fails' in its log"
+    )
+    return f"is left alone{why}; failed {when}: {reasons}"
 
 
 def _tiers(values: Values) -> list[str]:
@@ -152,11 +162,16 @@ def _tier(tier: str, values: Values, grown: Values | None) -> TierState:
         state = "fails"
     if values.get("tier_usable", {}).get((tier,), 1.0) == 0.0:
         state = "left alone"
+    faults = values.get("tier_left_alone", {}).items()
+    left_alone_for = [
+        f"{operation} {reason}" for (operation, reason, name), on in faults if on and name == tier
+    ]
     capacity = values.get("tier_capacity_now_bytes", values.get("tier_capacity_bytes", {})).get((tier,))
     queued = values.get("queued_blocks", {})
     return TierState(
         tier=tier,
         state=state,
+        left_alone_for=left_alone_for[0] if left_alone_for else None,
         used_bytes=_count(values, "tier_used_bytes", tier),
         capacity_bytes=None if capacity is None else int(capacity),
         queued_loads=int(queued.get(("load", tier), 0.0)),

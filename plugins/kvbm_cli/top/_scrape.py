@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 import http.client
-import math
-import re
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 from urllib.parse import urlsplit
 
-from prometheus_client.parser import text_string_to_metric_families
-
 from kvbm_core.errors import ConfigError, KvbmError
-from kvbm_metrics import METRICS, Kind, Metric
+from kvbm_metrics import Kind, read_page
 
 __all__ = ["Engine", "Labels", "Scrape", "fetch", "parse", "read_url"]
 
 ANSWER_LIMIT_S: Final = 5.0
 _MOST_BYTES: Final = 64 << 20
-_NAME: Final = re.compile(r"(?:\w+[:_])?kvbm_(\w+)")
-"""An engine puts a prefix before the names; some releases write vLLM's colon as an underscore."""
 
 Labels: TypeAlias = tuple[str, ...]
 """Values, in the order of the metric's row in the table; behind them the bound, of a histogram's bucket."""
 Engine: TypeAlias = tuple[str, str]
 """The model's name, and the engine's number. Empty where the server names none."""
-
-_EXPORTED: Final[Mapping[str, Metric]] = {
-    f"{metric.exported('')}{'_bucket' if metric.kind is Kind.HISTOGRAM else ''}": metric
-    for metric in METRICS.values()
-}
-"""Of histograms the buckets alone are used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,30 +90,21 @@ def parse(text: str, url: str) -> Scrape:
     Raises:
         KvbmError: The text is something else, or none of the metrics is ours; says what to do.
     """
-    engines: dict[Engine, dict[str, dict[Labels, float]]] = {}
-    known = False
     try:
-        for family in text_string_to_metric_families(text):
-            known = known or _NAME.fullmatch(family.name) is not None
-            for metric, sample in _ours(family.samples):
-                labels = sample.labels
-                engine = (labels.get("model_name", ""), labels.get("engine", ""))
-                names = (*metric.labels, "le") if metric.kind is Kind.HISTOGRAM else metric.labels
-                key = tuple(labels.get(name, "") for name in names)
-                values = engines.setdefault(engine, {}).setdefault(metric.name, {})
-                values[key] = values.get(key, 0.0) + sample.value
-    except (ValueError, KeyError, IndexError) as error:
+        page = read_page(text)
+    except ValueError as error:
         raise KvbmError(f"{url} answers something that is no metrics; name a server's /metrics") from error
-    if not known:
+    if not page.has_ours:
         raise KvbmError(
             f"{url} has no metrics of kvbm; start vLLM with KvbmConnector in --kv-transfer-config and "
             "without --disable-log-stats, or with DYN_KVBM_METRICS=true and name that port, 6880 by default"
         )
+    engines: dict[Engine, dict[str, dict[Labels, float]]] = {}
+    for _, labels, value, metric in page.samples:
+        if metric is not None:
+            engine = (labels.get("model_name", ""), labels.get("engine", ""))
+            names = (*metric.labels, "le") if metric.kind is Kind.HISTOGRAM else metric.labels
+            key = tuple(labels.get(name, "") for name in names)
+            values = engines.setdefault(engine, {}).setdefault(metric.name, {})
+            values[key] = values.get(key, 0.0) + value
     return Scrape(engines)
-
-
-def _ours(samples: list[Any]) -> Iterator[tuple[Metric, Any]]:
-    for sample in samples:
-        found = _NAME.fullmatch(sample.name)
-        if found and (metric := _EXPORTED.get(found[1])) and math.isfinite(sample.value):
-            yield metric, sample

@@ -98,7 +98,7 @@ def _cells(tier: TierState, seconds: float | None) -> list[str]:
         return "-" if lately is None or not seconds else write(value(lately) / seconds)
 
     return [
-        tier.state,
+        f"{tier.state}\n{printable(tier.left_alone_for)}" if tier.left_alone_for else tier.state,
         _latest(tier, lambda span: span.hit_ratio, lambda share: f"{share:.0%}"),
         rate(lambda span: span.saved_tokens, lambda tokens: f"{tokens:,.0f}"),
         _used(tier),

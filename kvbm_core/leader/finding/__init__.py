@@ -1,0 +1,1 @@
+"""What tiers have of a prompt: found, asked for, and remembered while true."""

@@ -1,0 +1,1 @@
+"""How blocks come into tiers and from tier to tier."""

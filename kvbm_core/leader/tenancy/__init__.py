@@ -1,0 +1,1 @@
+"""Who shares the tiers, and what must stay for a time."""
