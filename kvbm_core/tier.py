@@ -377,3 +377,7 @@ class Backend:
     contents: Callable[[Any], Sequence[Any]] | None = None
     """``contents(config)`` opens what lies in the place for reading, each part a
     `kvbm_core.contents.Contents`, also beside an engine that uses it. None: that cannot be done."""
+    bare: Callable[[Any, int, int, int], Any] | None = None
+    """``bare(config, nbytes, objects, depth)`` opens the medium with no tier around it, a
+    `kvbm_core.bare.Bare`, for so many objects of so many bytes, `depth` of them on their way at once at most.
+    None: `kvbm bench tier` compares with nothing."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from kvbm_core.hookspecs import hookimpl
 from kvbm_core.tier import Backend
+from kvbm_gds._bare import BareFile
 from kvbm_gds._check import check
 from kvbm_gds._config import GdsConfig
 from kvbm_gds._contents import contents
@@ -26,5 +27,14 @@ __all__ = ["GdsConfig", "GdsTier", "kvbm_backends"]
 def kvbm_backends() -> Sequence[Backend]:
     """Offer the backend ``gds``."""
     return [
-        Backend("gds", GdsConfig, GdsTier, check, share_bytes=share_bytes, stored=stored, contents=contents)
+        Backend(
+            "gds",
+            GdsConfig,
+            GdsTier,
+            check,
+            share_bytes=share_bytes,
+            stored=stored,
+            contents=contents,
+            bare=BareFile,
+        )
     ]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from kvbm_core.hookspecs import hookimpl
 from kvbm_core.tier import Backend
+from kvbm_lmdb._bare import BareLmdb
 from kvbm_lmdb._config import LmdbConfig
 from kvbm_lmdb._contents import contents
 from kvbm_lmdb._directory import check, share_bytes
@@ -26,6 +27,13 @@ def kvbm_backends() -> Sequence[Backend]:
     """Offer the backend ``lmdb``."""
     return [
         Backend(
-            "lmdb", LmdbConfig, LmdbTier, check, share_bytes=share_bytes, stored=stored, contents=contents
+            "lmdb",
+            LmdbConfig,
+            LmdbTier,
+            check,
+            share_bytes=share_bytes,
+            stored=stored,
+            contents=contents,
+            bare=BareLmdb,
         )
     ]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from kvbm_core.hookspecs import hookimpl
 from kvbm_core.tier import Backend
+from kvbm_remote._bare import BareFsspec
 from kvbm_remote._clients import check
 from kvbm_remote._config import RemoteConfig
 from kvbm_remote._contents import contents
@@ -24,4 +25,15 @@ __all__ = ["RemoteConfig", "RemoteTier", "kvbm_backends"]
 @hookimpl
 def kvbm_backends() -> Sequence[Backend]:
     """Offer the backend ``remote``."""
-    return [Backend("remote", RemoteConfig, RemoteTier, check, shared=True, stored=stored, contents=contents)]
+    return [
+        Backend(
+            "remote",
+            RemoteConfig,
+            RemoteTier,
+            check,
+            shared=True,
+            stored=stored,
+            contents=contents,
+            bare=BareFsspec,
+        )
+    ]

@@ -368,6 +368,10 @@ def test_each_tier_is_measured_as_often_as_asked_for_and_left_as_it_was(tmp_path
         assert tier["store_bytes_per_s"] == sorted(tier["stores"])[1] > 0
         assert tier["load_bytes_per_s"] == sorted(tier["loads"])[1] > 0
         assert len(tier["stores"]) == len(tier["loads"]) == 3
+        assert tier["not_compared"] is None
+        assert min(tier["store_ratio"], tier["load_ratio"], tier["bare_store_bytes_per_s"]) > 0
+    first = [tier["bare"].split()[0] for tier in tiers.values()]
+    assert first == ["memmove,", "pwrite", "py-lmdb,", "LocalFileSystem"]
     # 4 MiB, of which each object has its seal, in pages.
     assert (tiers["cpu"]["objects"], tiers["remote"]["objects"]) == ((4 << 20) // ((1 << 16) + 4096), 80)
     assert tree(place) == []
@@ -383,7 +387,10 @@ def test_no_more_objects_are_on_their_way_than_asked_for(monkeypatch, bench):
         return submit(self, transfers)
 
     monkeypatch.setattr(MemoryTier, "submit", counted)
-    bench([{"backend": "memory", "capacity": "4MiB"}], "--objects", "10", "--depth", "3", "--rounds", "1")
+    tiers, _ = bench(
+        [{"backend": "memory", "capacity": "4MiB"}], "--objects", "10", "--depth", "3", "--rounds", "1"
+    )
+    assert tiers["memory"]["not_compared"] == "its backend gives no bare medium"
     assert sum(seen) == 20
     assert max(seen) == 3
 

@@ -64,8 +64,8 @@ def check(
         write_json(found)
     else:
         _show(found)
-    bad = found.problems or any(tier.problem for tier in found.tiers)
-    bad = bad or (found.coordinator is not None and found.coordinator.problem)
+    bad: object = found.problems or any(tier.problem for tier in found.tiers)
+    bad = bad or (found.coordinator and found.coordinator.problem)
     raise typer.Exit(ExitCode.MEND if bad else ExitCode.DONE)
 
 

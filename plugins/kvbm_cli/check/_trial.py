@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,18 +24,29 @@ from typing import Any, Final
 
 import msgspec
 
+from kvbm_core.bare import Bare
 from kvbm_core.block import make_namespace
-from kvbm_core.config import StackConfig, TierEntry, parse_size
+from kvbm_core.config import StackConfig, TierEntry, convert, parse_size
 from kvbm_core.errors import KvbmError, QueueFullError, TierError
 from kvbm_core.layers import SEAL_BYTES
 from kvbm_core.localdir import try_writing
 from kvbm_core.registry import Registry
 from kvbm_core.testing import MemoryDevice
-from kvbm_core.tier import Capabilities, Completion, Op, Outcome, Region, Tier, TierContext, Transfer
+from kvbm_core.tier import (
+    Capabilities,
+    Completion,
+    Op,
+    Outcome,
+    Region,
+    Tier,
+    TierContext,
+    Transfer,
+    whole_pages,
+)
 from kvbm_core.worker.opening import open_tiers
 from kvbm_core.worker.peers import Peers
 
-__all__ = ["NotTriedError", "Trial", "place_of", "try_tier", "why_not_tried"]
+__all__ = ["BareTrial", "NotTriedError", "Trial", "place_of", "try_bare", "try_tier", "why_not_tried"]
 
 _TRIAL_BYTES: Final = 64 << 20
 """Are written and read, or one object if that is more."""
@@ -58,6 +69,15 @@ class Trial:
     capabilities: Capabilities
     objects: int
     object_bytes: int
+    store_s: float
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class BareTrial:
+    """What was seen of a tier's bare medium, with as many objects as long as the tier's."""
+
+    says: str
     store_s: float
     load_s: float
 
@@ -118,6 +138,39 @@ def try_tier(
     detail = trial.capabilities.detail.replace(folder, str(place_of(entry.settings))) if folder else ""
     seen = dataclasses.replace(trial.capabilities, detail=detail or trial.capabilities.detail)
     return dataclasses.replace(trial, capabilities=seen)
+
+
+def try_bare(entry: TierEntry, trial: Trial, depth: int | None) -> BareTrial | None:
+    """Do with a tier's bare medium what a trial did with the tier. None if the backend gives none.
+
+    Raises:
+        KvbmError: The medium cannot be used so.
+    """
+    backend = Registry().backend(entry.backend)
+    if backend.bare is None:
+        return None
+    nbytes = trial.object_bytes + SEAL_BYTES
+    contents, targets = ([_buffer(nbytes) for _ in range(trial.objects)] for _ in range(2))
+    for content in contents:
+        content[:] = os.urandom(len(content))
+    at_once = min(depth or trial.objects, trial.capabilities.queue_depth)
+    with _aside(entry) as (moved, _):
+        smaller = _smaller(moved, 2 * trial.objects * nbytes)
+        config = convert(smaller.settings, backend.config_type, f"tier {entry.name}")
+        bare: Bare = backend.bare(config, nbytes, trial.objects, at_once)
+        try:
+            store_s, load_s = _timed(bare.store, contents), _timed(bare.load, targets)
+        finally:
+            bare.close()
+    if any(content[:nbytes] != target[:nbytes] for content, target in zip(contents, targets, strict=True)):
+        raise TierError(f"tier {entry.name}: its bare medium gave other bytes than were written")
+    return BareTrial(bare.says, store_s, load_s)
+
+
+def _timed(move: Callable[[list[memoryview]], None], buffers: list[memoryview]) -> float:
+    started_s = time.monotonic()
+    move(buffers)
+    return time.monotonic() - started_s
 
 
 @contextmanager
@@ -215,6 +268,13 @@ def _refuse(end: Completion, op: Op, name: str) -> None:
     if end.outcome is not Outcome.DONE:
         detail = f": {end.detail}" if end.detail else ""
         raise TierError(f"tier {name}: {op.value} ended {end.reason.value}{detail}", tier=name)
+
+
+def _buffer(nbytes: int) -> memoryview:
+    """Make a buffer of whole pages, whose memory is there."""
+    memory = mmap.mmap(-1, whole_pages(1, nbytes))
+    memory.write(bytes(len(memory)))
+    return memoryview(memory)
 
 
 def _region(nbytes: int) -> Region:
