@@ -8,7 +8,9 @@ import os
 import time
 from pathlib import Path
 
-__all__ = ["is_locked", "lock", "unlock", "who_holds"]
+from kvbm_core.errors import TierOpenError
+
+__all__ = ["in_use", "is_locked", "lock", "unlock", "who_holds"]
 
 _held: dict[int, tuple[int, int]] = {}
 """Descriptors of the locks of this process, with device and inode."""
@@ -93,3 +95,16 @@ def _forget_locks() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_locks)
+
+
+def in_use(path: Path, lock_fd: int, tier: str) -> TierOpenError:
+    """Make the error for a directory of which another engine, or a child that it left, has the lock."""
+    owner, left = who_holds(lock_fd)
+    said = f"path: {path} is in use by another engine (pid {owner}); give each engine its own 'path'"
+    if left:
+        names, pids = ", ".join(f"pid {pid} ({name})" for pid, name in left), " ".join(pid for pid, _ in left)
+        said = (
+            f"path: {path} is locked: its engine (pid {owner}) is dead, but what it left holds the lock: "
+            f"{names}; run `kill {pids}`"
+        )
+    return TierOpenError(said, operation="open", tier=tier)

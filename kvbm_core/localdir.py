@@ -22,7 +22,7 @@ from typing import Final
 
 from kvbm_core.config import size_text
 from kvbm_core.errors import TierOpenError
-from kvbm_core.folderlock import is_locked, lock, unlock, who_holds
+from kvbm_core.folderlock import in_use, is_locked, lock, unlock, who_holds
 from kvbm_core.log_limit import Log
 from kvbm_core.remedies import remedy
 from kvbm_core.trust import DIRECTORY_MODE, FILE_MODE, open_file, open_folder, refuse_strange_links
@@ -80,7 +80,7 @@ class HeldFolder:
             self.folder_fd = open_folder(path, tier)
             self.lock_fd = self.open(_LOCK, os.O_RDWR | os.O_CREAT)
             if not lock(self.lock_fd, _LOCK_WAIT_S):
-                raise _in_use(path, self.lock_fd, tier)  # noqa: TRY301 - after it all is let go, too
+                raise in_use(path, self.lock_fd, tier)  # noqa: TRY301 - after it all is let go, too
         except OSError as error:
             self.release()
             raise unusable(path, error, tier) from error
@@ -267,7 +267,7 @@ class LocalDirectory:
         try:
             lock_fd = open_file(path, folder_fd, _LOCK, os.O_RDONLY, self._tier)
             if is_locked(lock_fd):
-                raise _in_use(path, lock_fd, self._tier)
+                raise in_use(path, lock_fd, self._tier)
         except FileNotFoundError:
             return
         finally:
@@ -364,18 +364,6 @@ def _whole(path: str, tier: str) -> Path:
             "like /nvme/kvbm, or set HOME",
             operation="check", tier=tier,
         ) from error  # fmt: skip
-
-
-def _in_use(path: Path, lock_fd: int, tier: str) -> TierOpenError:
-    owner, left = who_holds(lock_fd)
-    said = f"path: {path} is in use by another engine (pid {owner}); give each engine its own 'path'"
-    if left:
-        names, pids = ", ".join(f"pid {pid} ({name})" for pid, name in left), " ".join(pid for pid, _ in left)
-        said = (
-            f"path: {path} is locked: its engine (pid {owner}) is dead, but what it left holds the lock: "
-            f"{names}; run `kill {pids}`"
-        )
-    return TierOpenError(said, operation="open", tier=tier)
 
 
 def _make_directories(path: Path, tier: str) -> None:

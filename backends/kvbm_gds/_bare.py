@@ -30,7 +30,9 @@ class BareFile(Bare):
         self._path: Path = directory_of(config).root / "kvbm-bare"
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._fd, direct = open_direct(partial(os.open, self._path, mode=FILE_MODE))
+            self._fd, direct = open_direct(
+                partial(os.open, mode=FILE_MODE), str(self._path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+            )
             # Set aside at open, as a tier does.
             os.posix_fallocate(self._fd, 0, objects * self._slot_bytes)
         except OSError as error:

@@ -126,8 +126,8 @@ def main() -> None:
     nbytes = int(parse_size(options.block))
     count = int(options.gib * (1 << 30)) // nbytes
     print(
-        f"{count} objects of {options.block} in each tier, cold, {options.pairs} pairs; {os.cpu_count()} CPUs, "
-        f"Linux {platform.release()}, python {platform.python_version()}"
+        f"{count} objects of {options.block} in each tier, cold, {options.pairs} pairs; {os.cpu_count()} CPUs,"
+        f" Linux {platform.release()}, python {platform.python_version()}"
     )
     print(f"{'tier':8}  {'verify GB/s':>11}  {'bare GB/s':>9}  ratio   (lowest to highest)")
     for name in options.tiers:

@@ -36,7 +36,7 @@ MODES = ("alone", "gentle", "full")
 
 
 def verify_until(folder: Path, stop: Path, *, gentle: bool) -> None:
-    """Verify again and again until a file is there, and print what was found. Runs in a process of its own."""
+    """Verify again and again until a file is there, and print the findings. In a process of its own."""
     objects = nbytes = alarms = 0
     print("ready", flush=True)
     while not stop.exists():
@@ -109,7 +109,8 @@ def measure(name: str, folder: Path, count: int, nbytes: int, rounds: int) -> No
         ratios = [each / alone for each, alone in zip(rates[mode], rates["alone"], strict=True)]
         objects, _, alarms = map(sum, zip(*said[mode], strict=True))
         cells.append(
-            f"{statistics.median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f})  {objects:7}  {alarms:6}"
+            f"{statistics.median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            f"  {objects:7}  {alarms:6}"
         )
     print(f"{name:8}  {statistics.median(rates['alone']) / 1e9:10.2f}  {'   '.join(cells)}", flush=True)
 
