@@ -114,7 +114,10 @@ def test_a_torn_order_costs_an_order_and_verify_names_it(tmp_path, backend, caps
     stack, device = opened(backend, tmp_path / "kv")
     with stack:
         # Each block is there still, and is what was stored; the oldest by writing are the first to go.
-        assert [stack.load(prompt(number), range(PROMPT, 2 * PROMPT)) for number in (USED, count - 1)] == [4, 4]
+        assert [stack.load(prompt(number), range(PROMPT, 2 * PROMPT)) for number in (USED, count - 1)] == [
+            4,
+            4,
+        ]
         assert device.read(PROMPT) == device.read(0)
     assert kvbm(["verify", str(tmp_path / "kv")]) == 0, "the next order has replaced it"
 

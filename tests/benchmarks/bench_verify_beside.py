@@ -36,7 +36,7 @@ MODES = ("alone", "gentle", "full")
 
 
 def verify_until(folder: Path, stop: Path, *, gentle: bool) -> None:
-    """Verify again and again until a file is there, and print what was found. Runs in a process of its own."""
+    """Verify until a file is there, and print what was found. Runs in a process of its own."""
     objects = nbytes = alarms = 0
     print("ready", flush=True)
     while not stop.exists():
@@ -108,9 +108,8 @@ def measure(name: str, folder: Path, count: int, nbytes: int, rounds: int) -> No
     for mode in MODES[1:]:
         ratios = [each / alone for each, alone in zip(rates[mode], rates["alone"], strict=True)]
         objects, _, alarms = map(sum, zip(*said[mode], strict=True))
-        cells.append(
-            f"{statistics.median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f})  {objects:7}  {alarms:6}"
-        )
+        ratio = f"{statistics.median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        cells.append(f"{ratio}  {objects:7}  {alarms:6}")
     print(f"{name:8}  {statistics.median(rates['alone']) / 1e9:10.2f}  {'   '.join(cells)}", flush=True)
 
 

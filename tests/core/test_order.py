@@ -34,9 +34,7 @@ class Kept(MemoryTier):
     """Its objects outlive it; `refuses` says what fails."""
 
     def __init__(self, objects, blocks=200):
-        super().__init__(
-            MemoryConfig(capacity=blocks * OBJECT_BYTES), TierContext(NAMESPACE, OBJECT_BYTES)
-        )
+        super().__init__(MemoryConfig(capacity=blocks * OBJECT_BYTES), TierContext(NAMESPACE, OBJECT_BYTES))
         self._objects, self.refuses = objects, set()
         self._used_bytes = sum(map(len, objects.values()))
 
@@ -308,9 +306,7 @@ def test_one_thread_makes_all_calls_from_the_first_submit_on(objects):
 
     inner = Bound(objects)
     woken = threading.Event()
-    tier = DeadlineTier(
-        OrderTier(inner, shape_of(inner), woken.set, "kept"), woken, "kept", lambda: None
-    )
+    tier = DeadlineTier(OrderTier(inner, shape_of(inner), woken.set, "kept"), woken, "kept", lambda: None)
     assert listed(tier) == AS_USED
     assert Bound.thread not in (None, threading.get_ident())
     tier.used(keys(2))
