@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Final
 
 from kvbm_core.bare import Bare
 from kvbm_core.localdir import FILE_MODE, unusable
@@ -18,8 +17,6 @@ from kvbm_gds._layout import in_pages
 from kvbm_gds._slab import directory_of
 
 __all__ = ["BareFile"]
-
-_FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
 
 
 class BareFile(Bare):
@@ -33,7 +30,9 @@ class BareFile(Bare):
         self._path: Path = directory_of(config).root / "kvbm-bare"
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._fd, direct = open_direct(partial(os.open, mode=FILE_MODE), str(self._path), _FLAGS)
+            self._fd, direct = open_direct(
+                partial(os.open, mode=FILE_MODE), str(self._path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+            )
             # Set aside at open, as a tier does.
             os.posix_fallocate(self._fd, 0, objects * self._slot_bytes)
         except OSError as error:

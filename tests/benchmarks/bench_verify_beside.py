@@ -36,7 +36,7 @@ MODES = ("alone", "gentle", "full")
 
 
 def verify_until(folder: Path, stop: Path, *, gentle: bool) -> None:
-    """Verify until a file is there, and print what was found. Runs in a process of its own."""
+    """Verify again and again until a file is there, and print the findings. In a process of its own."""
     objects = nbytes = alarms = 0
     print("ready", flush=True)
     while not stop.exists():

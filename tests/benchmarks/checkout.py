@@ -18,8 +18,10 @@ if not entry_points(group="kvbm_core"):
     place = Path(tempfile.mkdtemp(prefix="kvbm-checkout-"))
     facts = place / "kvbm_core-0.dist-info"
     facts.mkdir()
-    lines, project = [], tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for group, points in project["entry-points"].items():
+    lines = []
+    for group, points in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "entry-points"
+    ].items():
         lines += [f"[{group}]", *(f"{name} = {target}" for name, target in points.items())]
     (facts / "entry_points.txt").write_text("\n".join(lines))
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: kvbm-core\nVersion: 0\n")
