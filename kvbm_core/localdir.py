@@ -11,11 +11,9 @@ A backend keeps its files beside the lock, and opens them with `HeldFolder.open`
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
@@ -24,7 +22,7 @@ from kvbm_core.config import size_text
 from kvbm_core.errors import TierOpenError
 from kvbm_core.folderlock import in_use, is_locked, lock, unlock, who_holds
 from kvbm_core.log_limit import Log
-from kvbm_core.remedies import remedy
+from kvbm_core.remedies import try_writing, unusable
 from kvbm_core.trust import DIRECTORY_MODE, FILE_MODE, open_file, open_folder, refuse_strange_links
 
 __all__ = [
@@ -33,15 +31,11 @@ __all__ = [
     "FILE_MODE",
     "HeldFolder",
     "LocalDirectory",
-    "existing_folder",
     "free_bytes",
-    "try_writing",
     "unusable",
 ]
 
 _LOCK: Final = "engine.lock"
-_TRIAL: Final = ".kvbm-check-"
-"""How folders begin that are made for a try."""
 _LOCK_WAIT_S: Final = 2.0
 """An engine that is being restarted lets go within this time."""
 FACTS_FOLDER: Final = "namespaces"
@@ -284,68 +278,6 @@ def free_bytes(place: Path | int) -> int:
     """
     status = os.statvfs(place)
     return status.f_bavail * status.f_frsize
-
-
-def existing_folder(path: Path) -> Path:
-    """Give a path, or the nearest above it that is there. A dangling link is, and so is a file.
-
-    Raises:
-        OSError: That cannot be told, or a part that is not there has a name too long to be made.
-    """
-    missing = ""
-    for folder in (path, *path.parents):
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            folder.lstat()
-            if missing and folder.is_dir() and len(os.fsencode(missing)) > os.pathconf(folder, "PC_NAME_MAX"):
-                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), missing)
-            return folder
-        missing = max(missing, folder.name, key=len)
-    return path
-
-
-def try_writing(path: Path, tier: str, key: str = "path") -> Path:
-    """Make a folder where a directory is or will be, remove it, and give the nearest path that is there.
-
-    Permission bits do not tell everything: there are read-only mounts, and /proc.
-
-    Args:
-        path: As configured. It need not exist.
-        tier: The backend's name, for messages.
-        key: The configuration's, for messages.
-
-    Raises:
-        TierOpenError: Nothing can be made there; names what is in the way, and what to do.
-    """
-    existing = path
-    try:
-        existing = existing_folder(path)
-        os.rmdir(tempfile.mkdtemp(prefix=_TRIAL, dir=existing))
-    except OSError as error:
-        raise unusable(existing, error, tier, key, path) from error
-    return existing
-
-
-def unusable(
-    path: Path, error: Exception, tier: str, key: str = "path", meant: Path | None = None
-) -> TierOpenError:
-    """Make the error that says that a directory cannot be used, why, and what to do.
-
-    Args:
-        path: What cannot be used.
-        error: Why.
-        tier: The backend's name.
-        key: The configuration's.
-        meant: What should be made there.
-    """
-    why = str(error)
-    if isinstance(error, OSError) and _TRIAL in str(error.filename):
-        # Nobody knows the name of the folder that was tried.
-        why = f"[Errno {error.errno}] {error.strerror}"
-    so = "" if meant in (None, path) else f", so {meant} cannot be made"
-    return TierOpenError(
-        f"{key}: {path} cannot be used by uid {os.geteuid()} ({why}){so}; {remedy(error, path)}",
-        operation="open", tier=tier,
-    )  # fmt: skip
 
 
 def _whole(path: str, tier: str) -> Path:

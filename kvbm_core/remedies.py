@@ -1,14 +1,21 @@
-"""What an operator can do about an error of the operating system."""
+"""What keeps a directory from being used, found before an engine needs it, and what an operator can do."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
+import tempfile
 from pathlib import Path
+from typing import Final
 
-__all__ = ["remedy"]
+from kvbm_core.errors import TierOpenError
 
+__all__ = ["existing_folder", "remedy", "try_writing", "unusable"]
+
+_TRIAL: Final = ".kvbm-check-"
+"""How folders begin that are made for a try."""
 _ELSEWHERE = "write a directory on a local disk that this user may write"
 
 
@@ -28,6 +35,68 @@ def remedy(error: Exception, path: Path) -> str:
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return f"this process has as many files open as it may ({most}): raise the limit with `ulimit -n`"
     return _REMEDIES.get(code or 0, _ELSEWHERE)
+
+
+def existing_folder(path: Path) -> Path:
+    """Give a path, or the nearest above it that is there. A dangling link is, and so is a file.
+
+    Raises:
+        OSError: That cannot be told, or a part that is not there has a name too long to be made.
+    """
+    missing = ""
+    for folder in (path, *path.parents):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            folder.lstat()
+            if missing and folder.is_dir() and len(os.fsencode(missing)) > os.pathconf(folder, "PC_NAME_MAX"):
+                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), missing)
+            return folder
+        missing = max(missing, folder.name, key=len)
+    return path
+
+
+def try_writing(path: Path, tier: str, key: str = "path") -> Path:
+    """Make a folder where a directory is or will be, remove it, and give the nearest path that is there.
+
+    Permission bits do not tell everything: there are read-only mounts, and /proc.
+
+    Args:
+        path: As configured. It need not exist.
+        tier: The backend's name, for messages.
+        key: The configuration's, for messages.
+
+    Raises:
+        TierOpenError: Nothing can be made there; names what is in the way, and what to do.
+    """
+    existing = path
+    try:
+        existing = existing_folder(path)
+        os.rmdir(tempfile.mkdtemp(prefix=_TRIAL, dir=existing))
+    except OSError as error:
+        raise unusable(existing, error, tier, key, path) from error
+    return existing
+
+
+def unusable(
+    path: Path, error: Exception, tier: str, key: str = "path", meant: Path | None = None
+) -> TierOpenError:
+    """Make the error that says that a directory cannot be used, why, and what to do.
+
+    Args:
+        path: What cannot be used.
+        error: Why.
+        tier: The backend's name.
+        key: The configuration's.
+        meant: What should be made there.
+    """
+    why = str(error)
+    if isinstance(error, OSError) and _TRIAL in str(error.filename):
+        # Nobody knows the name of the folder that was tried.
+        why = f"[Errno {error.errno}] {error.strerror}"
+    so = "" if meant in (None, path) else f", so {meant} cannot be made"
+    return TierOpenError(
+        f"{key}: {path} cannot be used by uid {os.geteuid()} ({why}){so}; {remedy(error, path)}",
+        operation="open", tier=tier,
+    )  # fmt: skip
 
 
 _REMEDIES = {

@@ -28,7 +28,7 @@ MAY_SWALLOW = {
     "backends/kvbm_gds/_io.py": "the tops of the threads that move bytes: it becomes outcomes",
     "backends/kvbm_lmdb/_tier.py": "the tops of the readers' threads",
     "backends/kvbm_lmdb/_writing.py": "the top of the writer's thread",
-    "backends/kvbm_remote/_contents.py": "the edge to foreign client libraries, whose errors may quote a password",
+    "backends/kvbm_remote/_contents.py": "the edge to foreign clients, whose errors may quote a password",
     "backends/kvbm_remote/_tier.py": "the edge to foreign client libraries: it becomes a completion",
     "plugins/kvbm_cli/_app.py": "the program's top: no traceback for a user",
     "plugins/kvbm_etcd/_coordinator.py": "the top of the registration's thread",

@@ -15,8 +15,8 @@ from typing import Any, Final
 
 from kvbm_core.errors import TierOpenError
 from kvbm_core.extras import extra_command
-from kvbm_core.localdir import try_writing
 from kvbm_core.log_limit import Log, TierLog
+from kvbm_core.remedies import try_writing
 from kvbm_remote._async_stores import AsyncStore, ObjectStore
 from kvbm_remote._config import RemoteConfig, shown_url
 from kvbm_remote._faults import classify

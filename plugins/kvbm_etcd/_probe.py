@@ -91,7 +91,7 @@ def _write(config: EtcdConfig, access: Access) -> tuple[float, int]:
 
 
 def _refused(config: EtcdConfig, access: Access, error: RefusedError) -> CoordinatorError:
-    who = f"user {access.user!r}" if access.user else "who has no user"
+    who = "the user of ETCD_AUTH_USERNAME" if access.user else "who has no user"
     return _error(
         access,
         f"it refuses {who} ({error}); grant readwrite below {top_prefix(config.prefix)}, or set "

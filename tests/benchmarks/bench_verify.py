@@ -86,7 +86,8 @@ def bare(files: list[Path], nbytes: int, most: int, threads: int) -> float:
 def verify(folder: Path, count: int) -> float:
     """Verify a place; give bytes a second."""
     found = verify_places(str(folder), find_places(str(folder), ()), lambda _: True, None, lambda _: None)
-    assert sum(part.objects for part in found.parts) == count, "something was evicted"
+    # And what the stack keeps of the order of use.
+    assert sum(part.objects for part in found.parts) >= count, "something was evicted"
     assert not found.damage, found.damage[:3]
     return found.nbytes / found.seconds
 
@@ -126,8 +127,8 @@ def main() -> None:
     nbytes = int(parse_size(options.block))
     count = int(options.gib * (1 << 30)) // nbytes
     print(
-        f"{count} objects of {options.block} in each tier, cold, {options.pairs} pairs; {os.cpu_count()} CPUs,"
-        f" Linux {platform.release()}, python {platform.python_version()}"
+        f"{count} objects of {options.block} in each tier, cold, {options.pairs} pairs; {os.cpu_count()} "
+        f"CPUs, Linux {platform.release()}, python {platform.python_version()}"
     )
     print(f"{'tier':8}  {'verify GB/s':>11}  {'bare GB/s':>9}  ratio   (lowest to highest)")
     for name in options.tiers:

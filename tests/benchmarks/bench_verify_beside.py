@@ -108,10 +108,8 @@ def measure(name: str, folder: Path, count: int, nbytes: int, rounds: int) -> No
     for mode in MODES[1:]:
         ratios = [each / alone for each, alone in zip(rates[mode], rates["alone"], strict=True)]
         objects, _, alarms = map(sum, zip(*said[mode], strict=True))
-        cells.append(
-            f"{statistics.median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-            f"  {objects:7}  {alarms:6}"
-        )
+        ratio = f"{statistics.median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        cells.append(f"{ratio}  {objects:7}  {alarms:6}")
     print(f"{name:8}  {statistics.median(rates['alone']) / 1e9:10.2f}  {'   '.join(cells)}", flush=True)
 
 

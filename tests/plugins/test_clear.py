@@ -4,7 +4,19 @@ import os
 import time
 
 import pytest
-from planted_faults import AT_ONCE, DURABLE, FACTS, KEYS, NAMESPACE, OBJECT_BYTES, fill, listed, opened, tier
+from planted_faults import (
+    AT_ONCE,
+    DURABLE,
+    FACTS,
+    KEYS,
+    NAMESPACE,
+    OBJECT_BYTES,
+    drop_order,
+    fill,
+    listed,
+    opened,
+    tier,
+)
 from published import published
 
 from kvbm_cli._app import run as kvbm
@@ -41,6 +53,7 @@ def test_a_namespace(tmp_path, clear, name):
     ) as stack:
         stack.store(KEYS[100:104], list(range(4)))
         stack.wait()
+    drop_order(tier(name, tmp_path))
     digits = make_namespace(OTHER).hex()[:10].upper()
     said = clear(tmp_path / name, "--namespace", digits)
     assert said["removed"] is None

@@ -14,8 +14,9 @@ from kvbm_cli.size._answer import Sizes
 from kvbm_core.config import StackConfig, TierEntry, parse_size, size_text
 from kvbm_core.coordinator import Probeable
 from kvbm_core.errors import KvbmError
-from kvbm_core.localdir import existing_folder, free_bytes
+from kvbm_core.localdir import free_bytes
 from kvbm_core.registry import Registry
+from kvbm_core.remedies import existing_folder
 from kvbm_core.sharing import sharing_of
 from kvbm_core.tier import Capabilities
 from kvbm_core.worker.opening import check_stack

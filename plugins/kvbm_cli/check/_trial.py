@@ -29,8 +29,8 @@ from kvbm_core.block import make_namespace
 from kvbm_core.config import StackConfig, TierEntry, convert, parse_size
 from kvbm_core.errors import KvbmError, QueueFullError, TierError
 from kvbm_core.layers import SEAL_BYTES
-from kvbm_core.localdir import try_writing
 from kvbm_core.registry import Registry
+from kvbm_core.remedies import try_writing
 from kvbm_core.testing import MemoryDevice
 from kvbm_core.tier import (
     Capabilities,

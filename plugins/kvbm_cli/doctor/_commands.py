@@ -17,7 +17,7 @@ from kvbm_cli.doctor._bundle import make_bundle, write_bundle
 from kvbm_cli.doctor._findings import Finding, Health, look
 from kvbm_core.command import ExitCode, answers, write_json
 from kvbm_core.config import StackConfig, load_config
-from kvbm_core.localdir import existing_folder
+from kvbm_core.remedies import existing_folder
 
 __all__ = ["Diagnosis", "doctor"]
 
