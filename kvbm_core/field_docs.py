@@ -20,7 +20,8 @@ def show_fields(classes: Iterable[type]) -> None:
     """Add the docstrings of their fields to those of classes, where their source can be read."""
     for cls in classes:
         # Without docstrings (-OO) there is nothing to add to.
-        if cls.__doc__ and (source := _source(cls)):
+        heirs = [base for base in reversed(cls.__mro__[1:]) if "__dataclass_fields__" in vars(base)]
+        if cls.__doc__ and (source := "".join(map(_source, [*heirs, cls]))):
             fields = "\n".join(
                 textwrap.indent(f"{name}: {inspect.cleandoc(text)}", " " * 8).replace("        ", "    ", 1)
                 for name, text in _FIELD.findall(source)

@@ -358,7 +358,7 @@ def bench(tmp_path, capsys):
     return run
 
 
-def test_each_tier_is_measured_as_often_as_asked_for_and_left_as_it_was(tmp_path, bench, capsys):
+def test_each_tier_is_measured_as_often_as_asked_for_and_left_as_it_was(tmp_path, bench, capsys, monkeypatch):
     place = tmp_path / "tiers"
     place.mkdir()
     tiers, found = bench(everywhere(place), "--objects", "80", "--rounds", "3")
@@ -375,6 +375,7 @@ def test_each_tier_is_measured_as_often_as_asked_for_and_left_as_it_was(tmp_path
     # 4 MiB, of which each object has its seal, in pages.
     assert (tiers["cpu"]["objects"], tiers["remote"]["objects"]) == ((4 << 20) // ((1 << 16) + 4096), 80)
     assert tree(place) == []
+    monkeypatch.setenv("COLUMNS", "160")
     assert kvbm(["bench", "tier", str(tmp_path / "kvbm.yaml"), "--objects", "2", "--rounds", "1"]) == 0
     assert capsys.readouterr().out.count("B/s") == 8
 

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("vllm")
 from kvbm_core import Capabilities, ConfigError, Op, Reason, Report, TierStatus, load_config
-from kvbm_core.groups import Coverage, KvGroup, Rule
+from kvbm_core.groups import KvGroup
 from kvbm_engine import Ledger, Parked
 from kvbm_engine._requests import RequestState
 from kvbm_metrics import rate_reading
@@ -915,13 +915,6 @@ def test_a_log_counts_all_ranks_bytes_and_is_each_replicas_own(tmp_path):
         open_log(tmp_path / "log", replica=replica).close()
         header = json.loads((tmp_path / name).read_text())
         assert (header["block_tokens"], header["token_bytes"]) == (16, 2 * 32 // 16)
-
-
-def test_a_model_of_several_groups_is_not_recorded(tmp_path):
-    window = KvGroup(16, Coverage(Rule.WINDOW, 32), b"wind")
-    with pytest.raises(ConfigError, match="record: this model keeps its KV in several groups"):
-        open_log(tmp_path / "log", window)
-    assert [*tmp_path.iterdir()] == []
 
 
 HINTS = {"kvbm": {"no_store": True, "keep": -1}}

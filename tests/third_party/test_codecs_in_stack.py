@@ -247,7 +247,7 @@ def test_a_shared_store_has_whole_objects_after_kill_9_and_is_kept_at_its_size(
             assert not churn.counts.failed
         most = int(0.6 * sum(sizes))
         arguments = [f"--option={name}={value}" for name, value in options.items()]
-        assert kvbm(["remote", "gc", url, "--max-bytes", str(most), *arguments]) == 0
+        assert kvbm(["clear", url, "--down-to", str(most), "--yes", *arguments]) == 0
         assert 0.95 * most <= sum(listed()) <= most
         with Churn([tier], block_bytes) as churn:
             served = sum(churn.serve(prompt) for prompt in range(latest + 3))

@@ -81,7 +81,7 @@ def test_hits_are_counted_and_no_prompt_evicts_its_own_blocks(installed, tmp_pat
         assert not counts.failed
         there = dict(engine.index._order)
         # The policy knows what is there, and nothing else.
-        assert type(engine.index._order._adviser).__name__.lower() == policy
+        assert type(engine.index._order._adviser._policy).__name__.lower() == policy
         assert len(there) == engine.stack.occupancy["lmdb"]
     with Engine(tmp_path, policy) as engine:
         assert set(engine.index._order) == set(there)
