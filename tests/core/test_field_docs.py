@@ -40,7 +40,12 @@ def fields_of(cls):
 
 
 def written(cls):
-    """The docstrings under the fields, as Python's own parser reads them."""
+    """The docstrings under the fields, its own and those it inherits, as Python's own parser reads them."""
+    bases = [base for base in reversed(cls.__mro__[1:]) if dataclasses.is_dataclass(base)]
+    return {name: text for each in (*bases, cls) for name, text in written_in(each).items()}
+
+
+def written_in(cls):
     [tree] = [
         node
         for node in ast.parse(inspect.getsource(sys.modules[cls.__module__])).body
