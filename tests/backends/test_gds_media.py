@@ -76,7 +76,7 @@ def test_a_tier_whose_files_were_taken_away_comes_back_by_itself(
         assert time.monotonic() < give_up_s
         tier.poll()
         time.sleep(0.01)
-    assert messages(caplog)[-1].endswith(f"has {survive} of 40 objects")
+    assert f"has {survive} of 40 objects; it was out since" in messages(caplog)[-1]
     assert_served(tier, range(survive))
     assert lookup(tier, 39) is Outcome.MISSING
     assert fill(tier, range(100, 120)) == [DONE] * 20

@@ -361,30 +361,37 @@ def test_a_server_killed_under_load_costs_misses_and_comes_back_without_a_restar
             assert end.outcome is not Outcome.DONE or bytes(target.view()) == content(n)
 
 
-def test_the_collector_on_s3(server, open_tier, capsys):
+def test_a_bucket_is_cleared_to_a_size_and_by_age(server, open_tier, capsys):
     tier = open_tier()
     for n in range(8):
         store(tier, n)
-    arguments = ["gc", tier._config.url, "--option", f"endpoint_url={server.endpoint}", "--json"]
-    assert kvbm(["remote", *arguments, "--max-bytes", str(3 * BLOCK), "--dry-run"]) == 0
-    assert json.loads(capsys.readouterr().out)["deleted_blocks"] == 5
-    assert kvbm(["remote", *arguments, "--max-bytes", str(3 * BLOCK)]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert (said["found_blocks"], said["deleted_blocks"], said["failed"]) == (8, 5, 0)
+
+    def clear(*words):
+        arguments = [
+            "clear",
+            tier._config.url,
+            "--option",
+            f"endpoint_url={server.endpoint}",
+            "--json",
+            *words,
+        ]
+        assert kvbm(arguments) == 0
+        said = json.loads(capsys.readouterr().out)
+        return sum(part["objects"] for part in said["parts"]), said["removed"]
+
+    assert clear("--down-to", str(3 * BLOCK)) == (5, None)
+    assert clear("--down-to", str(3 * BLOCK), "--yes") == (5, 5)
     other = open_tier(client="fsspec")
     assert sum(load(other, n)[0].outcome is Outcome.DONE for n in range(8)) == 3
     time.sleep(1.1)
-    assert kvbm(["remote", *arguments, "--max-age", "1s"]) == 0
+    assert clear("--older-than", "1s", "--yes") == (3, 3)
     assert all(load(other, n)[0].outcome is Outcome.MISSING for n in range(8))
 
 
-def test_the_collector_without_permission_says_so(server, capsys, monkeypatch):
+def test_clearing_without_permission_says_so(server, capsys, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "S3CR3TM4RK3R")
-    url = f"s3://{server.bucket}/x"
-    assert (
-        kvbm(["remote", "gc", url, "--max-age", "1d", "--option", f"endpoint_url={server.endpoint}"])
-        == ExitCode.UNUSABLE
-    )
+    words = ["--older-than", "1d", "--option", f"endpoint_url={server.endpoint}"]
+    assert kvbm(["clear", f"s3://{server.bucket}/x", *words]) == ExitCode.UNUSABLE
     said = capsys.readouterr().err
     assert "signature refused" in said
     assert "S3CR3T" not in said

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 
 from kvbm_core import Addressable, Op, Outcome, Planner, Registry, Worker, chain_keys, load_config, root_key
-from kvbm_core.block import PROBE_KEY
+from kvbm_core.block import PROBE_KEY, is_of_order
 from kvbm_core.groups import TAG_BYTES, Rule, group_keys
 from kvbm_core.layers.forward import ForwardTier
 from kvbm_core.testing import FaultyTier, MemoryDevice
@@ -202,7 +202,7 @@ class Oracle(Registry):
         found = []
         for rank, shape in enumerate(self.shapes):
             known = {key for key in index if shape[self._group_of[key[-TAG_BYTES:]]]}
-            there = set(self.held[tier, rank]) - {PROBE_KEY}
+            there = {key for key in self.held[tier, rank] if not is_of_order(key)} - {PROBE_KEY}
             found += [("is not there", rank, key) for key in known - there - set(self.perhaps[tier, rank])]
             found += [] if shared else [("nobody knows", rank, key) for key in there - known - self.hung]
         return found
